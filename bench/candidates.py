@@ -1,0 +1,111 @@
+"""Who is compared: torch's optimizers, the plain stream and copy, and ours; and on which workloads."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from .harness import Candidate, Case, Step, Traffic, Workload, gpt2_small, llama_1b, many_small, one_large
+
+
+def _torch(optimizer: type[torch.optim.Optimizer], options: dict[str, Any], work: Workload) -> Step:
+    return optimizer(work.params, **options).step
+
+
+def _ours(name: str, options: dict[str, Any], work: Workload) -> Step:
+    import signadam_ext  # not at the top: the references must work where the package does not
+
+    return getattr(signadam_ext, name)(work.params, **options).step
+
+
+def _adamw(label: str, **options: Any) -> Candidate:
+    return Candidate(f"AdamW {label}", "torch", Traffic(state=4), partial(_torch, torch.optim.AdamW, options))
+
+
+STREAM = Candidate("stream", "torch", Traffic(), lambda work: partial(work.a.add_, work.b))
+COPY = Candidate("copy", "torch", Traffic(param=1), lambda work: partial(work.a.copy_, work.b))
+FUSED = _adamw("fused", fused=True)
+FOREACH = _adamw("foreach", foreach=True)
+LOOP = _adamw("loop", foreach=False)
+REFERENCES = (STREAM, COPY, FUSED)
+
+_sgd = partial(_torch, torch.optim.SGD)
+SGD = (
+    Candidate("SGD fused", "torch", Traffic(), partial(_sgd, {"fused": True})),
+    Candidate("SGD fused, momentum", "torch", Traffic(state=2), partial(_sgd, {"fused": True, "momentum": 0.9})),
+)
+
+# label, class, options, accesses of the gradient, accesses of the fp32 state
+_RULES: tuple[tuple[str, str, dict[str, Any], int, int], ...] = (
+    ("SignAdamPP", "SignAdamPP", {}, 1, 2),
+    ("SignAdamPP adaptive_delayed", "SignAdamPP", {"confidence": "adaptive_delayed"}, 1, 2),
+    ("SignAdamPP adaptive", "SignAdamPP", {"confidence": "adaptive"}, 2, 2),
+    ("SignAdam", "SignAdam", {}, 1, 4),
+    ("SignAdam analytic", "SignAdam", {"second_moment": "analytic"}, 1, 2),
+    ("Signum", "Signum", {}, 1, 2),
+    ("SignSGD", "SignSGD", {}, 1, 0),
+)
+
+
+def ours(backend: str, *labels: str) -> list[Candidate]:
+    """Our optimizers on `backend`; all rules when none is named."""
+    return [
+        Candidate(
+            label,
+            backend,
+            Traffic(grad=grad, state=state, state_dtype=torch.float32),
+            partial(_ours, name, options | {"backend": backend}),
+        )
+        for label, name, options, grad, state in _RULES
+        if not labels or label in labels
+    ]
+
+
+Plan = Iterator[tuple[Case, torch.dtype, list[Candidate]]]
+
+
+def plan(device: str, quick: bool = False) -> Plan:
+    """The workloads of `device` and who runs on each, the most telling first: a time limit cuts the tail."""
+    return _gpu_plan(quick) if device == "cuda" else _cpu_plan(quick)
+
+
+def _cases(quick: bool, gpu: bool) -> tuple[Case, Case, Case, Case]:
+    if quick:
+        return one_large(1_000_000), many_small(100), gpt2_small(16), llama_1b(32)
+    return one_large(), many_small(), gpt2_small(), llama_1b(_llama_scale() if gpu else 4)
+
+
+def _llama_scale() -> int:
+    """The largest Llama whose fp32 workload (params, grads, stream, states of two AdamW) fits half the GPU."""
+    free, _ = torch.cuda.mem_get_info()
+    return next(scale for scale in (1, 2, 4, 8, 16) if llama_1b(scale).elements * 32 < free / 2)
+
+
+def _cpu_plan(quick: bool) -> Plan:
+    large, small, gpt2, llama = _cases(quick, gpu=False)
+    everyone = [*ours("cpu"), FUSED, FOREACH, LOOP, *SGD, COPY, STREAM]
+    yield large, torch.float32, everyone
+    yield small, torch.float32, [*everyone, *ours("reference", "SignAdamPP")]
+    yield gpt2, torch.float32, everyone
+    yield llama, torch.float32, everyone
+    half = [*ours("cpu", "SignAdamPP", "SignAdam", "SignSGD"), FUSED, FOREACH]
+    yield large, torch.bfloat16, half
+    yield gpt2, torch.bfloat16, half
+
+
+def _gpu_plan(quick: bool) -> Plan:
+    large, small, gpt2, llama = _cases(quick, gpu=True)
+    theirs = [FUSED, FOREACH]
+    both = [*ours("cuda"), *ours("triton")]
+    telling = ("SignAdamPP", "SignAdam", "SignSGD")
+    some = [*ours("cuda", *telling), *ours("triton", *telling), *theirs]
+    yield large, torch.float32, [*both, *theirs, *SGD, COPY, STREAM]
+    yield small, torch.float32, [*both, *theirs, LOOP, *SGD]
+    yield large, torch.bfloat16, [*both, *theirs]
+    yield gpt2, torch.float32, some
+    yield llama, torch.bfloat16, some
+    yield large, torch.float16, [*both, *theirs]
+    yield llama, torch.float32, some
+    yield gpt2, torch.bfloat16, some
+    yield small, torch.bfloat16, some

@@ -1,0 +1,275 @@
+"""Interleaved timing of optimizer steps.
+
+A machine changes speed from one second to the next, by more than the differences of interest when it is
+shared. So no time stands by itself: every round measures the references and the candidate back to back, over the same
+parameters, and what is reported are medians of ratios taken within a round.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+Step = Callable[[], object]
+Clock = Callable[[Step], float]
+
+
+class Spread(TypedDict):
+    min: float
+    median: float
+    max: float
+
+
+class Row(TypedDict, total=False):
+    """One candidate on one workload. Times in seconds; `to_*` above 1 means faster than the reference."""
+
+    case: str
+    shapes: str
+    tensors: int
+    elements: int
+    dtype: str
+    device: str
+    optimizer: str
+    backend: str
+    bytes_per_parameter: int
+    bytes_count: str
+    clock: str
+    rounds: int
+    seconds: Spread
+    gb_per_s: float
+    to_stream: Spread  # bytes/s over bytes/s
+    to_copy: Spread  # bytes/s over bytes/s
+    to_fused_adamw: Spread  # time over time
+    host_seconds: Spread  # of the call alone, without waiting for the device; on a GPU, many small tensors
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return {"min": min(values), "median": median(values), "max": max(values)}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    summary: str
+
+    @property
+    def elements(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def many_small(count: int = 1000, size: int = 64) -> Case:
+    return Case("many_small", ((size,),) * count, f"{count} x {size}")
+
+
+def one_large(size: int = 50_000_000) -> Case:
+    return Case("one_large", ((size,),), f"1 x {size}")
+
+
+def gpt2_small(scale: int = 1) -> Case:
+    """The parameter list of GPT-2 small (tied embeddings), every dimension divided by `scale`."""
+    d, vocabulary, positions = 768 // scale, 50257 // scale, 1024 // scale
+    layer = (
+        (d,),
+        (d,),
+        (d, 3 * d),
+        (3 * d,),
+        (d, d),
+        (d,),
+        (d,),
+        (d,),
+        (d, 4 * d),
+        (4 * d,),
+        (4 * d, d),
+        (d,),
+    )
+    shapes = ((vocabulary, d), (positions, d), *layer * 12, (d,), (d,))
+    return Case("gpt2_small", shapes, _scaled("GPT-2 small", scale))
+
+
+def llama_1b(scale: int = 1) -> Case:
+    """The parameter list of Llama 3.2 1B (tied embeddings), every dimension divided by `scale`."""
+    d, kv, hidden, vocabulary = 2048 // scale, 512 // scale, 8192 // scale, 128256 // scale
+    layer = ((d, d), (kv, d), (kv, d), (d, d), (hidden, d), (hidden, d), (d, hidden), (d,), (d,))
+    return Case("llama_1b", ((vocabulary, d), *layer * 16, (d,)), _scaled("Llama 1B", scale))
+
+
+def _scaled(name: str, scale: int) -> str:
+    return name if scale == 1 else f"{name}, dimensions / {scale}"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """How often a step must touch each array: loads and stores, every input read and output written once."""
+
+    param: int = 2
+    grad: int = 1
+    state: int = 0  # all state tensors together
+    state_dtype: torch.dtype | None = None  # None: the parameter's
+
+    def _terms(self, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+        size = dtype.itemsize
+        state_size = (self.state_dtype or dtype).itemsize
+        return {"param": (self.param, size), "grad": (self.grad, size), "state": (self.state, state_size)}
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        return sum(count * size for count, size in self._terms(dtype).values())
+
+    def count(self, dtype: torch.dtype) -> str:
+        terms = self._terms(dtype).items()
+        return " + ".join(f"{name} {count} x {size}" for name, (count, size) in terms if count)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    optimizer: str
+    backend: str
+    traffic: Traffic
+    make: Callable[["Workload"], Step]
+
+
+class Workload:
+    """Parameters with gradients, and a flat fp32 pair of the same length for the stream; random, never zeros."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str):
+        self.case, self.dtype, self.device = case, dtype, torch.device(device)
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            return torch.randn(shape, dtype=dtype, device=self.device, generator=generator)
+
+        self.params = [torch.nn.Parameter(random(shape, dtype)) for shape in case.shapes]
+        for p in self.params:
+            p.grad = random(p.shape, dtype)
+        self.a, self.b = (random((case.elements,), torch.float32) for _ in range(2))
+        self.references: dict[str, Step] = {}
+
+    def reference(self, candidate: Candidate) -> Step:
+        """The step of a reference, made once: all trials on this workload share its state."""
+        name = candidate.optimizer
+        if name not in self.references:
+            self.references[name] = candidate.make(self)
+        return self.references[name]
+
+
+def wall_clock(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+class CudaClock:
+    """Device time between two events.
+
+    Writing a buffer larger than the L2 cache first evicts what the last step left there, and keeps the device busy
+    while the host enqueues, so that only a host slower than the device shows.
+    """
+
+    def __init__(self) -> None:
+        l2 = torch.cuda.get_device_properties().L2_cache_size
+        self.evict = torch.randn(max(4 * l2, 256 << 20) // 4, device="cuda")
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __call__(self, step: Step) -> float:
+        start, end = self.events
+        self.evict.neg_()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def clock_for(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else wall_clock
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Trial:
+    """One candidate beside the references, in rounds."""
+
+    workload: Workload
+    candidate: Candidate
+    references: Sequence[Candidate]
+    clock: Clock = wall_clock
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    max_rounds: int = 200
+
+    def __post_init__(self) -> None:
+        self.step = self.candidate.make(self.workload)
+        self._steps = [(c.optimizer, self.workload.reference(c)) for c in self.references]
+        self.samples = {name: [] for name, _ in self._steps}
+
+    def time_references(self) -> None:
+        """One round without the candidate. The order rotates: none always inherits the same cache contents."""
+        for name, step in self._steps:
+            self.samples[name].append(self.clock(step))
+        self._steps.append(self._steps.pop(0))
+
+    def calibrate(self, seconds: float) -> int:
+        """Warms up (first steps allocate, build plans, compile) and returns the rounds that fit into `seconds`."""
+        for _ in range(3):
+            self.time_references()
+            self.clock(self.step)
+        start = time.perf_counter()
+        self.time_references()
+        self.clock(self.step)
+        round_seconds = time.perf_counter() - start
+        self.samples = {name: [] for name in self.samples}
+        return min(max(int(seconds / round_seconds), 5), self.max_rounds)
+
+    def run(self, seconds: float) -> Row:
+        own: list[float] = []
+        for _ in range(self.calibrate(seconds)):
+            self.time_references()
+            own.append(self.clock(self.step))
+        return self.row(own)
+
+    def host_cost(self, rounds: int = 50) -> Spread:
+        """Wall clock of the call on an idle device, without waiting for what it launches."""
+        times = []
+        for _ in range(rounds):
+            synchronize(self.workload.device)
+            times.append(wall_clock(self.step))
+        synchronize(self.workload.device)
+        return spread(times)
+
+    def row(self, own: Sequence[float]) -> Row:
+        """`own`: the candidate's time in each round, in the order of the references' samples."""
+        case, dtype, traffic = self.workload.case, self.workload.dtype, self.candidate.traffic
+        moved = traffic.bytes(dtype)
+        by_name = {c.optimizer: c for c in self.references}
+
+        def faster(name: str, per_byte: bool) -> Spread:
+            # The flat pair of stream and copy is fp32 whatever the parameters are.
+            work = moved / by_name[name].traffic.bytes(torch.float32) if per_byte else 1.0
+            return spread([work * theirs / ours for theirs, ours in zip(self.samples[name], own, strict=True)])
+
+        return {
+            "case": case.name,
+            "shapes": case.summary,
+            "tensors": len(case.shapes),
+            "elements": case.elements,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": self.workload.device.type,
+            "optimizer": self.candidate.optimizer,
+            "backend": self.candidate.backend,
+            "bytes_per_parameter": moved,
+            "bytes_count": traffic.count(dtype),
+            "clock": "wall" if self.clock is wall_clock else "CUDA events",
+            "rounds": len(own),
+            "seconds": spread(own),
+            "gb_per_s": moved * case.elements / median(own) / 1e9,
+            "to_stream": faster("stream", per_byte=True),
+            "to_copy": faster("copy", per_byte=True),
+            "to_fused_adamw": faster("AdamW fused", per_byte=False),
+        }

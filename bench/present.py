@@ -1,0 +1,262 @@
+"""A report as a table, a picture and a page. Reads plain JSON: needs neither torch nor the package."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+NOT_MEASURED = "not measured yet"
+HALF = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+class Aim(NamedTuple):
+    """What SignAdamPP in fp32 is to reach on two CPU cores."""
+
+    shapes: str
+    metric: str
+    floor: float
+    aim: float
+    text: str
+
+
+AIMS = (
+    Aim("1 x 50000000", "to_stream", 0.95, 0.97, "50M elements, bytes/s against `a.add_(b)`"),
+    Aim("1 x 50000000", "to_fused_adamw", 1.4, 1.5, "50M elements, speed against fused AdamW"),
+    Aim("1000 x 64", "to_fused_adamw", 15, 20, "1000 tensors of 64, speed against fused AdamW"),
+)
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table that also reads well as plain text: first column to the left, the others to the right."""
+    cells = [list(header), *map(list, lines)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+
+    def join(line: Sequence[str]) -> str:
+        padded = (
+            text.ljust(width) if i == 0 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(map(join, [cells[0], rule, *cells[1:]]))
+
+
+def duration(seconds: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.2f} us"
+
+
+def ratio(spread: dict[str, float]) -> str:
+    return f"{number(spread['median'])} ({number(spread['min'])} .. {number(spread['max'])})"
+
+
+def number(x: float) -> str:
+    return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"
+
+
+def measured(report: Report) -> list[Row]:
+    return [row for row in report["rows"] if "seconds" in row]
+
+
+def workloads(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows by device, shapes and dtype, in the order of measurement."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["device"], row["shapes"], row["dtype"]), []).append(row)
+    return groups
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One workload. Ratios are median (min .. max) over the rounds."""
+    host = any("host_seconds" in row for row in rows)
+    header = ["optimizer", "backend", "B/param", "step", "min", "GB/s", "x stream", "x copy", "x AdamW fused"]
+    lines = []
+    for row in rows:
+        line = [
+            row["optimizer"],
+            row["backend"],
+            str(row["bytes_per_parameter"]),
+            duration(row["seconds"]["median"]),
+            duration(row["seconds"]["min"]),
+            number(row["gb_per_s"]),
+            ratio(row["to_stream"]),
+            ratio(row["to_copy"]),
+            ratio(row["to_fused_adamw"]),
+        ]
+        if host:
+            line.append(duration(row["host_seconds"]["median"]) if "host_seconds" in row else NOT_MEASURED)
+        lines.append(line)
+    return markdown([*header, "host cost"] if host else header, lines)
+
+
+def tables(report: Report, level: str = "###") -> str:
+    parts = []
+    for (device, shapes, dtype), rows in workloads(measured(report)).items():
+        first = rows[0]
+        size = f"{first['tensors']} tensors, {first['elements'] / 1e6:.3g}M elements, {HALF[dtype]}, {device}"
+        parts.append(f"{level} {shapes} ({size})\n\n{table(rows)}")
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def find(report: Report, **wanted: str) -> Row | None:
+    rows = measured(report)
+    return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
+
+
+def aims(report: Report) -> str:
+    """The project's aims beside what was measured; empty on a machine they do not speak of."""
+    if report["machine"]["cores"] != 2:
+        return ""
+    lines = []
+    for aim in AIMS:
+        row = find(report, optimizer="SignAdamPP", backend="cpu", dtype="float32", shapes=aim.shapes)
+        got = row[aim.metric] if row else None
+        reached = "-"
+        if got:
+            best = got["median"]
+            reached = "aim" if best >= aim.aim else "floor" if best >= aim.floor else "no"
+        lines.append([aim.text, f"{aim.floor:g}", f"{aim.aim:g}", ratio(got) if got else NOT_MEASURED, reached])
+    return markdown(["SignAdamPP, fp32, two CPU cores", "floor", "aim", "measured", "reached"], lines)
+
+
+def _machine(report: Report) -> str:
+    machine, versions = report["machine"], report["versions"]
+    gpu = machine["gpu"]
+    lines = [f"- CPU: {machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB"]
+    if gpu:
+        lines.append(f"- GPU: {gpu['name']}, {gpu['memory_gib']} GiB, driver {gpu['driver']}")
+    shown = (f"{name} {value}" for name, value in versions.items() if isinstance(value, str | int))
+    lines.append(f"- Versions: {', '.join(shown)}")
+    if isinstance(build := versions["signadam_ext"], dict):
+        cuda = f"CUDA {build['cuda']} for {build['cuda_architectures']}" if build["cuda"] else "no CUDA"
+        about = (build["compiler"], cuda, f"CPU kernels {build['cpu_capability']}")
+        lines.append(f"- Built: signadam_ext {build['version']}, {', '.join(about)}")
+    lines.append(f"- Commit {report['commit']}, {report['date']}")
+    return "\n".join([*lines, f"- `{report['command']}`"])
+
+
+def _in_flight(found: dict[str, Any] | None) -> str:
+    if not found or "kernels" not in found:
+        return f"{NOT_MEASURED}: {found['not_measured'] if found else 'the stage did not finish'}"
+    header = ["kernel", "registers", "shared B", "local B", "resident warps", "B/thread", "KiB/SM", "MiB/GPU"]
+    lines = [
+        [
+            f"`{k['kernel']}`",
+            str(k["registers"]),
+            str(k["shared_bytes"]),
+            str(k["local_bytes"]),
+            f"{k['resident_warps']} of {k['max_warps']}",
+            f"{'' if k['all_paths'] else 'at least '}{k['bytes_per_thread']}",
+            f"{k['bytes_per_multiprocessor'] / 1024:.0f}",
+            f"{k['bytes_per_device'] / 2**20:.1f}" if k["bytes_per_device"] else "no GPU",
+        ]
+        for k in found["kernels"]
+    ]
+    source = f"From the machine code ({found['arch']}): resident warps x 32 x bytes under way per thread."
+    return f"{source}\n\n{markdown(header, lines)}"
+
+
+def page(report: Report, picture: str | None = None) -> str:
+    parts = [f"# Benchmark: {report['name']}", _machine(report)]
+    if stages := report.get("stages"):
+        lines = [[s["name"], s["status"], f"{s['seconds']:.0f} s", s["detail"]] for s in stages]
+        parts.append("## Stages\n\n" + markdown(["stage", "outcome", "took", "detail"], lines))
+    if text := aims(report):
+        parts.append(f"## Aims\n\n{text}")
+    parts.append(
+        "## Throughput\n\nEvery round runs the candidate beside the in-place stream `a.add_(b)` (fp32, 12 bytes per"
+        " element), a copy (8 bytes)\nand torch's fused AdamW on the same parameters. Ratios are medians over rounds"
+        " (min .. max); above 1 is faster. For stream\nand copy they compare bytes per second. AdamW fused and stream"
+        " also run as candidates: how far they are from 1.00 is noise."
+    )
+    if picture:
+        parts.append(f"![speed by workload]({picture})")
+    parts.append(tables(report))
+    if failed := [row for row in report["rows"] if "seconds" not in row]:
+        lines = [
+            [
+                f"{row['optimizer']} ({row['backend']}, {row['case']}, {HALF[row['dtype']]}, {row['device']})",
+                " ".join((row.get("error") or f"left out: {row['left_out']}").split()).replace("|", "/"),
+            ]
+            for row in failed
+        ]
+        parts.append("## Without a result\n\n" + markdown(["candidate", "why"], lines))
+    if "in_flight" in report:
+        parts.append("## Bytes in flight\n\n" + _in_flight(report["in_flight"]))
+    return "\n\n".join(parts) + "\n"
+
+
+_COLORS = {
+    "cpu": "#2563eb",
+    "cuda": "#2563eb",
+    "triton": "#7c3aed",
+    "reference": "#93c5fd",
+    "torch": "#9ca3af",
+}
+
+
+def picture(report: Report, path: Path) -> bool:
+    """One line of panels per fp32 workload of the GPU, or of the CPU where there is none. False without results."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [row for row in measured(report) if row["dtype"] == "float32"]
+    device = "cuda" if any(row["device"] == "cuda" for row in rows) else "cpu"
+    groups = list(workloads(row for row in rows if row["device"] == device).values())
+    if not groups:
+        return False
+    heights = [0.24 * len(group) + 1.2 for group in groups]
+    figure, grid = plt.subplots(
+        len(groups), 2, figsize=(13, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for (left, right), group in zip(grid, groups, strict=True):
+        # A stream over as few bytes as many small tensors hold says nothing about a step that is bound by calls.
+        if group[0]["elements"] < 1_000_000:
+            _bars(left, group, "seconds", "milliseconds per step", scale=1e3)
+        else:
+            _bars(left, group, "to_stream", "bytes/s relative to a.add_(b)")
+            left.axvline(1, color="black", linewidth=0.8)
+        _bars(right, group, "to_fused_adamw", "speed relative to AdamW fused", log=True)
+        right.set_yticklabels([])
+        left.set_title(f"{group[0]['shapes']}, fp32", loc="left", fontweight="bold")
+    gpu = report["machine"]["gpu"]
+    name = gpu["name"] if device == "cuda" else f"{report['machine']['cpu']}, {report['machine']['cores']} cores"
+    figure.suptitle(f"{name}, torch {report['versions']['torch']} (median over rounds, whiskers min to max)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _bars(axis: Any, rows: Sequence[Row], key: str, label: str, scale: float = 1.0, log: bool = False) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    # Ratios of a plain copy or stream to AdamW are no comparison of optimizers.
+    shown = [(y, row) for y, row in enumerate(rows) if not log or row["optimizer"] not in ("stream", "copy")]
+    base = 1.0 if log else 0.0
+    medians = [row[key]["median"] * scale for _, row in shown]
+    if log:
+        axis.set_xscale("log")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlim(min(*medians, 1.0) / 1.3, max(*medians, 1.0) * 1.6)
+    else:
+        axis.set_xlim(0, max(medians) * 1.3)  # one interrupted round must not squeeze the rest
+    for (y, row), middle in zip(shown, medians, strict=True):
+        axis.barh(y, middle - base, left=base, color=_COLORS[row["backend"]], height=0.7)
+        whisker = [row[key]["min"] * scale, row[key]["max"] * scale]
+        axis.plot(whisker, [y, y], color="black", linewidth=0.8, alpha=0.6)
+        axis.text(1.01, y, number(middle), transform=axis.get_yaxis_transform(), va="center", fontsize=8)
+    names = [row["optimizer"] + ("" if row["backend"] == "torch" else f" [{row['backend']}]") for row in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.set_xlabel(label)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,211 @@
+"""One command that builds, tests, sanitizes and benchmarks, and writes JSON, PNG and a page:
+
+    python -m bench.report --out DIR
+
+On a GPU it ends within nine minutes. Every stage is a process of its own with a time limit of its own, so a stage that
+hangs or crashes loses only itself, and this process touches neither torch nor CUDA. Without a GPU the stages that need
+one are left out, by name. The exit status is 1 when a stage failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from . import machine, present
+
+ROOT = machine.ROOT
+TOTAL_SECONDS = 530  # nine minutes, less the time to write the results
+
+
+@dataclass
+class Outcome:
+    name: str
+    status: str  # ok, failed, timed out, left out
+    seconds: float = 0.0
+    detail: str = ""
+
+
+class Stages:
+    """Runs stages one after another against one deadline, and keeps their outcomes and their output."""
+
+    def __init__(self, log: Path, skip: Sequence[str], deadline: float):
+        self.log, self.skip, self.deadline = log, skip, deadline
+        self.outcomes: list[Outcome] = []
+        log.write_text("")
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self._note(Outcome(name, "left out", detail=reason))
+
+    def run(self, name: str, command: Sequence[str], limit: float, **environment: str) -> str:
+        """The stage's output. Kills the stage with all its children when its time, or everybody's, is over."""
+        limit = min(limit, self.remaining)
+        if name in self.skip or limit < 5:
+            self.leave_out(name, "--skip" if name in self.skip else "no time left")
+            return ""
+        start = time.monotonic()
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = None
+            output.seek(0)
+            text = self._anonymous(output.read())
+        status = "timed out" if code is None else "ok" if code == 0 else "failed"
+        last = next((line for line in reversed(text.splitlines()) if line.strip("= ")), "")
+        detail = f"limit {limit:.0f} s" if code is None else f"exit status {code}: {last.strip('= ')}" if code else ""
+        with self.log.open("a") as log:
+            log.write(f"### {name}: {' '.join(command[1:])}\n{text}\n")
+        self._note(Outcome(name, status, time.monotonic() - start, detail.replace("|", "/")[:200]))
+        return text
+
+    @property
+    def remaining(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def _note(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        print(f"{outcome.name}: {outcome.status} {outcome.seconds:.0f} s {outcome.detail}".rstrip(), flush=True)
+
+    @staticmethod
+    def _anonymous(text: str) -> str:
+        return text.replace(str(ROOT), ".").replace(sys.prefix, "PREFIX")
+
+    @property
+    def failed(self) -> bool:
+        return any(outcome.status in ("failed", "timed out") for outcome in self.outcomes)
+
+
+def _json_line(text: str) -> Any:
+    """The last line of a stage's output that is JSON: warnings may come before it."""
+    for line in reversed(text.splitlines()):
+        if line.startswith("{"):
+            return json.loads(line)
+    return None
+
+
+def _needs_build(facts: dict[str, Any]) -> str | None:
+    """Why the module must be built, or None."""
+    info = facts["versions"]["signadam_ext"]
+    if isinstance(info, str):
+        return info
+    if facts["machine"]["gpu"] and not info["cuda"]:
+        return "the module has no CUDA code"
+    built = max((path.stat().st_mtime for path in (ROOT / "signadam_ext").glob("_C.*")), default=None)
+    if built and any(path.stat().st_mtime > built for path in (ROOT / "csrc").rglob("*")):
+        return "the module is older than its sources"
+    return None
+
+
+def run(stages: Stages, folder: Path, quick: bool) -> dict[str, Any]:
+    """All stages; returns the report without name and command."""
+    python = [sys.executable]
+    facts = _json_line(stages.run("facts", [*python, "-m", "bench.machine"], 60))
+    if facts is None:
+        raise SystemExit(f"the machine cannot be read, see {stages.log}")
+    gpu = facts["machine"]["gpu"]
+
+    if reason := _needs_build(facts):
+        print(f"building: {reason}", flush=True)
+        arch = {"SIGNADAM_CUDA_ARCHS": gpu["capability"].replace(".", "")} if gpu else {}
+        stages.run("build", [*python, "setup.py", "build_ext", "--inplace"], 100, **arch)
+        facts = _json_line(stages.run("facts after build", [*python, "-m", "bench.machine"], 60)) or facts
+    else:
+        stages.leave_out("build", "already built")
+
+    files = {device: folder / f"{device}.jsonl" for device in ("cuda", "cpu")}
+
+    def throughput(device: str, limit: float) -> None:
+        # The stage stops by itself a little before its limit, so that what it has left out has a name.
+        seconds = min(limit, stages.remaining) - 20
+        own = ["--device", device, "--rows", str(files[device]), "--seconds", f"{seconds:.0f}"]
+        command = [*python, "-m", "bench.throughput", *own, *(["--quick"] if quick else [])]
+        stages.run(f"throughput {device}", command, limit)
+
+    if gpu:
+        tests = [*python, "-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        stages.run("gpu tests", tests, 120)
+        throughput("cuda", 130)
+        if sanitizer := shutil.which("compute-sanitizer"):
+            watch = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99"]
+            # Without torch's caching every tensor is an allocation of its own, with borders the sanitizer sees.
+            watched = [*python, "-m", "bench.verify", "--backend", "cuda"]
+            stages.run("memcheck", [*watch, *watched], 70, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        else:
+            stages.leave_out("memcheck", "no compute-sanitizer on PATH")
+    else:
+        for name in ("gpu tests", "throughput cuda", "memcheck"):
+            stages.leave_out(name, "no GPU")
+    in_flight = _json_line(stages.run("in flight", [*python, "-m", "bench.inflight"], 30))
+    throughput("cpu", 70 if gpu else 240)
+
+    rows = []
+    for path in files.values():
+        if path.exists():
+            rows += [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    outcomes = [asdict(outcome) for outcome in stages.outcomes]
+    return {**facts, "stages": outcomes, "rows": rows, "in_flight": in_flight}
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """JSON first: a failing picture loses only itself."""
+    path = out / f"{report['name']}.json"
+    text = json.dumps(machine.rounded(report), indent=1)
+    # One row a line: a hundred rows stay readable, and so do their changes.
+    text = re.sub(r"\n {3,}", " ", text).replace("\n  }", " }")
+    path.write_text(text + "\n")
+    picture: str | None = f"{report['name']}.png"
+    try:
+        if not present.picture(report, out / f"{report['name']}.png"):
+            picture = None
+    except Exception as error:
+        print(f"no picture: {type(error).__name__}: {error}", flush=True)
+        picture = None
+    (out / f"{report['name']}.md").write_text(present.page(report, picture))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for NAME.json, .png, .md and .log")
+    parser.add_argument("--name", help="of the files; from the GPU or CPU when not given")
+    parser.add_argument("--skip", action="append", default=[], metavar="STAGE", help="leave a stage out; repeatable")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, not how fast")
+    options = parser.parse_args(given)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        stages = Stages(log, options.skip, time.monotonic() + TOTAL_SECONDS)
+        report = run(stages, Path(folder), options.quick)
+        report["command"] = machine.command("bench.report", given)
+        report["name"] = options.name or machine.slug(report["machine"])
+        write(report, options.out)
+        shutil.copy(log, options.out / f"{report['name']}.log")
+    print(present.aims(report) or "(the aims speak of two CPU cores)", flush=True)
+    print(f"written: {options.out / report['name']}.{{json,png,md,log}}", flush=True)
+    return int(stages.failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

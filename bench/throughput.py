@@ -1,0 +1,79 @@
+"""Times every candidate on every workload of one device: `python -m bench.throughput --rows rows.jsonl`.
+
+Each result is appended as one JSON line at once, so a killed run loses only what it had not measured.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .candidates import REFERENCES, plan
+from .harness import Trial, Workload, clock_for, synchronize
+from .verify import verify
+
+
+def measure(device: str, seconds: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """Yields rows; for a candidate without one, its names and why (`error` or `left_out`)."""
+    deadline = time.monotonic() + seconds
+    clock = clock_for(device)
+    per_trial = 0.05 if quick else 0.4 if device == "cuda" else 1.5
+    for case, dtype, candidates in plan(device, quick):
+        late = time.monotonic() > deadline
+        work = None if late else Workload(case, dtype, device)
+        for candidate in candidates:
+            names = {
+                "case": case.name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "device": device,
+                "optimizer": candidate.optimizer,
+                "backend": candidate.backend,
+            }
+            if work is None or time.monotonic() > deadline:
+                yield names | {"left_out": f"the time limit of {seconds:.0f} s"}
+                continue
+            try:
+                if candidate.backend not in ("torch", "reference"):
+                    verify(candidate, dtype, device)
+                trial = Trial(work, candidate, REFERENCES, clock)
+                row: dict[str, Any] = dict(trial.run(per_trial))
+                if device == "cuda" and case.name == "many_small":
+                    row["host_seconds"] = trial.host_cost()
+                yield row
+            except Exception as error:
+                yield names | {"error": f"{type(error).__name__}: {error}"}
+            trial = None
+            gc.collect()
+        synchronize(torch.device(device))
+        del work
+        gc.collect()
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    return f"{row['to_stream']['median']:.3f} x stream, {row['to_fused_adamw']['median']:.2f} x AdamW fused"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=200, help="start none after these")
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args(arguments)
+    failed = False
+    with options.rows.open("a") as file:
+        for row in measure(options.device, options.seconds, options.quick):
+            failed |= "error" in row
+            print(json.dumps(row), file=file, flush=True)
+            names = [row[key] for key in ("case", "dtype", "optimizer", "backend")]
+            print(*names, row.get("error") or row.get("left_out") or _outcome(row), sep=" | ", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,209 @@
+// The Python module signadam_ext._C. Addresses, numbers and a stream cross it; no tensor does.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "cpu/kernels.h"
+#include "host_table.h"
+#include "reader.h"
+
+#if defined(SIGNADAM_CUDA)
+#include "cuda/step.h"
+#endif
+
+#define SIGNADAM_STRING2(x) #x
+#define SIGNADAM_STRING(x) SIGNADAM_STRING2(x)
+
+namespace signadam {
+namespace {
+
+using ScalarRow = std::array<double, scalar_count>;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<Scalars> to_scalars(const std::vector<ScalarRow>& rows) {
+  std::vector<Scalars> scalars;
+  scalars.reserve(rows.size());
+  for (const ScalarRow& row : rows) scalars.push_back(Scalars::from_row(row.data()));
+  return scalars;
+}
+
+template <class T>
+py::bytes bytes_of(const std::vector<T>& x) {
+  return {reinterpret_cast<const char*>(x.data()), x.size() * sizeof(T)};
+}
+
+const char* compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#else
+  return "g++ " __VERSION__;
+#endif
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = SIGNADAM_STRING(SIGNADAM_VERSION);
+  info["commit"] = SIGNADAM_STRING(SIGNADAM_COMMIT);
+  info["compiler"] = compiler();
+  info["python"] = PY_VERSION;
+#if defined(SIGNADAM_CUDA)
+  info["cuda"] = SIGNADAM_STRING(SIGNADAM_NVCC);
+  info["cuda_architectures"] = SIGNADAM_STRING(SIGNADAM_CUDA_ARCHS);
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = "";
+#endif
+  return info;
+}
+
+// Step data for a kernel that takes doubles (Triton): scalars, gradient addresses, rows.
+void write_step(const HostTable& table, const std::vector<ScalarRow>& rows, uintptr_t address) {
+  auto* to = pointer<unsigned char>(address);
+  const auto put = [&to](const void* from, std::size_t size) { std::memcpy(to, from, size), to += size; };
+  put(rows.data(), rows.size() * sizeof(ScalarRow));
+  put(table.grads().data(), table.size() * sizeof(void*));
+  put(table.rows().data(), table.size() * sizeof(uint32_t));
+}
+
+#if defined(SIGNADAM_CUDA)
+std::size_t cuda_step_bytes(const HostTable& table, std::size_t rows) { return cuda::StepLayout::of(rows, table.size()).size; }
+
+void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const std::vector<ScalarRow>& rows, uintptr_t device_table,
+                 uintptr_t sums, uintptr_t arrivals, uintptr_t pinned, uintptr_t device_step, int device, uintptr_t stream) {
+  const auto scalars = to_scalars(rows);
+  const auto rule = static_cast<RuleIndex>(rule_index);
+  const auto layout = cuda::StepLayout::of(scalars.size(), table.size());
+  std::vector<unsigned char> own;
+  auto* step = pointer<unsigned char>(pinned);
+  if (step == nullptr) {
+    own.resize(layout.size);
+    step = own.data();
+  }
+  std::memcpy(step, scalars.data(), scalars.size() * sizeof(Scalars));
+  std::memcpy(step + layout.grads, table.grads().data(), table.size() * sizeof(void*));
+  std::memcpy(step + layout.rows, table.rows().data(), table.size() * sizeof(uint32_t));
+  const auto* entries = pointer<const TensorEntry>(device_table);
+  const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
+                       pointer<uint32_t>(arrivals)};
+  py::gil_scoped_release release;
+  if (statistics == Statistics::only) {
+    cuda::launch(rule, Statistics::only, view, table.chunks(), layout, step, pointer<void>(device_step), device, pointer<void>(stream));
+    statistics = Statistics::none;
+  }
+  cuda::launch(rule, statistics, view, table.chunks(), layout, step, pointer<void>(device_step), device, pointer<void>(stream));
+}
+#endif
+
+}  // namespace
+}  // namespace signadam
+
+PYBIND11_MODULE(_C, m) {
+  using namespace signadam;
+  m.doc() = "Compiled kernels of signadam_ext.";
+
+  m.def("build_info", &build_info);
+  m.def("cpu_capability", [] { return cpu::kernels().name; });
+  py::list scalars;
+#define SIGNADAM_APPEND(field) scalars.append(#field);
+  SIGNADAM_SCALARS(SIGNADAM_APPEND)
+#undef SIGNADAM_APPEND
+  m.attr("SCALARS") = py::tuple(scalars);
+  py::list rules;
+#define SIGNADAM_APPEND(Rule) rules.append(Rule::name);
+  SIGNADAM_RULES(SIGNADAM_APPEND)
+#undef SIGNADAM_APPEND
+  m.attr("RULES") = py::tuple(rules);
+  m.attr("CHUNK_SIZE") = chunk_size;
+
+  py::class_<Reader>(m, "Reader")
+      .def(py::init<const py::capsule&>())
+      .def("watch", &Reader::watch)
+      .def("unmoved", py::overload_cast<const py::list&, const py::dict&>(&Reader::unmoved, py::const_))
+      .def("read", &Reader::read)
+      .def("replace", &Reader::replace)
+      .def("present", &Reader::present)
+      .def("addresses", [](const Reader& reader) {
+        std::vector<uintptr_t> addresses;
+        for (void* grad : reader.grads()) addresses.push_back(reinterpret_cast<uintptr_t>(grad));
+        return addresses;
+      });
+
+  py::class_<HostTable>(m, "Table")
+      .def(py::init<bool>(), py::arg("rows_by_step"))
+      .def(
+          "add",
+          [](HostTable& table, uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t exp_avg_std, uintptr_t step,
+             int64_t numel, int param_format, int grad_format, uint32_t group, std::size_t slot) {
+            const auto format = static_cast<Format>(param_format);
+            table.add({pointer<void>(param), pointer<float>(exp_avg), pointer<float>(exp_avg_sq), pointer<double>(exp_avg_std), numel, 0,
+                       format, static_cast<Format>(grad_format), head_of(pointer<void>(param), format)},
+                      pointer<float>(step), group, slot);
+          },
+          py::kw_only(), py::arg("param"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("exp_avg_std"), py::arg("step"),
+          py::arg("numel"), py::arg("param_format"), py::arg("grad_format"), py::arg("group"), py::arg("slot"))
+      .def("finish", &HostTable::finish, py::arg("statistics"))
+      .def("begin", [](HostTable& table, const Reader& reader) { return table.begin(reader.grads()); })
+      .def("begin",
+           [](HostTable& table, const std::vector<uintptr_t>& addresses) {
+             std::vector<void*> grads;
+             for (const uintptr_t address : addresses) grads.push_back(pointer<void>(address));
+             return table.begin(grads);
+           })
+      .def("commit", &HostTable::commit)
+      .def("grads",
+           [](const HostTable& table) {
+             std::vector<bool> present;
+             for (const void* grad : table.grads()) present.push_back(grad != nullptr);
+             return present;
+           })
+      .def("rows", &HostTable::rows)
+      .def("__len__", &HostTable::size)
+      .def_property_readonly("chunks", &HostTable::chunks)
+      .def("chunk_bytes", [](const HostTable& table) { return bytes_of(table.tensor_of_chunk()); })
+      .def("device_bytes", [](const HostTable& table) { return bytes_of(table.tensors()) + bytes_of(table.tensor_of_chunk()); })
+      .def("write_step", &write_step, py::arg("scalars"), py::arg("address"))
+#if defined(SIGNADAM_CUDA)
+      .def("cuda_step_bytes", &cuda_step_bytes, py::arg("rows"))
+      .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::kw_only(),
+           py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("pinned"), py::arg("device_step"),
+           py::arg("device"), py::arg("stream"))
+#endif
+      .def(
+          "run_cpu",
+          [](HostTable& table, int rule, Statistics statistics, const std::vector<ScalarRow>& rows, int threads) {
+            const auto scalars = to_scalars(rows);
+            py::gil_scoped_release release;
+            table.run_cpu(static_cast<RuleIndex>(rule), statistics, scalars, threads);
+          },
+          py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::arg("threads"));
+
+  py::enum_<Statistics>(m, "Statistics")
+      .value("NONE", Statistics::none)
+      .value("GATHER", Statistics::gather)
+      .value("ONLY", Statistics::only);
+
+#if defined(SIGNADAM_CUDA)
+  m.def("cuda_inline_capacity", &cuda::inline_capacity);
+  m.def("cuda_runtime_version", &cuda::runtime_version);
+  m.def("cuda_unusable_reason", &cuda::unusable_reason, py::arg("device"));
+  m.def("cuda_kernel_info", [](int device) {
+    py::list infos;
+    for (const auto& k : cuda::kernel_info(device)) {
+      py::dict info;
+      info["name"] = k.name;
+      info["registers"] = k.registers;
+      info["shared_bytes"] = k.shared_bytes;
+      info["local_bytes"] = k.local_bytes;
+      info["threads_per_block"] = k.max_threads;
+      info["blocks_per_multiprocessor"] = k.blocks_per_multiprocessor;
+      infos.append(info);
+    }
+    return infos;
+  });
+#endif
+}

@@ -1,0 +1,131 @@
+// Included by one source file per instruction set, which defines SIGNADAM_ISA and is compiled with its flags. Only
+// code of this namespace may be instantiated here: an inline function of the standard library compiled for AVX-512
+// could be the copy that the linker keeps for everyone.
+#include "kernels.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace signadam::cpu::SIGNADAM_ISA {
+namespace {
+
+// Elements that 16-bit operands are widened by at a time: scratch that stays in the first-level cache.
+constexpr int block_size = 1024;
+
+void widen_block(Format format, const uint16_t* SIGNADAM_RESTRICT from, float* SIGNADAM_RESTRICT to, int count) {
+  int i = 0;
+  if (format == Format::bf16) {
+    for (; i < count; ++i) to[i] = widen_bf16(from[i]);
+    return;
+  }
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+#endif
+  for (; i < count; ++i) to[i] = widen_fp16(from[i]);
+}
+
+void narrow_block(Format format, const float* SIGNADAM_RESTRICT from, uint16_t* SIGNADAM_RESTRICT to, int count) {
+  int i = 0;
+  if (format == Format::bf16) {
+    for (; i < count; ++i) to[i] = narrow_bf16(from[i]);
+    return;
+  }
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; i < count; ++i) to[i] = narrow_fp16(from[i]);
+}
+
+template <class Rule>
+void update_block(const Scalars& scalars, float alpha, float* SIGNADAM_RESTRICT p, const float* SIGNADAM_RESTRICT g,
+                  float* SIGNADAM_RESTRICT m, float* SIGNADAM_RESTRICT v, int count) {
+  const Scalars s = scalars;  // a local copy cannot alias the tensors
+  for (int i = 0; i < count; ++i) {
+    float none = 0.0f;
+    if constexpr (Rule::moments == 0) apply<Rule>(s, alpha, p[i], g[i], none, none);
+    if constexpr (Rule::moments == 1) apply<Rule>(s, alpha, p[i], g[i], m[i], none);
+    if constexpr (Rule::moments == 2) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
+  }
+}
+
+const void* at(const void* base, Format format, int64_t index) {
+  return static_cast<const unsigned char*>(base) + index * size_of(format);
+}
+
+// fp32 is used where it lies; a 16-bit operand goes through scratch.
+const float* widened(const void* base, Format format, int64_t index, float* scratch, int count) {
+  const void* from = at(base, format, index);
+  if (format == Format::fp32) return static_cast<const float*>(from);
+  widen_block(format, static_cast<const uint16_t*>(from), scratch, count);
+  return scratch;
+}
+
+template <class Rule>
+void update_chunk(const Slice& slice, const Scalars& s, float alpha) {
+  const TensorEntry& tensor = slice.tensor;
+  const bool fp32 = tensor.param_format == Format::fp32 && tensor.grad_format == Format::fp32;
+  const int step = fp32 ? slice.count : block_size;
+  alignas(64) float scratch_p[block_size], scratch_g[block_size];
+  for (int done = 0; done < slice.count; done += step) {
+    const int64_t index = slice.begin + done;
+    const int count = slice.count - done < step ? slice.count - done : step;
+    const float* g = widened(slice.grad, tensor.grad_format, index, scratch_g, count);
+    float* p = const_cast<float*>(widened(tensor.param, tensor.param_format, index, scratch_p, count));
+    float* m = Rule::moments > 0 ? tensor.exp_avg + index : nullptr;
+    float* v = Rule::moments > 1 ? tensor.exp_avg_sq + index : nullptr;
+    update_block<Rule>(s, alpha, p, g, m, v, count);
+    if (tensor.param_format != Format::fp32)
+      narrow_block(tensor.param_format, p, static_cast<uint16_t*>(tensor.param) + index, count);
+  }
+}
+
+// x[:h] + x[h:] for h = 1024, 512, ..., 1.
+double halve(double* SIGNADAM_RESTRICT lanes) {
+  for (int h = lane_count / 2; h >= 1; h /= 2) {
+    const double* SIGNADAM_RESTRICT upper = lanes + h;
+    for (int i = 0; i < h; ++i) lanes[i] += upper[i];
+  }
+  return lanes[0];
+}
+
+Sums sum_chunk(const Slice& slice, const Scalars& scalars) {
+  const Scalars s = scalars;
+  const TensorEntry& tensor = slice.tensor;
+  alignas(64) double first[lane_count], second[lane_count];
+  for (int i = 0; i < lane_count; ++i) first[i] = second[i] = 0.0;
+  alignas(64) float scratch_p[block_size], scratch_g[block_size];
+  static_assert(lane_count % block_size == 0);
+  for (int done = 0; done < slice.count; done += block_size) {
+    const int64_t index = slice.begin + done;
+    const int count = slice.count - done < block_size ? slice.count - done : block_size;
+    const float* SIGNADAM_RESTRICT g = widened(slice.grad, tensor.grad_format, index, scratch_g, count);
+    const float* SIGNADAM_RESTRICT p = s.coupled ? widened(tensor.param, tensor.param_format, index, scratch_p, count) : g;
+    double* SIGNADAM_RESTRICT to_first = first + done % lane_count;
+    double* SIGNADAM_RESTRICT to_second = second + done % lane_count;
+    for (int i = 0; i < count; ++i) {
+      const double x = effective_gradient(s, p[i], g[i]);
+      to_first[i] += x;
+      to_second[i] += x * x;
+    }
+  }
+  return {halve(first), halve(second)};
+}
+
+}  // namespace
+}  // namespace signadam::cpu::SIGNADAM_ISA
+
+namespace signadam::cpu {
+
+const Kernels SIGNADAM_ISA_TABLE = {SIGNADAM_ISA_NAME,
+                                    {
+#define SIGNADAM_ENTRY(Rule) SIGNADAM_ISA::update_chunk<Rule>,
+                                        SIGNADAM_RULES(SIGNADAM_ENTRY)
+#undef SIGNADAM_ENTRY
+                                    },
+                                    SIGNADAM_ISA::sum_chunk};
+
+}  // namespace signadam::cpu

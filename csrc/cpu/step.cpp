@@ -1,0 +1,112 @@
+#include "step.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "pool.h"
+
+namespace signadam::cpu {
+namespace {
+
+const Kernels& choose() {
+  std::vector<const Kernels*> usable{&portable_kernels};
+  std::vector<const char*> unusable;
+#if defined(__x86_64__)
+  const auto offer = [&](const Kernels& kernels, bool runs) {
+    if (runs)
+      usable.push_back(&kernels);
+    else
+      unusable.push_back(kernels.name);
+  };
+  offer(avx2_kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"));
+  offer(avx512_kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("f16c"));
+#endif
+  const char* wanted = std::getenv("SIGNADAM_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return *usable.back();
+  std::string names;
+  for (const Kernels* kernels : usable) {
+    if (std::string(wanted) == kernels->name) return *kernels;
+    names += std::string(names.empty() ? "" : ", ") + kernels->name;
+  }
+  throw std::runtime_error("SIGNADAM_CPU_CAPABILITY=" + std::string(wanted) + ": this processor runs " + names);
+}
+
+// Elements worth waking a thread for, and few enough that the last unit does not keep the others waiting.
+constexpr int64_t unit_size = 65536;
+
+void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s) {
+  Sums* const sums = table.sums + tensor.first_chunk;
+  for (int64_t count = chunks_of(tensor.numel); count > 1; count = chunks_of(count)) {
+    for (int64_t k = 0; k < chunks_of(count); ++k) {
+      const int64_t left = count - k * chunk_size;
+      std::vector<Sums> lanes(lane_count);
+      for (int64_t lane = 0; lane < lane_count; ++lane)
+        lanes[lane] = lane_of_sums(sums + k * chunk_size, left < chunk_size ? left : chunk_size, lane);
+      for (int64_t h = lane_count / 2; h >= 1; h /= 2)
+        for (int64_t i = 0; i < h; ++i) add(lanes[i], lanes[i + h]);
+      sums[k] = lanes[0];
+    }
+  }
+  *tensor.exp_avg_std = next_deviation(*tensor.exp_avg_std, sums[0], tensor.numel, s);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+std::vector<uint32_t> make_units(const TableView& table, uint32_t tensors, uint32_t chunks) {
+  std::vector<uint32_t> units{0};
+  int64_t elements = 0;
+  for (uint32_t i = 0; i < tensors; ++i) {
+    const TensorEntry& tensor = table.tensors[i];
+    for (int64_t begin = 0; begin < tensor.numel; begin += chunk_size) {
+      const int64_t left = tensor.numel - begin;
+      elements += left < chunk_size ? left : chunk_size;
+      if (elements >= unit_size) {
+        units.push_back(tensor.first_chunk + static_cast<uint32_t>(begin / chunk_size) + 1);
+        elements = 0;
+      }
+    }
+  }
+  if (units.back() != chunks) units.push_back(chunks);
+  return units;
+}
+
+void run(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t tensors, const Step& step,
+         const std::vector<uint32_t>& units, int threads) {
+  const Kernels& isa = kernels();
+  const auto for_chunks = [&](auto&& body) {
+    parallel_for(static_cast<int64_t>(units.size()) - 1, threads, [&](int64_t unit) {
+      for (uint32_t chunk = units[unit]; chunk < units[unit + 1]; ++chunk) {
+        const Slice slice = slice_of(table, step, chunk);
+        if (slice.grad != nullptr) body(chunk, slice, step.scalars[step.rows[table.tensor_of_chunk[chunk]]]);
+      }
+    });
+  };
+  const auto finish = [&] {
+    parallel_for(1, 1, [&](int64_t) {
+      for (uint32_t i = 0; i < tensors; ++i)
+        if (step.grads[i] != nullptr && table.tensors[i].numel > 0)
+          finish_statistics(table, table.tensors[i], step.scalars[step.rows[i]]);
+    });
+  };
+
+  if (statistics == Statistics::only) {
+    for_chunks([&](uint32_t chunk, const Slice& slice, const Scalars& s) { table.sums[chunk] = isa.sum(slice, s); });
+    finish();
+  }
+  for_chunks([&](uint32_t chunk, const Slice& slice, const Scalars& s) {
+    // The sums come first: they need the old parameter, and leave the chunk in the cache for the update.
+    if (statistics == Statistics::gather) table.sums[chunk] = isa.sum(slice, s);
+    isa.update[rule](slice, s, threshold(slice.tensor, s));
+  });
+  if (statistics == Statistics::gather) finish();
+}
+
+}  // namespace signadam::cpu

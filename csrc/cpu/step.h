@@ -1,0 +1,18 @@
+// One optimizer step on the CPU: every chunk of every tensor, on several threads.
+#pragma once
+
+#include <vector>
+
+#include "../block.h"
+#include "kernels.h"
+
+namespace signadam::cpu {
+
+// Runs of chunks [unit[i], unit[i + 1]) worth handing to a thread: small tensors share one.
+std::vector<uint32_t> make_units(const TableView& table, uint32_t tensors, uint32_t chunks);
+
+// `statistics` as for the device; `only` is followed by the update in the same call.
+void run(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t tensors, const Step& step,
+         const std::vector<uint32_t>& units, int threads);
+
+}  // namespace signadam::cpu

@@ -1,0 +1,182 @@
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+
+#include "step.h"
+
+namespace signadam::cuda {
+namespace {
+
+// All kernel parameters together: 32764 bytes from CUDA 12.1 on, 4096 before.
+#if CUDART_VERSION >= 12010
+constexpr std::size_t parameter_bytes = 32764;
+#else
+constexpr std::size_t parameter_bytes = 4096;
+#endif
+
+struct LaunchHeader {
+  TableView table;
+  const unsigned char* step;  // device memory, or null: then the bytes below
+  uint32_t grads, rows;       // offsets of StepLayout
+};
+
+constexpr std::size_t inline_bytes = (parameter_bytes - sizeof(LaunchHeader)) / 16 * 16;
+
+struct LaunchArguments {
+  LaunchHeader header;
+  alignas(16) unsigned char step[inline_bytes];
+};
+static_assert(sizeof(LaunchArguments) <= parameter_bytes);
+
+struct DeviceBlock {
+  Sums* shared;
+
+  __device__ Sums* lanes() const { return shared; }
+
+  template <class Phase>
+  __device__ void each(Phase phase) {
+    phase(static_cast<int>(threadIdx.x));
+    __syncthreads();
+  }
+
+  // True in all threads of the block that is the last of `expected` to come here; resets the counter.
+  __device__ bool arrives_last(uint32_t* counter, uint32_t expected) {
+    __shared__ bool last;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicAdd(counter, 1u) == expected - 1;
+      if (last) *counter = 0;
+      __threadfence();
+    }
+    __syncthreads();
+    return last;
+  }
+};
+
+template <class Rule, Statistics statistics>
+__global__ void __launch_bounds__(threads_per_block, 2) kernel(const __grid_constant__ LaunchArguments arguments) {
+  const LaunchHeader& header = arguments.header;
+  const unsigned char* bytes = header.step == nullptr ? arguments.step : header.step;
+  const Step step{reinterpret_cast<const void* const*>(bytes + header.grads),
+                  reinterpret_cast<const uint32_t*>(bytes + header.rows), reinterpret_cast<const Scalars*>(bytes)};
+  DeviceBlock block{nullptr};
+  if constexpr (statistics != Statistics::none) {
+    __shared__ Sums lanes[lane_count];
+    block.shared = lanes;
+  }
+  run_block<Rule, statistics>(block, header.table, step, blockIdx.x);
+}
+
+using Kernel = void (*)(LaunchArguments);
+
+// Only a gated rule gathers statistics; the first launch of the exact form is the same for all of them.
+Kernel kernel_of(RuleIndex rule, Statistics statistics) {
+  if (statistics == Statistics::only) return kernel<SignAdamPP, Statistics::only>;
+  if (statistics == Statistics::gather) return rule == rule_SignAdamPP ? kernel<SignAdamPP, Statistics::gather> : nullptr;
+  switch (rule) {
+#define SIGNADAM_CASE(Rule) \
+  case rule_##Rule:         \
+    return kernel<Rule, Statistics::none>;
+    SIGNADAM_RULES(SIGNADAM_CASE)
+#undef SIGNADAM_CASE
+    default:
+      return nullptr;
+  }
+}
+
+void check(cudaError_t status, const char* doing) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA failed ") + doing + ": " + cudaGetErrorString(status));
+}
+
+// The static runtime has a current device of its own per thread; it is put back, as torch's own must not move.
+struct DeviceGuard {
+  int before = 0;
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&before), "to read the current device");
+    if (before != device) check(cudaSetDevice(device), "to select the device");
+  }
+  ~DeviceGuard() { cudaSetDevice(before); }
+};
+
+}  // namespace
+
+StepLayout StepLayout::of(std::size_t scalar_rows, std::size_t tensors) {
+  StepLayout layout{};
+  layout.grads = scalar_rows * sizeof(Scalars);
+  layout.rows = layout.grads + tensors * sizeof(void*);
+  layout.size = layout.rows + tensors * sizeof(uint32_t);
+  return layout;
+}
+static_assert(sizeof(Scalars) % alignof(void*) == 0);
+
+std::size_t inline_capacity() { return inline_bytes; }
+
+void launch(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t chunks, const StepLayout& layout,
+            const void* host_step, void* device_step, int device, void* stream) {
+  const Kernel function = kernel_of(rule, statistics);
+  if (function == nullptr) throw std::runtime_error("no CUDA kernel for this rule with statistics");
+  DeviceGuard guard(device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  LaunchArguments arguments;
+  arguments.header = {table, nullptr, static_cast<uint32_t>(layout.grads), static_cast<uint32_t>(layout.rows)};
+  if (layout.size <= inline_bytes) {
+    std::memcpy(arguments.step, host_step, layout.size);
+  } else {
+    check(cudaMemcpyAsync(device_step, host_step, layout.size, cudaMemcpyHostToDevice, on), "to copy the step data");
+    arguments.header.step = static_cast<const unsigned char*>(device_step);
+  }
+  function<<<chunks, threads_per_block, 0, on>>>(arguments);
+  check(cudaGetLastError(), "to launch the update");
+}
+
+std::string unusable_reason(int device) {
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver is loaded";
+  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  // Within a major version an older driver serves a newer runtime.
+  if (driver / 1000 < CUDART_VERSION / 1000)
+    return "the driver supports CUDA " + version(driver) + ", the module was built with CUDA " + version(CUDART_VERSION);
+  int count = 0;
+  if (const auto status = cudaGetDeviceCount(&count); status != cudaSuccess) {
+    cudaGetLastError();
+    return cudaGetErrorString(status);
+  }
+  if (device >= count) return "there is no device " + std::to_string(device);
+  try {
+    DeviceGuard guard(device);
+    cudaFuncAttributes attributes{};
+    const auto status = cudaFuncGetAttributes(&attributes, kernel_of(rule_SignSGD, Statistics::none));
+    if (status == cudaSuccess) return "";
+    cudaGetLastError();
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return "the module has no code for sm_" + std::to_string(10 * major + minor) + " (" + cudaGetErrorString(status) + ")";
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+}
+
+int runtime_version() { return CUDART_VERSION; }
+
+std::vector<KernelInfo> kernel_info(int device) {
+  DeviceGuard guard(device);
+  std::vector<KernelInfo> infos;
+  const auto add = [&infos](std::string name, Kernel function) {
+    cudaFuncAttributes a{};
+    check(cudaFuncGetAttributes(&a, function), "to read kernel attributes");
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads_per_block, 0), "to read occupancy");
+    infos.push_back({std::move(name), a.numRegs, static_cast<int>(a.sharedSizeBytes),
+                     static_cast<int>(a.localSizeBytes), threads_per_block, blocks});
+  };
+#define SIGNADAM_ADD(Rule) add(Rule::name, kernel_of(rule_##Rule, Statistics::none));
+  SIGNADAM_RULES(SIGNADAM_ADD)
+#undef SIGNADAM_ADD
+  add("sign_adam_pp+gather", kernel_of(rule_SignAdamPP, Statistics::gather));
+  add("statistics", kernel_of(rule_SignAdamPP, Statistics::only));
+  return infos;
+}
+
+}  // namespace signadam::cuda

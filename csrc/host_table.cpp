@@ -1,0 +1,60 @@
+#include "host_table.h"
+
+#include <limits>
+#include <map>
+#include <stdexcept>
+
+#include "cpu/step.h"
+
+namespace signadam {
+
+void HostTable::add(const TensorEntry& entry, float* step, uint32_t group, std::size_t slot) {
+  const int64_t chunks = chunks_of(entry.numel);
+  const auto first = static_cast<int64_t>(tensor_of_chunk_.size());
+  if (first + chunks > std::numeric_limits<int32_t>::max())
+    throw std::length_error("more than 2^31 chunks of 16384 elements in one launch");
+  tensors_.push_back(entry);
+  tensors_.back().first_chunk = static_cast<uint32_t>(first);
+  tensor_of_chunk_.insert(tensor_of_chunk_.end(), static_cast<std::size_t>(chunks), static_cast<uint32_t>(tensors_.size() - 1));
+  steps_.push_back(step);
+  groups_.push_back(group);
+  slots_.push_back(slot);
+}
+
+void HostTable::finish(bool statistics) {
+  grads_.assign(tensors_.size(), nullptr);
+  rows_.assign(tensors_.size(), 0);
+  if (statistics) sums_.resize(tensor_of_chunk_.size());
+  units_ = cpu::make_units(view(), static_cast<uint32_t>(tensors_.size()), chunks());
+}
+
+std::vector<std::pair<uint32_t, int64_t>> HostTable::begin(const std::vector<void*>& grads) {
+  using Row = std::pair<uint32_t, int64_t>;
+  std::vector<Row> rows;
+  std::map<Row, uint32_t> row_of;
+  uint32_t latest = 0;  // neighbours mostly share a row
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    grads_[i] = grads.at(slots_[i]);
+    if (grads_[i] == nullptr) continue;
+    const Row row{groups_[i], rows_by_step_ ? static_cast<int64_t>(*steps_[i]) + 1 : 0};
+    if (rows.empty() || rows[latest] != row) {
+      const auto [found, added] = row_of.try_emplace(row, static_cast<uint32_t>(rows.size()));
+      if (added) rows.push_back(row);
+      latest = found->second;
+    }
+    rows_[i] = latest;
+  }
+  return rows;
+}
+
+void HostTable::commit() {
+  for (std::size_t i = 0; i < tensors_.size(); ++i)
+    if (grads_[i] != nullptr && steps_[i] != nullptr) *steps_[i] += 1.0f;
+}
+
+void HostTable::run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads) {
+  cpu::run(rule, statistics, view(), static_cast<uint32_t>(tensors_.size()), {grads_.data(), rows_.data(), scalars.data()}, units_,
+           threads);
+}
+
+}  // namespace signadam

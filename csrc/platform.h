@@ -1,0 +1,39 @@
+// What differs between a host compiler and nvcc, in one place.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define SIGNADAM_HD __host__ __device__ __forceinline__
+#define SIGNADAM_UNROLL _Pragma("unroll")
+#else
+#define SIGNADAM_HD inline __attribute__((always_inline))
+#define SIGNADAM_UNROLL
+#endif
+
+#define SIGNADAM_RESTRICT __restrict__
+
+namespace signadam {
+
+SIGNADAM_HD uint32_t bits_of(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
+SIGNADAM_HD float float_of(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+}  // namespace signadam

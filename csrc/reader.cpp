@@ -1,0 +1,178 @@
+#include "reader.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace signadam {
+namespace {
+
+bool equal(dlpack::Device a, dlpack::Device b) { return a.type == b.type && a.id == b.id; }
+bool equal(dlpack::DataType a, dlpack::DataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
+
+bool same_shape(const dlpack::Tensor& tensor, const std::vector<int64_t>& shape) {
+  return static_cast<std::size_t>(tensor.ndim) == shape.size() && std::equal(shape.begin(), shape.end(), tensor.shape);
+}
+
+// Strides of dimensions of one element, or of an empty tensor, mean nothing.
+bool same_strides(const dlpack::Tensor& tensor, const std::vector<int64_t>& strides) {
+  for (int32_t d = 0; d < tensor.ndim; ++d)
+    if (tensor.shape[d] == 0) return true;
+  for (int32_t d = 0; d < tensor.ndim; ++d)
+    if (tensor.shape[d] != 1 && tensor.strides[d] != strides[d]) return false;
+  return true;
+}
+
+// Stands for the address of a tensor without elements: present, and never read.
+char empty_storage;
+void* const empty_tensor = &empty_storage;
+
+// Interned once; compared and looked up by identity.
+PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+
+}  // namespace
+
+Reader::Reader(const py::capsule& api) : api_(static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), api.name()))) {
+  if (api_ == nullptr) throw py::error_already_set();
+  if (api_->header.major != dlpack::major_version)
+    throw std::runtime_error("torch speaks another major version of DLPack's exchange interface");
+}
+
+bool Reader::view(PyObject* object, dlpack::Tensor& out) const {
+  if (api_->tensor_from_py_object_no_sync(object, &out) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+Watched Reader::make_watched(const py::object& tensor, bool layout) const {
+  dlpack::Tensor view{};
+  if (api_->tensor_from_py_object_no_sync(tensor.ptr(), &view) != 0) throw py::error_already_set();
+  Watched watched{tensor, view.address(), view.device, view.dtype, {}, {}};
+  if (layout) {
+    watched.shape.assign(view.shape, view.shape + view.ndim);
+    watched.strides.assign(view.strides, view.strides + view.ndim);
+  }
+  return watched;
+}
+
+void Reader::watch(const py::object& param, const py::tuple& strides, const py::object& grad_dtype, const py::object& state) {
+  // Kept for the life of the process: a static py::object would be released after the interpreter is gone.
+  static const py::handle tensor_type = py::object(py::module_::import("torch").attr("Tensor")).release();
+  const bool known = !grad_dtype.is_none();
+  // A parameter that has never had a gradient is no kernel's business: it may be of any kind and may move.
+  Watched tensor = known ? make_watched(param, true) : Watched{param, nullptr, {}, {}, {}, {}};
+  Parameter parameter{std::move(tensor), {}, known, {}, state, {}};
+  for (const auto& stride : strides) parameter.grad_strides.push_back(stride.cast<int64_t>());
+  if (parameter.known) {
+    const auto dtype = grad_dtype.cast<std::pair<int, int>>();
+    parameter.grad_dtype = {static_cast<uint8_t>(dtype.first), static_cast<uint8_t>(dtype.second), 1};
+  }
+  if (!state.is_none())
+    for (const auto& [key, value] : state.cast<py::dict>()) {
+      StateItem item{py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value), {}};
+      if (py::isinstance(value, tensor_type)) item.tensors.push_back(make_watched(item.value, false));
+      parameter.items.push_back(std::move(item));
+    }
+  parameters_.push_back(std::move(parameter));
+  grads_.push_back(nullptr);
+}
+
+bool Reader::unmoved(const Watched& watched) const {
+  dlpack::Tensor now{};
+  if (!view(watched.object.ptr(), now)) return false;
+  return now.address() == watched.address && equal(now.device, watched.device) && equal(now.dtype, watched.dtype);
+}
+
+bool Reader::unmoved(const Parameter& parameter) const {
+  if (!parameter.known) return true;
+  const Watched& watched = parameter.tensor;
+  dlpack::Tensor now{};
+  if (!view(watched.object.ptr(), now)) return false;
+  if (now.address() != watched.address || !equal(now.device, watched.device) || !equal(now.dtype, watched.dtype) ||
+      !same_shape(now, watched.shape) || !same_strides(now, watched.strides))
+    return false;
+  if (parameter.state.is_none()) return true;
+  if (static_cast<std::size_t>(PyDict_GET_SIZE(parameter.state.ptr())) != parameter.items.size()) return false;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  for (const StateItem& item : parameter.items) {
+    if (!PyDict_Next(parameter.state.ptr(), &position, &key, &value)) return false;
+    if (key != item.key.ptr() || value != item.value.ptr()) return false;
+    for (const Watched& tensor : item.tensors)
+      if (!unmoved(tensor)) return false;
+  }
+  return true;
+}
+
+bool Reader::unmoved(const py::list& param_groups, const py::dict& state) const {
+  static PyObject* const params_name = name("params");
+  std::size_t index = 0;
+  for (const auto& group : param_groups) {
+    PyObject* const params = PyDict_GetItemWithError(group.ptr(), params_name);
+    if (params == nullptr || !PyList_CheckExact(params)) return false;
+    const Py_ssize_t size = PyList_GET_SIZE(params);
+    if (index + static_cast<std::size_t>(size) > parameters_.size()) return false;
+    for (Py_ssize_t i = 0; i < size; ++i)
+      if (PyList_GET_ITEM(params, i) != parameters_[index++].tensor.object.ptr()) return false;
+  }
+  if (index != parameters_.size()) return false;
+
+  // Each watched state dict is still the one the optimizer holds. Iterating costs no hash of a tensor.
+  std::size_t held = 0;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  std::size_t cursor = 0;
+  const std::size_t count = parameters_.size();
+  while (PyDict_Next(state.ptr(), &position, &key, &value)) {
+    // State is normally made in the order of parameters, so the search finds its place at once.
+    for (std::size_t tried = 0; tried < count; ++tried, cursor = (cursor + 1) % count)
+      if (parameters_[cursor].tensor.object.ptr() == key) {
+        if (parameters_[cursor].state.is_none() ? PyDict_Size(value) != 0 : parameters_[cursor].state.ptr() != value) return false;
+        if (!parameters_[cursor].state.is_none()) ++held;
+        cursor = (cursor + 1) % count;
+        break;
+      }
+  }
+  for (const Parameter& parameter : parameters_) {
+    if (!parameter.state.is_none()) {
+      if (held == 0) return false;
+      --held;
+    }
+    if (!unmoved(parameter)) return false;
+  }
+  return held == 0;
+}
+
+bool Reader::usable(PyObject* grad, const Parameter& parameter, void*& address) const {
+  dlpack::Tensor now{};
+  if (!view(grad, now)) return false;
+  address = now.address();
+  bool empty = false;
+  for (int32_t d = 0; d < now.ndim; ++d) empty = empty || now.shape[d] == 0;
+  return (now.data != nullptr || empty) && equal(now.device, parameter.tensor.device) && equal(now.dtype, parameter.grad_dtype) &&
+         same_shape(now, parameter.tensor.shape) && same_strides(now, parameter.grad_strides);
+}
+
+py::object Reader::read() {
+  static PyObject* const grad_name = name("grad");
+  py::list odd;
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    const Parameter& parameter = parameters_[i];
+    grads_[i] = nullptr;
+    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.object.ptr(), grad_name));
+    if (!grad) throw py::error_already_set();
+    if (grad.is_none()) continue;
+    if (!parameter.known) return py::none();
+    void* address = nullptr;
+    if (usable(grad.ptr(), parameter, address))
+      grads_[i] = address != nullptr ? address : empty_tensor;
+    else
+      odd.append(i);
+  }
+  return std::move(odd);
+}
+
+std::size_t Reader::present() const {
+  return static_cast<std::size_t>(std::count_if(grads_.begin(), grads_.end(), [](void* g) { return g != nullptr; }));
+}
+
+}  // namespace signadam

@@ -1,0 +1,74 @@
+// The tensors of one launch as one table: what stays (addresses, sizes, formats, chunks) and what each step brings
+// (gradient addresses, scalars). Plain data, the same on host and device.
+#pragma once
+
+#include "dtypes.h"
+#include "scalars.h"
+
+namespace signadam {
+
+// A chunk is the unit of work of a block and of the confidence statistics: 8 rows of 2048 lanes (ALGORITHMS, adaptive
+// confidence). Its size in bytes is a multiple of 16 for every format, so all chunks of a tensor are aligned alike.
+constexpr int64_t lane_count = 2048;
+constexpr int64_t row_count = 8;
+constexpr int64_t chunk_size = lane_count * row_count;
+
+SIGNADAM_HD constexpr int64_t chunks_of(int64_t count) { return (count + chunk_size - 1) / chunk_size; }
+
+// S1 and S2 of a chunk.
+struct Sums {
+  double first, second;
+};
+
+struct TensorEntry {
+  void* param;
+  float* exp_avg;
+  float* exp_avg_sq;
+  double* exp_avg_std;  // of adaptive confidence, otherwise null
+  int64_t numel;
+  uint32_t first_chunk;
+  Format param_format;
+  Format grad_format;
+  uint8_t head;  // elements before the first 16-byte boundary
+};
+
+// What a step adds. `grads[i] == nullptr`: tensor i takes no part. `rows[i]` numbers its scalars.
+struct Step {
+  const void* const* grads;
+  const uint32_t* rows;
+  const Scalars* scalars;
+};
+
+// Everything a chunk's work needs, on whichever side it runs.
+struct TableView {
+  const TensorEntry* tensors;
+  const uint32_t* tensor_of_chunk;
+  Sums* sums;          // one per chunk; null without statistics
+  uint32_t* arrivals;  // one per tensor, zero between launches; the device counts finished chunks with it
+};
+
+// The part of a tensor that one chunk covers.
+struct Slice {
+  TensorEntry tensor;
+  const void* grad;
+  int64_t begin;
+  int count;
+};
+
+SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t chunk) {
+  const uint32_t index = table.tensor_of_chunk[chunk];
+  Slice slice;
+  slice.tensor = table.tensors[index];
+  slice.grad = step.grads[index];
+  slice.begin = static_cast<int64_t>(chunk - slice.tensor.first_chunk) * chunk_size;
+  const int64_t left = slice.tensor.numel - slice.begin;
+  slice.count = static_cast<int>(left < chunk_size ? left : chunk_size);
+  return slice;
+}
+
+// The gate of this step [SA, Sec. 6.3]: fixed, or alpha times the running deviation in double, rounded once.
+SIGNADAM_HD float threshold(const TensorEntry& tensor, const Scalars& s) {
+  return tensor.exp_avg_std == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * *tensor.exp_avg_std);
+}
+
+}  // namespace signadam

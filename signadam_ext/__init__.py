@@ -1,0 +1,11 @@
+"""Sign-based optimizers for PyTorch, fused: one memory pass and one launch per step.
+
+The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`, :class:`SignAdamPP`; as functions over lists of
+tensors they are in :mod:`signadam_ext.functional`. ``python -m signadam_ext`` tells what was built and what is usable.
+"""
+
+from . import functional
+from ._version import __version__
+from .optimizers import SignAdam, SignAdamPP, SignSGD, Signum
+
+__all__ = ["SignAdam", "SignAdamPP", "SignSGD", "Signum", "__version__", "functional"]

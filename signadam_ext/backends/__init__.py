@@ -1,0 +1,102 @@
+"""Backends: what takes a bucket of tensors and scalars, and updates them.
+
+Each is a module with one class; :func:`choose` finds the one for a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+if TYPE_CHECKING:
+    from ..plan import Bucket
+
+Row = tuple[float, ...]
+#: Updates a bucket whose table has begun a step, given one row of scalars per row of the table.
+Launch = Callable[[Sequence[Row]], None]
+
+
+class Backend(Protocol):
+    """One way to update tensors."""
+
+    name: str
+
+    def unusable(self, device: torch.device | None) -> str | None:
+        """Why tensors on ``device`` (None: any) cannot be served here, or None when they can."""
+
+    def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
+        """Whatever can be done before the first step; ``grad`` gives a slot's gradient to those who need the tensor."""
+
+
+@functools.cache
+def get(name: str) -> Backend:
+    """The backend of that name, imported when it is first asked for."""
+    if name == "reference":
+        from .reference import ReferenceBackend
+
+        return ReferenceBackend()
+    if name == "cpu":
+        from .cpu import CpuBackend
+
+        return CpuBackend()
+    if name == "cuda":
+        from .cuda import CudaBackend
+
+        return CudaBackend()
+    from .triton import TritonBackend
+
+    return TritonBackend()
+
+
+NAMES = ("reference", "cpu", "cuda", "triton")
+#: What ``backend="auto"`` tries, by device type; everything else is left to the reference.
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+
+def check_name(name: object) -> str:
+    """``name``, if it is "auto" or a backend that this installation has at all.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: a backend that cannot serve any tensor here, with the reason.
+    """
+    checked = checks.one_of("backend", name, ("auto", *NAMES))
+    if checked != "auto" and (reason := get(checked).unusable(None)) is not None:
+        raise RuntimeError(f"backend={checked!r} cannot be used here: {reason}")
+    return checked
+
+
+def choose(name: str, device: torch.device, label: str) -> Backend:
+    """The backend for a tensor.
+
+    Raises:
+        RuntimeError: the named backend cannot serve the device.
+    """
+    if name != "auto":
+        backend = get(name)
+        if (reason := backend.unusable(device)) is not None:
+            raise RuntimeError(f"backend={name!r} cannot serve {label} on {device}: {reason}; use backend='auto'")
+        return backend
+    return _automatic(device)
+
+
+@functools.cache
+def _automatic(device: torch.device) -> Backend:
+    reasons = []
+    for name in PREFERENCE.get(device.type, ()):
+        backend = get(name)
+        if (reason := backend.unusable(device)) is None:
+            if reasons:
+                warnings.warn(f"signadam_ext uses {name} on {device}: {'; '.join(reasons)}", stacklevel=2)
+            return backend
+        reasons.append(f"{name} cannot, because {reason}")
+    if reasons:
+        warnings.warn(f"signadam_ext uses the slow reference on {device}: {'; '.join(reasons)}", stacklevel=2)
+    return get("reference")

@@ -1,0 +1,158 @@
+"""Checks of everything a user hands in. Each error names the argument, its value, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
+    """``value``, if it is one of ``allowed``.
+
+    Raises:
+        ValueError: otherwise, with the nearest allowed value.
+    """
+    allowed = list(allowed)
+    if isinstance(value, str) and value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value).lower(), allowed, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = True) -> None:
+    """Raises ValueError unless ``value`` is a finite number in ``[low, high)`` (``[low, high]`` if not ``open_high``)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}")
+    inside = value >= low and (value < high if open_high else value <= high)
+    if not inside or not math.isfinite(value):
+        bracket = ")" if open_high else "]"
+        bounds = f"in [{low:g}, {high:g}{bracket}" if math.isfinite(high) else f"finite and at least {low:g}"
+        raise ValueError(f"{name}={value!r}: must be {bounds}")
+
+
+def learning_rate(value: Any) -> None:
+    """Accepts a number or a CPU tensor of one element, at least 0."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"lr={value!r}: a tensor lr must hold one floating-point number")
+        if value.device.type != "cpu":
+            raise ValueError(
+                f"lr is a tensor on {value.device}: reading it would synchronize every step; keep it on the CPU, where "
+                "schedulers update it all the same"
+            )
+        value = value.item()
+    number("lr", value, 0.0)
+
+
+def beta(name: str, value: Any) -> None:
+    number(name, value, 0.0, 1.0)
+
+
+def betas(values: Any, names: tuple[str, ...]) -> None:
+    """Raises unless ``values`` holds one number in [0, 1) for each name."""
+    if not isinstance(values, (tuple, list)) or len(values) != len(names):
+        raise ValueError(f"betas={values!r}: must be a tuple of {len(names)}")
+    for name, value in zip(names, values, strict=True):
+        beta(name, value)
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: must be True or False")
+
+
+def unused_torch_option(name: str, value: Any, *, may_be_true: bool = False) -> None:
+    """Options of torch.optim that mean nothing here are accepted where they ask for nothing."""
+    if value is None or value is False or (value is True and may_be_true):
+        return
+    allowed = "None, False or True" if may_be_true else "None or False"
+    why = "the update is fused already" if name == "foreach" else "the update is not recorded by autograd"
+    raise ValueError(f"{name}={value!r}: must be {allowed}; {why}")
+
+
+def parameter(label: str, param: Tensor) -> None:
+    """Raises unless ``param`` is a tensor that a kernel can update in place.
+
+    Raises:
+        TypeError: another dtype or layout, or a subclass without storage of its own.
+        ValueError: elements that share memory.
+    """
+    strided(label, param)
+    if param.dtype not in FLOATS:
+        raise TypeError(f"{label} has dtype {param.dtype}: supported are float32, bfloat16 and float16")
+    if overlaps(param):
+        raise ValueError(
+            f"{label} has elements that share memory (shape {tuple(param.shape)}, strides {param.stride()}), so its update "
+            "is not defined: optimize a .clone() or .contiguous() of it"
+        )
+
+
+def gradient(label: str, grad: Tensor, param: Tensor) -> None:
+    """Raises unless ``grad`` can be the gradient of ``param`` (dtypes may differ within float32, bfloat16, float16)."""
+    strided(f"the gradient of {label}", grad)
+    if grad.dtype not in FLOATS:
+        raise TypeError(f"the gradient of {label} has dtype {grad.dtype}: supported are float32, bfloat16 and float16")
+    if grad.shape != param.shape:
+        raise ValueError(
+            f"the gradient of {label} has shape {tuple(grad.shape)}: must be the parameter's, {tuple(param.shape)}"
+        )
+    if grad.device != param.device:
+        raise ValueError(f"the gradient of {label} is on {grad.device}: must be on {param.device}, like the parameter")
+
+
+def moment(label: str, name: str, value: Any, param: Tensor) -> None:
+    """Raises unless ``value`` is an fp32 state tensor of the parameter's shape and device."""
+    expected = f"a float32 tensor of shape {tuple(param.shape)} on {param.device}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"state {name!r} of {label} is {value!r}: must be {expected}")
+    if value.dtype != torch.float32:
+        raise TypeError(f"state {name!r} of {label} has dtype {value.dtype}: must be {expected}")
+    if value.shape != param.shape or value.device != param.device:
+        raise ValueError(f"state {name!r} of {label} has shape {tuple(value.shape)} on {value.device}: must be {expected}")
+
+
+def same_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
+    """Whether ``tensor`` lies in memory as ``strides`` say. Dimensions of one element have no stride that matters."""
+    if tensor.numel() == 0:
+        return True
+    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))
+
+
+def strided(label: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{label} has layout {tensor.layout}: sign-based optimizers need a dense (strided) tensor")
+    # A wrapper (DTensor, for one) has no storage of its own, so its address is not where its numbers are.
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise TypeError(f"{label} is a {type(tensor).__name__}, a wrapper of other tensors: optimize the tensors it wraps")
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether two elements may share memory. Dimensions of one element have no stride that matters."""
+    if tensor.numel() == 0 or tensor.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a run of memory, in whatever order."""
+    if tensor.numel() == 0 or tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,95 @@
+"""The functional forms' common part: one step over lists of tensors, with no optimizer behind them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .optimizer import SignOptimizer
+from .plan import Item, Plan
+
+COMMON = {"weight_decay": 0.0, "decoupled_weight_decay": True, "maximize": False, "backend": "auto"}
+
+
+@torch.no_grad()
+def step_lists(
+    optimizer: type[SignOptimizer],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    moments: Mapping[str, Sequence[Tensor]],
+    *,
+    exp_avg_stds: Sequence[Tensor] | None = None,
+    state_steps: Sequence[Tensor] | None = None,
+    **hyperparameters: Any,
+) -> None:
+    """One step of ``optimizer``'s rule, in place on ``params`` and the state lists.
+
+    Args:
+        optimizer: the class whose rule and checks apply.
+        params: parameters, fp32, bf16 or fp16.
+        grads: their gradients; a parameter whose gradient is None is left alone.
+        moments: by name, fp32 tensors of the parameters' shapes and strides.
+        exp_avg_stds: 0-dim float64 on the parameters' devices, for adaptive confidence.
+        state_steps: 0-dim fp32 on the CPU, steps taken so far; counted up.
+        hyperparameters: the group's, each by name.
+
+    Raises:
+        TypeError, ValueError: lists of unequal length, wrong tensors or hyperparameters; nothing has been written then.
+    """
+    for name in hyperparameters:
+        if name not in COMMON and name not in optimizer.HYPERPARAMETERS:
+            known = (*COMMON, *optimizer.HYPERPARAMETERS)
+            near = difflib.get_close_matches(name, known, n=1)
+            raise TypeError(f"unknown hyperparameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    group = {**COMMON, **hyperparameters, "params": list(params)}
+    optimizer._check_group(group)
+    rule = optimizer._rule(group)
+
+    lists = {"grads": grads, **{name: moments[name] for name in rule.moments}}
+    if rule.statistics != "NONE":
+        lists["exp_avg_stds"] = exp_avg_stds if exp_avg_stds is not None else ()
+    if rule.uses_step or state_steps is not None:
+        lists["state_steps"] = state_steps if state_steps is not None else ()
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(f"{name} has {len(values)} entries: must have one for each of the {len(params)} parameters")
+
+    items = []
+    for i, param in enumerate(params):
+        label = f"params[{i}]"
+        own = tuple(moments[name][i] for name in rule.moments)
+        deviation = lists["exp_avg_stds"][i] if "exp_avg_stds" in lists else None
+        step = lists["state_steps"][i] if "state_steps" in lists else None
+        for name, moment in zip(rule.moments, own, strict=True):
+            _check_layout(label, name, moment, param)
+        if deviation is not None and (deviation.dtype != torch.float64 or deviation.dim() or deviation.device != param.device):
+            raise ValueError(f"exp_avg_stds[{i}] must be a 0-dim float64 tensor on {param.device}")
+        if step is not None and (step.dtype != torch.float32 or step.dim() or step.device.type != "cpu"):
+            raise ValueError(f"state_steps[{i}] must be a 0-dim float32 tensor on the CPU")
+        items.append(
+            Item(
+                label,
+                param,
+                0,
+                rule,
+                group["backend"],
+                takes_part=False,
+                state=lambda state=(own, deviation, step): state,
+                watched_state=lambda: None,
+            )
+        )
+    plan = Plan(items, [group], grads)
+    plan.read()
+    plan.run()
+
+
+def _check_layout(label: str, name: str, moment: Tensor, param: Tensor) -> None:
+    checks.moment(label, name, moment, param)
+    like = torch.empty_like(param, device="meta")
+    if not checks.same_strides(moment, like.stride()):
+        raise ValueError(f"{name} of {label} has strides {moment.stride()}: must be {like.stride()}, the parameter's memory order")

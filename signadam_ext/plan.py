@@ -1,0 +1,252 @@
+"""From lists of tensors to launches: checked once, cached, and brought up to date with each step.
+
+A plan holds every parameter of an optimizer, cut into buckets that share a launch: same device, same rule. Building it
+looks at each tensor; a step only compares addresses and reads gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks
+from ._extension import load
+from .reader import make_reader
+from .rule import Group, Rule
+
+_C = load()
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(slots=True)
+class Entry:
+    """One parameter that takes part, and its state.
+
+    Attributes:
+        slot: index of the parameter in the plan, and of its gradient in the reader.
+        param: the parameter itself.
+        work: what kernels update: ``param``, or a dense copy when its elements do not fill a run of memory.
+        grad_dtype: dtype of its gradient.
+        moments: fp32 tensors with the strides of ``work``.
+        exp_avg_std: 0-dim float64 on the parameter's device, with adaptive confidence.
+        step: 0-dim fp32 on the CPU, the number of steps taken; None where nobody counts.
+        group: index of its parameter group.
+    """
+
+    slot: int
+    param: Tensor
+    work: Tensor
+    grad_dtype: torch.dtype
+    moments: tuple[Tensor, ...]
+    exp_avg_std: Tensor | None
+    step: Tensor | None
+    group: int
+
+
+@dataclass(slots=True)
+class Bucket:
+    """Entries of one launch, with their table in C++."""
+
+    rule: Rule
+    device: torch.device
+    entries: list[Entry]
+    table: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.table = _C.Table(rows_by_step=self.rule.uses_step)
+        for entry in self.entries:
+            addresses = [moment.data_ptr() for moment in entry.moments] + [0, 0]
+            self.table.add(
+                param=entry.work.data_ptr(),
+                exp_avg=addresses[0],
+                exp_avg_sq=addresses[1],
+                exp_avg_std=0 if entry.exp_avg_std is None else entry.exp_avg_std.data_ptr(),
+                step=0 if entry.step is None else entry.step.data_ptr(),
+                numel=entry.work.numel(),
+                param_format=FORMATS[entry.work.dtype],
+                grad_format=FORMATS[entry.grad_dtype],
+                group=entry.group,
+                slot=entry.slot,
+            )
+        self.table.finish(statistics=self.rule.statistics != "NONE")
+
+
+@dataclass(slots=True)
+class Item:
+    """A parameter as it is handed to a plan. ``state`` makes its state when, and only when, it takes part."""
+
+    label: str
+    param: Tensor
+    group: int
+    rule: Rule
+    backend: str
+    takes_part: bool
+    state: Callable[[], tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]]
+    watched_state: Callable[[], dict[str, Any] | None]
+
+
+class Plan:
+    """All that a step needs to know, for one list of parameters.
+
+    Args:
+        items: every parameter, in order.
+        groups: the parameter groups, read anew each step.
+        grads: gradients beside the parameters, for the functional forms; None reads ``param.grad``.
+
+    Raises:
+        TypeError, ValueError: a tensor that cannot be served; nothing has been written then.
+    """
+
+    def __init__(self, items: Sequence[Item], groups: Sequence[Group], grads: Sequence[Tensor | None] | None = None):
+        self.groups = groups
+        self.labels = [item.label for item in items]
+        self.params = [item.param for item in items]
+        self._given = grads
+        self._copies: dict[int, Tensor] = {}
+        chosen: list[backends.Backend | None] = []
+        for slot, item in enumerate(items):
+            grad = self._raw_grad(slot)
+            if grad is not None:
+                checks.gradient(item.label, grad, item.param)
+            if not (item.takes_part or grad is not None):
+                chosen.append(None)
+                continue
+            checks.parameter(item.label, item.param)
+            chosen.append(backends.choose(item.backend, item.param.device, item.label))
+
+        self.entries: list[Entry] = []
+        self._strides: list[tuple[int, ...]] = [()] * len(items)
+        self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
+        waves = _Waves()
+        buckets: dict[tuple[backends.Backend, torch.device, Rule, int], list[Entry]] = {}
+        for slot, (item, backend) in enumerate(zip(items, chosen, strict=True)):
+            if backend is None:
+                continue
+            grad = self._raw_grad(slot)
+            dense = checks.is_dense(item.param)
+            work = item.param.detach() if dense else torch.empty_like(item.param)
+            moments, exp_avg_std, step = item.state()
+            entry = Entry(
+                slot, item.param, work, item.param.dtype if grad is None else grad.dtype, moments, exp_avg_std, step, item.group
+            )
+            self._strides[slot] = work.stride()
+            self._grad_dtypes[slot] = entry.grad_dtype
+            self.entries.append(entry)
+            key = (backend, item.param.device, item.rule, waves.of(item.param))
+            buckets.setdefault(key, []).append(entry)
+
+        ordered = sorted(buckets.items(), key=lambda keyed: keyed[0][3])
+        self.launches = []
+        for (backend, device, rule, _), entries in ordered:
+            bucket = Bucket(rule, device, entries)
+            self.launches.append((bucket, backend.prepare(bucket, self.grad)))
+        self._gappy = [entry for entry in self.entries if entry.work.data_ptr() != entry.param.data_ptr()]
+        self._versioned = [entry.param for entry in self.entries if not entry.param.is_inference()]
+        self._reader = make_reader() if grads is None else None
+        if self._reader is not None:
+            for slot, item in enumerate(items):
+                dtype = self._grad_dtypes[slot]
+                self._reader.watch(item.param, self._strides[slot], dtype, item.watched_state() if dtype is not None else None)
+
+    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
+        """Whether groups and state still hold the tensors this plan was made of, where they were."""
+        return self._reader is not None and self._reader.unmoved(param_groups, state)
+
+    def grad(self, slot: int) -> Tensor:
+        """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""
+        found = self._copies.get(slot)
+        if found is None:
+            found = self._raw_grad(slot)
+        assert found is not None
+        return found
+
+    def read(self) -> bool:
+        """Reads this step's gradients; False when the plan does not fit them and a new one must be made."""
+        self._copies.clear()
+        if self._reader is None:
+            self._addresses = [0 if self._raw_grad(slot) is None else 1 for slot in range(len(self.params))]
+            odd = [slot for slot, present in enumerate(self._addresses) if present]
+        else:
+            found = self._reader.read()
+            if found is None:
+                return False
+            odd = found
+        for slot in odd:
+            grad = self._raw_grad(slot)
+            assert grad is not None
+            param = self.params[slot]
+            checks.gradient(self.labels[slot], grad, param)
+            if grad.dtype != self._grad_dtypes[slot]:
+                return False
+            if not checks.same_strides(grad, self._strides[slot]):
+                grad = torch.empty_strided(grad.shape, self._strides[slot], dtype=grad.dtype, device=grad.device).copy_(grad)
+                self._copies[slot] = grad
+            address = grad.data_ptr() or 1  # a tensor without elements has no address, but takes part
+            if self._reader is None:
+                self._addresses[slot] = address
+            else:
+                self._reader.replace(slot, address)
+        return True
+
+    def run(self) -> None:
+        """Takes the step whose gradients :meth:`read` has found."""
+        source = self._addresses if self._reader is None else self._reader.source
+        prepared = []
+        for bucket, launch in self.launches:
+            rows = [_row(bucket.rule, self.groups[group], t) for group, t in bucket.table.begin(source)]
+            if rows:
+                prepared.append((bucket, launch, rows))
+        gappy = self._present(self._gappy)
+        for entry in gappy:
+            entry.work.copy_(entry.param)
+        for bucket, launch, rows in prepared:
+            launch(rows)
+            bucket.table.commit()
+        for entry in gappy:
+            entry.param.copy_(entry.work)
+        # Raw writes go unnoticed by autograd until the version counters say so.
+        torch.autograd.graph.increment_version(self._written())
+        self._copies.clear()
+
+    def _present(self, entries: list[Entry]) -> list[Entry]:
+        if not entries:
+            return entries
+        gradients = self._addresses if self._reader is None else self._reader.addresses()
+        return [entry for entry in entries if gradients[entry.slot]]
+
+    def _written(self) -> list[Tensor]:
+        if self._reader is not None and self._reader.present() == len(self._versioned):
+            return self._versioned
+        return [entry.param for entry in self._present(self.entries) if not entry.param.is_inference()]
+
+    def _raw_grad(self, slot: int) -> Tensor | None:
+        return self.params[slot].grad if self._given is None else self._given[slot]
+
+
+def _row(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
+    scalars = rule.row(group, t)
+    return tuple(scalars.get(name, 0.0) for name in _C.SCALARS)
+
+
+class _Waves:
+    """Parameters that share memory must not be updated by one launch: each goes to the launch after the last it meets."""
+
+    def __init__(self) -> None:
+        self._taken: dict[int, list[tuple[int, int, int]]] = {}
+
+    def of(self, param: Tensor) -> int:
+        if param.numel() == 0:
+            return 0
+        last = sum(stride * (size - 1) for stride, size in zip(param.stride(), param.shape, strict=True))
+        begin = param.data_ptr()
+        end = begin + (last + 1) * param.element_size()
+        # Only tensors of one storage can meet, so the search stays among these.
+        taken = self._taken.setdefault(param.untyped_storage().data_ptr(), [])
+        wave = 1 + max((w for b, e, w in taken if b < end and begin < e), default=-1)
+        taken.append((begin, end, wave))
+        return wave

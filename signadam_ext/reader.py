@@ -1,0 +1,121 @@
+"""Reads what may have moved since a plan was made. In C++ where torch offers DLPack's C interface, otherwise here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._extension import load
+
+_C = load()
+
+# DLPack's (code, bits) of a dtype.
+DLPACK_TYPES = {torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16)}
+
+
+class CompiledReader:
+    """A thin wrapper of the C++ reader, which takes dtypes by DLPack's numbers."""
+
+    def __init__(self, api: object) -> None:
+        self._reader = _C.Reader(api)
+        self.source = self._reader
+        self.unmoved = self._reader.unmoved
+        self.read = self._reader.read
+        self.replace = self._reader.replace
+        self.present = self._reader.present
+        self.addresses = self._reader.addresses
+
+    def watch(
+        self, param: Tensor, strides: Sequence[int], grad_dtype: torch.dtype | None, state: dict[str, Any] | None
+    ) -> None:
+        code = None if grad_dtype is None else DLPACK_TYPES[grad_dtype]
+        self._reader.watch(param, tuple(strides), code, state)
+
+
+class PythonReader:
+    """The same, for a torch without that interface (before 2.10)."""
+
+    def __init__(self) -> None:
+        self._watched: list[tuple[Any, ...]] = []
+        self._grads: list[int] = []
+
+    def watch(
+        self, param: Tensor, strides: Sequence[int], grad_dtype: torch.dtype | None, state: dict[str, Any] | None
+    ) -> None:
+        place = None if grad_dtype is None else _place(param)
+        items = None if state is None else [(k, v, _place(v) if isinstance(v, Tensor) else None) for k, v in state.items()]
+        self._watched.append((param, place, tuple(strides), grad_dtype, state, items))
+        self._grads.append(0)
+
+    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
+        params = [param for group in param_groups for param in group["params"]]
+        if len(params) != len(self._watched):
+            return False
+        for param, (watched, place, _, _, held, items) in zip(params, self._watched, strict=True):
+            if param is not watched:
+                return False
+            if place is None:
+                continue
+            if _place(param) != place or state.get(param) is not held:
+                return False
+            if held is not None and not _same_items(held, items):
+                return False
+        return True
+
+    def read(self) -> list[int] | None:
+        odd = []
+        for slot, (param, place, strides, dtype, _, _) in enumerate(self._watched):
+            grad = param.grad
+            self._grads[slot] = 0
+            if grad is None:
+                continue
+            if place is None:
+                return None
+            if (
+                grad.layout == torch.strided
+                and grad.dtype == dtype
+                and grad.stride() == strides
+                and grad.shape == param.shape
+                and grad.device == param.device
+            ):
+                self._grads[slot] = grad.data_ptr() or 1
+            else:
+                odd.append(slot)
+        return odd
+
+    def replace(self, slot: int, address: int) -> None:
+        self._grads[slot] = address
+
+    def present(self) -> int:
+        """How many parameters have a gradient this step."""
+        return sum(address != 0 for address in self._grads)
+
+    def addresses(self) -> list[int]:
+        return self._grads
+
+    @property
+    def source(self) -> list[int]:
+        """What a table takes gradient addresses from."""
+        return self._grads
+
+
+def make_reader() -> CompiledReader | PythonReader:
+    """The fastest reader this torch allows."""
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    return PythonReader() if api is None else CompiledReader(api)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _same_items(state: dict[str, Any], items: list[tuple[str, Any, Any]]) -> bool:
+    if len(state) != len(items):
+        return False
+    return all(
+        key == k and value is v and (place is None or _place(value) == place)
+        for (key, value), (k, v, place) in zip(state.items(), items, strict=True)
+    )

@@ -1,0 +1,139 @@
+"""Every rule once more, in pure PyTorch: what the kernels must equal bit for bit.
+
+Written for exactness, not for speed: fp32 tensors, one rounding per operation, in the order of the rules' definition.
+So there is no ``add(alpha=)``, ``addcmul`` or ``lerp``, which fuse; scalars meet tensors as fp32 tensors on the same
+device, since CUDA divides by a Python number by way of its reciprocal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .rule import Scalars
+
+CHUNK_ROWS, CHUNK_LANES = 8, 2048
+
+Moments = tuple[Tensor, ...]
+#: (scalars as fp32 tensors, threshold, p, g, moments) -> (p, moments), all fp32.
+Update = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor, Moments], tuple[Tensor, Moments]]
+
+
+def sign(x: Tensor) -> Tensor:
+    """``(x > 0) - (x < 0)``: zeros of both signs and NaN give 0."""
+    return (x > 0).float() - (x < 0).float()
+
+
+def gated_sign(g: Tensor, alpha: Tensor) -> Tensor:
+    """The confidence gate [SA, Alg. 3]: ``sign(g)`` where ``|g| > alpha``, else 0."""
+    return (g > alpha).float() - (g < -alpha).float()
+
+
+def square_root(x: Tensor) -> Tensor:
+    """Correctly rounded, which ``torch.sqrt`` of fp32 on the CPU is not; an ulp of double does not reach the result."""
+    return x.double().sqrt().float()
+
+
+def double_root(x: Tensor) -> Tensor:
+    """Correctly rounded root of a 0-dim float64 tensor; ``torch.sqrt`` on the CPU is off by an ulp now and then."""
+    return torch.full_like(x, math.sqrt(x.item())) if x.device.type == "cpu" else x.sqrt()
+
+
+def sign_sgd(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    return p - s["lr"] * gated_sign(g, alpha), ()
+
+
+def signum(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    (m,) = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    return p - s["lr"] * sign(m), (m,)
+
+
+def sign_adam(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    c = sign(g)
+    m = s["beta1"] * m + s["one_minus_beta1"] * c
+    v = s["beta2"] * v + s["one_minus_beta2"] * c * c
+    return p - s["lr"] * m / (square_root(v) + s["eps"]), (m, v)
+
+
+def sign_adam_analytic(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    (m,) = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * sign(g)
+    return p - s["lr"] * m / s["denominator"], (m,)
+
+
+def sign_adam_pp(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    (m,) = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * gated_sign(g, alpha)
+    return p - s["lr"] * m, (m,)
+
+
+def update(
+    rule: Update, statistics: str, scalars: Scalars, p: Tensor, g: Tensor, moments: Moments, exp_avg_std: Tensor | None
+) -> None:
+    """One step of one tensor, in place on ``p``, ``moments`` and ``exp_avg_std``.
+
+    Args:
+        rule: one of the functions above.
+        statistics: ``"NONE"``, ``"GATHER"`` or ``"ONLY"``, as in :class:`signadam_ext.rule.Rule`.
+        scalars: unrounded doubles; each is rounded to fp32 once.
+        p: parameter, fp32, bf16 or fp16; rounded to nearest once, at the end.
+        g: gradient, any of these dtypes, same memory order as ``p``.
+        moments: fp32 tensors like ``p``.
+        exp_avg_std: 0-dim float64, the running deviation of adaptive confidence, or None.
+    """
+    s = {name: torch.full((), value, dtype=torch.float32, device=p.device) for name, value in scalars.items()}
+    wide = p.float()
+    g = g.float()
+    if scalars["maximize"]:
+        g = -g
+    if scalars["coupled"]:
+        g = g + s["weight_decay"] * wide
+    if statistics == "ONLY" and exp_avg_std is not None:
+        exp_avg_std.copy_(next_deviation(exp_avg_std, g, scalars))
+    alpha = s.get("alpha", torch.zeros((), device=p.device))
+    if exp_avg_std is not None:
+        alpha = (scalars["alpha"] * exp_avg_std).float()
+    new_p, new_moments = rule(s, alpha, wide * s["decay"], g, moments)
+    if statistics == "GATHER" and exp_avg_std is not None:
+        exp_avg_std.copy_(next_deviation(exp_avg_std, g, scalars))
+    p.copy_(new_p)
+    for old, new in zip(moments, new_moments, strict=True):
+        old.copy_(new)
+
+
+def next_deviation(a: Tensor, g: Tensor, scalars: Scalars) -> Tensor:
+    """The running standard deviation after gradient ``g`` [SA, Sec. 6.3], in double, additions in the shared order."""
+    flat = g.as_strided((g.numel(),), (1,)).double()
+    first, second = ordered_sum(flat), ordered_sum(flat * flat)
+    mean = first / g.numel()
+    variance = second / g.numel() - mean * mean
+    deviation = double_root(torch.where(variance > 0, variance, 0.0))
+    moved = scalars["confidence_beta"] * a + scalars["one_minus_confidence_beta"] * deviation
+    return torch.where(torch.isfinite(first) & torch.isfinite(second), moved, a)
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """Sum of a 1-dim float64 tensor in the order every backend shares.
+
+    Chunks of 8 rows of 2048 lanes, padded with zeros; lanes add their rows in order, then are halved; the chunk sums go
+    through the same until one is left.
+    """
+    while True:
+        x = torch.nn.functional.pad(x, (0, -x.numel() % (CHUNK_ROWS * CHUNK_LANES)))
+        rows = x.view(-1, CHUNK_ROWS, CHUNK_LANES).unbind(1)
+        lanes = rows[0]
+        for row in rows[1:]:
+            lanes = lanes + row
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        x = lanes[:, 0]
+        if x.numel() == 1:
+            return x[0]
