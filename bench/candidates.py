@@ -84,28 +84,28 @@ def _llama_scale() -> int:
 
 def _cpu_plan(quick: bool) -> Plan:
     large, small, gpt2, llama = _cases(quick, gpu=False)
-    everyone = [*ours("cpu"), FUSED, FOREACH, LOOP, *SGD, COPY, STREAM]
+    kernels = ours("cpu")
+    everyone = [*kernels, FUSED, FOREACH, LOOP, *SGD, COPY, STREAM]
     yield large, torch.float32, everyone
     yield small, torch.float32, [*everyone, *ours("reference", "SignAdamPP")]
     yield gpt2, torch.float32, everyone
     yield llama, torch.float32, everyone
-    half = [*ours("cpu", "SignAdamPP", "SignAdam", "SignSGD"), FUSED, FOREACH]
-    yield large, torch.bfloat16, half
-    yield gpt2, torch.bfloat16, half
+    yield large, torch.bfloat16, [*kernels, FUSED]
+    yield gpt2, torch.bfloat16, [*kernels, FUSED]
 
 
 def _gpu_plan(quick: bool) -> Plan:
     large, small, gpt2, llama = _cases(quick, gpu=True)
-    theirs = [FUSED, FOREACH]
-    both = [*ours("cuda"), *ours("triton")]
-    telling = ("SignAdamPP", "SignAdam", "SignSGD")
-    some = [*ours("cuda", *telling), *ours("triton", *telling), *theirs]
-    yield large, torch.float32, [*both, *theirs, *SGD, COPY, STREAM]
-    yield small, torch.float32, [*both, *theirs, LOOP, *SGD]
-    yield large, torch.bfloat16, [*both, *theirs]
-    yield gpt2, torch.float32, some
-    yield llama, torch.bfloat16, some
-    yield large, torch.float16, [*both, *theirs]
-    yield llama, torch.float32, some
-    yield gpt2, torch.bfloat16, some
-    yield small, torch.bfloat16, some
+    kernels = [*ours("cuda"), *ours("triton")]
+    yield large, torch.float32, [*kernels, FUSED, FOREACH, LOOP, *SGD, COPY, STREAM]
+    yield small, torch.float32, [*kernels, FUSED, FOREACH, LOOP, *SGD]
+    for case, dtype in (
+        (large, torch.bfloat16),
+        (llama, torch.bfloat16),
+        (gpt2, torch.float32),
+        (llama, torch.float32),
+        (large, torch.float16),
+        (gpt2, torch.bfloat16),
+        (small, torch.bfloat16),
+    ):
+        yield case, dtype, [*kernels, FUSED, FOREACH]

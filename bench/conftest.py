@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from . import machine, present
 from .candidates import REFERENCES, plan
@@ -15,12 +16,14 @@ _ROWS = pytest.StashKey[list[Row]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("signadam_ext benchmarks")
-    group.addoption("--quick", action="store_true", help="tiny sizes, seconds in all: does it run, not how fast")
+    group.addoption("--quick", action="store_true", help="tiny sizes on one thread: does it run, not how fast")
     group.addoption("--bench-out", type=Path, default=Path(__file__).parent / "out", help="folder for JSON and PNG")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_ROWS] = []
+    if config.getoption("quick"):
+        torch.set_num_threads(1)  # two that spin for each other crawl on a shared machine
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -77,6 +80,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     present.picture(report, stem.with_suffix(".png"))
     terminalreporter.section("ratios within a round, median (min .. max)")
     terminalreporter.write_line(present.tables(report, level="\n"))
+    terminalreporter.write_line(f"\n{present.disturbance(report)}")
     if aims := present.aims(report):
         terminalreporter.write_line(f"\n{aims}")
     terminalreporter.write_line(f"\nwritten: {stem}.json, {stem}.png")

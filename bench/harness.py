@@ -5,9 +5,11 @@ shared. So no time stands by itself: every round measures the references and the
 parameters, and what is reported are medians of ratios taken within a round.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import TypedDict
 
@@ -39,6 +41,7 @@ class Row(TypedDict, total=False):
     bytes_count: str
     clock: str
     rounds: int
+    other_programs: float | None  # share of the machine's CPU time that others took meanwhile
     seconds: Spread
     gb_per_s: float
     to_stream: Spread  # bytes/s over bytes/s
@@ -156,6 +159,33 @@ class Workload:
         return self.references[name]
 
 
+class OtherPrograms:
+    """How much CPU time others take. Next to a busy neighbour torch's OpenMP threads wait for each other in spin loops
+    and slow down a thousandfold, so a ratio from such a time says nothing."""
+
+    def __init__(self) -> None:
+        self.before = self._ticks()
+
+    @staticmethod
+    def _ticks() -> tuple[float, float, float] | None:
+        """Seconds of all processors, of their idling, and of this process; None where the system does not tell."""
+        try:
+            line = Path("/proc/stat").read_text().partition("\n")[0]
+        except OSError:
+            return None
+        # user nice system idle iowait irq softirq steal
+        ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in line.split()[1:9]]
+        own = os.times()
+        return sum(ticks), ticks[3] + ticks[4], own.user + own.system
+
+    def share(self) -> float | None:
+        after = self._ticks()
+        if self.before is None or after is None:
+            return None
+        total, idle, own = (b - a for a, b in zip(self.before, after, strict=True))
+        return max(total - idle - own, 0.0) / total if total > 0 else None
+
+
 def wall_clock(step: Step) -> float:
     start = time.perf_counter()
     step()
@@ -170,7 +200,7 @@ class CudaClock:
     """
 
     def __init__(self) -> None:
-        l2 = torch.cuda.get_device_properties().L2_cache_size
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size
         self.evict = torch.randn(max(4 * l2, 256 << 20) // 4, device="cuda")
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
@@ -205,6 +235,7 @@ class Trial:
     max_rounds: int = 200
 
     def __post_init__(self) -> None:
+        self._others = OtherPrograms()
         self.step = self.candidate.make(self.workload)
         self._steps = [(c.optimizer, self.workload.reference(c)) for c in self.references]
         self.samples = {name: [] for name, _ in self._steps}
@@ -217,14 +248,16 @@ class Trial:
 
     def calibrate(self, seconds: float) -> int:
         """Warms up (first steps allocate, build plans, compile) and returns the rounds that fit into `seconds`."""
-        for _ in range(3):
+        begin = time.perf_counter()
+        for _ in range(4):
+            start = time.perf_counter()
             self.time_references()
             self.clock(self.step)
-        start = time.perf_counter()
-        self.time_references()
-        self.clock(self.step)
-        round_seconds = time.perf_counter() - start
+            round_seconds = time.perf_counter() - start
+            if start - begin > seconds:
+                break
         self.samples = {name: [] for name in self.samples}
+        self._others = OtherPrograms()
         return min(max(int(seconds / round_seconds), 5), self.max_rounds)
 
     def run(self, seconds: float) -> Row:
@@ -267,6 +300,7 @@ class Trial:
             "bytes_count": traffic.count(dtype),
             "clock": "wall" if self.clock is wall_clock else "CUDA events",
             "rounds": len(own),
+            "other_programs": self._others.share(),
             "seconds": spread(own),
             "gb_per_s": moved * case.elements / median(own) / 1e9,
             "to_stream": faster("stream", per_byte=True),

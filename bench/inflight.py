@@ -208,7 +208,7 @@ def _target(built: Sequence[str]) -> Target:
         return Target(arch, _limit(arch))
     from signadam_ext import _C
 
-    p = torch.cuda.get_device_properties()
+    p = torch.cuda.get_device_properties(0)
     arch = f"sm_{p.major}{p.minor}"
     if arch not in built:
         raise Unavailable(f"signadam_ext._C is built for {', '.join(built)}, and this device is {arch}")

@@ -35,7 +35,7 @@ def _gpu() -> dict[str, Any] | None:
 
     if not torch.cuda.is_available():
         return None
-    properties = torch.cuda.get_device_properties()
+    properties = torch.cuda.get_device_properties(0)
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "name": properties.name,

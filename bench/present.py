@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 Report = dict[str, Any]
@@ -140,6 +141,16 @@ def _machine(report: Report) -> str:
     return "\n".join([*lines, f"- `{report['command']}`"])
 
 
+def disturbance(report: Report) -> str:
+    """How much of the machine other programs had, and whether the figures can be trusted."""
+    shares = [row["other_programs"] for row in measured(report) if row.get("other_programs") is not None]
+    if not shares:
+        return f"CPU time taken by other programs: {NOT_MEASURED}."
+    middle, most = median(shares), max(shares)
+    text = f"CPU time taken by other programs: {middle:.0%} in the median of all measurements, {most:.0%} at most."
+    return text if most < 0.1 else f"{text} **The machine was not quiet: do not publish these figures.**"
+
+
 def _in_flight(found: dict[str, Any] | None) -> str:
     if not found or "kernels" not in found:
         return f"{NOT_MEASURED}: {found['not_measured'] if found else 'the stage did not finish'}"
@@ -174,6 +185,7 @@ def page(report: Report, picture: str | None = None) -> str:
         " (min .. max); above 1 is faster. For stream\nand copy they compare bytes per second. AdamW fused and stream"
         " also run as candidates: how far they are from 1.00 is noise."
     )
+    parts.append(disturbance(report))
     if picture:
         parts.append(f"![speed by workload]({picture})")
     parts.append(tables(report))

@@ -202,6 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report["name"] = options.name or machine.slug(report["machine"])
         write(report, options.out)
         shutil.copy(log, options.out / f"{report['name']}.log")
+    print(present.disturbance(report), flush=True)
     print(present.aims(report) or "(the aims speak of two CPU cores)", flush=True)
     print(f"written: {options.out / report['name']}.{{json,png,md,log}}", flush=True)
     return int(stages.failed)

@@ -48,7 +48,8 @@ def _section(report: present.Report, folder: str) -> str:
     parts = [
         f"**{title}** (torch {versions['torch']}{driver}, commit {report['commit'][:12]}, {report['date'][:10]})",
         "Speed against torch's fused AdamW; in brackets bytes per second against the in-place stream `a.add_(b)`.\n"
-        f"Medians over interleaved rounds. Spreads, baselines and versions: [{report['name']}]({folder}/{report['name']}.md).",
+        "Medians over interleaved rounds."
+        f" Spreads, baselines and versions: [{report['name']}]({folder}/{report['name']}.md).",
         _overview(report, "cuda" if gpu else "cpu"),
     ]
     if not gpu and (aims := present.aims(report)):

@@ -8,7 +8,7 @@ from .verify import verify
 
 def test_step(benchmark: Any, trial: Trial, candidate: Candidate, seconds: float, rows: list[Row]) -> None:
     if candidate.backend not in ("torch", "reference"):
-        verify(candidate, trial.workload.dtype, "cpu")
+        verify(candidate.optimizer, candidate.backend, trial.workload.dtype)
     benchmark.group = f"{trial.workload.case.summary}, {trial.workload.dtype}"
     rounds = trial.calibrate(seconds)
     benchmark.pedantic(trial.step, setup=trial.time_references, rounds=rounds)

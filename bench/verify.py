@@ -1,46 +1,55 @@
-"""A wrong kernel gets no timing: our backends against the reference, bit for bit, over awkward shapes.
+"""A wrong kernel gets no timing: our backends against the reference on the CPU, bit for bit, over awkward shapes.
 
 `python -m bench.verify --backend cuda` is also what compute-sanitizer watches.
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .candidates import ours
-from .harness import Candidate, Case, Workload
+from .harness import Case, Workload
 
-# one element, one short of a vector, one past a chunk, many dimensions, many at once
+# one element, one short of a vector, one past a chunk, several dimensions, many at once
 _CASE = Case("verify", ((1,), (7,), (64, 65), (16385,), (3, 5, 7), *((33,),) * 40), "odd lengths")
 
 
-class _Verified(Workload):
-    """The workload of `_CASE`, and a parameter that starts one element into its storage, off every alignment."""
-
-    def __init__(self, dtype: torch.dtype, device: str):
-        super().__init__(_CASE, dtype, device)
-        generator = torch.Generator(device).manual_seed(1)
-        p, g = (torch.randn(4098, dtype=dtype, device=device, generator=generator) for _ in range(2))
-        self.params.append(torch.nn.Parameter(p[1:]))
-        self.params[-1].grad = g[1:]
+def _off_alignment(tensor: Tensor) -> Tensor:
+    """The same values, starting one element into their storage."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:]
 
 
-def after_steps(candidate: Candidate, dtype: torch.dtype, device: str, steps: int = 3) -> list[torch.Tensor]:
-    work = _Verified(dtype, device)
+def after_steps(optimizer: str, backend: str, dtype: torch.dtype, steps: int = 3) -> list[Tensor]:
+    """Parameters after some steps from the same start on every backend; the last one is off every alignment."""
+    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    work = Workload(_CASE, dtype, "cpu")
+    start = [(p.detach().to(device), p.grad.to(device)) for p in work.params if p.grad is not None]
+    p, g = start[2]
+    start.append((_off_alignment(p), _off_alignment(g)))
+    work.params = [torch.nn.Parameter(p) for p, _ in start]
+    for parameter, (_, grad) in zip(work.params, start, strict=True):
+        parameter.grad = grad
+    (candidate,) = ours(backend, optimizer)
     step = candidate.make(work)
     for _ in range(steps):
         step()
-    return work.params
+    return [p.detach().cpu() for p in work.params]
 
 
-def verify(candidate: Candidate, dtype: torch.dtype, device: str) -> None:
-    """Raises AssertionError where `candidate`, one of ours, differs from the reference backend."""
-    (reference,) = ours("reference", candidate.optimizer)
-    expected = after_steps(reference, dtype, device)
-    for got, want in zip(after_steps(candidate, dtype, device), expected, strict=True):
+@functools.cache
+def expected(optimizer: str, dtype: torch.dtype) -> list[Tensor]:
+    return after_steps(optimizer, "reference", dtype)
+
+
+@functools.cache
+def verify(optimizer: str, backend: str, dtype: torch.dtype) -> None:
+    """Raises AssertionError where one of our optimizers differs from the reference."""
+    for got, want in zip(after_steps(optimizer, backend, dtype), expected(optimizer, dtype), strict=True):
         wrong = int((got != want).sum())
-        what = f"{candidate.optimizer} on {candidate.backend}, {dtype}, shape {tuple(want.shape)}"
+        what = f"{optimizer} on {backend}, {dtype}, shape {tuple(want.shape)}"
         assert not wrong, f"{what}: {wrong} of {want.numel()} values differ from the reference"
 
 
@@ -50,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     backend = parser.parse_args(arguments).backend
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for candidate in ours(backend):
-            verify(candidate, dtype, "cpu" if backend == "cpu" else "cuda")
+            verify(candidate.optimizer, backend, dtype)
             print(f"{candidate.optimizer} {backend} {dtype}: equal", flush=True)
 
 

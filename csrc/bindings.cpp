@@ -61,13 +61,18 @@ py::dict build_info() {
   return info;
 }
 
-// Step data for a kernel that takes doubles (Triton): scalars, gradient addresses, rows.
+// Step data for a kernel that takes doubles (Triton): gradient addresses, rows, scalars; their offsets and the size.
+std::array<std::size_t, 4> step_layout(std::size_t tensors, std::size_t rows) {
+  const std::size_t rows_at = tensors * sizeof(void*);
+  const std::size_t scalars_at = rows_at + (tensors + 1) / 2 * 2 * sizeof(uint32_t);
+  return {0, rows_at, scalars_at, scalars_at + rows * sizeof(ScalarRow)};
+}
+
 void write_step(const HostTable& table, const std::vector<ScalarRow>& rows, uintptr_t address) {
-  auto* to = pointer<unsigned char>(address);
-  const auto put = [&to](const void* from, std::size_t size) { std::memcpy(to, from, size), to += size; };
-  put(rows.data(), rows.size() * sizeof(ScalarRow));
-  put(table.grads().data(), table.size() * sizeof(void*));
-  put(table.rows().data(), table.size() * sizeof(uint32_t));
+  const auto [grads_at, rows_at, scalars_at, size] = step_layout(table.size(), rows.size());
+  std::memcpy(pointer<char>(address + grads_at), table.grads().data(), table.size() * sizeof(void*));
+  std::memcpy(pointer<char>(address + rows_at), table.rows().data(), table.size() * sizeof(uint32_t));
+  std::memcpy(pointer<char>(address + scalars_at), rows.data(), size - scalars_at);
 }
 
 #if defined(SIGNADAM_CUDA)
@@ -119,6 +124,7 @@ PYBIND11_MODULE(_C, m) {
 #undef SIGNADAM_APPEND
   m.attr("RULES") = py::tuple(rules);
   m.attr("CHUNK_SIZE") = chunk_size;
+  m.def("step_layout", &step_layout, py::arg("tensors"), py::arg("rows"));
 
   py::class_<Reader>(m, "Reader")
       .def(py::init<const py::capsule&>())

@@ -35,6 +35,13 @@ Reader::Reader(const py::capsule& api) : api_(static_cast<const dlpack::Exchange
   if (api_ == nullptr) throw py::error_already_set();
   if (api_->header.major != dlpack::major_version)
     throw std::runtime_error("torch speaks another major version of DLPack's exchange interface");
+  const auto torch = py::module_::import("torch");
+  const py::object parameter = torch.attr("nn").attr("Parameter");
+  const py::object grad = parameter.attr("grad");
+  if (Py_TYPE(grad.ptr()) == &PyGetSetDescr_Type) {
+    getter_ = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
+    plain_type_ = reinterpret_cast<PyTypeObject*>(parameter.ptr());
+  }
 }
 
 bool Reader::view(PyObject* object, dlpack::Tensor& out) const {
@@ -69,7 +76,8 @@ void Reader::watch(const py::object& param, const py::tuple& strides, const py::
   if (!state.is_none())
     for (const auto& [key, value] : state.cast<py::dict>()) {
       StateItem item{py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value), {}};
-      if (py::isinstance(value, tensor_type)) item.tensors.push_back(make_watched(item.value, false));
+      // A step count is only read and counted up where it lies; its storage is kept alive by the plan.
+      if (py::isinstance(value, tensor_type) && !key.equal(py::str("step"))) item.tensors.push_back(make_watched(item.value, false));
       parameter.items.push_back(std::move(item));
     }
   parameters_.push_back(std::move(parameter));
@@ -152,13 +160,19 @@ bool Reader::usable(PyObject* grad, const Parameter& parameter, void*& address) 
          same_shape(now, parameter.tensor.shape) && same_strides(now, parameter.grad_strides);
 }
 
-py::object Reader::read() {
+// param.grad, straight through torch's getter unless a subclass has one of its own.
+PyObject* Reader::get_grad(PyObject* param) const {
   static PyObject* const grad_name = name("grad");
+  if (Py_TYPE(param) == plain_type_) return getter_->get(param, getter_->closure);
+  return PyObject_GetAttr(param, grad_name);
+}
+
+py::object Reader::read() {
   py::list odd;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     const Parameter& parameter = parameters_[i];
     grads_[i] = nullptr;
-    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.tensor.object.ptr(), grad_name));
+    const auto grad = py::reinterpret_steal<py::object>(get_grad(parameter.tensor.object.ptr()));
     if (!grad) throw py::error_already_set();
     if (grad.is_none()) continue;
     if (!parameter.known) return py::none();

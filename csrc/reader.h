@@ -62,9 +62,12 @@ class Reader {
   bool unmoved(const Watched& watched) const;
   bool unmoved(const Parameter& parameter) const;
   bool usable(PyObject* grad, const Parameter& parameter, void*& address) const;
+  PyObject* get_grad(PyObject* param) const;
   Watched make_watched(const py::object& tensor, bool layout) const;
 
   const dlpack::ExchangeApi* api_;
+  PyTypeObject* plain_type_ = nullptr;  // objects of exactly this type have the getter below
+  PyGetSetDef* getter_ = nullptr;
   std::vector<Parameter> parameters_;
   std::vector<void*> grads_;
 };

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from .dtypes import FORMATS
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -86,7 +86,7 @@ def parameter(label: str, param: Tensor) -> None:
         ValueError: elements that share memory.
     """
     strided(label, param)
-    if param.dtype not in FLOATS:
+    if param.dtype not in FORMATS:
         raise TypeError(f"{label} has dtype {param.dtype}: supported are float32, bfloat16 and float16")
     if overlaps(param):
         raise ValueError(
@@ -98,7 +98,7 @@ def parameter(label: str, param: Tensor) -> None:
 def gradient(label: str, grad: Tensor, param: Tensor) -> None:
     """Raises unless ``grad`` can be the gradient of ``param`` (dtypes may differ within float32, bfloat16, float16)."""
     strided(f"the gradient of {label}", grad)
-    if grad.dtype not in FLOATS:
+    if grad.dtype not in FORMATS:
         raise TypeError(f"the gradient of {label} has dtype {grad.dtype}: supported are float32, bfloat16 and float16")
     if grad.shape != param.shape:
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, checks
+from .dtypes import FORMATS
 from .plan import Item, Plan
 from .rule import Rule
 
@@ -122,7 +123,7 @@ class SignOptimizer(Optimizer):
             group,
             rule,
             backend,
-            takes_part=bool(self.state.get(param)) and param.dtype in checks.FLOATS,
+            takes_part=bool(self.state.get(param)) and param.dtype in FORMATS,
             state=lambda: self._state_of(label, param, rule),
             watched_state=lambda: self.state[param],
         )

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from . import backends, checks
 from ._extension import load
+from .dtypes import FORMATS
 from .reader import make_reader
 from .rule import Group, Rule
 
 _C = load()
-
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @dataclass(slots=True)
@@ -123,7 +122,7 @@ class Plan:
         self._strides: list[tuple[int, ...]] = [()] * len(items)
         self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
         waves = _Waves()
-        buckets: dict[tuple[backends.Backend, torch.device, Rule, int], list[Entry]] = {}
+        buckets: dict[tuple[Any, ...], list[Entry]] = {}
         for slot, (item, backend) in enumerate(zip(items, chosen, strict=True)):
             if backend is None:
                 continue
@@ -132,17 +131,26 @@ class Plan:
             work = item.param.detach() if dense else torch.empty_like(item.param)
             moments, exp_avg_std, step = item.state()
             entry = Entry(
-                slot, item.param, work, item.param.dtype if grad is None else grad.dtype, moments, exp_avg_std, step, item.group
+                slot,
+                item.param,
+                work,
+                item.param.dtype if grad is None else grad.dtype,
+                moments,
+                exp_avg_std,
+                # An alias: should someone swap the tensor's data, the table's address stays valid.
+                None if step is None else step.detach(),
+                item.group,
             )
             self._strides[slot] = work.stride()
             self._grad_dtypes[slot] = entry.grad_dtype
             self.entries.append(entry)
-            key = (backend, item.param.device, item.rule, waves.of(item.param))
+            dtypes = (work.dtype, entry.grad_dtype) if backend.splits_dtypes else None
+            key = (backend, item.param.device, item.rule, waves.of(item.param), dtypes)
             buckets.setdefault(key, []).append(entry)
 
         ordered = sorted(buckets.items(), key=lambda keyed: keyed[0][3])
         self.launches = []
-        for (backend, device, rule, _), entries in ordered:
+        for (backend, device, rule, *_), entries in ordered:
             bucket = Bucket(rule, device, entries)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
         self._gappy = [entry for entry in self.entries if entry.work.data_ptr() != entry.param.data_ptr()]

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from ._extension import load
+from .dtypes import DLPACK_TYPES
 
 _C = load()
-
-# DLPack's (code, bits) of a dtype.
-DLPACK_TYPES = {torch.float32: (2, 32), torch.float16: (2, 16), torch.bfloat16: (4, 16)}
 
 
 class CompiledReader:

@@ -21,6 +21,7 @@ _C = load()
 
 class CudaBackend:
     name = "cuda"
+    splits_dtypes = False
 
     def unusable(self, device: torch.device | None) -> str | None:
         if not hasattr(_C, "cuda_unusable_reason"):
@@ -37,7 +38,9 @@ class CudaBackend:
         rule = _C.RULES.index(bucket.rule.name)
         statistics = getattr(_C.Statistics, bucket.rule.statistics)
         table, device = bucket.table, bucket.device
-        resident = to_device(table.device_bytes(), device)
+        if table.chunks == 0:
+            return lambda rows: None
+        resident = to_device(torch.frombuffer(bytearray(table.device_bytes()), dtype=torch.uint8), device)
         gathers = bucket.rule.statistics != "NONE"
         # S1 and S2 of each chunk, and a count of finished chunks per tensor that the kernel leaves at zero.
         sums = torch.empty(2 * table.chunks if gathers else 0, dtype=torch.float64, device=device)
@@ -48,12 +51,10 @@ class CudaBackend:
 
         def launch(rows: Sequence[Row]) -> None:
             refuse_capture(device)
-            if table.chunks == 0:
-                return
             size = table.cuda_step_bytes(len(rows))
             stream = torch.cuda.current_stream(device)
             made.use_on(stream)
-            with ring.slot(size if size > capacity else 0, stream) as (pinned, copied):
+            with ring.slot(size if size > capacity else 0, stream) as (host, step):
                 table.launch_cuda(
                     rule,
                     statistics,
@@ -61,8 +62,8 @@ class CudaBackend:
                     device_table=resident.data_ptr(),
                     sums=sums.data_ptr(),
                     arrivals=arrivals.data_ptr(),
-                    pinned=pinned,
-                    device_step=copied,
+                    pinned=host.data_ptr(),
+                    device_step=step.data_ptr(),
                     device=stream.device_index,
                     stream=stream.cuda_stream,
                 )

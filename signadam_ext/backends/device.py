@@ -12,12 +12,9 @@ from torch import Tensor
 RING_SIZE = 4
 
 
-def to_device(data: bytes, device: torch.device) -> Tensor:
-    """A uint8 tensor of ``data`` on ``device``, copied on its current stream."""
-    host = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)
-    if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """``host`` on ``device``, copied on its current stream."""
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 def refuse_capture(device: torch.device) -> None:
@@ -56,14 +53,15 @@ class PinnedRing:
         self._next = 0
 
     @contextmanager
-    def slot(self, size: int, stream: torch.cuda.Stream | None) -> Iterator[tuple[int, int]]:
-        """Addresses (pinned host, device) of at least ``size`` bytes; zeros when ``size`` is 0.
+    def slot(self, size: int, stream: torch.cuda.Stream | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Two uint8 tensors of at least ``size`` bytes, pinned and on the device; on the CPU they are one.
 
         On leaving, the event is recorded after which the pair may be used again; only a host more than ``RING_SIZE``
         steps ahead of its device ever waits for one.
         """
-        if size == 0:
-            yield 0, 0
+        if size == 0 or stream is None:
+            own = torch.empty(size, dtype=torch.uint8)
+            yield own, own
             return
         place = self._next
         self._next = (place + 1) % RING_SIZE
@@ -75,10 +73,9 @@ class PinnedRing:
             host = torch.empty(room, dtype=torch.uint8, pin_memory=True)
             held = (host, torch.empty(room, dtype=torch.uint8, device=self._device), torch.cuda.Event())
             self._slots[place] = held
-        host, copied, event = held
-        if stream is not None:
-            copied.record_stream(stream)
+        host, twin, event = held
+        twin.record_stream(stream)
         try:
-            yield host.data_ptr(), copied.data_ptr()
+            yield host, twin
         finally:
             event.record(stream)

@@ -20,6 +20,7 @@ _C = load()
 
 class ReferenceBackend:
     name = "reference"
+    splits_dtypes = False
 
     def unusable(self, device: torch.device | None) -> str | None:
         return None

@@ -1,0 +1,106 @@
+"""The Triton kernels: one launch per step and combination of dtypes. Also the road to AMD."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._extension import load
+from ..dtypes import FORMATS
+from .device import PinnedRing, Resident, refuse_capture, to_device
+
+if TYPE_CHECKING:
+    from ..plan import Bucket, Entry
+    from . import Launch, Row
+
+_C = load()
+
+LAUNCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+
+
+class TritonBackend:
+    name = "triton"
+    splits_dtypes = True
+
+    def unusable(self, device: torch.device | None) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install 'signadam_ext[triton]'"
+        if device is None or device.type == "cuda":
+            return None
+        if device.type != "cpu":
+            return "it serves CUDA and ROCm tensors only"
+        from triton import JITFunction
+
+        from ..triton_kernels.update import update
+
+        if not isinstance(update, JITFunction):
+            return None
+        return "Triton takes CPU tensors only when TRITON_INTERPRET=1 was set before the import"
+
+    def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
+        from ..triton_kernels import rules
+        from ..triton_kernels.update import NONE, ONLY, update
+
+        device = bucket.device
+        if bucket.table.chunks == 0:
+            return lambda rows: None
+        entries, table = bucket.entries, bucket.table
+        resident = to_device(_table(entries), device)
+        chunk_map = to_device(torch.frombuffer(bytearray(table.chunk_bytes()), dtype=torch.int32), device)
+        statistics = getattr(_C.Statistics, bucket.rule.statistics).value
+        gathers = statistics != NONE.value
+        sums = torch.empty(2 * table.chunks if gathers else 1, dtype=torch.float64, device=device)
+        arrivals = torch.zeros(len(table) if gathers else 1, dtype=torch.int32, device=device)
+        made = Resident(device, resident, chunk_map, sums, arrivals)
+        ring = PinnedRing(device)
+        formats = entries[0].work.dtype, entries[0].grad_dtype
+        constants: dict[str, Any] = {
+            "RULE": getattr(rules, bucket.rule.name),
+            "MOMENTS": len(bucket.rule.moments),
+            "PARAM": FORMATS[formats[0]],
+            "GRAD": FORMATS[formats[1]],
+        }
+        passes = [ONLY.value, NONE.value] if statistics == ONLY.value else [statistics]
+
+        def launch(rows: Sequence[Row]) -> None:
+            refuse_capture(device)
+            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+            made.use_on(stream)
+            grads_at, rows_at, scalars_at, size = _C.step_layout(len(table), len(rows))
+            with ring.slot(size, stream) as (host, step):
+                table.write_step(rows, host.data_ptr())
+                if step is not host:
+                    step[:size].copy_(host[:size], non_blocking=True)
+                arguments = (
+                    resident,
+                    chunk_map,
+                    step[grads_at:rows_at].view(torch.int64),
+                    step[rows_at:scalars_at].view(torch.int32),
+                    step[scalars_at:size].view(torch.float64),
+                    sums,
+                    arrivals,
+                )
+                with torch.cuda.device(device) if stream is not None else contextlib.nullcontext():
+                    for each in passes:
+                        update[(table.chunks,)](*arguments, **constants, STATISTICS=each, **LAUNCH_OPTIONS)
+
+        return launch
+
+
+def _table(entries: Sequence[Entry]) -> Tensor:
+    """The table of triton_kernels.update, one row of int64 a tensor."""
+    rows, first_chunk = [], 0
+    for entry in entries:
+        moments = [moment.data_ptr() for moment in entry.moments]
+        deviation = 0 if entry.exp_avg_std is None else entry.exp_avg_std.data_ptr()
+        aligned = all(address % 16 == 0 for address in (entry.work.data_ptr(), *moments))
+        numel = entry.work.numel()
+        padded = [*moments, 0, 0][:2]
+        rows.append([entry.work.data_ptr(), *padded, deviation, numel, first_chunk, int(aligned), 0])
+        first_chunk += -(-numel // _C.CHUNK_SIZE)
+    return torch.tensor(rows, dtype=torch.int64)

@@ -1,0 +1,55 @@
+"""The standard deviation of a gradient, in the order of additions that all backends share (csrc/statistics.h)."""
+
+import triton
+import triton.language as tl
+
+from .rules import CONFIDENCE_BETA, ONE_MINUS_CONFIDENCE_BETA
+
+LANES = tl.constexpr(2048)
+ROWS = tl.constexpr(8)
+CHUNK = tl.constexpr(2048 * 8)
+
+
+@triton.jit
+def halve(x):
+    """``x[:h] + x[h:]`` for h = 1024, 512, ..., 1."""
+    for level in tl.static_range(11):
+        x = tl.sum(tl.reshape(x, [2, 1024 >> level]), axis=0)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
+def is_finite(x):
+    return x - x == 0.0
+
+
+@triton.jit
+def finish(sums, count, numel, exp_avg_std, s):
+    """The chunk sums at ``sums`` go through the chunk procedure until one is left, which moves the deviation."""
+    lanes = tl.arange(0, LANES)
+    while count > 1:
+        following = (count + CHUNK - 1) // CHUNK
+        k = count * 0
+        while k < following:
+            first = tl.zeros([LANES], tl.float64)
+            second = tl.zeros([LANES], tl.float64)
+            for row in range(ROWS):
+                index = k * CHUNK + row * LANES + lanes
+                first += tl.load(sums + 2 * index, mask=index < count, other=0.0, cache_modifier=".cg")
+                second += tl.load(sums + 2 * index + 1, mask=index < count, other=0.0, cache_modifier=".cg")
+            first_sum, second_sum = halve(first), halve(second)
+            tl.debug_barrier()
+            tl.store(sums + 2 * k, first_sum)
+            tl.store(sums + 2 * k + 1, second_sum)
+            tl.debug_barrier()
+            k += 1
+        count = following
+    first_sum = tl.load(sums, cache_modifier=".cg")
+    second_sum = tl.load(sums + 1, cache_modifier=".cg")
+    if is_finite(first_sum) and is_finite(second_sum):
+        n = numel.to(tl.float64)
+        mean = first_sum / n
+        variance = second_sum / n - mean * mean
+        deviation = tl.sqrt(tl.where(variance > 0.0, variance, 0.0))
+        moved = tl.load(s + CONFIDENCE_BETA) * tl.load(exp_avg_std) + tl.load(s + ONE_MINUS_CONFIDENCE_BETA) * deviation
+        tl.store(exp_avg_std, moved)
