@@ -42,7 +42,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In the order of the plan; pytest's own grouping by fixture turns it round."""
-    items.sort(key=lambda item: item.callspec.indices["candidate"] if hasattr(item, "callspec") else -1)
+
+    def place(item: pytest.Item) -> int:
+        callspec = getattr(item, "callspec", None)
+        return callspec.indices.get("candidate", -1) if callspec else -1
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def trial(workload: Workload, candidate: Candidate) -> Trial:
 @pytest.fixture
 def seconds(request: pytest.FixtureRequest) -> float:
     """What one trial may take."""
-    return 0.05 if request.config.getoption("quick") else 1.5
+    return 0.05 if request.config.getoption("quick") else 1.3
 
 
 @pytest.fixture

@@ -206,7 +206,7 @@ def _target(built: Sequence[str]) -> Target:
     if not torch.cuda.is_available():
         arch = "sm_90" if "sm_90" in built else built[-1]
         return Target(arch, _limit(arch))
-    from signadam_ext import _C
+    import signadam_ext._C as _C
 
     p = torch.cuda.get_device_properties(0)
     arch = f"sm_{p.major}{p.minor}"

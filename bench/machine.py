@@ -50,7 +50,7 @@ def _gpu() -> dict[str, Any] | None:
 def _build() -> Any:
     """What the compiled module says of itself, or why it cannot."""
     try:
-        from signadam_ext import _C
+        import signadam_ext._C as _C
 
         return {**_C.build_info(), "cpu_capability": _C.cpu_capability()}
     except Exception as error:

@@ -8,6 +8,7 @@ one are left out, by name. The exit status is 1 when a stage failed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -47,8 +48,11 @@ class Stages:
     def leave_out(self, name: str, reason: str) -> None:
         self._note(Outcome(name, "left out", detail=reason))
 
-    def run(self, name: str, command: Sequence[str], limit: float, **environment: str) -> str:
-        """The stage's output. Kills the stage with all its children when its time, or everybody's, is over."""
+    def run(self, name: str, command: Sequence[str], limit: float, tell: bool = False, **environment: str) -> str:
+        """The stage's output; its last line is noted if `tell`.
+
+        The stage is killed with all its children when its time, or everybody's, is over.
+        """
         limit = min(limit, self.remaining)
         if name in self.skip or limit < 5:
             self.leave_out(name, "--skip" if name in self.skip else "no time left")
@@ -68,13 +72,16 @@ class Stages:
                 code: int | None = process.wait(limit)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)  # what waits for a hung driver does not die; go on without it
                 code = None
             output.seek(0)
             text = self._anonymous(output.read())
         status = "timed out" if code is None else "ok" if code == 0 else "failed"
         last = next((line for line in reversed(text.splitlines()) if line.strip("= ")), "")
-        detail = f"limit {limit:.0f} s" if code is None else f"exit status {code}: {last.strip('= ')}" if code else ""
+        detail = f"limit {limit:.0f} s" if code is None else f"exit status {code}: {last.strip('= ')}"
+        if code == 0:
+            detail = last.strip("= ") if tell else ""
         with self.log.open("a") as log:
             log.write(f"### {name}: {' '.join(command[1:])}\n{text}\n")
         self._note(Outcome(name, status, time.monotonic() - start, detail.replace("|", "/")[:200]))
@@ -110,8 +117,9 @@ def _needs_build(facts: dict[str, Any]) -> str | None:
     info = facts["versions"]["signadam_ext"]
     if isinstance(info, str):
         return info
-    if facts["machine"]["gpu"] and not info["cuda"]:
-        return "the module has no CUDA code"
+    gpu = facts["machine"]["gpu"]
+    if gpu and f"sm_{gpu['capability'].replace('.', '')}" not in info["cuda_architectures"].split("+"):
+        return f"the module has no code for {gpu['name']}"
     built = max((path.stat().st_mtime for path in (ROOT / "signadam_ext").glob("_C.*")), default=None)
     if built and any(path.stat().st_mtime > built for path in (ROOT / "csrc").rglob("*")):
         return "the module is older than its sources"
@@ -123,7 +131,7 @@ def run(stages: Stages, folder: Path, quick: bool) -> dict[str, Any]:
     python = [sys.executable]
     facts = _json_line(stages.run("facts", [*python, "-m", "bench.machine"], 60))
     if facts is None:
-        raise SystemExit(f"the machine cannot be read, see {stages.log}")
+        raise SystemExit(f"the machine's facts cannot be read, see {stages.log}")
     gpu = facts["machine"]["gpu"]
 
     if reason := _needs_build(facts):
@@ -145,13 +153,13 @@ def run(stages: Stages, folder: Path, quick: bool) -> dict[str, Any]:
 
     if gpu:
         tests = [*python, "-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-        stages.run("gpu tests", tests, 120)
+        stages.run("gpu tests", tests, 120, tell=True)
         throughput("cuda", 130)
         if sanitizer := shutil.which("compute-sanitizer"):
             watch = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99"]
             # Without torch's caching every tensor is an allocation of its own, with borders the sanitizer sees.
             watched = [*python, "-m", "bench.verify", "--backend", "cuda"]
-            stages.run("memcheck", [*watch, *watched], 70, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+            stages.run("memcheck", [*watch, *watched], 70, tell=True, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         else:
             stages.leave_out("memcheck", "no compute-sanitizer on PATH")
     else:
@@ -194,14 +202,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run, not how fast")
     options = parser.parse_args(given)
     options.out.mkdir(parents=True, exist_ok=True)
+    log = options.out / "report.log"
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
         stages = Stages(log, options.skip, time.monotonic() + TOTAL_SECONDS)
         report = run(stages, Path(folder), options.quick)
-        report["command"] = machine.command("bench.report", given)
-        report["name"] = options.name or machine.slug(report["machine"])
-        write(report, options.out)
-        shutil.copy(log, options.out / f"{report['name']}.log")
+    report["command"] = machine.command("bench.report", given)
+    report["name"] = options.name or machine.slug(report["machine"])
+    write(report, options.out)
+    log.rename(options.out / f"{report['name']}.log")
     print(present.disturbance(report), flush=True)
     print(present.aims(report) or "(the aims speak of two CPU cores)", flush=True)
     print(f"written: {options.out / report['name']}.{{json,png,md,log}}", flush=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .candidates import REFERENCES, plan
-from .harness import Trial, Workload, clock_for, synchronize
+from .harness import Candidate, Clock, Trial, Workload, clock_for
 from .verify import verify
 
 
@@ -22,10 +22,9 @@ def measure(device: str, seconds: float, quick: bool = False) -> Iterator[dict[s
     """Yields rows; for a candidate without one, its names and why (`error` or `left_out`)."""
     deadline = time.monotonic() + seconds
     clock = clock_for(device)
-    per_trial = 0.05 if quick else 0.25 if device == "cuda" else 1.5
+    per_trial = 0.05 if quick else 0.25 if device == "cuda" else 1.3
     for case, dtype, candidates in plan(device, quick):
-        late = time.monotonic() > deadline
-        work = None if late else Workload(case, dtype, device)
+        work = Workload(case, dtype, device) if time.monotonic() < deadline else None
         for candidate in candidates:
             names = {
                 "case": case.name,
@@ -38,20 +37,21 @@ def measure(device: str, seconds: float, quick: bool = False) -> Iterator[dict[s
                 yield names | {"left_out": f"the time limit of {seconds:.0f} s"}
                 continue
             try:
-                if candidate.backend not in ("torch", "reference"):
-                    verify(candidate.optimizer, candidate.backend, dtype)
-                trial = Trial(work, candidate, REFERENCES, clock)
-                row: dict[str, Any] = dict(trial.run(per_trial))
-                if device == "cuda" and case.name == "many_small":
-                    row["host_seconds"] = trial.host_cost()
-                yield row
+                yield _row(work, candidate, clock, per_trial)
             except Exception as error:
                 yield names | {"error": f"{type(error).__name__}: {error}"}
-            trial = None
-            gc.collect()
-        synchronize(torch.device(device))
+            gc.collect()  # its state goes before the next one's comes
         del work
-        gc.collect()
+
+
+def _row(work: Workload, candidate: Candidate, clock: Clock, seconds: float) -> dict[str, Any]:
+    if candidate.backend not in ("torch", "reference"):
+        verify(candidate.optimizer, candidate.backend, work.dtype)
+    trial = Trial(work, candidate, REFERENCES, clock)
+    row: dict[str, Any] = dict(trial.run(seconds))
+    if work.device.type == "cuda" and work.case.name == "many_small":
+        row["host_seconds"] = trial.host_cost()
+    return row
 
 
 def _outcome(row: dict[str, Any]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .dtypes import FORMATS
+
+T = TypeVar("T")
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -64,6 +66,19 @@ def betas(values: Any, names: tuple[str, ...]) -> None:
         beta(name, value)
 
 
+def look_up(name: str, value: Any, table: Mapping[str, T]) -> T:
+    """``table[value]``.
+
+    Raises:
+        ValueError: no such entry, with the nearest there is.
+    """
+    try:
+        return table[value]
+    except (KeyError, TypeError):
+        one_of(name, value, table)
+        raise
+
+
 def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: must be True or False")
@@ -88,6 +103,8 @@ def parameter(label: str, param: Tensor) -> None:
     strided(label, param)
     if param.dtype not in FORMATS:
         raise TypeError(f"{label} has dtype {param.dtype}: supported are float32, bfloat16 and float16")
+    if param.is_neg():
+        raise TypeError(f"{label} is the negative of what its memory holds (is_neg()): optimize a .resolve_neg() of it")
     if overlaps(param):
         raise ValueError(
             f"{label} has elements that share memory (shape {tuple(param.shape)}, strides {param.stride()}), so its update "
@@ -108,15 +125,29 @@ def gradient(label: str, grad: Tensor, param: Tensor) -> None:
         raise ValueError(f"the gradient of {label} is on {grad.device}: must be on {param.device}, like the parameter")
 
 
-def moment(label: str, name: str, value: Any, param: Tensor) -> None:
+def moment(label: str, name: str, value: Any, param: Tensor, *, on_any_device: bool = False) -> None:
     """Raises unless ``value`` is an fp32 state tensor of the parameter's shape and device."""
     expected = f"a float32 tensor of shape {tuple(param.shape)} on {param.device}"
     if not isinstance(value, Tensor):
         raise TypeError(f"state {name!r} of {label} is {value!r}: must be {expected}")
     if value.dtype != torch.float32:
         raise TypeError(f"state {name!r} of {label} has dtype {value.dtype}: must be {expected}")
-    if value.shape != param.shape or value.device != param.device:
+    if value.shape != param.shape or (value.device != param.device and not on_any_device):
         raise ValueError(f"state {name!r} of {label} has shape {tuple(value.shape)} on {value.device}: must be {expected}")
+
+
+def deviation(label: str, value: Any) -> None:
+    """Raises unless ``value`` can be the running deviation of adaptive confidence."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float64 or value.dim() > 0:
+        raise TypeError(f"state 'exp_avg_std' of {label} is {value!r}: must be a 0-dim float64 tensor")
+
+
+def step_count(label: str, value: Any) -> None:
+    """Raises unless ``value`` can be a number of steps taken."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise TypeError(f"state 'step' of {label} is {value!r}: must be the number of steps taken")
 
 
 def same_strides(tensor: Tensor, strides: Sequence[int]) -> bool:

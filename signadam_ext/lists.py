@@ -79,6 +79,7 @@ def step_lists(
                 rule,
                 group["backend"],
                 takes_part=False,
+                check_state=lambda: None,
                 state=lambda state=(own, deviation, step): state,
                 watched_state=lambda: None,
             )

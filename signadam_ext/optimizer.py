@@ -96,6 +96,8 @@ class SignOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            self._fold_beta(group)
         key = [(self._rule(group), group["backend"]) for group in self.param_groups]
         plan = self._plan
         if plan is None or key != self._plan_key or not plan.unmoved(self.param_groups, self.state) or not plan.read():
@@ -106,7 +108,6 @@ class SignOptimizer(Optimizer):
     def _make_plan(self, key: Any) -> Plan:
         items = []
         for index, group in enumerate(self.param_groups):
-            self._fold_beta(group)
             rule = self._rule(group)
             for i, param in enumerate(group["params"]):
                 items.append(self._item(_label(group, index, i), param, index, rule, group["backend"]))
@@ -124,11 +125,12 @@ class SignOptimizer(Optimizer):
             rule,
             backend,
             takes_part=bool(self.state.get(param)) and param.dtype in FORMATS,
-            state=lambda: self._state_of(label, param, rule),
+            check_state=lambda: _check_state(label, self.state.get(param, {}), rule, param),
+            state=lambda: self._state_of(param, rule),
             watched_state=lambda: self.state[param],
         )
 
-    def _state_of(self, label: str, param: Tensor, rule: Rule) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
+    def _state_of(self, param: Tensor, rule: Rule) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
         """State of a parameter, made where it is missing: ``step``, the rule's moments, ``exp_avg_std``."""
         state = self.state[param]
         step = state.get("step", 0.0)
@@ -139,7 +141,6 @@ class SignOptimizer(Optimizer):
         for name in rule.moments:
             if name not in state:
                 state[name] = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
-            checks.moment(label, name, state[name], param)
             like = torch.empty_like(param, device="meta")
             if not checks.same_strides(state[name], like.stride()):
                 state[name] = torch.empty_strided(param.shape, like.stride(), device=param.device).copy_(state[name])
@@ -149,7 +150,7 @@ class SignOptimizer(Optimizer):
             deviation = state.get("exp_avg_std")
             if deviation is None:
                 deviation = torch.zeros((), dtype=torch.float64)
-            deviation = state["exp_avg_std"] = deviation.to(param.device, torch.float64)
+            deviation = state["exp_avg_std"] = deviation.to(param.device)
         return tuple(moments), deviation, step
 
     def _fold_beta(self, group: dict[str, Any]) -> None:
@@ -168,23 +169,29 @@ class SignOptimizer(Optimizer):
         """As in torch.optim, but state keeps its own dtype, and ``backend`` stays this optimizer's.
 
         Raises:
-            TypeError, ValueError: a moment of another dtype or shape than the parameter's; nothing has been loaded then.
+            TypeError, ValueError: state or hyperparameters that do not fit this optimizer; nothing has been loaded then.
         """
         loaded: dict[str, Any] = {}
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> None:
             loaded.update(incoming)
-            for label, param, state in _paired(self, incoming):
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and value.dim() > 0:
-                        checks.moment(label, name, value.to(param.device), param)
+            rules = []
+            for saved, own in zip(incoming["param_groups"], self.param_groups, strict=False):
+                # The learning rate is not checked: schedulers may leave a rounding error below zero.
+                group = {**self.defaults, **saved, "lr": 0.0, "backend": own["backend"]}
+                self._fold_beta(group)
+                self._check_group(group)
+                rules.append(self._rule(group))
+            for index, label, param, state in _paired(self, incoming):
+                _check_state(label, state, rules[index], param, on_any_device=True)
 
         def restore(_: Optimizer) -> None:
-            # Optimizer.load_state_dict has cast every state tensor to its parameter's dtype.
-            for _label_, param, state in _paired(self, loaded):
+            # Optimizer.load_state_dict has cast state tensors to their parameter's dtype, and shares the step counts.
+            for _index, _label, param, state in _paired(self, loaded):
                 for name, value in state.items():
-                    if isinstance(value, Tensor) and name != "step":
-                        self.state[param][name] = value.detach().to(param.device, copy=True)
+                    if isinstance(value, Tensor):
+                        device = "cpu" if name == "step" else param.device
+                        self.state[param][name] = value.detach().to(device, copy=True)
             for group, backend in zip(self.param_groups, kept, strict=True):
                 group["backend"] = backend
 
@@ -213,6 +220,16 @@ def _label(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
 
 
+def _check_state(label: str, state: dict[str, Any], rule: Rule, param: Tensor, *, on_any_device: bool = False) -> None:
+    """Raises unless what there is of a parameter's state fits its rule. What else a user keeps there is left alone."""
+    for name in rule.moments:
+        if name in state:
+            checks.moment(label, name, state[name], param, on_any_device=on_any_device)
+    if rule.statistics != "NONE" and "exp_avg_std" in state:
+        checks.deviation(label, state["exp_avg_std"])
+    checks.step_count(label, state.get("step", 0))
+
+
 def _keep_first_of_each(group: dict[str, Any]) -> None:
     """A parameter listed twice, which torch warns about, is updated once a step."""
     first = list({id(param): i for i, param in reversed(list(enumerate(group["params"])))}.values())[::-1]
@@ -221,10 +238,10 @@ def _keep_first_of_each(group: dict[str, Any]) -> None:
             group[name] = [group[name][i] for i in first]
 
 
-def _paired(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple[str, Tensor, dict[str, Any]]]:
-    """(label, parameter, its state) of a state dict that fits the optimizer's groups; nothing of one that does not."""
-    saved, own = state_dict.get("param_groups", []), optimizer.param_groups
+def _paired(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple[int, str, Tensor, dict[str, Any]]]:
+    """(group, label, parameter, its saved state), as far as a state dict fits the optimizer's groups."""
+    saved, own = state_dict["param_groups"], optimizer.param_groups
     for index, (old, new) in enumerate(zip(saved, own, strict=False)):
         for i, (number, param) in enumerate(zip(old["params"], new["params"], strict=False)):
             if number in state_dict["state"]:
-                yield _label(new, index, i), param, state_dict["state"][number]
+                yield index, _label(new, index, i), param, state_dict["state"][number]

@@ -49,14 +49,16 @@ class Entry:
 
 @dataclass(slots=True)
 class Bucket:
-    """Entries of one launch, with their table in C++."""
+    """Entries of one launch, with their table in C++; ``gappy`` are those whose ``work`` is a copy."""
 
     rule: Rule
     device: torch.device
     entries: list[Entry]
+    gappy: list[Entry] = field(init=False)
     table: Any = field(init=False)
 
     def __post_init__(self) -> None:
+        self.gappy = [entry for entry in self.entries if entry.work.data_ptr() != entry.param.data_ptr()]
         self.table = _C.Table(rows_by_step=self.rule.uses_step)
         for entry in self.entries:
             addresses = [moment.data_ptr() for moment in entry.moments] + [0, 0]
@@ -77,7 +79,11 @@ class Bucket:
 
 @dataclass(slots=True)
 class Item:
-    """A parameter as it is handed to a plan. ``state`` makes its state when, and only when, it takes part."""
+    """A parameter as it is handed to a plan.
+
+    Only where it takes part ``check_state`` is called, which raises on state that does not fit, and then, when all
+    parameters have passed, ``state``, which makes what is missing.
+    """
 
     label: str
     param: Tensor
@@ -85,6 +91,7 @@ class Item:
     rule: Rule
     backend: str
     takes_part: bool
+    check_state: Callable[[], None]
     state: Callable[[], tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]]
     watched_state: Callable[[], dict[str, Any] | None]
 
@@ -116,6 +123,7 @@ class Plan:
                 chosen.append(None)
                 continue
             checks.parameter(item.label, item.param)
+            item.check_state()
             chosen.append(backends.choose(item.backend, item.param.device, item.label))
 
         self.entries: list[Entry] = []
@@ -153,7 +161,6 @@ class Plan:
         for (backend, device, rule, *_), entries in ordered:
             bucket = Bucket(rule, device, entries)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
-        self._gappy = [entry for entry in self.entries if entry.work.data_ptr() != entry.param.data_ptr()]
         self._versioned = [entry.param for entry in self.entries if not entry.param.is_inference()]
         self._reader = make_reader() if grads is None else None
         if self._reader is not None:
@@ -191,7 +198,7 @@ class Plan:
             checks.gradient(self.labels[slot], grad, param)
             if grad.dtype != self._grad_dtypes[slot]:
                 return False
-            if not checks.same_strides(grad, self._strides[slot]):
+            if grad.is_neg() or not checks.same_strides(grad, self._strides[slot]):
                 grad = torch.empty_strided(grad.shape, self._strides[slot], dtype=grad.dtype, device=grad.device).copy_(grad)
                 self._copies[slot] = grad
             address = grad.data_ptr() or 1  # a tensor without elements has no address, but takes part
@@ -209,14 +216,15 @@ class Plan:
             rows = [_row(bucket.rule, self.groups[group], t) for group, t in bucket.table.begin(source)]
             if rows:
                 prepared.append((bucket, launch, rows))
-        gappy = self._present(self._gappy)
-        for entry in gappy:
-            entry.work.copy_(entry.param)
         for bucket, launch, rows in prepared:
+            # Around each launch by itself: a parameter may share memory with one of an earlier launch.
+            gappy = self._present(bucket.gappy)
+            for entry in gappy:
+                entry.work.copy_(entry.param)
             launch(rows)
             bucket.table.commit()
-        for entry in gappy:
-            entry.param.copy_(entry.work)
+            for entry in gappy:
+                entry.param.copy_(entry.work)
         # Raw writes go unnoticed by autograd until the version counters say so.
         torch.autograd.graph.increment_version(self._written())
         self._copies.clear()
@@ -228,7 +236,7 @@ class Plan:
         return [entry for entry in entries if gradients[entry.slot]]
 
     def _written(self) -> list[Tensor]:
-        if self._reader is not None and self._reader.present() == len(self._versioned):
+        if self._reader is not None and self._reader.present() == len(self.entries):
             return self._versioned
         return [entry.param for entry in self._present(self.entries) if not entry.param.is_inference()]
 

@@ -78,6 +78,7 @@ class PythonReader:
                 and grad.stride() == strides
                 and grad.shape == param.shape
                 and grad.device == param.device
+                and not grad.is_neg()
             ):
                 self._grads[slot] = grad.data_ptr() or 1
             else:
@@ -106,7 +107,9 @@ def make_reader() -> CompiledReader | PythonReader:
     return PythonReader() if api is None else CompiledReader(api)
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _place(tensor: Tensor) -> tuple[Any, ...] | None:
+    if tensor.layout != torch.strided:
+        return None
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 

@@ -81,7 +81,7 @@ def choose(name: str, device: torch.device, label: str) -> Backend:
         RuntimeError: the named backend cannot serve the device.
     """
     if name != "auto":
-        backend = get(name)
+        backend = get(checks.one_of("backend", name, ("auto", *NAMES)))
         if (reason := backend.unusable(device)) is not None:
             raise RuntimeError(f"backend={name!r} cannot serve {label} on {device}: {reason}; use backend='auto'")
         return backend

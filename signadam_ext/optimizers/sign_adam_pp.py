@@ -115,7 +115,7 @@ class SignAdamPP(SignOptimizer):
 
     @classmethod
     def _rule(cls, group: dict[str, Any]) -> Rule:
-        return RULES[group["confidence"]]
+        return checks.look_up("confidence", group["confidence"], RULES)
 
     @classmethod
     def _check_group(cls, group: dict[str, Any]) -> None:
