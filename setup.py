@@ -33,7 +33,9 @@ ARITHMETIC = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *ARITHMETIC]
 
 if sys.platform == "win32":
-    raise SystemExit("signadam_ext supports Linux (x86-64, aarch64) and, for its CPU kernels, macOS; on Windows use WSL 2.")
+    raise SystemExit(
+        "signadam_ext supports Linux (x86-64, aarch64) and, for its CPU kernels, macOS; on Windows use WSL 2."
+    )
 
 
 def output(*command: str) -> str:
@@ -59,7 +61,9 @@ def find_nvcc() -> str | None:
     """nvcc, or None where CUDA is turned off or not there."""
     wanted = os.environ.get("SIGNADAM_CUDA", "").strip()
     if wanted not in ("", "0", "1"):
-        raise SystemExit(f"SIGNADAM_CUDA={wanted!r}: use 1 (demand CUDA), 0 (leave it out) or nothing (use it if nvcc is there).")
+        raise SystemExit(
+            f"SIGNADAM_CUDA={wanted!r}: use 1 (demand CUDA), 0 (leave it out) or nothing (use it if nvcc is there)."
+        )
     if wanted == "0":
         return None
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
@@ -70,8 +74,8 @@ def find_nvcc() -> str | None:
             return candidate
     if wanted == "1":
         raise SystemExit(
-            "SIGNADAM_CUDA=1, but there is no nvcc: install the CUDA toolkit and put nvcc on PATH, or set CUDA_HOME to the "
-            f"toolkit's folder. Looked at: {', '.join(c for c in candidates if c)}."
+            "SIGNADAM_CUDA=1, but there is no nvcc: install the CUDA toolkit and put nvcc on PATH, or set CUDA_HOME to "
+            f"the toolkit's folder. Looked at: {', '.join(c for c in candidates if c)}."
         )
     return None
 
@@ -85,7 +89,9 @@ def cuda_archs(nvcc: str) -> list[int]:
             raise SystemExit(f'SIGNADAM_CUDA_ARCHS={text!r}: give compute capabilities such as "90" or "8.0;9.0".')
         archs = sorted({int(w.removeprefix("sm_").replace(".", "")) for w in words})
         if unsupported := [a for a in archs if supported and a not in supported]:
-            raise SystemExit(f"SIGNADAM_CUDA_ARCHS={text!r}: {nvcc} does not compile for {unsupported}, but for {supported}.")
+            raise SystemExit(
+                f"SIGNADAM_CUDA_ARCHS={text!r}: {nvcc} does not compile for {unsupported}, but for {supported}."
+            )
         return archs
     visible = output("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     archs = sorted({int(major + minor) for major, minor in re.findall(r"(\d+)\.(\d)", visible)})
@@ -122,7 +128,11 @@ class BuildWithNinja(build_ext):
             gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             release = re.search(r"release ([\d.]+)", output(nvcc, "--version"))
             names = "+".join([f"sm_{a}" for a in archs] + [f"compute_{archs[-1]}"])
-            defines += ["-DSIGNADAM_CUDA", f"-DSIGNADAM_NVCC={release.group(1) if release else 'unknown'}", f"-DSIGNADAM_CUDA_ARCHS={names}"]
+            defines += [
+                "-DSIGNADAM_CUDA",
+                f"-DSIGNADAM_NVCC={release.group(1) if release else 'unknown'}",
+                f"-DSIGNADAM_CUDA_ARCHS={names}",
+            ]
 
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         device = ["-std=c++17", "-O3", "-fmad=false", *gencode, f"-ccbin {compiler}", "--threads=2"]
@@ -139,7 +149,11 @@ class BuildWithNinja(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
         ]
-        link = f"{nvcc} -shared -cudart static -ccbin {compiler} {' '.join(gencode)} -Xlinker --exclude-libs=ALL" if nvcc else f"{compiler} -shared"
+        link = (
+            f"{nvcc} -shared -cudart static -ccbin {compiler} {' '.join(gencode)} -Xlinker --exclude-libs=ALL"
+            if nvcc
+            else f"{compiler} -shared"
+        )
         link += " -undefined dynamic_lookup" if sys.platform == "darwin" else " -lpthread"
         lines += ["rule link", f"  command = {link} $in -o $out"]
 
@@ -160,7 +174,8 @@ class BuildWithNinja(build_ext):
         lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
 
-        print(f"signadam_ext: CPU kernels for {machine}; CUDA {', '.join(f'sm_{a}' for a in archs) if nvcc else 'left out (no nvcc)'}")
+        built = ", ".join(f"sm_{a}" for a in archs) if nvcc else "left out (no nvcc, or SIGNADAM_CUDA=0)"
+        print(f"signadam_ext: CPU kernels for {machine}; CUDA {built}")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(build), *jobs], check=True)
 

@@ -76,10 +76,13 @@ void write_step(const HostTable& table, const std::vector<ScalarRow>& rows, uint
 }
 
 #if defined(SIGNADAM_CUDA)
-std::size_t cuda_step_bytes(const HostTable& table, std::size_t rows) { return cuda::StepLayout::of(rows, table.size()).size; }
+std::size_t cuda_step_bytes(const HostTable& table, std::size_t rows) {
+  return cuda::StepLayout::of(rows, table.size()).size;
+}
 
-void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const std::vector<ScalarRow>& rows, uintptr_t device_table,
-                 uintptr_t sums, uintptr_t arrivals, uintptr_t pinned, uintptr_t device_step, int device, uintptr_t stream) {
+void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const std::vector<ScalarRow>& rows,
+                 uintptr_t device_table, uintptr_t sums, uintptr_t arrivals, uintptr_t pinned, uintptr_t device_step,
+                 int device, uintptr_t stream) {
   const auto scalars = to_scalars(rows);
   const auto rule = static_cast<RuleIndex>(rule_index);
   const auto layout = cuda::StepLayout::of(scalars.size(), table.size());
@@ -97,10 +100,12 @@ void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const 
                        pointer<uint32_t>(arrivals)};
   py::gil_scoped_release release;
   if (statistics == Statistics::only) {
-    cuda::launch(rule, Statistics::only, view, table.chunks(), layout, step, pointer<void>(device_step), device, pointer<void>(stream));
+    cuda::launch(rule, Statistics::only, view, table.chunks(), layout, step, pointer<void>(device_step), device,
+                 pointer<void>(stream));
     statistics = Statistics::none;
   }
-  cuda::launch(rule, statistics, view, table.chunks(), layout, step, pointer<void>(device_step), device, pointer<void>(stream));
+  cuda::launch(rule, statistics, view, table.chunks(), layout, step, pointer<void>(device_step), device,
+               pointer<void>(stream));
 }
 #endif
 
@@ -143,15 +148,17 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<bool>(), py::arg("rows_by_step"))
       .def(
           "add",
-          [](HostTable& table, uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t exp_avg_std, uintptr_t step,
-             int64_t numel, int param_format, int grad_format, uint32_t group, std::size_t slot) {
+          [](HostTable& table, uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t exp_avg_std,
+             uintptr_t step, int64_t numel, int param_format, int grad_format, uint32_t group, std::size_t slot) {
             const auto format = static_cast<Format>(param_format);
-            table.add({pointer<void>(param), pointer<float>(exp_avg), pointer<float>(exp_avg_sq), pointer<double>(exp_avg_std), numel, 0,
-                       format, static_cast<Format>(grad_format), head_of(pointer<void>(param), format)},
+            table.add({pointer<void>(param), pointer<float>(exp_avg), pointer<float>(exp_avg_sq),
+                       pointer<double>(exp_avg_std), numel, 0, format, static_cast<Format>(grad_format),
+                       head_of(pointer<void>(param), format)},
                       pointer<float>(step), group, slot);
           },
-          py::kw_only(), py::arg("param"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("exp_avg_std"), py::arg("step"),
-          py::arg("numel"), py::arg("param_format"), py::arg("grad_format"), py::arg("group"), py::arg("slot"))
+          py::kw_only(), py::arg("param"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("exp_avg_std"),
+          py::arg("step"), py::arg("numel"), py::arg("param_format"), py::arg("grad_format"), py::arg("group"),
+          py::arg("slot"))
       .def("finish", &HostTable::finish, py::arg("statistics"))
       .def("begin", [](HostTable& table, const Reader& reader) { return table.begin(reader.grads()); })
       .def("begin",
@@ -171,7 +178,8 @@ PYBIND11_MODULE(_C, m) {
       .def("__len__", &HostTable::size)
       .def_property_readonly("chunks", &HostTable::chunks)
       .def("chunk_bytes", [](const HostTable& table) { return bytes_of(table.tensor_of_chunk()); })
-      .def("device_bytes", [](const HostTable& table) { return bytes_of(table.tensors()) + bytes_of(table.tensor_of_chunk()); })
+      .def("device_bytes",
+           [](const HostTable& table) { return bytes_of(table.tensors()) + bytes_of(table.tensor_of_chunk()); })
       .def("write_step", &write_step, py::arg("scalars"), py::arg("address"))
 #if defined(SIGNADAM_CUDA)
       .def("cuda_step_bytes", &cuda_step_bytes, py::arg("rows"))

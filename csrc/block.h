@@ -83,9 +83,8 @@ struct Operand {
   SIGNADAM_HD void unpack(const Raw& raw, float* x) const {
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i)
-      x[i] = format == Format::fp32
-                 ? float_of(raw.word[i])
-                 : widen(format, static_cast<uint16_t>(raw.word[i / 2] >> (16 * (i % 2))));
+      x[i] = format == Format::fp32 ? float_of(raw.word[i])
+                                    : widen(format, static_cast<uint16_t>(raw.word[i / 2] >> (16 * (i % 2))));
   }
 
   SIGNADAM_HD void store(const Piece& piece, const float* x) const {
@@ -100,8 +99,7 @@ struct Operand {
     unsigned char* at = begin + piece.begin * size_of(format);
     if (aligned && piece.whole()) {
       store_words(at, Words{raw.word[0], raw.word[1], raw.word[2], raw.word[3]});
-      if (format == Format::fp32)
-        store_words(at + 16, Words{raw.word[4], raw.word[5], raw.word[6], raw.word[7]});
+      if (format == Format::fp32) store_words(at + 16, Words{raw.word[4], raw.word[5], raw.word[6], raw.word[7]});
       return;
     }
     SIGNADAM_UNROLL
@@ -122,8 +120,10 @@ enum class Statistics {
   only,    // sum the gradient for this step's threshold (adaptive, first launch)
 };
 
-// Pieces whose loads a thread issues before it uses the first: 2 x 32 bytes of every fp32 operand.
-constexpr int pieces_in_flight = 2;
+// Pieces whose loads a thread issues before it uses the first: as many as stay in 128 registers beside the arithmetic.
+// One piece of four operands is 128 bytes under way, 64 KB per multiprocessor with two blocks.
+template <class Rule, Statistics statistics>
+constexpr int pieces_in_flight = Rule::moments > 1 || statistics == Statistics::gather ? 1 : 2;
 
 // All pieces of one thread. `lanes` are the thread's 8 lanes of the statistics.
 template <class Rule, Statistics statistics>
@@ -131,6 +131,7 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
   constexpr bool updates = statistics != Statistics::only;
   constexpr bool sums = statistics != Statistics::none;
   constexpr int moments = updates ? Rule::moments : 0;
+  constexpr int in_flight = pieces_in_flight<Rule, statistics>;
 
   const int head = slice.tensor.head;
   const int pieces = pieces_of(slice.count, head);
@@ -140,21 +141,22 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
   const Operand exp_avg = Operand::of(slice.tensor.exp_avg, Format::fp32, slice);
   const Operand exp_avg_sq = Operand::of(slice.tensor.exp_avg_sq, Format::fp32, slice);
 
-  for (int index = thread; index < pieces; index += pieces_in_flight * threads_per_block) {
-    Piece piece[pieces_in_flight];
-    Raw raw_p[pieces_in_flight], raw_g[pieces_in_flight], raw_m[pieces_in_flight], raw_v[pieces_in_flight];
+  for (int index = thread; index < pieces; index += in_flight * threads_per_block) {
+    Raw raw_p[in_flight], raw_g[in_flight], raw_m[in_flight], raw_v[in_flight];
     SIGNADAM_UNROLL
-    for (int u = 0; u < pieces_in_flight; ++u) {
-      piece[u] = piece_of(index + u * threads_per_block, slice.count, head);
-      if (piece[u].count == 0) continue;
-      raw_g[u] = grad.load(piece[u]);
-      if (reads_param) raw_p[u] = param.load(piece[u]);
-      if constexpr (moments > 0) raw_m[u] = exp_avg.load(piece[u]);
-      if constexpr (moments > 1) raw_v[u] = exp_avg_sq.load(piece[u]);
+    for (int u = 0; u < in_flight; ++u) {
+      const Piece piece = piece_of(index + u * threads_per_block, slice.count, head);
+      if (piece.count == 0) continue;
+      raw_g[u] = grad.load(piece);
+      if (reads_param) raw_p[u] = param.load(piece);
+      if constexpr (moments > 0) raw_m[u] = exp_avg.load(piece);
+      if constexpr (moments > 1) raw_v[u] = exp_avg_sq.load(piece);
     }
     SIGNADAM_UNROLL
-    for (int u = 0; u < pieces_in_flight; ++u) {
-      if (piece[u].count == 0) continue;
+    for (int u = 0; u < in_flight; ++u) {
+      // Computed again: two pieces kept in registers would spill.
+      const Piece piece = piece_of(index + u * threads_per_block, slice.count, head);
+      if (piece.count == 0) continue;
       float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size];
       grad.unpack(raw_g[u], g);
       if (reads_param) param.unpack(raw_p[u], p);
@@ -163,14 +165,14 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) {
         if constexpr (sums) {
-          const int k = i - piece[u].offset;
-          if (k >= 0 && k < piece[u].count) add(lanes[i], effective_gradient(s, p[i], g[i]));
+          const int k = i - piece.offset;
+          if (k >= 0 && k < piece.count) add(lanes[i], effective_gradient(s, p[i], g[i]));
         }
         if constexpr (updates) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
       }
-      if constexpr (updates) param.store(piece[u], p);
-      if constexpr (moments > 0) exp_avg.store(piece[u], m);
-      if constexpr (moments > 1) exp_avg_sq.store(piece[u], v);
+      if constexpr (updates) param.store(piece, p);
+      if constexpr (moments > 0) exp_avg.store(piece, m);
+      if constexpr (moments > 1) exp_avg_sq.store(piece, v);
     }
   }
 }
@@ -234,8 +236,10 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
       if (thread == 0) table.sums[chunk] = lanes[0];
     });
     // The last block of a tensor to finish has every other's threshold read behind it, so it may move the deviation.
-    if (block.arrives_last(table.arrivals + index, static_cast<uint32_t>(chunks_of(slice.tensor.numel))))
-      finish_statistics(block, table, slice.tensor, s);
+    // Read again: kept in registers over the update, it would be spilled.
+    const TensorEntry& tensor = table.tensors[index];
+    if (block.arrives_last(table.arrivals + index, static_cast<uint32_t>(chunks_of(tensor.numel))))
+      finish_statistics(block, table, tensor, s);
   }
 }
 

@@ -58,12 +58,8 @@ SIGNADAM_HD uint16_t narrow_fp16(float x) {
 #endif
 }
 
-SIGNADAM_HD float widen(Format format, uint16_t x) {
-  return format == Format::bf16 ? widen_bf16(x) : widen_fp16(x);
-}
+SIGNADAM_HD float widen(Format format, uint16_t x) { return format == Format::bf16 ? widen_bf16(x) : widen_fp16(x); }
 
-SIGNADAM_HD uint16_t narrow(Format format, float x) {
-  return format == Format::bf16 ? narrow_bf16(x) : narrow_fp16(x);
-}
+SIGNADAM_HD uint16_t narrow(Format format, float x) { return format == Format::bf16 ? narrow_bf16(x) : narrow_fp16(x); }
 
 }  // namespace signadam

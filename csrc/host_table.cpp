@@ -15,7 +15,8 @@ void HostTable::add(const TensorEntry& entry, float* step, uint32_t group, std::
     throw std::length_error("more than 2^31 chunks of 16384 elements in one launch");
   tensors_.push_back(entry);
   tensors_.back().first_chunk = static_cast<uint32_t>(first);
-  tensor_of_chunk_.insert(tensor_of_chunk_.end(), static_cast<std::size_t>(chunks), static_cast<uint32_t>(tensors_.size() - 1));
+  tensor_of_chunk_.insert(tensor_of_chunk_.end(), static_cast<std::size_t>(chunks),
+                          static_cast<uint32_t>(tensors_.size() - 1));
   steps_.push_back(step);
   groups_.push_back(group);
   slots_.push_back(slot);
@@ -53,8 +54,8 @@ void HostTable::commit() {
 }
 
 void HostTable::run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads) {
-  cpu::run(rule, statistics, view(), static_cast<uint32_t>(tensors_.size()), {grads_.data(), rows_.data(), scalars.data()}, units_,
-           threads);
+  cpu::run(rule, statistics, view(), static_cast<uint32_t>(tensors_.size()),
+           {grads_.data(), rows_.data(), scalars.data()}, units_, threads);
 }
 
 }  // namespace signadam

@@ -2,12 +2,15 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 namespace signadam {
 namespace {
 
 bool equal(dlpack::Device a, dlpack::Device b) { return a.type == b.type && a.id == b.id; }
-bool equal(dlpack::DataType a, dlpack::DataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
+bool equal(dlpack::DataType a, dlpack::DataType b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
 
 bool same_shape(const dlpack::Tensor& tensor, const std::vector<int64_t>& shape) {
   return static_cast<std::size_t>(tensor.ndim) == shape.size() && std::equal(shape.begin(), shape.end(), tensor.shape);
@@ -29,9 +32,17 @@ void* const empty_tensor = &empty_storage;
 // Interned once; compared and looked up by identity.
 PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
+bool is_negated(PyObject* tensor) {
+  static PyObject* const method = name("is_neg");
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, method));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
 }  // namespace
 
-Reader::Reader(const py::capsule& api) : api_(static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), api.name()))) {
+Reader::Reader(const py::capsule& api)
+    : api_(static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), api.name()))) {
   if (api_ == nullptr) throw py::error_already_set();
   if (api_->header.major != dlpack::major_version)
     throw std::runtime_error("torch speaks another major version of DLPack's exchange interface");
@@ -61,7 +72,8 @@ Watched Reader::make_watched(const py::object& tensor, bool layout) const {
   return watched;
 }
 
-void Reader::watch(const py::object& param, const py::tuple& strides, const py::object& grad_dtype, const py::object& state) {
+void Reader::watch(const py::object& param, const py::tuple& strides, const py::object& grad_dtype,
+                   const py::object& state) {
   // Kept for the life of the process: a static py::object would be released after the interpreter is gone.
   static const py::handle tensor_type = py::object(py::module_::import("torch").attr("Tensor")).release();
   const bool known = !grad_dtype.is_none();
@@ -76,8 +88,15 @@ void Reader::watch(const py::object& param, const py::tuple& strides, const py::
   if (!state.is_none())
     for (const auto& [key, value] : state.cast<py::dict>()) {
       StateItem item{py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value), {}};
-      // A step count is only read and counted up where it lies; its storage is kept alive by the plan.
-      if (py::isinstance(value, tensor_type) && !key.equal(py::str("step"))) item.tensors.push_back(make_watched(item.value, false));
+      // A step count is only counted up where it lies, and its storage is kept alive by the plan. Who moves one moves
+      // all
+      // (`for v in state.values(): v.data = ...`), so the first stands for the others.
+      const bool other_step = key.equal(py::str("step")) && std::exchange(step_watched_, true);
+      dlpack::Tensor ignored{};
+      // What a user keeps in the state beside ours may have no address, if it is sparse for one: its identity is
+      // enough.
+      if (py::isinstance(value, tensor_type) && !other_step && view(value.ptr(), ignored))
+        item.tensors.push_back(make_watched(item.value, false));
       parameter.items.push_back(std::move(item));
     }
   parameters_.push_back(std::move(parameter));
@@ -134,7 +153,8 @@ bool Reader::unmoved(const py::list& param_groups, const py::dict& state) const 
     // State is normally made in the order of parameters, so the search finds its place at once.
     for (std::size_t tried = 0; tried < count; ++tried, cursor = (cursor + 1) % count)
       if (parameters_[cursor].tensor.object.ptr() == key) {
-        if (parameters_[cursor].state.is_none() ? PyDict_Size(value) != 0 : parameters_[cursor].state.ptr() != value) return false;
+        if (parameters_[cursor].state.is_none() ? PyDict_Size(value) != 0 : parameters_[cursor].state.ptr() != value)
+          return false;
         if (!parameters_[cursor].state.is_none()) ++held;
         cursor = (cursor + 1) % count;
         break;
@@ -154,10 +174,13 @@ bool Reader::usable(PyObject* grad, const Parameter& parameter, void*& address) 
   dlpack::Tensor now{};
   if (!view(grad, now)) return false;
   address = now.address();
-  bool empty = false;
-  for (int32_t d = 0; d < now.ndim; ++d) empty = empty || now.shape[d] == 0;
-  return (now.data != nullptr || empty) && equal(now.device, parameter.tensor.device) && equal(now.dtype, parameter.grad_dtype) &&
-         same_shape(now, parameter.tensor.shape) && same_strides(now, parameter.grad_strides);
+  int64_t count = 1;
+  for (int32_t d = 0; d < now.ndim; ++d) count *= now.shape[d];
+  // One element can be a lazy negative: autograd takes it as it is, since no stride tells, and DLPack does not show it.
+  if (count == 1 && is_negated(grad)) return false;
+  return (now.data != nullptr || count == 0) && equal(now.device, parameter.tensor.device) &&
+         equal(now.dtype, parameter.grad_dtype) && same_shape(now, parameter.tensor.shape) &&
+         same_strides(now, parameter.grad_strides);
 }
 
 // param.grad, straight through torch's getter unless a subclass has one of its own.

@@ -70,6 +70,7 @@ class Reader {
   PyGetSetDef* getter_ = nullptr;
   std::vector<Parameter> parameters_;
   std::vector<void*> grads_;
+  bool step_watched_ = false;
 };
 
 }  // namespace signadam

@@ -12,9 +12,7 @@ namespace signadam {
 SIGNADAM_HD float sign(float x) { return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f); }
 
 // Confidence gate [SA, Alg. 3]: sign(g) where |g| > alpha, else 0. With alpha >= 0 this needs no absolute value.
-SIGNADAM_HD float gated_sign(float g, float alpha) {
-  return (g > alpha ? 1.0f : 0.0f) - (g < -alpha ? 1.0f : 0.0f);
-}
+SIGNADAM_HD float gated_sign(float g, float alpha) { return (g > alpha ? 1.0f : 0.0f) - (g < -alpha ? 1.0f : 0.0f); }
 
 // Correctly rounded on both sides: -prec-sqrt and -prec-div are nvcc's defaults, IEEE the host's.
 SIGNADAM_HD float square_root(float x) {
@@ -36,6 +34,7 @@ SIGNADAM_HD float effective_gradient(const Scalars& s, float p, float g) {
 struct SignSGD {
   static constexpr const char* name = "sign_sgd";
   static constexpr int moments = 0;
+  static constexpr bool divides = false;
   static SIGNADAM_HD void update(const Scalars& s, float alpha, float& p, float g, float&, float&) {
     p = p - s.lr * gated_sign(g, alpha);
   }
@@ -45,6 +44,7 @@ struct SignSGD {
 struct Signum {
   static constexpr const char* name = "signum";
   static constexpr int moments = 1;
+  static constexpr bool divides = false;
   static SIGNADAM_HD void update(const Scalars& s, float, float& p, float g, float& m, float&) {
     m = s.beta1 * m + s.one_minus_beta1 * g;
     p = p - s.lr * sign(m);
@@ -55,6 +55,7 @@ struct Signum {
 struct SignAdam {
   static constexpr const char* name = "sign_adam";
   static constexpr int moments = 2;
+  static constexpr bool divides = true;
   static SIGNADAM_HD void update(const Scalars& s, float, float& p, float g, float& m, float& v) {
     const float c = sign(g);
     m = s.beta1 * m + s.one_minus_beta1 * c;
@@ -67,6 +68,7 @@ struct SignAdam {
 struct SignAdamAnalytic {
   static constexpr const char* name = "sign_adam_analytic";
   static constexpr int moments = 1;
+  static constexpr bool divides = true;
   static SIGNADAM_HD void update(const Scalars& s, float, float& p, float g, float& m, float&) {
     m = s.beta1 * m + s.one_minus_beta1 * sign(g);
     p = p - s.lr * m / s.denominator;
@@ -77,6 +79,7 @@ struct SignAdamAnalytic {
 struct SignAdamPP {
   static constexpr const char* name = "sign_adam_pp";
   static constexpr int moments = 1;
+  static constexpr bool divides = false;
   static SIGNADAM_HD void update(const Scalars& s, float alpha, float& p, float g, float& m, float&) {
     m = s.beta1 * m + s.one_minus_beta1 * gated_sign(g, alpha);
     p = p - s.lr * m;

@@ -6,20 +6,20 @@
 namespace signadam {
 
 // Every scalar crosses the binding as a double, unrounded, in this order; Python packs a row by these names.
-#define SIGNADAM_SCALARS(X)    \
-  X(lr)                        \
-  X(weight_decay)              \
-  X(decay)                     \
-  X(coupled)                   \
-  X(maximize)                  \
-  X(alpha)                     \
-  X(beta1)                     \
-  X(one_minus_beta1)           \
-  X(beta2)                     \
-  X(one_minus_beta2)           \
-  X(eps)                       \
-  X(denominator)               \
-  X(confidence_beta)           \
+#define SIGNADAM_SCALARS(X) \
+  X(lr)                     \
+  X(weight_decay)           \
+  X(decay)                  \
+  X(coupled)                \
+  X(maximize)               \
+  X(alpha)                  \
+  X(beta1)                  \
+  X(one_minus_beta1)        \
+  X(beta2)                  \
+  X(one_minus_beta2)        \
+  X(eps)                    \
+  X(denominator)            \
+  X(confidence_beta)        \
   X(one_minus_confidence_beta)
 
 enum ScalarIndex {

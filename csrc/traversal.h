@@ -16,9 +16,7 @@ static_assert(threads_per_block * piece_size == lane_count, "a thread owns its l
 // Where piece 0 begins, relative to the chunk: at 0, or before it when the head is shorter than a piece.
 SIGNADAM_HD int first_border(int head) { return head == 0 ? 0 : head - piece_size; }
 
-SIGNADAM_HD int pieces_of(int count, int head) {
-  return (count - first_border(head) + piece_size - 1) / piece_size;
-}
+SIGNADAM_HD int pieces_of(int count, int head) { return (count - first_border(head) + piece_size - 1) / piece_size; }
 
 // Elements [begin, begin + count) of the chunk; `offset` is the place of `begin` in an unclipped piece.
 struct Piece {

@@ -1,7 +1,8 @@
 """Sign-based optimizers for PyTorch, fused: one memory pass and one launch per step.
 
-The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`, :class:`SignAdamPP`; as functions over lists of
-tensors they are in :mod:`signadam_ext.functional`. ``python -m signadam_ext`` tells what was built and what is usable.
+The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
+:class:`SignAdamPP`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`. ``python -m
+signadam_ext`` tells what was built and what is usable.
 """
 
 from . import functional

@@ -21,7 +21,9 @@ def load() -> ModuleType:
             raise
         package = Path(__file__).resolve().parent
         source_tree = (package.parent / "setup.py").exists()
-        command = f"`pip install -e {package.parent}`" if source_tree else "`pip install --force-reinstall signadam_ext`"
+        command = (
+            f"`pip install -e {package.parent}`" if source_tree else "`pip install --force-reinstall signadam_ext`"
+        )
         others = sorted(path.name for path in package.glob("_C.*.so"))
         here = f"Python {sys.version_info.major}.{sys.version_info.minor} ({sys.implementation.cache_tag})"
         if others:

@@ -30,7 +30,7 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = True) -> None:
-    """Raises ValueError unless ``value`` is a finite number in ``[low, high)`` (``[low, high]`` if not ``open_high``)."""
+    """Raises unless ``value`` is a finite number in ``[low, high)``, or ``[low, high]`` if not ``open_high``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}")
     inside = value >= low and (value < high if open_high else value <= high)
@@ -107,8 +107,8 @@ def parameter(label: str, param: Tensor) -> None:
         raise TypeError(f"{label} is the negative of what its memory holds (is_neg()): optimize a .resolve_neg() of it")
     if overlaps(param):
         raise ValueError(
-            f"{label} has elements that share memory (shape {tuple(param.shape)}, strides {param.stride()}), so its update "
-            "is not defined: optimize a .clone() or .contiguous() of it"
+            f"{label} has elements that share memory (shape {tuple(param.shape)}, strides {param.stride()}), so its "
+            "update is not defined: optimize a .clone() or .contiguous() of it"
         )
 
 
@@ -133,7 +133,9 @@ def moment(label: str, name: str, value: Any, param: Tensor, *, on_any_device: b
     if value.dtype != torch.float32:
         raise TypeError(f"state {name!r} of {label} has dtype {value.dtype}: must be {expected}")
     if value.shape != param.shape or (value.device != param.device and not on_any_device):
-        raise ValueError(f"state {name!r} of {label} has shape {tuple(value.shape)} on {value.device}: must be {expected}")
+        raise ValueError(
+            f"state {name!r} of {label} has shape {tuple(value.shape)} on {value.device}: must be {expected}"
+        )
 
 
 def deviation(label: str, value: Any) -> None:
@@ -162,7 +164,9 @@ def strided(label: str, tensor: Tensor) -> None:
         raise TypeError(f"{label} has layout {tensor.layout}: sign-based optimizers need a dense (strided) tensor")
     # A wrapper (DTensor, for one) has no storage of its own, so its address is not where its numbers are.
     if hasattr(tensor, "__tensor_flatten__"):
-        raise TypeError(f"{label} is a {type(tensor).__name__}, a wrapper of other tensors: optimize the tensors it wraps")
+        raise TypeError(
+            f"{label} is a {type(tensor).__name__}, a wrapper of other tensors: optimize the tensors it wraps"
+        )
 
 
 def overlaps(tensor: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checks
 from .optimizer import SignOptimizer
-from .plan import Item, Plan
+from .plan import Item, Plan, State
 
 COMMON = {"weight_decay": 0.0, "decoupled_weight_decay": True, "maximize": False, "backend": "auto"}
 
@@ -57,7 +57,9 @@ def step_lists(
         lists["state_steps"] = state_steps if state_steps is not None else ()
     for name, values in lists.items():
         if len(values) != len(params):
-            raise ValueError(f"{name} has {len(values)} entries: must have one for each of the {len(params)} parameters")
+            raise ValueError(
+                f"{name} has {len(values)} entries: must have one for each of the {len(params)} parameters"
+            )
 
     items = []
     for i, param in enumerate(params):
@@ -67,7 +69,9 @@ def step_lists(
         step = lists["state_steps"][i] if "state_steps" in lists else None
         for name, moment in zip(rule.moments, own, strict=True):
             _check_layout(label, name, moment, param)
-        if deviation is not None and (deviation.dtype != torch.float64 or deviation.dim() or deviation.device != param.device):
+        if deviation is not None and (
+            deviation.dtype != torch.float64 or deviation.dim() or deviation.device != param.device
+        ):
             raise ValueError(f"exp_avg_stds[{i}] must be a 0-dim float64 tensor on {param.device}")
         if step is not None and (step.dtype != torch.float32 or step.dim() or step.device.type != "cpu"):
             raise ValueError(f"state_steps[{i}] must be a 0-dim float32 tensor on the CPU")
@@ -80,7 +84,7 @@ def step_lists(
                 group["backend"],
                 takes_part=False,
                 check_state=lambda: None,
-                state=lambda state=(own, deviation, step): state,
+                state=_given((own, deviation, step)),
                 watched_state=lambda: None,
             )
         )
@@ -89,8 +93,14 @@ def step_lists(
     plan.run()
 
 
+def _given(state: State) -> Callable[[], State]:
+    return lambda: state
+
+
 def _check_layout(label: str, name: str, moment: Tensor, param: Tensor) -> None:
     checks.moment(label, name, moment, param)
     like = torch.empty_like(param, device="meta")
     if not checks.same_strides(moment, like.stride()):
-        raise ValueError(f"{name} of {label} has strides {moment.stride()}: must be {like.stride()}, the parameter's memory order")
+        raise ValueError(
+            f"{name} of {label} has strides {moment.stride()}: must be {like.stride()}, the parameter's memory order"
+        )

@@ -113,7 +113,9 @@ class SignOptimizer(Optimizer):
                 items.append(self._item(_label(group, index, i), param, index, rule, group["backend"]))
         plan = Plan(items, self.param_groups)
         if not plan.read():
-            raise RuntimeError("gradients changed while the step was being planned; is another thread running backward?")
+            raise RuntimeError(
+                "gradients changed while the step was being planned; is another thread running backward?"
+            )
         self._plan, self._plan_key = plan, key
         return plan
 
@@ -169,7 +171,8 @@ class SignOptimizer(Optimizer):
         """As in torch.optim, but state keeps its own dtype, and ``backend`` stays this optimizer's.
 
         Raises:
-            TypeError, ValueError: state or hyperparameters that do not fit this optimizer; nothing has been loaded then.
+            TypeError, ValueError: state or hyperparameters that do not fit this optimizer; nothing has been loaded
+                then.
         """
         loaded: dict[str, Any] = {}
 

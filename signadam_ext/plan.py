@@ -21,6 +21,9 @@ from .rule import Group, Rule
 
 _C = load()
 
+#: Moments, running deviation, step count.
+State = tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]
+
 
 @dataclass(slots=True)
 class Entry:
@@ -92,7 +95,7 @@ class Item:
     backend: str
     takes_part: bool
     check_state: Callable[[], None]
-    state: Callable[[], tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]]
+    state: Callable[[], State]
     watched_state: Callable[[], dict[str, Any] | None]
 
 
@@ -166,7 +169,9 @@ class Plan:
         if self._reader is not None:
             for slot, item in enumerate(items):
                 dtype = self._grad_dtypes[slot]
-                self._reader.watch(item.param, self._strides[slot], dtype, item.watched_state() if dtype is not None else None)
+                self._reader.watch(
+                    item.param, self._strides[slot], dtype, item.watched_state() if dtype is not None else None
+                )
 
     def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
         """Whether groups and state still hold the tensors this plan was made of, where they were."""
@@ -199,7 +204,9 @@ class Plan:
             if grad.dtype != self._grad_dtypes[slot]:
                 return False
             if grad.is_neg() or not checks.same_strides(grad, self._strides[slot]):
-                grad = torch.empty_strided(grad.shape, self._strides[slot], dtype=grad.dtype, device=grad.device).copy_(grad)
+                grad = torch.empty_strided(grad.shape, self._strides[slot], dtype=grad.dtype, device=grad.device).copy_(
+                    grad
+                )
                 self._copies[slot] = grad
             address = grad.data_ptr() or 1  # a tensor without elements has no address, but takes part
             if self._reader is None:
@@ -250,7 +257,7 @@ def _row(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
 
 
 class _Waves:
-    """Parameters that share memory must not be updated by one launch: each goes to the launch after the last it meets."""
+    """Parameters that share memory must not share a launch: each goes to the one after the last it meets."""
 
     def __init__(self) -> None:
         self._taken: dict[int, list[tuple[int, int, int]]] = {}

@@ -44,7 +44,9 @@ class PythonReader:
         self, param: Tensor, strides: Sequence[int], grad_dtype: torch.dtype | None, state: dict[str, Any] | None
     ) -> None:
         place = None if grad_dtype is None else _place(param)
-        items = None if state is None else [(k, v, _place(v) if isinstance(v, Tensor) else None) for k, v in state.items()]
+        items = (
+            None if state is None else [(k, v, _place(v) if isinstance(v, Tensor) else None) for k, v in state.items()]
+        )
         self._watched.append((param, place, tuple(strides), grad_dtype, state, items))
         self._grads.append(0)
 

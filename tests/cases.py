@@ -12,7 +12,34 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Sizes around every border of the kernels: vectors, pieces, rows, chunks, units of threads.
-SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 255, 1023, 1024, 1025, 2047, 2048, 2049, 16383, 16384)
+SIZES = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    31,
+    33,
+    63,
+    64,
+    65,
+    255,
+    1023,
+    1024,
+    1025,
+    2047,
+    2048,
+    2049,
+    16383,
+    16384,
+)
 LARGE_SIZES = (16385, 40_000, 70_001)
 LAYOUTS = ("contiguous", "transposed", "channels_last", "offset", "gaps", "scalar")
 #: Zeros of both signs, subnormals of each format, the largest finite, infinities, NaN.

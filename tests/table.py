@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 import signadam_ext
 
 UNIT = 2.0**-24  # relative error of one fp32 rounding
@@ -22,8 +23,8 @@ TINY = 2.0**-149  # absolute error of one fp32 rounding among the subnormals
 class Bounded:
     """A float64 array and a bound on the distance of the fp32 computation that follows the same formula.
 
-    Standard running error analysis: an operation passes on the errors of its operands and adds one rounding of its result. The float64 arithmetic's
-    own error, 2^29 times smaller, is covered by the factor in ``rounded``.
+    Standard running error analysis: an operation passes on the errors of its operands and adds one rounding of its
+    result. The float64 arithmetic's own error, 2^29 times smaller, is covered by the factor in ``rounded``.
     """
 
     value: np.ndarray
@@ -113,7 +114,7 @@ def sign_adam_analytic(p: Bounded, g: Bounded, state: State, t: int, h: dict[str
 
 
 def sign_adam_pp(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
-    """[SA] Alg. 3 and Sec. 6.3. The deviation is a number, not an array; its own error is far below the gate's margin."""
+    """[SA] Alg. 3 and Sec. 6.3. The deviation's own error is far below the gate's margin."""
     alpha = h["alpha"]
     if h.get("confidence", "fixed") != "fixed":
         before = state.setdefault("a", Bounded.exact(0.0)).value

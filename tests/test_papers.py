@@ -1,14 +1,14 @@
-"""The optimizers against the papers: formulas in float64 within a derived bound, and the properties the papers state."""
+"""The optimizers against the papers: formulas in float64 within a derived bound, and the properties they state."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from table import TABLE, Bounded, Row
+
 from signadam_ext import SignAdam, SignAdamPP, SignSGD, Signum
 from signadam_ext.rule import power
-
-from table import TABLE, Bounded, Row
 
 STEPS = 40
 

@@ -15,8 +15,16 @@ HERE = Path(__file__).parent
 
 def run(profile: str, **environment: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", f"--hypothesis-profile={profile}", "-p", "no:cacheprovider"]
-        + [str(HERE / "test_parity.py"), "-k", "not gpu"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-qx",
+            "-m",
+            "not gpu",
+            f"--hypothesis-profile={profile}",
+            HERE / "test_parity.py",
+        ],
         env={**os.environ, **environment},
         cwd=HERE.parent,
         capture_output=True,

@@ -28,7 +28,7 @@ def operand(address, begin, FORMAT: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def load(pointer, index, count, FORMAT: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
-        x = tl.load(pointer + index, cache_modifier=".cs", eviction_policy="evict_first")
+        x = tl.load(pointer + index, cache_modifier=".cs")
     else:
         x = tl.load(pointer + index, mask=index < count, other=0)
     return widen(x, FORMAT)
@@ -37,7 +37,7 @@ def load(pointer, index, count, FORMAT: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def store(pointer, index, x, count, FORMAT: tl.constexpr, WIDE: tl.constexpr):
     if WIDE:
-        tl.store(pointer + index, narrow(x, FORMAT), cache_modifier=".cs", eviction_policy="evict_first")
+        tl.store(pointer + index, narrow(x, FORMAT), cache_modifier=".cs")
     else:
         tl.store(pointer + index, narrow(x, FORMAT), mask=index < count)
 

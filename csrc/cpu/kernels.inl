@@ -92,25 +92,34 @@ double halve(double* SIGNADAM_RESTRICT lanes) {
   return lanes[0];
 }
 
+// Lanes that are summed together: their sums stay in registers over all rows of the chunk.
+constexpr int lanes_together = 32;
+
 Sums sum_chunk(const Slice& slice, const Scalars& scalars) {
   const Scalars s = scalars;
   const TensorEntry& tensor = slice.tensor;
   alignas(64) double first[lane_count], second[lane_count];
-  for (int i = 0; i < lane_count; ++i) first[i] = second[i] = 0.0;
-  alignas(64) float scratch_p[block_size], scratch_g[block_size];
-  static_assert(lane_count % block_size == 0);
-  for (int done = 0; done < slice.count; done += block_size) {
-    const int64_t index = slice.begin + done;
-    const int count = slice.count - done < block_size ? slice.count - done : block_size;
-    const float* SIGNADAM_RESTRICT g = widened(slice.grad, tensor.grad_format, index, scratch_g, count);
-    const float* SIGNADAM_RESTRICT p = s.coupled ? widened(tensor.param, tensor.param_format, index, scratch_p, count) : g;
-    double* SIGNADAM_RESTRICT to_first = first + done % lane_count;
-    double* SIGNADAM_RESTRICT to_second = second + done % lane_count;
-    for (int i = 0; i < count; ++i) {
-      const double x = effective_gradient(s, p[i], g[i]);
-      to_first[i] += x;
-      to_second[i] += x * x;
+  for (int begin = 0; begin < lane_count; begin += lanes_together) {
+    double a[lanes_together] = {}, b[lanes_together] = {};
+    alignas(64) float scratch_p[lanes_together], scratch_g[lanes_together];
+    for (int place = begin; place < slice.count; place += lane_count) {
+      const int64_t index = slice.begin + place;
+      const int left = slice.count - place;
+      const auto sum = [&](int count) {
+        const float* g = widened(slice.grad, tensor.grad_format, index, scratch_g, count);
+        const float* p = s.coupled ? widened(tensor.param, tensor.param_format, index, scratch_p, count) : g;
+        for (int i = 0; i < count; ++i) {
+          const double x = effective_gradient(s, p[i], g[i]);
+          a[i] += x;
+          b[i] += x * x;
+        }
+      };
+      if (left >= lanes_together)
+        sum(lanes_together);  // a count the compiler knows
+      else
+        sum(left);
     }
+    for (int i = 0; i < lanes_together; ++i) first[begin + i] = a[i], second[begin + i] = b[i];
   }
   return {halve(first), halve(second)};
 }

@@ -33,7 +33,8 @@ class Pool {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       try {
-        while (static_cast<int>(workers_.size()) < helpers) workers_.emplace_back([this, id = workers_.size()] { serve(id); });
+        while (static_cast<int>(workers_.size()) < helpers)
+          workers_.emplace_back([this, id = workers_.size()] { serve(id); });
       } catch (const std::system_error&) {
         // No more threads are to be had: those that are there do the work.
         helpers = static_cast<int>(workers_.size());

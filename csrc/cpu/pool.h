@@ -16,8 +16,7 @@ void parallel_for(int64_t count, int threads, Task task, void* context);
 
 template <class Body>
 void parallel_for(int64_t count, int threads, Body body) {
-  parallel_for(
-      count, threads, [](void* context, int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
+  parallel_for(count, threads, [](void* context, int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
 }
 
 }  // namespace signadam::cpu

@@ -72,7 +72,8 @@ using Kernel = void (*)(LaunchArguments);
 // Only a gated rule gathers statistics; the first launch of the exact form is the same for all of them.
 Kernel kernel_of(RuleIndex rule, Statistics statistics) {
   if (statistics == Statistics::only) return kernel<SignAdamPP, Statistics::only>;
-  if (statistics == Statistics::gather) return rule == rule_SignAdamPP ? kernel<SignAdamPP, Statistics::gather> : nullptr;
+  if (statistics == Statistics::gather)
+    return rule == rule_SignAdamPP ? kernel<SignAdamPP, Statistics::gather> : nullptr;
   switch (rule) {
 #define SIGNADAM_CASE(Rule) \
   case rule_##Rule:         \
@@ -136,7 +137,8 @@ std::string unusable_reason(int device) {
   const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
   // Within a major version an older driver serves a newer runtime.
   if (driver / 1000 < CUDART_VERSION / 1000)
-    return "the driver supports CUDA " + version(driver) + ", the module was built with CUDA " + version(CUDART_VERSION);
+    return "the driver supports CUDA " + version(driver) + ", the module was built with CUDA " +
+           version(CUDART_VERSION);
   int count = 0;
   if (const auto status = cudaGetDeviceCount(&count); status != cudaSuccess) {
     cudaGetLastError();
@@ -152,7 +154,8 @@ std::string unusable_reason(int device) {
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    return "the module has no code for sm_" + std::to_string(10 * major + minor) + " (" + cudaGetErrorString(status) + ")";
+    return "the module has no code for sm_" + std::to_string(10 * major + minor) + " (" + cudaGetErrorString(status) +
+           ")";
   } catch (const std::runtime_error& error) {
     return error.what();
   }

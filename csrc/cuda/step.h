@@ -27,7 +27,6 @@ void launch(RuleIndex rule, Statistics statistics, const TableView& table, uint3
 // Empty when this module can run on `device`, otherwise the reason. Starts no context before it is called.
 std::string unusable_reason(int device);
 
-
 int runtime_version();
 
 struct KernelInfo {

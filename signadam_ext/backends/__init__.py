@@ -90,7 +90,7 @@ def choose(name: str, device: torch.device, label: str) -> Backend:
 
 @functools.cache
 def _automatic(device: torch.device) -> Backend:
-    reasons = []
+    reasons: list[str] = []
     for name in PREFERENCE.get(device.type, ()):
         backend = get(name)
         if (reason := backend.unusable(device)) is None:

@@ -25,7 +25,9 @@ class CudaBackend:
 
     def unusable(self, device: torch.device | None) -> str | None:
         if not hasattr(_C, "cuda_unusable_reason"):
-            return "the module was built without CUDA (no nvcc, or SIGNADAM_CUDA=0); build it again with SIGNADAM_CUDA=1"
+            return (
+                "the module was built without CUDA (no nvcc, or SIGNADAM_CUDA=0); build it again with SIGNADAM_CUDA=1"
+            )
         if torch.version.hip is not None:
             return "this torch is built for ROCm"
         if device is None:

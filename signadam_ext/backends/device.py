@@ -21,8 +21,8 @@ def refuse_capture(device: torch.device) -> None:
     """Raises RuntimeError while a CUDA graph is being captured: a replay would repeat this step's lr and gradients."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "step() cannot be captured in a CUDA graph: learning rate and gradient addresses of this step would be baked in; "
-            "capture forward and backward, and call step() after the replay"
+            "step() cannot be captured in a CUDA graph: learning rate and gradient addresses of this step would be "
+            "baked in; capture forward and backward, and call step() after the replay"
         )
 
 

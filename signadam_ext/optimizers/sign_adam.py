@@ -49,8 +49,8 @@ class SignAdam(SignOptimizer):
         v_t &= \beta_2 v_{t-1} + (1 - \beta_2) s_t^2 \\
         p_t &= p_{t-1} - \mathrm{lr} \cdot m_t / (\sqrt{v_t} + \epsilon)
 
-    As long as no gradient entry is exactly 0, :math:`v_t = 1 - \beta_2^t`; ``second_moment="analytic"`` uses that scalar and saves a
-    moment and 8 of 28 bytes of traffic [SA, Sec. 4]. :math:`|m_t| \le 1` always [SA, Lemma 1].
+    As long as no gradient entry is exactly 0, :math:`v_t = 1 - \beta_2^t`; ``second_moment="analytic"`` uses that
+    scalar and saves a moment and 8 of 28 bytes of traffic [SA, Sec. 4]. :math:`|m_t| \le 1` always [SA, Lemma 1].
 
     There is no bias correction, as in the paper: while ``m`` is fed a constant sign, steps are 3.2, 4.2, 5.8, 6.5 times
     ``lr`` at t = 1, 2, 5, 10 with the default betas, at most 6.6 at t = 12, and 3.2 at t = 100. Warm up.

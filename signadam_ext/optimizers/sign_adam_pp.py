@@ -13,7 +13,8 @@ from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..rule import Group, Rule, Scalars
 
-#: ``alpha=None`` stands for these: a fixed threshold is in units of the gradient, an adaptive one multiplies a deviation.
+#: ``alpha=None`` stands for these: a fixed threshold is in units of the gradient, an adaptive one multiplies a
+#: deviation.
 DEFAULT_ALPHA = {"fixed": 0.0, "adaptive": 0.5, "adaptive_delayed": 0.5}
 
 
@@ -45,40 +46,42 @@ class SignAdamPP(SignOptimizer):
         m_t &= \beta m_{t-1} + (1 - \beta)\, c(g_t) \\
         p_t &= p_{t-1} - \mathrm{lr} \cdot m_t
 
-    An entry at exactly the threshold is dropped. :math:`|m_t| \le 1` always [SA, Lemma 1]. The threshold is, by ``confidence``:
+    An entry at exactly the threshold is dropped. :math:`|m_t| \le 1` always [SA, Lemma 1]. The threshold is, by
+    ``confidence``:
 
     - "fixed": :math:`\alpha_t = \alpha`.
-    - "adaptive" [SA, Sec. 6.3]: :math:`\alpha_t = \alpha a_t` with :math:`a_t = b\, a_{t-1} + (1 - b)\,\mathrm{std}(g_t)` for each tensor, b being
-      ``confidence_beta``. Reads the gradient twice, in two launches.
-    - "adaptive_delayed": :math:`\alpha_t = \alpha a_{t-1}`, so that the deviation is gathered in the same single pass; at t = 1 the
-      threshold is 0.
+    - "adaptive" [SA, Sec. 6.3]: :math:`\alpha_t = \alpha a_t` with :math:`a_t = b a_{t-1} + (1 - b)\,\mathrm{std}(g_t)`
+      for each tensor, b being ``confidence_beta``. Reads the gradient twice, in two launches.
+    - "adaptive_delayed": :math:`\alpha_t = \alpha a_{t-1}`, so that the deviation is gathered in the same single
+      pass; at t = 1 the threshold is 0.
 
     A step whose gradient is not finite leaves ``a`` as it is.
 
     Args:
         params: parameters, named parameters, or groups; fp32, bf16 or fp16, any shape.
-        lr: learning rate, at least 0. A float or a CPU tensor of one element. The default is [SA]'s for MNIST (for SIGN-SGD, SIGNUM and ADAM; it
-            gives none for signADAM++).
+        lr: learning rate, at least 0. A float or a CPU tensor of one element. The default is [SA]'s for MNIST (for
+            SIGN-SGD, SIGNUM and ADAM; it gives none for signADAM++).
         beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers find it.
         confidence: "fixed", "adaptive" or "adaptive_delayed".
-        alpha: at least 0. With "fixed" in units of the gradient, otherwise of its running standard deviation. None: 0 for "fixed", 0.5 otherwise.
+        alpha: at least 0. With "fixed" in units of the gradient, otherwise of its running standard deviation. None:
+            0 for "fixed", 0.5 otherwise.
         confidence_beta: decay of the running deviation, in [0, 1).
         weight_decay: at least 0.
-        decoupled_weight_decay: ``p *= 1 - lr * weight_decay`` before the update (True; with adaptive confidence this is [SA]'s signADAM++-AW), or
-            ``g += weight_decay * p`` before the gate (False).
+        decoupled_weight_decay: ``p *= 1 - lr * weight_decay`` before the update (True; with adaptive confidence this
+            is [SA]'s signADAM++-AW), or ``g += weight_decay * p`` before the gate (False).
         maximize: ascend instead of descend.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
         foreach, fused, differentiable: accepted for torch.optim's sake; the update is always fused.
 
-    State: ``exp_avg`` (m), fp32, of the parameter's shape; with adaptive confidence ``exp_avg_std`` (a), 0-dim float64 on the parameter's
-    device; ``step``.
+    State: ``exp_avg`` (m), fp32, of the parameter's shape; with adaptive confidence ``exp_avg_std`` (a), 0-dim float64
+    on the parameter's device; ``step``.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
         RuntimeError: a backend that this installation cannot use.
 
-    Source: [SA] Wang et al., arXiv 1907.09008, Alg. 3 and Sec. 6.3. The authors' released code moves by the gated sign and not by the momentum;
-    this class follows the paper, :class:`SignSGD` with ``alpha=5e-4`` the code.
+    Source: [SA] Wang et al., arXiv 1907.09008, Alg. 3 and Sec. 6.3. The authors' released code moves by the gated sign
+    and not by the momentum; this class follows the paper, :class:`SignSGD` with ``alpha=5e-4`` the code.
     """
 
     HYPERPARAMETERS = ("lr", "betas", "confidence", "alpha", "confidence_beta")

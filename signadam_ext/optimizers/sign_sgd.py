@@ -22,16 +22,18 @@ class SignSGD(SignOptimizer):
         p_t = p_{t-1} - \mathrm{lr} \cdot c(g_t), \qquad
         c(g) = \mathrm{sign}(g) \text{ if } |g| > \alpha \text{ else } 0
 
-    With ``alpha=0`` this is plain sign descent. A zero or NaN gradient moves nothing. With ``alpha=5e-4`` it computes what the released code of
-    [SA] computes, which updates its momentum but steps by the gated sign. There is no moment; the state holds ``step`` alone.
+    With ``alpha=0`` this is plain sign descent. A zero or NaN gradient moves nothing. With ``alpha=5e-4`` it
+    computes what the released code of [SA] computes, which updates its momentum but steps by the gated sign. There
+    is no moment; the state holds ``step`` alone.
 
     Args:
         params: parameters, named parameters, or groups; fp32, bf16 or fp16, any shape.
-        lr: learning rate, at least 0; every entry moves by exactly this much. A float or a CPU tensor of one element. The default is [SA]'s for MNIST; [SA] uses
-            1e-4 on CIFAR.
+        lr: learning rate, at least 0; every entry moves by exactly this much. A float or a CPU tensor of one
+            element. The default is [SA]'s for MNIST; [SA] uses 1e-4 on CIFAR.
         alpha: threshold of the gate, at least 0, absolute, in units of the gradient.
         weight_decay: at least 0.
-        decoupled_weight_decay: ``p *= 1 - lr * weight_decay`` before the update (True), or ``g += weight_decay * p`` before the gate (False).
+        decoupled_weight_decay: ``p *= 1 - lr * weight_decay`` before the update (True), or ``g += weight_decay * p``
+            before the gate (False).
         maximize: ascend instead of descend.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
         foreach, fused, differentiable: accepted for torch.optim's sake; the update is always fused.
@@ -40,10 +42,11 @@ class SignSGD(SignOptimizer):
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
         RuntimeError: a backend that this installation cannot use.
 
-    Groups also carry an empty ``betas``, only so that OneCycleLR and CyclicLR accept the optimizer; what they write there is not used.
+    Groups also carry an empty ``betas``, only so that OneCycleLR and CyclicLR accept the optimizer; what they write
+    there is not used.
 
-    Sources: [BW] Bernstein et al., arXiv 1802.04434, Alg. 1; [BH] Balles and Hennig, arXiv 1705.07774, Sec. 1.1; [SA] Wang et al., arXiv 1907.09008,
-    Alg. 3.
+    Sources: [BW] Bernstein et al., arXiv 1802.04434, Alg. 1; [BH] Balles and Hennig, arXiv 1705.07774, Sec. 1.1; [SA]
+    Wang et al., arXiv 1907.09008, Alg. 3.
     """
 
     HYPERPARAMETERS = ("lr", "alpha")

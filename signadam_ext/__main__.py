@@ -1,0 +1,75 @@
+"""``python -m signadam_ext``: what was built, and what can be used here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from . import backends
+from ._extension import load
+from ._version import __version__
+
+
+def report() -> str:
+    """The report as text, one fact a line."""
+    _C = load()
+    build = _C.build_info()
+    lines: list[tuple[str, str]] = [("signadam_ext", __version__)]
+    if build["version"] != __version__:
+        lines.append(
+            ("", f"the compiled module is of version {build['version']}: build it again with `pip install -e .`")
+        )
+    cuda = (
+        f"{build['cuda']} for {build['cuda_architectures'].replace('+', ', ')}"
+        if build["cuda"]
+        else "not built (no nvcc, or SIGNADAM_CUDA=0)"
+    )
+    lines += [
+        ("commit", build["commit"]),
+        ("module", str(_C.__file__)),
+        ("compiler", f"{build['compiler']}; built for Python {build['python']}"),
+        ("CUDA", cuda),
+        (
+            "CPU",
+            f"{platform.machine()}, {_C.cpu_capability()} kernels, {torch.get_num_threads()} threads",
+        ),
+        ("Python", sys.version.split()[0]),
+        ("torch", f"{torch.__version__} ({_torch_device_support()})"),
+        ("triton", _version_of("triton")),
+        (
+            "reader",
+            "C++ (DLPack)" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "Python (torch before 2.10)",
+        ),
+    ]
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        label = "cpu" if device.type == "cpu" else f"{device}: {torch.cuda.get_device_name(device)}"
+        lines.append(("device", label))
+        for name in backends.NAMES:
+            reason = backends.get(name).unusable(device)
+            lines.append((f"  {name}", "usable" if reason is None else f"not usable: {reason}"))
+    if len(devices) == 1:
+        reason = backends.get("cuda").unusable(None) or _C.cuda_unusable_reason(0) or "the module could use one"
+        lines.append(("device", f"no CUDA device: torch sees none; {reason}"))
+    width = max(len(name) for name, _ in lines) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in lines)
+
+
+def _torch_device_support() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return str(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    print(report())

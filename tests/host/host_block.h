@@ -1,0 +1,69 @@
+// Blocks that run csrc/block.h on the host, and the table they run over.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "../../csrc/block.h"
+
+namespace signadam::host {
+
+// In which order threads or blocks run: a GPU promises none, so any must give the same result.
+enum class Order : int { forward, reversed, shuffled };
+
+inline std::vector<uint32_t> ordered(uint32_t count, Order order, std::mt19937& random) {
+  std::vector<uint32_t> indices(count);
+  std::iota(indices.begin(), indices.end(), 0u);
+  if (order == Order::reversed) std::reverse(indices.begin(), indices.end());
+  if (order == Order::shuffled) std::shuffle(indices.begin(), indices.end(), random);
+  return indices;
+}
+
+// A block whose threads run one after another; a new order for every phase.
+class HostBlock {
+ public:
+  HostBlock(Order order, uint32_t seed) : order_(order), random_(seed), lanes_(lane_count) {}
+
+  // Shared memory holds anything when a block starts; a lane that is read before it is written gives NaN.
+  void start() {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    std::fill(lanes_.begin(), lanes_.end(), Sums{nan, nan});
+  }
+
+  Sums* lanes() { return lanes_.data(); }
+
+  template <class Phase>
+  void each(Phase phase) {
+    if (order_ == Order::shuffled || threads_.empty()) threads_ = ordered(threads_per_block, order_, random_);
+    for (const uint32_t thread : threads_) phase(static_cast<int>(thread));
+  }
+
+  bool arrives_last(uint32_t* counter, uint32_t expected) {
+    const bool last = ++*counter == expected;
+    if (last) *counter = 0;
+    return last;
+  }
+
+ private:
+  Order order_;
+  std::mt19937 random_;
+  std::vector<Sums> lanes_;
+  std::vector<uint32_t> threads_;
+};
+
+// One launch: every block of the grid, in any order.
+template <class Rule, Statistics statistics>
+void launch(const TableView& table, const Step& step, uint32_t chunks, Order order, uint32_t seed) {
+  std::mt19937 random(seed);
+  HostBlock block(order, seed + 1);
+  for (const uint32_t chunk : ordered(chunks, order, random)) {
+    if constexpr (statistics != Statistics::none) block.start();
+    run_block<Rule, statistics>(block, table, step, chunk);
+  }
+}
+
+}  // namespace signadam::host

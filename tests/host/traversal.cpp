@@ -1,0 +1,573 @@
+// Proves, on the host and under sanitizers, that the traversal of csrc/block.h touches every element of every tensor
+// exactly once and nothing else. Run with the name of a part; prints what it looked at, or what is wrong.
+#include <sanitizer/asan_interface.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+// The table is built as the launchers build it. Of the CPU backend only these two are needed, by name.
+#include "../../csrc/cpu/step.h"
+#include "../../csrc/host_table.cpp"
+#include "host_block.h"
+
+namespace signadam::cpu {
+std::vector<uint32_t> make_units(const TableView&, uint32_t, uint32_t) { return {}; }
+void run(RuleIndex, Statistics, const TableView&, uint32_t, const Step&, const std::vector<uint32_t>&, int) { std::abort(); }
+}  // namespace signadam::cpu
+
+namespace signadam::host {
+namespace {
+
+template <class... Parts>
+[[noreturn]] void fail(const char* what, Parts... parts) {
+  std::printf("FAILED: ");
+  std::printf(what, parts...);
+  std::printf("\n");
+  std::exit(1);
+}
+
+#define REQUIRE(condition, ...) \
+  do {                          \
+    if (!(condition)) fail(#condition ": " __VA_ARGS__); \
+  } while (0)
+
+constexpr Format formats[] = {Format::fp32, Format::bf16, Format::fp16};
+
+uint32_t bits_at(const void* base, Format format, int64_t i) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, static_cast<const unsigned char*>(base) + i * size_of(format), static_cast<std::size_t>(size_of(format)));
+  return bits;
+}
+
+float value_at(const void* base, Format format, int64_t i) {
+  const uint32_t bits = bits_at(base, format, i);
+  return format == Format::fp32 ? float_of(bits) : widen(format, static_cast<uint16_t>(bits));
+}
+
+uint32_t stored_bits(Format format, float x) { return format == Format::fp32 ? bits_of(x) : narrow(format, x); }
+
+void set_value(void* base, Format format, int64_t i, float x) {
+  const uint32_t bits = stored_bits(format, x);
+  std::memcpy(static_cast<unsigned char*>(base) + i * size_of(format), &bits, static_cast<std::size_t>(size_of(format)));
+}
+
+// A tensor's memory, in an allocation of its own that ends with the last element, so AddressSanitizer sees the first
+// byte beyond. Before the first element lie `offset` bytes and a guard: poisoned in whole granules of 8 bytes, and
+// filled with a pattern where a granule is shared.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(int64_t count, Format format, int offset)
+      : count_(count), format_(format), front_(guard_bytes + static_cast<std::size_t>(offset)), size_(front_ + bytes()),
+        memory_(static_cast<unsigned char*>(std::malloc(size_)), std::free) {
+    std::memset(memory_.get(), pattern, front_);
+    std::memset(memory_.get() + front_, 0, bytes());
+    __asan_poison_memory_region(memory_.get(), front_ / 8 * 8);
+  }
+
+  std::size_t bytes() const { return static_cast<std::size_t>(count_ * size_of(format_)); }
+  unsigned char* begin() const { return memory_ == nullptr ? nullptr : memory_.get() + front_; }
+  Format format() const { return format_; }
+  void set(int64_t i, float x) { set_value(begin(), format_, i, x); }
+  float get(int64_t i) const { return value_at(begin(), format_, i); }
+  uint32_t bits(int64_t i) const { return bits_at(begin(), format_, i); }
+
+  bool guard_intact() const {
+    if (memory_ == nullptr) return true;
+    __asan_unpoison_memory_region(memory_.get(), front_);
+    bool intact = true;
+    for (std::size_t i = 0; i < front_; ++i) intact = intact && memory_.get()[i] == pattern;
+    __asan_poison_memory_region(memory_.get(), front_ / 8 * 8);
+    return intact;
+  }
+
+ private:
+  static constexpr std::size_t guard_bytes = 64;
+  static constexpr unsigned char pattern = 0xa5;
+  int64_t count_ = 0;
+  Format format_ = Format::fp32;
+  std::size_t front_ = 0, size_ = 0;
+  std::unique_ptr<unsigned char, void (*)(void*)> memory_{nullptr, std::free};
+};
+
+struct Spec {
+  int64_t numel;
+  Format param, grad;
+  int param_offset, grad_offset, moment_offset;  // in elements, from a 16-byte boundary
+  bool present;
+};
+
+struct Tensor {
+  Spec spec;
+  Buffer param, grad, exp_avg, exp_avg_sq;
+  std::unique_ptr<double> exp_avg_std;
+  uint32_t group;
+};
+
+// Tensors of one launch. Moments and deviation exist only where the launch needs them: null otherwise, as in training.
+class Model {
+ public:
+  Model(const std::vector<Spec>& specs, int moments, bool adaptive, uint32_t groups) : table_(false), arrivals_(specs.size(), 0) {
+    for (const Spec& spec : specs) {
+      Tensor t{spec, {}, {}, {}, {}, nullptr, static_cast<uint32_t>(tensors_.size()) % groups};
+      t.param = Buffer(spec.numel, spec.param, spec.param_offset * size_of(spec.param));
+      if (spec.present) t.grad = Buffer(spec.numel, spec.grad, spec.grad_offset * size_of(spec.grad));
+      if (moments > 0) t.exp_avg = Buffer(spec.numel, Format::fp32, spec.moment_offset * 4);
+      if (moments > 1) t.exp_avg_sq = Buffer(spec.numel, Format::fp32, (spec.moment_offset + 1) % 4 * 4);
+      if (adaptive) t.exp_avg_std = std::make_unique<double>(0.25);
+      TensorEntry entry{};
+      entry.param = t.param.begin();
+      entry.exp_avg = reinterpret_cast<float*>(t.exp_avg.begin());
+      entry.exp_avg_sq = reinterpret_cast<float*>(t.exp_avg_sq.begin());
+      entry.exp_avg_std = t.exp_avg_std.get();
+      entry.numel = spec.numel;
+      entry.param_format = spec.param;
+      entry.grad_format = spec.grad;
+      entry.head = head_of(entry.param, spec.param);
+      table_.add(entry, nullptr, t.group, tensors_.size());
+      tensors_.push_back(std::move(t));
+    }
+    table_.finish(false);
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    sums_.assign(table_.chunks(), {nan, nan});
+  }
+
+  std::vector<Tensor>& tensors() { return tensors_; }
+
+  // `scalars`: one row per group.
+  template <class Rule, Statistics statistics>
+  void run(const std::vector<Scalars>& scalars, Order order) {
+    std::vector<void*> grads;
+    for (const Tensor& t : tensors_) grads.push_back(t.grad.begin());
+    std::vector<Scalars> rows;
+    for (const auto& row : table_.begin(grads)) rows.push_back(scalars.at(row.first));
+    constexpr bool sums = statistics != Statistics::none;
+    const TableView view{table_.tensors().data(), table_.tensor_of_chunk().data(), sums ? sums_.data() : nullptr,
+                         sums ? arrivals_.data() : nullptr};
+    const Step step{table_.grads().data(), table_.rows().data(), rows.data()};
+    launch<Rule, statistics>(view, step, table_.chunks(), order, 7);
+    for (const uint32_t count : arrivals_) REQUIRE(count == 0, "arrivals must be back at zero");
+    for (std::size_t i = 0; i < tensors_.size(); ++i) {
+      const Tensor& t = tensors_[i];
+      REQUIRE(t.param.guard_intact() && t.grad.guard_intact() && t.exp_avg.guard_intact() && t.exp_avg_sq.guard_intact(),
+              "memory before tensor %zu was written", i);
+    }
+  }
+
+ private:
+  std::vector<Tensor> tensors_;
+  HostTable table_;
+  std::vector<Sums> sums_;
+  std::vector<uint32_t> arrivals_;
+};
+
+// Every pair of formats, every head of the parameter, lengths around every border; gradient and moments misaligned
+// otherwise than the parameter, or alike; every seventh gradient absent.
+std::vector<Spec> adversarial(int repetitions, bool large) {
+  std::vector<Spec> specs;
+  std::mt19937 random(3);
+  const auto add = [&](int64_t numel, Format param, Format grad, int offset) {
+    const int elements = 16 / size_of(param);
+    const int grad_offset = random() % 3 == 0 ? offset : static_cast<int>(random() % 8);
+    const int moment_offset = random() % 3 == 0 ? 0 : static_cast<int>(random() % 4);
+    specs.push_back({numel, param, grad, offset % elements, grad_offset, moment_offset, specs.size() % 7 != 3});
+  };
+  for (int k = 0; k < repetitions; ++k)
+    for (const Format param : formats)
+      for (const Format grad : formats)
+        for (int offset = 0; offset < 8; ++offset) {
+          for (const int64_t numel : {0, 1, 2, 7, 8, 9, 15, 17, 2047, 2048, 2049}) add(numel, param, grad, offset);
+          if (k == 0 && large && offset % 3 == 0)
+            for (const int64_t numel : {16383, 16384, 16385, 3 * 16384 + 2057}) add(numel, param, grad, offset);
+        }
+  return specs;
+}
+
+// ------------------------------------------------------------------------------------------------------ arithmetic
+
+// One chunk of `count` elements: its pieces tile [0, count) in order, and each lies where the kernel may rely on it.
+void check_chunk(int count, int head) {
+  const int pieces = pieces_of(count, head);
+  int reached = 0;
+  for (int index = 0; index < pieces; ++index) {
+    const Piece piece = piece_of(index, count, head);
+    REQUIRE(piece.begin == reached, "count %d head %d piece %d", count, head, index);
+    REQUIRE(piece.count >= 1 && piece.offset >= 0 && piece.offset + piece.count <= piece_size, "count %d head %d piece %d", count,
+            head, index);
+    // Clipped only by the chunk's ends, and otherwise between borders that are whole pieces from the head.
+    REQUIRE((piece.begin - piece.offset - head) % piece_size == 0, "count %d head %d piece %d", count, head, index);
+    REQUIRE(piece.offset == 0 || piece.begin == 0, "count %d head %d piece %d", count, head, index);
+    REQUIRE(piece.offset + piece.count == piece_size || piece.begin + piece.count == count, "count %d head %d piece %d", count,
+            head, index);
+    REQUIRE(piece.whole() == (piece.count == piece_size), "count %d head %d piece %d", count, head, index);
+    // The owner of the piece sums into lanes that no other thread has.
+    for (int i : {piece.offset, piece.offset + piece.count - 1})
+      REQUIRE(lane_of(index % threads_per_block, i, head) == (piece.begin + i - piece.offset) % lane_count,
+              "count %d head %d piece %d", count, head, index);
+    reached += piece.count;
+  }
+  REQUIRE(reached == count, "count %d head %d: %d elements", count, head, reached);
+  // A thread looks this far beyond the last piece.
+  for (int index = pieces; index < pieces + 2 * threads_per_block; ++index)
+    REQUIRE(piece_of(index, count, head).count == 0, "count %d head %d piece %d", count, head, index);
+}
+
+void arithmetic() {
+  int64_t checked = 0;
+  for (int head = 0; head < 8; ++head) {
+    const auto check = [&](int count) { check_chunk(count, head), ++checked; };
+    for (int count = 1; count <= 2 * lane_count + 20; ++count) check(count);
+    for (int count = 2 * lane_count + 21; count < chunk_size - 20; count += 61) check(count);
+    for (int count = chunk_size - 20; count <= chunk_size; ++count) check(count);
+    // Lanes are owned by one thread each.
+    std::vector<int> owners(lane_count, 0);
+    for (int thread = 0; thread < threads_per_block; ++thread)
+      for (int i = 0; i < piece_size; ++i) ++owners.at(static_cast<std::size_t>(lane_of(thread, i, head)));
+    for (const int count : owners) REQUIRE(count == 1, "head %d", head);
+  }
+
+  for (const Format format : formats) {
+    // All chunks of a tensor are aligned alike.
+    static_assert(chunk_size * 2 % 16 == 0);
+    const auto size = static_cast<uintptr_t>(size_of(format));
+    for (uintptr_t address = 4096; address < 4096 + 64; ++address) {
+      const uint8_t head = head_of(reinterpret_cast<void*>(address), format);
+      if (address % size != 0) {
+        REQUIRE(head == 0, "address %zu", static_cast<std::size_t>(address));
+        continue;
+      }
+      REQUIRE(head * size < 16 && (address + head * size) % 16 == 0, "address %zu", static_cast<std::size_t>(address));
+    }
+  }
+
+  // Wide where it may be, narrow where it must: of a parameter always wide, of others by where their pieces begin.
+  int64_t wide = 0, narrow = 0;
+  for (const Format param : formats)
+    for (const Format other : formats)
+      for (int p = 0; p < 16 / size_of(param); ++p)
+        for (int q = 0; q < 16 / size_of(other); ++q)
+          for (const int64_t begin : {int64_t{0}, chunk_size, 5 * chunk_size}) {
+            const uintptr_t param_base = (uintptr_t{1} << 40) + static_cast<uintptr_t>(p * size_of(param));
+            const uintptr_t other_base = (uintptr_t{1} << 41) + static_cast<uintptr_t>(q * size_of(other));
+            Slice slice{};
+            slice.begin = begin;
+            slice.count = chunk_size;
+            slice.tensor.head = head_of(reinterpret_cast<void*>(param_base), param);
+            REQUIRE(Operand::of(reinterpret_cast<void*>(param_base), param, slice).aligned, "offset %d", p);
+            const Operand operand = Operand::of(reinterpret_cast<void*>(other_base), other, slice);
+            bool on_boundary = true;
+            for (int index = 0; index < pieces_of(slice.count, slice.tensor.head); ++index) {
+              const Piece piece = piece_of(index, slice.count, slice.tensor.head);
+              const auto at = reinterpret_cast<uintptr_t>(operand.begin) + static_cast<uintptr_t>(piece.begin * size_of(other));
+              if (piece.whole()) on_boundary = on_boundary && at % 16 == 0;
+            }
+            REQUIRE(operand.aligned == on_boundary, "offsets %d %d", p, q);
+            ++(on_boundary ? wide : narrow);
+          }
+  REQUIRE(wide > 100 && narrow > 100, "%lld %lld", static_cast<long long>(wide), static_cast<long long>(narrow));
+  std::printf("%lld chunks tile exactly, %lld wide and %lld narrow operands\n", static_cast<long long>(checked),
+              static_cast<long long>(wide), static_cast<long long>(narrow));
+}
+
+// ------------------------------------------------------------------------------------------------------------ huge
+
+// Tensors beyond 2^31 elements, by addresses that nobody reads.
+void huge() {
+  constexpr int64_t numel = 3 * (int64_t{1} << 31) + 5;
+  constexpr uint32_t chunks = 3 * (1u << 31 >> 14) + 1;
+  static_assert(chunks_of(numel) == chunks);
+  HostTable table(false);
+  std::vector<uintptr_t> bases;
+  for (std::size_t i = 0; i < 3; ++i) {
+    const Format format = formats[i];
+    bases.push_back((uintptr_t{1} << 45) * (i + 1) + static_cast<uintptr_t>(size_of(format)));
+    TensorEntry entry{};
+    entry.param = reinterpret_cast<void*>(bases.back());
+    entry.numel = numel;
+    entry.param_format = format;
+    entry.head = head_of(entry.param, format);
+    table.add(entry, nullptr, 0, i);
+  }
+  table.finish(false);
+  REQUIRE(table.chunks() == 3 * chunks, "%u", table.chunks());
+  std::vector<void*> grads(3, reinterpret_cast<void*>(uintptr_t{4096}));
+  table.begin(grads);
+  const TableView view{table.tensors().data(), table.tensor_of_chunk().data(), nullptr, nullptr};
+  const Step step{table.grads().data(), table.rows().data(), nullptr};
+
+  int64_t covered = 0;
+  for (uint32_t chunk = 0; chunk < table.chunks(); ++chunk) {
+    const Slice slice = slice_of(view, step, chunk);
+    const uint32_t tensor = chunk / chunks, own = chunk % chunks;
+    REQUIRE(table.tensor_of_chunk()[chunk] == tensor, "chunk %u", chunk);
+    REQUIRE(slice.begin == static_cast<int64_t>(own) * 16384, "chunk %u", chunk);
+    REQUIRE(slice.count == (own == chunks - 1 ? 5 : 16384), "chunk %u: %d", chunk, slice.count);
+    const Format format = slice.tensor.param_format;
+    const Operand operand = Operand::of(slice.tensor.param, format, slice);
+    const uintptr_t expected = bases[tensor] + static_cast<uintptr_t>(own) * 16384 * static_cast<uintptr_t>(size_of(format));
+    REQUIRE(reinterpret_cast<uintptr_t>(operand.begin) == expected && operand.aligned, "chunk %u", chunk);
+    covered += slice.count;
+  }
+  REQUIRE(covered == 3 * numel, "%lld", static_cast<long long>(covered));
+
+  TensorEntry beyond{};
+  beyond.numel = (int64_t{1} << 31) * chunk_size;
+  try {
+    HostTable(false).add(beyond, nullptr, 0, 0);
+    fail("2^31 chunks were accepted");
+  } catch (const std::length_error&) {
+  }
+  std::printf("%u chunks of 3 tensors of %lld elements\n", table.chunks(), static_cast<long long>(numel));
+}
+
+// ---------------------------------------------------------------------------------------------------------- counts
+
+// Adds one to everything it is given: what is written twice shows 2, what is left out 0.
+template <int count>
+struct Count {
+  static constexpr int moments = count;
+  static void update(const Scalars&, float, float& p, float, float& m, float& v) {
+    p += 1.0f;
+    if constexpr (count > 0) m += 1.0f;
+    if constexpr (count > 1) v += 1.0f;
+  }
+};
+
+// Small whole numbers: their sums are exact in any order.
+float grad_value(int64_t i) { return static_cast<float>(i * 7 % 251 - 100); }
+
+template <int moments, Statistics statistics>
+int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) {
+  Model model(specs, moments, statistics != Statistics::none, 1);
+  for (Tensor& t : model.tensors())
+    if (t.spec.present)
+      for (int64_t i = 0; i < t.spec.numel; ++i) t.grad.set(i, grad_value(i));
+  Scalars s{};
+  s.decay = 1.0f;
+  s.coupled = coupled;  // p is 0 when it is read, so the gradient stays what it is
+  s.weight_decay = 1.0f;
+  s.confidence_beta = 0.5, s.one_minus_confidence_beta = 0.5;
+  model.run<Count<moments>, statistics>({s}, order);
+
+  int64_t elements = 0;
+  for (std::size_t k = 0; k < model.tensors().size(); ++k) {
+    const Tensor& t = model.tensors()[k];
+    const float expected = t.spec.present && statistics != Statistics::only ? 1.0f : 0.0f;
+    int64_t first = 0, second = 0;
+    for (int64_t i = 0; i < t.spec.numel; ++i) {
+      REQUIRE(t.param.get(i) == expected, "tensor %zu p[%lld] = %g", k, static_cast<long long>(i), t.param.get(i));
+      if (moments > 0)
+        REQUIRE(t.exp_avg.get(i) == expected, "tensor %zu m[%lld] = %g", k, static_cast<long long>(i), t.exp_avg.get(i));
+      if (moments > 1)
+        REQUIRE(t.exp_avg_sq.get(i) == expected, "tensor %zu v[%lld] = %g", k, static_cast<long long>(i), t.exp_avg_sq.get(i));
+      if (t.spec.present)
+        REQUIRE(t.grad.get(i) == grad_value(i), "tensor %zu g[%lld] was written", k, static_cast<long long>(i));
+      const auto g = static_cast<int64_t>(grad_value(i));
+      first += g, second += g * g;
+    }
+    if (t.exp_avg_std != nullptr) {
+      double deviation = 0.25;
+      if (t.spec.present && t.spec.numel > 0) {
+        const auto n = static_cast<double>(t.spec.numel);
+        const double mean = static_cast<double>(first) / n;
+        const double variance = static_cast<double>(second) / n - mean * mean;
+        deviation = 0.5 * 0.25 + 0.5 * std::sqrt(std::max(variance, 0.0));
+      }
+      REQUIRE(*t.exp_avg_std == deviation, "tensor %zu: %.17g, not %.17g", k, *t.exp_avg_std, deviation);
+    }
+    elements += t.spec.numel;
+  }
+  return elements;
+}
+
+void counts() {
+  const std::vector<Spec> many = adversarial(3, true), few = adversarial(1, true);
+  REQUIRE(many.size() > 2000, "%zu", many.size());
+  int64_t elements = 0;
+  elements += count_writes<2, Statistics::none>(many, Order::forward, false);
+  elements += count_writes<0, Statistics::none>(few, Order::reversed, true);
+  elements += count_writes<1, Statistics::none>(few, Order::shuffled, false);
+  elements += count_writes<0, Statistics::gather>(few, Order::forward, true);
+  elements += count_writes<1, Statistics::gather>(many, Order::shuffled, false);
+  elements += count_writes<2, Statistics::gather>(few, Order::reversed, true);
+  elements += count_writes<1, Statistics::only>(few, Order::reversed, true);
+  elements += count_writes<1, Statistics::only>(few, Order::shuffled, false);
+  std::printf("%lld elements of up to %zu tensors written exactly once\n", static_cast<long long>(elements), many.size());
+}
+
+// ----------------------------------------------------------------------------------------------------------- rules
+
+// ALGORITHMS' order of additions, written for clarity: pad, add rows, halve, repeat on the chunk sums.
+double ordered_sum(std::vector<double> x) {
+  do {
+    x.resize((x.size() + chunk_size - 1) / chunk_size * chunk_size, 0.0);
+    std::vector<double> sums;
+    for (std::size_t chunk = 0; chunk < x.size(); chunk += chunk_size) {
+      std::vector<double> lanes(x.begin() + static_cast<std::ptrdiff_t>(chunk), x.begin() + static_cast<std::ptrdiff_t>(chunk + lane_count));
+      for (int64_t row = 1; row < row_count; ++row)
+        for (int64_t lane = 0; lane < lane_count; ++lane) lanes[lane] += x[chunk + static_cast<std::size_t>(row * lane_count + lane)];
+      while (lanes.size() > 1) {
+        std::vector<double> half(lanes.size() / 2);
+        for (std::size_t i = 0; i < half.size(); ++i) half[i] = lanes[i] + lanes[i + half.size()];
+        lanes = half;
+      }
+      sums.push_back(lanes[0]);
+    }
+    x = sums;
+  } while (x.size() > 1);
+  return x[0];
+}
+
+Scalars scalars_of(bool coupled, bool maximize, double alpha) {
+  const double lr = 0.015625, weight_decay = 0.3;
+  double row[scalar_count] = {};
+  row[index_lr] = lr;
+  row[index_weight_decay] = weight_decay;
+  row[index_decay] = coupled ? 1.0 : 1 - lr * weight_decay;
+  row[index_coupled] = coupled;
+  row[index_maximize] = maximize;
+  row[index_alpha] = alpha;
+  row[index_beta1] = 0.9, row[index_one_minus_beta1] = 1 - 0.9;
+  row[index_beta2] = 0.999, row[index_one_minus_beta2] = 1 - 0.999;
+  row[index_eps] = 1e-8;
+  row[index_denominator] = 0.1;
+  row[index_confidence_beta] = 0.9, row[index_one_minus_confidence_beta] = 1 - 0.9;
+  return Scalars::from_row(row);
+}
+
+struct Expected {
+  std::vector<uint32_t> p, m, v;
+  double exp_avg_std;
+};
+
+// The rule on every element in turn, without any traversal. `first` of an exact launch: only the deviation moves.
+template <class Rule>
+Expected by_hand(const Tensor& t, const Scalars& s, Statistics statistics) {
+  Expected expected{{}, {}, {}, t.exp_avg_std == nullptr ? 0.0 : *t.exp_avg_std};
+  std::vector<double> first, second;
+  for (int64_t i = 0; i < t.spec.numel; ++i) {
+    first.push_back(effective_gradient(s, t.param.get(i), t.grad.get(i)));
+    second.push_back(first.back() * first.back());
+  }
+  const auto move = [&] {
+    if (t.exp_avg_std != nullptr && t.spec.numel > 0)
+      expected.exp_avg_std = next_deviation(expected.exp_avg_std, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
+  };
+  if (statistics == Statistics::only) move();
+  const float alpha = t.exp_avg_std == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * expected.exp_avg_std);
+  if (statistics == Statistics::gather) move();
+  for (int64_t i = 0; i < t.spec.numel; ++i) {
+    float p = t.param.get(i), m = 0, v = 0;
+    if (Rule::moments > 0) m = t.exp_avg.get(i);
+    if (Rule::moments > 1) v = t.exp_avg_sq.get(i);
+    apply<Rule>(s, alpha, p, t.grad.get(i), m, v);
+    expected.p.push_back(stored_bits(t.spec.param, p));
+    expected.m.push_back(bits_of(m));
+    expected.v.push_back(bits_of(v));
+  }
+  return expected;
+}
+
+template <class Rule, Statistics statistics>
+int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
+  Model model(specs, Rule::moments, statistics != Statistics::none, 2);
+  const std::vector<Scalars> scalars = {scalars_of(false, false, 0.5), scalars_of(true, true, 0.25)};
+  std::mt19937 random(11);
+  std::normal_distribution<float> normal;
+  for (Tensor& t : model.tensors())
+    for (int64_t i = 0; i < t.spec.numel; ++i) {
+      t.param.set(i, normal(random));
+      if (t.spec.present) t.grad.set(i, random() % 5 == 0 ? 0.0f : normal(random));
+      if (Rule::moments > 0) t.exp_avg.set(i, normal(random));
+      if (Rule::moments > 1) t.exp_avg_sq.set(i, std::abs(normal(random)));
+    }
+  std::vector<Expected> all;
+  for (const Tensor& t : model.tensors())
+    all.push_back(t.spec.present ? by_hand<Rule>(t, scalars[t.group], statistics) : Expected{});
+  if constexpr (statistics == Statistics::only) {
+    // As the launcher does: the statistics kernel is one for all rules, and the update follows.
+    model.run<SignAdamPP, Statistics::only>(scalars, order);
+    model.run<Rule, Statistics::none>(scalars, order);
+  } else {
+    model.run<Rule, statistics>(scalars, order);
+  }
+
+  int64_t elements = 0;
+  for (std::size_t k = 0; k < model.tensors().size(); ++k) {
+    const Tensor& t = model.tensors()[k];
+    if (!t.spec.present) continue;
+    const Expected& expected = all[k];
+    for (int64_t i = 0; i < t.spec.numel; ++i) {
+      const auto j = static_cast<std::size_t>(i);
+      REQUIRE(t.param.bits(i) == expected.p[j], "tensor %zu p[%zu]", k, j);
+      if (Rule::moments > 0) REQUIRE(t.exp_avg.bits(i) == expected.m[j], "tensor %zu m[%zu]", k, j);
+      if (Rule::moments > 1) REQUIRE(t.exp_avg_sq.bits(i) == expected.v[j], "tensor %zu v[%zu]", k, j);
+    }
+    if (t.exp_avg_std != nullptr)
+      REQUIRE(*t.exp_avg_std == expected.exp_avg_std, "tensor %zu: %.17g, not %.17g", k, *t.exp_avg_std, expected.exp_avg_std);
+    elements += t.spec.numel;
+  }
+  return elements;
+}
+
+void rules() {
+  const std::vector<Spec> specs = adversarial(1, true), small = adversarial(1, false);
+  int64_t elements = 0;
+#define SIGNADAM_COMPARE(Rule) elements += compare_rule<Rule, Statistics::none>(small, Order::shuffled);
+  SIGNADAM_RULES(SIGNADAM_COMPARE)
+#undef SIGNADAM_COMPARE
+  elements += compare_rule<SignAdamPP, Statistics::gather>(specs, Order::reversed);
+  elements += compare_rule<SignAdamPP, Statistics::only>(specs, Order::shuffled);
+  std::printf("%lld elements as by hand\n", static_cast<long long>(elements));
+}
+
+// ---------------------------------------------------------------------------------------------------------- levels
+
+// finish_statistics on more chunk sums than one chunk holds, which no test has the memory to make from gradients.
+void levels() {
+  std::mt19937 random(5);
+  std::normal_distribution<double> normal;
+  const Scalars s = scalars_of(false, false, 0.5);
+  for (const int64_t chunks : {1, 2, 2049, 16384, 16385, 3 * 16384 + 77}) {
+    std::vector<Sums> sums(static_cast<std::size_t>(chunks) + 2);
+    std::vector<double> first, second;
+    for (Sums& x : sums) x = {normal(random), 1e5 * std::abs(normal(random))};
+    for (int64_t i = 0; i < chunks; ++i) first.push_back(sums[i + 1].first), second.push_back(sums[i + 1].second);
+    const Sums before = sums.front(), after = sums.back();
+    double exp_avg_std = 0.75;
+    TensorEntry tensor{};
+    tensor.exp_avg_std = &exp_avg_std;
+    tensor.numel = (chunks - 1) * chunk_size + 3;
+    tensor.first_chunk = 1;
+    const double expected = next_deviation(exp_avg_std, {ordered_sum(first), ordered_sum(second)}, tensor.numel, s);
+    HostBlock block(Order::shuffled, 9);
+    block.start();
+    finish_statistics(block, TableView{nullptr, nullptr, sums.data(), nullptr}, tensor, s);
+    REQUIRE(exp_avg_std == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g", static_cast<long long>(chunks),
+            exp_avg_std, expected);
+    REQUIRE(std::memcmp(&sums.front(), &before, sizeof before) == 0 && std::memcmp(&sums.back(), &after, sizeof after) == 0,
+            "sums of a neighbour were written at %lld chunks", static_cast<long long>(chunks));
+  }
+  std::printf("up to %d chunks\n", 3 * 16384 + 77);
+}
+
+}  // namespace
+}  // namespace signadam::host
+
+int main(int argc, char** argv) {
+  using namespace signadam::host;
+  const std::map<std::string, void (*)()> parts = {
+      {"arithmetic", arithmetic}, {"huge", huge}, {"counts", counts}, {"rules", rules}, {"levels", levels}};
+  const auto found = argc == 2 ? parts.find(argv[1]) : parts.end();
+  if (found == parts.end()) {
+    for (const auto& part : parts) std::printf("%s\n", part.first.c_str());
+    return 2;
+  }
+  found->second();
+  return 0;
+}
