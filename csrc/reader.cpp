@@ -12,17 +12,20 @@ bool equal(dlpack::DataType a, dlpack::DataType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
 }
 
-bool same_shape(const dlpack::Tensor& tensor, const std::vector<int64_t>& shape) {
-  return static_cast<std::size_t>(tensor.ndim) == shape.size() && std::equal(shape.begin(), shape.end(), tensor.shape);
+bool same_shape(const dlpack::Tensor& tensor, const int64_t* shape) {
+  for (int32_t d = 0; d < tensor.ndim; ++d)
+    if (tensor.shape[d] != shape[d]) return false;
+  return true;
 }
 
 // Strides of dimensions of one element, or of an empty tensor, mean nothing.
-bool same_strides(const dlpack::Tensor& tensor, const std::vector<int64_t>& strides) {
-  for (int32_t d = 0; d < tensor.ndim; ++d)
+bool same_strides(const dlpack::Tensor& tensor, const int64_t* strides) {
+  bool same = true;
+  for (int32_t d = 0; d < tensor.ndim; ++d) {
     if (tensor.shape[d] == 0) return true;
-  for (int32_t d = 0; d < tensor.ndim; ++d)
-    if (tensor.shape[d] != 1 && tensor.strides[d] != strides[d]) return false;
-  return true;
+    same = same && (tensor.shape[d] == 1 || tensor.strides[d] == strides[d]);
+  }
+  return same;
 }
 
 // Stands for the address of a tensor without elements: present, and never read.
@@ -61,15 +64,10 @@ bool Reader::view(PyObject* object, dlpack::Tensor& out) const {
   return false;
 }
 
-Watched Reader::make_watched(const py::object& tensor, bool layout) const {
+Watched Reader::make_watched(const py::object& tensor) const {
   dlpack::Tensor view{};
   if (api_->tensor_from_py_object_no_sync(tensor.ptr(), &view) != 0) throw py::error_already_set();
-  Watched watched{tensor, view.address(), view.device, view.dtype, {}, {}};
-  if (layout) {
-    watched.shape.assign(view.shape, view.shape + view.ndim);
-    watched.strides.assign(view.strides, view.strides + view.ndim);
-  }
-  return watched;
+  return {tensor, view.address(), view.device, view.dtype};
 }
 
 void Reader::watch(const py::object& param, const py::tuple& strides, const py::object& grad_dtype,
@@ -78,12 +76,18 @@ void Reader::watch(const py::object& param, const py::tuple& strides, const py::
   static const py::handle tensor_type = py::object(py::module_::import("torch").attr("Tensor")).release();
   const bool known = !grad_dtype.is_none();
   // A parameter that has never had a gradient is no kernel's business: it may be of any kind and may move.
-  Watched tensor = known ? make_watched(param, true) : Watched{param, nullptr, {}, {}, {}, {}};
+  Watched tensor = known ? make_watched(param) : Watched{param, nullptr, {}, {}};
   Parameter parameter{std::move(tensor), {}, known, {}, state, {}};
-  for (const auto& stride : strides) parameter.grad_strides.push_back(stride.cast<int64_t>());
-  if (parameter.known) {
+  if (known) {
     const auto dtype = grad_dtype.cast<std::pair<int, int>>();
     parameter.grad_dtype = {static_cast<uint8_t>(dtype.first), static_cast<uint8_t>(dtype.second), 1};
+    dlpack::Tensor now{};
+    if (!view(param.ptr(), now)) throw py::error_already_set();
+    parameter.layout.assign(now.shape, now.shape + now.ndim);
+    parameter.layout.insert(parameter.layout.end(), now.strides, now.strides + now.ndim);
+    for (const auto& stride : strides) parameter.layout.push_back(stride.cast<int64_t>());
+    if (parameter.layout.size() != 3 * static_cast<std::size_t>(now.ndim))
+      throw std::invalid_argument("strides: must be one for each dimension of the parameter");
   }
   if (!state.is_none())
     for (const auto& [key, value] : state.cast<py::dict>()) {
@@ -96,7 +100,7 @@ void Reader::watch(const py::object& param, const py::tuple& strides, const py::
       // What a user keeps in the state beside ours may have no address, if it is sparse for one: its identity is
       // enough.
       if (py::isinstance(value, tensor_type) && !other_step && view(value.ptr(), ignored))
-        item.tensors.push_back(make_watched(item.value, false));
+        item.tensors.push_back(make_watched(item.value));
       parameter.items.push_back(std::move(item));
     }
   parameters_.push_back(std::move(parameter));
@@ -109,14 +113,17 @@ bool Reader::unmoved(const Watched& watched) const {
   return now.address() == watched.address && equal(now.device, watched.device) && equal(now.dtype, watched.dtype);
 }
 
-bool Reader::unmoved(const Parameter& parameter) const {
+bool Reader::param_unmoved(const Parameter& parameter) const {
   if (!parameter.known) return true;
   const Watched& watched = parameter.tensor;
   dlpack::Tensor now{};
   if (!view(watched.object.ptr(), now)) return false;
-  if (now.address() != watched.address || !equal(now.device, watched.device) || !equal(now.dtype, watched.dtype) ||
-      !same_shape(now, watched.shape) || !same_strides(now, watched.strides))
-    return false;
+  return now.address() == watched.address && equal(now.device, watched.device) && equal(now.dtype, watched.dtype) &&
+         3 * static_cast<std::size_t>(now.ndim) == parameter.layout.size() &&
+         same_shape(now, parameter.layout.data()) && same_strides(now, parameter.layout.data() + now.ndim);
+}
+
+bool Reader::state_unmoved(const Parameter& parameter) const {
   if (parameter.state.is_none()) return true;
   if (static_cast<std::size_t>(PyDict_GET_SIZE(parameter.state.ptr())) != parameter.items.size()) return false;
   PyObject *key, *value;
@@ -130,7 +137,32 @@ bool Reader::unmoved(const Parameter& parameter) const {
   return true;
 }
 
-bool Reader::unmoved(const py::list& param_groups, const py::dict& state) const {
+// Each watched state dict is the one that `state` holds. Iterating costs no hash of a tensor.
+bool Reader::holds_states(const py::dict& state) const {
+  const std::size_t count = parameters_.size();
+  std::size_t watched = 0, held = 0, cursor = 0;
+  for (const Parameter& parameter : parameters_) watched += !parameter.state.is_none();
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(state.ptr(), &position, &key, &value)) {
+    // State is normally made in the order of parameters, so the search finds its place at once.
+    for (std::size_t tried = 0; tried < count; ++tried) {
+      const Parameter& parameter = parameters_[cursor];
+      cursor = cursor + 1 == count ? 0 : cursor + 1;
+      if (parameter.tensor.object.ptr() != key) continue;
+      if (parameter.state.is_none()) {
+        if (PyDict_Size(value) != 0) return false;
+      } else {
+        if (parameter.state.ptr() != value) return false;
+        ++held;
+      }
+      break;
+    }
+  }
+  return held == watched;
+}
+
+bool Reader::unmoved(const py::list& param_groups, const py::object& state) const {
   static PyObject* const params_name = name("params");
   std::size_t index = 0;
   for (const auto& group : param_groups) {
@@ -142,32 +174,13 @@ bool Reader::unmoved(const py::list& param_groups, const py::dict& state) const 
       if (PyList_GET_ITEM(params, i) != parameters_[index++].tensor.object.ptr()) return false;
   }
   if (index != parameters_.size()) return false;
-
-  // Each watched state dict is still the one the optimizer holds. Iterating costs no hash of a tensor.
-  std::size_t held = 0;
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  std::size_t cursor = 0;
-  const std::size_t count = parameters_.size();
-  while (PyDict_Next(state.ptr(), &position, &key, &value)) {
-    // State is normally made in the order of parameters, so the search finds its place at once.
-    for (std::size_t tried = 0; tried < count; ++tried, cursor = (cursor + 1) % count)
-      if (parameters_[cursor].tensor.object.ptr() == key) {
-        if (parameters_[cursor].state.is_none() ? PyDict_Size(value) != 0 : parameters_[cursor].state.ptr() != value)
-          return false;
-        if (!parameters_[cursor].state.is_none()) ++held;
-        cursor = (cursor + 1) % count;
-        break;
-      }
-  }
-  for (const Parameter& parameter : parameters_) {
-    if (!parameter.state.is_none()) {
-      if (held == 0) return false;
-      --held;
-    }
-    if (!unmoved(parameter)) return false;
-  }
-  return held == 0;
+  for (const Parameter& parameter : parameters_)
+    if (!param_unmoved(parameter)) return false;
+  if (state.is_none()) return true;
+  if (!holds_states(state.cast<py::dict>())) return false;
+  for (const Parameter& parameter : parameters_)
+    if (!state_unmoved(parameter)) return false;
+  return true;
 }
 
 bool Reader::usable(PyObject* grad, const Parameter& parameter, void*& address) const {
@@ -179,8 +192,8 @@ bool Reader::usable(PyObject* grad, const Parameter& parameter, void*& address) 
   // One element can be a lazy negative: autograd takes it as it is, since no stride tells, and DLPack does not show it.
   if (count == 1 && is_negated(grad)) return false;
   return (now.data != nullptr || count == 0) && equal(now.device, parameter.tensor.device) &&
-         equal(now.dtype, parameter.grad_dtype) && same_shape(now, parameter.tensor.shape) &&
-         same_strides(now, parameter.grad_strides);
+         equal(now.dtype, parameter.grad_dtype) && 3 * static_cast<std::size_t>(now.ndim) == parameter.layout.size() &&
+         same_shape(now, parameter.layout.data()) && same_strides(now, parameter.layout.data() + 2 * now.ndim);
 }
 
 // param.grad, straight through torch's getter unless a subclass has one of its own.

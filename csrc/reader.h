@@ -18,7 +18,6 @@ struct Watched {
   void* address;
   dlpack::Device device;
   dlpack::DataType dtype;
-  std::vector<int64_t> shape, strides;  // empty where only the address matters
 };
 
 class Reader {
@@ -31,8 +30,9 @@ class Reader {
   // parameter's state dict or None.
   void watch(const py::object& param, const py::tuple& strides, const py::object& grad_dtype, const py::object& state);
 
-  // True while groups hold the watched parameters in order and every watched tensor is where it was.
-  bool unmoved(const py::list& param_groups, const py::dict& state) const;
+  // True while groups hold the watched parameters in order and every watched tensor is where it was. `state` is None
+  // when nobody else can have touched it; otherwise it is looked through as well.
+  bool unmoved(const py::list& param_groups, const py::object& state) const;
 
   // Reads the addresses of all gradients. Returns the indices of those that cannot be used as they are; None when one
   // has appeared that the plan does not know.
@@ -51,7 +51,7 @@ class Reader {
   };
   struct Parameter {
     Watched tensor;
-    std::vector<int64_t> grad_strides;
+    std::vector<int64_t> layout;  // shape, strides, strides of a gradient that is read where it lies
     bool known;
     dlpack::DataType grad_dtype;
     py::object state;
@@ -60,10 +60,12 @@ class Reader {
 
   bool view(PyObject* object, dlpack::Tensor& out) const;
   bool unmoved(const Watched& watched) const;
-  bool unmoved(const Parameter& parameter) const;
+  bool param_unmoved(const Parameter& parameter) const;
+  bool state_unmoved(const Parameter& parameter) const;
+  bool holds_states(const py::dict& state) const;
   bool usable(PyObject* grad, const Parameter& parameter, void*& address) const;
   PyObject* get_grad(PyObject* param) const;
-  Watched make_watched(const py::object& tensor, bool layout) const;
+  Watched make_watched(const py::object& tensor) const;
 
   const dlpack::ExchangeApi* api_;
   PyTypeObject* plain_type_ = nullptr;  // objects of exactly this type have the getter below

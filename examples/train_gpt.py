@@ -367,7 +367,8 @@ def settle_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"there is no run to resume in {args.out}")
         for key, value in given.items():
             if value is not None and value != config[key]:
-                parser.error(f"--{key} {value}: the run to resume in {args.out} has {config[key] or 'the default'}")
+                began = config[key] or "the default"
+                parser.error(f"--{key} {value}: the run to resume in {args.out} began with {began}")
         return config
     defaults = {"optim": "SignAdamPP", "preset": "small", "seed": 0}
     config = {key: defaults.get(key) if value is None else value for key, value in given.items()}

@@ -37,6 +37,7 @@ class SignOptimizer(Optimizer):
         checks.unused_torch_option("differentiable", differentiable)
         self._plan: Plan | None = None
         self._plan_key: Any = None
+        self._state_is_out = False
         self._check_group(defaults)
         super().__init__(params, defaults)
 
@@ -81,7 +82,6 @@ class SignOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step: every parameter with a gradient, in one launch per device and rule.
 
@@ -100,11 +100,33 @@ class SignOptimizer(Optimizer):
             self._fold_beta(group)
         key = [(self._rule(group), group["backend"]) for group in self.param_groups]
         plan = self._plan
-        if plan is None or key != self._plan_key or not plan.unmoved(self.param_groups, self.state) or not plan.read():
+        state = self._own_state if self._state_is_out else None
+        if plan is None or key != self._plan_key or not plan.unmoved(self.param_groups, state) or not plan.read():
             plan = self._make_plan(key)
         plan.run()
         return loss
 
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:  # type: ignore[override]
+        """State of each parameter, as in torch.optim.
+
+        Whoever has it may replace or move what is in it, so from the first access on every step looks whether someone
+        did, which a training loop that never asks need not pay for.
+        """
+        self._state_is_out = True
+        return self._own_state
+
+    @state.setter
+    def state(self, value: dict[Tensor, dict[str, Any]]) -> None:
+        self.__dict__["state"] = value
+        self._plan = None
+
+    @property
+    def _own_state(self) -> dict[Tensor, dict[str, Any]]:
+        # Under the name by which torch pickles and restores it.
+        return self.__dict__["state"]
+
+    @torch.no_grad()
     def _make_plan(self, key: Any) -> Plan:
         items = []
         for index, group in enumerate(self.param_groups):
@@ -126,15 +148,15 @@ class SignOptimizer(Optimizer):
             group,
             rule,
             backend,
-            takes_part=bool(self.state.get(param)) and param.dtype in FORMATS,
-            check_state=lambda: _check_state(label, self.state.get(param, {}), rule, param),
+            takes_part=bool(self._own_state.get(param)) and param.dtype in FORMATS,
+            check_state=lambda: _check_state(label, self._own_state.get(param, {}), rule, param),
             state=lambda: self._state_of(param, rule),
-            watched_state=lambda: self.state[param],
+            watched_state=lambda: self._own_state[param],
         )
 
     def _state_of(self, param: Tensor, rule: Rule) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
         """State of a parameter, made where it is missing: ``step``, the rule's moments, ``exp_avg_std``."""
-        state = self.state[param]
+        state = self._own_state[param]
         step = state.get("step", 0.0)
         if not isinstance(step, Tensor) or step.device.type != "cpu" or step.dtype != torch.float32 or step.dim() != 0:
             step = torch.tensor(float(step), dtype=torch.float32)
@@ -194,7 +216,7 @@ class SignOptimizer(Optimizer):
                 for name, value in state.items():
                     if isinstance(value, Tensor):
                         device = "cpu" if name == "step" else param.device
-                        self.state[param][name] = value.detach().to(device, copy=True)
+                        self._own_state[param][name] = value.detach().to(device, copy=True)
             for group, backend in zip(self.param_groups, kept, strict=True):
                 group["backend"] = backend
 
@@ -208,6 +230,7 @@ class SignOptimizer(Optimizer):
             after.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._state_is_out = self.__dict__.get("_state_is_out", False)
         super().__setstate__(state)
         self._plan = None
         self._plan_key = None
@@ -235,10 +258,12 @@ def _check_state(label: str, state: dict[str, Any], rule: Rule, param: Tensor, *
 
 def _keep_first_of_each(group: dict[str, Any]) -> None:
     """A parameter listed twice, which torch warns about, is updated once a step."""
-    first = list({id(param): i for i, param in reversed(list(enumerate(group["params"])))}.values())[::-1]
+    first: dict[int, int] = {}
+    for i, param in enumerate(group["params"]):
+        first.setdefault(id(param), i)
     for name in ("params", "param_names"):
         if name in group:
-            group[name] = [group[name][i] for i in first]
+            group[name] = [group[name][i] for i in first.values()]
 
 
 def _paired(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple[int, str, Tensor, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backends, checks
 from ._extension import load
 from .dtypes import FORMATS
-from .reader import make_reader
+from .reader import ListReader, make_reader
 from .rule import Group, Rule
 
 _C = load()
@@ -132,7 +132,7 @@ class Plan:
         self.entries: list[Entry] = []
         self._strides: list[tuple[int, ...]] = [()] * len(items)
         self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
-        waves = _Waves()
+        waves = _waves([None if backend is None else item.param for item, backend in zip(items, chosen, strict=True)])
         buckets: dict[tuple[Any, ...], list[Entry]] = {}
         for slot, (item, backend) in enumerate(zip(items, chosen, strict=True)):
             if backend is None:
@@ -156,7 +156,7 @@ class Plan:
             self._grad_dtypes[slot] = entry.grad_dtype
             self.entries.append(entry)
             dtypes = (work.dtype, entry.grad_dtype) if backend.splits_dtypes else None
-            key = (backend, item.param.device, item.rule, waves.of(item.param), dtypes)
+            key = (backend, item.param.device, item.rule, waves[slot], dtypes)
             buckets.setdefault(key, []).append(entry)
 
         ordered = sorted(buckets.items(), key=lambda keyed: keyed[0][3])
@@ -165,17 +165,18 @@ class Plan:
             bucket = Bucket(rule, device, entries)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
         self._versioned = [entry.param for entry in self.entries if not entry.param.is_inference()]
-        self._reader = make_reader() if grads is None else None
-        if self._reader is not None:
-            for slot, item in enumerate(items):
-                dtype = self._grad_dtypes[slot]
-                self._reader.watch(
-                    item.param, self._strides[slot], dtype, item.watched_state() if dtype is not None else None
-                )
+        self._reader = make_reader() if grads is None else ListReader(grads)
+        for slot, item in enumerate(items):
+            dtype = self._grad_dtypes[slot]
+            state = item.watched_state() if dtype is not None else None
+            self._reader.watch(item.param, self._strides[slot], dtype, state)
 
-    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
-        """Whether groups and state still hold the tensors this plan was made of, where they were."""
-        return self._reader is not None and self._reader.unmoved(param_groups, state)
+    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
+        """Whether groups and state still hold the tensors this plan was made of, where they were.
+
+        ``state`` is None when nobody else can have touched it.
+        """
+        return self._reader.unmoved(param_groups, state)
 
     def grad(self, slot: int) -> Tensor:
         """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""
@@ -188,36 +189,27 @@ class Plan:
     def read(self) -> bool:
         """Reads this step's gradients; False when the plan does not fit them and a new one must be made."""
         self._copies.clear()
-        if self._reader is None:
-            self._addresses = [0 if self._raw_grad(slot) is None else 1 for slot in range(len(self.params))]
-            odd = [slot for slot, present in enumerate(self._addresses) if present]
-        else:
-            found = self._reader.read()
-            if found is None:
-                return False
-            odd = found
+        odd = self._reader.read()
+        return odd is not None and (not odd or self._adopt(odd))
+
+    @torch.no_grad()
+    def _adopt(self, odd: list[int]) -> bool:
+        """Makes gradients usable that cannot be read where they lie; False where only a new plan will do."""
         for slot in odd:
             grad = self._raw_grad(slot)
             assert grad is not None
-            param = self.params[slot]
-            checks.gradient(self.labels[slot], grad, param)
+            checks.gradient(self.labels[slot], grad, self.params[slot])
             if grad.dtype != self._grad_dtypes[slot]:
                 return False
             if grad.is_neg() or not checks.same_strides(grad, self._strides[slot]):
-                grad = torch.empty_strided(grad.shape, self._strides[slot], dtype=grad.dtype, device=grad.device).copy_(
-                    grad
-                )
-                self._copies[slot] = grad
-            address = grad.data_ptr() or 1  # a tensor without elements has no address, but takes part
-            if self._reader is None:
-                self._addresses[slot] = address
-            else:
-                self._reader.replace(slot, address)
+                copy = torch.empty_strided(grad.shape, self._strides[slot], dtype=grad.dtype, device=grad.device)
+                self._copies[slot] = grad = copy.copy_(grad)
+            self._reader.replace(slot, grad.data_ptr() or 1)  # without elements it has no address, but takes part
         return True
 
     def run(self) -> None:
         """Takes the step whose gradients :meth:`read` has found."""
-        source = self._addresses if self._reader is None else self._reader.source
+        source = self._reader.source
         prepared = []
         for bucket, launch in self.launches:
             rows = [_row(bucket.rule, self.groups[group], t) for group, t in bucket.table.begin(source)]
@@ -227,11 +219,11 @@ class Plan:
             # Around each launch by itself: a parameter may share memory with one of an earlier launch.
             gappy = self._present(bucket.gappy)
             for entry in gappy:
-                entry.work.copy_(entry.param)
+                entry.work.copy_(entry.param.detach())
             launch(rows)
             bucket.table.commit()
             for entry in gappy:
-                entry.param.copy_(entry.work)
+                entry.param.detach().copy_(entry.work)
         # Raw writes go unnoticed by autograd until the version counters say so.
         torch.autograd.graph.increment_version(self._written())
         self._copies.clear()
@@ -239,11 +231,11 @@ class Plan:
     def _present(self, entries: list[Entry]) -> list[Entry]:
         if not entries:
             return entries
-        gradients = self._addresses if self._reader is None else self._reader.addresses()
+        gradients = self._reader.addresses()
         return [entry for entry in entries if gradients[entry.slot]]
 
     def _written(self) -> list[Tensor]:
-        if self._reader is not None and self._reader.present() == len(self.entries):
+        if self._reader.present() == len(self.entries):
             return self._versioned
         return [entry.param for entry in self._present(self.entries) if not entry.param.is_inference()]
 
@@ -256,20 +248,26 @@ def _row(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
     return tuple(scalars.get(name, 0.0) for name in _C.SCALARS)
 
 
-class _Waves:
-    """Parameters that share memory must not share a launch: each goes to the one after the last it meets."""
+def _waves(params: Sequence[Tensor | None]) -> list[int]:
+    """Parameters that share memory must not be updated by one launch: each goes to the one after the last it meets."""
+    spans = []
+    for i, param in enumerate(params):
+        if param is not None and param.numel() > 0:
+            last = sum(stride * (size - 1) for stride, size in zip(param.stride(), param.shape, strict=True))
+            spans.append((param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size(), i))
+    # Runs of memory that spans cover together; nearly always each covers one of its own.
+    runs: list[list[tuple[int, int, int]]] = []
+    run_end = 0
+    for span in sorted(spans):
+        if span[0] >= run_end:
+            runs.append([])
+        runs[-1].append(span)
+        run_end = max(run_end, span[1])
 
-    def __init__(self) -> None:
-        self._taken: dict[int, list[tuple[int, int, int]]] = {}
-
-    def of(self, param: Tensor) -> int:
-        if param.numel() == 0:
-            return 0
-        last = sum(stride * (size - 1) for stride, size in zip(param.stride(), param.shape, strict=True))
-        begin = param.data_ptr()
-        end = begin + (last + 1) * param.element_size()
-        # Only tensors of one storage can meet, so the search stays among these.
-        taken = self._taken.setdefault(param.untyped_storage().data_ptr(), [])
-        wave = 1 + max((w for b, e, w in taken if b < end and begin < e), default=-1)
-        taken.append((begin, end, wave))
-        return wave
+    waves = [0] * len(params)
+    for run in runs:
+        met: list[tuple[int, int, int]] = []
+        for begin, end, i in sorted(run, key=lambda span: span[2]):
+            waves[i] = 1 + max((waves[k] for b, e, k in met if b < end and begin < e), default=-1)
+            met.append((begin, end, i))
+    return waves

@@ -33,12 +33,51 @@ class CompiledReader:
         self._reader.watch(param, tuple(strides), code, state)
 
 
-class PythonReader:
-    """The same, for a torch without that interface (before 2.10)."""
+class Addresses:
+    """Gradient addresses in a list, 0 where there is none."""
 
     def __init__(self) -> None:
-        self._watched: list[tuple[Any, ...]] = []
         self._grads: list[int] = []
+
+    def replace(self, slot: int, address: int) -> None:
+        self._grads[slot] = address
+
+    def present(self) -> int:
+        """How many parameters have a gradient this step."""
+        return sum(address != 0 for address in self._grads)
+
+    def addresses(self) -> list[int]:
+        return self._grads
+
+    @property
+    def source(self) -> list[int]:
+        """What a table takes gradient addresses from."""
+        return self._grads
+
+
+class ListReader(Addresses):
+    """Gradients handed over in a list, for one step: nothing is known of them, and nothing watched."""
+
+    def __init__(self, grads: Sequence[Tensor | None]) -> None:
+        self._grads = [0] * len(grads)
+        self._given = grads
+
+    def watch(self, *_: object) -> None:
+        pass
+
+    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
+        return False
+
+    def read(self) -> list[int]:
+        return [slot for slot, grad in enumerate(self._given) if grad is not None]
+
+
+class PythonReader(Addresses):
+    """The same as the compiled reader, for a torch without that interface (before 2.10)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watched: list[tuple[Any, ...]] = []
 
     def watch(
         self, param: Tensor, strides: Sequence[int], grad_dtype: torch.dtype | None, state: dict[str, Any] | None
@@ -50,7 +89,7 @@ class PythonReader:
         self._watched.append((param, place, tuple(strides), grad_dtype, state, items))
         self._grads.append(0)
 
-    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> bool:
+    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
         params = [param for group in param_groups for param in group["params"]]
         if len(params) != len(self._watched):
             return False
@@ -59,9 +98,9 @@ class PythonReader:
                 return False
             if place is None:
                 continue
-            if _place(param) != place or state.get(param) is not held:
+            if _place(param) != place:
                 return False
-            if held is not None and not _same_items(held, items):
+            if state is not None and held is not None and not (state.get(param) is held and _same_items(held, items)):
                 return False
         return True
 
@@ -86,21 +125,6 @@ class PythonReader:
             else:
                 odd.append(slot)
         return odd
-
-    def replace(self, slot: int, address: int) -> None:
-        self._grads[slot] = address
-
-    def present(self) -> int:
-        """How many parameters have a gradient this step."""
-        return sum(address != 0 for address in self._grads)
-
-    def addresses(self) -> list[int]:
-        return self._grads
-
-    @property
-    def source(self) -> list[int]:
-        """What a table takes gradient addresses from."""
-        return self._grads
 
 
 def make_reader() -> CompiledReader | PythonReader:

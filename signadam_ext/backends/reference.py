@@ -28,6 +28,7 @@ class ReferenceBackend:
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
         rule = getattr(reference, bucket.rule.name)
 
+        @torch.no_grad()
         def launch(rows: Sequence[Row]) -> None:
             scalars = [dict(zip(_C.SCALARS, row, strict=True)) for row in rows]
             for entry, present, row in zip(bucket.entries, bucket.table.grads(), bucket.table.rows(), strict=True):
