@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, overload
 
@@ -106,8 +107,8 @@ class SignOptimizer(Optimizer):
         plan.run()
         return loss
 
-    @property
-    def state(self) -> dict[Tensor, dict[str, Any]]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """State of each parameter, as in torch.optim.
 
         Whoever has it may replace or move what is in it, so from the first access on every step looks whether someone
@@ -117,12 +118,12 @@ class SignOptimizer(Optimizer):
         return self._own_state
 
     @state.setter
-    def state(self, value: dict[Tensor, dict[str, Any]]) -> None:
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.__dict__["state"] = value
         self._plan = None
 
     @property
-    def _own_state(self) -> dict[Tensor, dict[str, Any]]:
+    def _own_state(self) -> defaultdict[Tensor, Any]:
         # Under the name by which torch pickles and restores it.
         return self.__dict__["state"]
 

@@ -139,8 +139,8 @@ def _place(tensor: Tensor) -> tuple[Any, ...] | None:
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _same_items(state: dict[str, Any], items: list[tuple[str, Any, Any]]) -> bool:
-    if len(state) != len(items):
+def _same_items(state: dict[str, Any], items: list[tuple[str, Any, Any]] | None) -> bool:
+    if items is None or len(state) != len(items):
         return False
     return all(
         key == k and value is v and (place is None or _place(value) == place)
