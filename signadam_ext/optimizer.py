@@ -107,7 +107,7 @@ class SignOptimizer(Optimizer):
         plan.run()
         return loss
 
-    @property  # type: ignore[override]
+    @property
     def state(self) -> defaultdict[Tensor, Any]:
         """State of each parameter, as in torch.optim.
 
@@ -212,12 +212,15 @@ class SignOptimizer(Optimizer):
                 _check_state(label, state, rules[index], param, on_any_device=True)
 
         def restore(_: Optimizer) -> None:
-            # Optimizer.load_state_dict has cast state tensors to their parameter's dtype, and shares the step counts.
+            # Optimizer.load_state_dict has cast state tensors to their parameter's dtype, shares the step counts, and made
+            # generators of strings.
             for _index, _label, param, state in _paired(self, loaded):
                 for name, value in state.items():
                     if isinstance(value, Tensor):
                         device = "cpu" if name == "step" else param.device
                         self._own_state[param][name] = value.detach().to(device, copy=True)
+                    elif isinstance(value, str):
+                        self._own_state[param][name] = value
             for group, backend in zip(self.param_groups, kept, strict=True):
                 group["backend"] = backend
 

@@ -139,7 +139,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...] | None:
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _same_items(state: dict[str, Any], items: list[tuple[str, Any, Any]] | None) -> bool:
+def _same_items(state: Any, items: list[tuple[str, Any, Any]] | None) -> bool:
     if items is None or len(state) != len(items):
         return False
     return all(
