@@ -134,7 +134,6 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Reader>(m, "Reader")
       .def(py::init<const py::capsule&>())
       .def("watch", &Reader::watch)
-      .def("unmoved", py::overload_cast<const py::list&, const py::object&>(&Reader::unmoved, py::const_))
       .def("read", &Reader::read)
       .def("replace", &Reader::replace)
       .def("present", &Reader::present)

@@ -27,6 +27,12 @@ struct Tensor {
   void* address() const { return static_cast<unsigned char*>(data) + byte_offset; }
 };
 
+struct ManagedTensor {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+};
+
 struct ExchangeHeader {
   uint32_t major, minor;
   ExchangeHeader* previous;
@@ -35,7 +41,7 @@ struct ExchangeHeader {
 struct ExchangeApi {
   ExchangeHeader header;
   void* managed_tensor_allocator;
-  void* managed_tensor_from_py_object_no_sync;
+  int (*managed_tensor_from_py_object_no_sync)(void* object, ManagedTensor** out);
   void* managed_tensor_to_py_object_no_sync;
   // Fills in a view that lives as long as the object; nonzero with a Python error set on failure.
   int (*tensor_from_py_object_no_sync)(void* object, Tensor* out);

@@ -77,10 +77,15 @@ void Reader::watch(const py::object& param, const py::tuple& strides, const py::
   const bool known = !grad_dtype.is_none();
   // A parameter that has never had a gradient is no kernel's business: it may be of any kind and may move.
   Watched tensor = known ? make_watched(param) : Watched{param, nullptr, {}, {}};
-  Parameter parameter{std::move(tensor), {}, known, {}, state, {}};
+  Parameter parameter{std::move(tensor), nullptr, {}, known, {}, state, {}};
   if (known) {
     const auto dtype = grad_dtype.cast<std::pair<int, int>>();
     parameter.grad_dtype = {static_cast<uint8_t>(dtype.first), static_cast<uint8_t>(dtype.second), 1};
+    dlpack::ManagedTensor* owner = nullptr;
+    if (api_->managed_tensor_from_py_object_no_sync(param.ptr(), &owner) == 0)
+      parameter.owner.reset(owner);
+    else
+      PyErr_Clear();
     dlpack::Tensor now{};
     if (!view(param.ptr(), now)) throw py::error_already_set();
     parameter.layout.assign(now.shape, now.shape + now.ndim);
@@ -113,11 +118,11 @@ bool Reader::unmoved(const Watched& watched) const {
   return now.address() == watched.address && equal(now.device, watched.device) && equal(now.dtype, watched.dtype);
 }
 
-bool Reader::param_unmoved(const Parameter& parameter) const {
-  if (!parameter.known) return true;
+bool Reader::unmoved(Parameter& parameter) const {
   const Watched& watched = parameter.tensor;
   dlpack::Tensor now{};
   if (!view(watched.object.ptr(), now)) return false;
+  parameter.param_hint = now.shape;
   return now.address() == watched.address && equal(now.device, watched.device) && equal(now.dtype, watched.dtype) &&
          3 * static_cast<std::size_t>(now.ndim) == parameter.layout.size() &&
          same_shape(now, parameter.layout.data()) && same_strides(now, parameter.layout.data() + now.ndim);
@@ -162,7 +167,7 @@ bool Reader::holds_states(const py::dict& state) const {
   return held == watched;
 }
 
-bool Reader::unmoved(const py::list& param_groups, const py::object& state) const {
+bool Reader::same_parameters(const py::list& param_groups) const {
   static PyObject* const params_name = name("params");
   std::size_t index = 0;
   for (const auto& group : param_groups) {
@@ -173,19 +178,14 @@ bool Reader::unmoved(const py::list& param_groups, const py::object& state) cons
     for (Py_ssize_t i = 0; i < size; ++i)
       if (PyList_GET_ITEM(params, i) != parameters_[index++].tensor.object.ptr()) return false;
   }
-  if (index != parameters_.size()) return false;
-  for (const Parameter& parameter : parameters_)
-    if (!param_unmoved(parameter)) return false;
-  if (state.is_none()) return true;
-  if (!holds_states(state.cast<py::dict>())) return false;
-  for (const Parameter& parameter : parameters_)
-    if (!state_unmoved(parameter)) return false;
-  return true;
+  return index == parameters_.size();
 }
 
-bool Reader::usable(PyObject* grad, const Parameter& parameter, void*& address) const {
+bool Reader::usable(PyObject* grad, Parameter& parameter, void*& address) const {
   dlpack::Tensor now{};
   if (!view(grad, now)) return false;
+  parameter.grad_object_hint = grad;
+  parameter.grad_hint = now.shape;
   address = now.address();
   int64_t count = 1;
   for (int32_t d = 0; d < now.ndim; ++d) count *= now.shape[d];
@@ -203,15 +203,33 @@ PyObject* Reader::get_grad(PyObject* param) const {
   return PyObject_GetAttr(param, grad_name);
 }
 
-py::object Reader::read() {
+py::object Reader::read(const py::list& param_groups, const py::object& state) {
+  if (!same_parameters(param_groups)) return py::none();
+  if (!state.is_none()) {
+    if (!holds_states(state.cast<py::dict>())) return py::none();
+    for (const Parameter& parameter : parameters_)
+      if (!state_unmoved(parameter)) return py::none();
+  }
+  // Between two steps a model has used the caches for other things. Torch's objects mostly stay where they are.
+  constexpr std::size_t ahead = 6;
   py::list odd;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    const Parameter& parameter = parameters_[i];
+    if (i + ahead < parameters_.size()) {
+      const Parameter& later = parameters_[i + ahead];
+      for (const void* hint : {static_cast<const void*>(later.tensor.object.ptr()), later.param_hint, later.grad_hint,
+                               later.grad_object_hint})
+        __builtin_prefetch(hint);
+    }
+    Parameter& parameter = parameters_[i];
     grads_[i] = nullptr;
     const auto grad = py::reinterpret_steal<py::object>(get_grad(parameter.tensor.object.ptr()));
     if (!grad) throw py::error_already_set();
+    if (!parameter.known) {
+      if (!grad.is_none()) return py::none();
+      continue;
+    }
+    if (!unmoved(parameter)) return py::none();
     if (grad.is_none()) continue;
-    if (!parameter.known) return py::none();
     void* address = nullptr;
     if (usable(grad.ptr(), parameter, address))
       grads_[i] = address != nullptr ? address : empty_tensor;

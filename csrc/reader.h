@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <memory>
 #include <vector>
 
 #include "dlpack.h"
@@ -30,13 +31,10 @@ class Reader {
   // parameter's state dict or None.
   void watch(const py::object& param, const py::tuple& strides, const py::object& grad_dtype, const py::object& state);
 
-  // True while groups hold the watched parameters in order and every watched tensor is where it was. `state` is None
-  // when nobody else can have touched it; otherwise it is looked through as well.
-  bool unmoved(const py::list& param_groups, const py::object& state) const;
-
-  // Reads the addresses of all gradients. Returns the indices of those that cannot be used as they are; None when one
-  // has appeared that the plan does not know.
-  py::object read();
+  // Reads the addresses of all gradients. Returns the indices of those that cannot be used as they are. Returns None
+  // when the plan no longer holds: groups have other parameters, a watched tensor has moved, a gradient has appeared
+  // that the plan does not know. `state` is None when nobody else can have touched it; otherwise it is looked through.
+  py::object read(const py::list& param_groups, const py::object& state);
 
   // Gives gradient `index` an address of the caller's (a copy with the right strides).
   void replace(std::size_t index, uintptr_t address) { grads_.at(index) = reinterpret_cast<void*>(address); }
@@ -49,21 +47,30 @@ class Reader {
     py::object key, value;
     std::vector<Watched> tensors;  // the value itself, if it is a tensor
   };
+  struct Release {
+    void operator()(dlpack::ManagedTensor* owner) const { owner->deleter(owner); }
+  };
   struct Parameter {
     Watched tensor;
+    // A second owner of torch's tensor. Where there is only the Python object, each look at the tensor from C++ makes
+    // torch take and drop that object, which costs as much as the look itself.
+    std::unique_ptr<dlpack::ManagedTensor, Release> owner;
     std::vector<int64_t> layout;  // shape, strides, strides of a gradient that is read where it lies
     bool known;
     dlpack::DataType grad_dtype;
     py::object state;
     std::vector<StateItem> items;
+    // Where torch kept the shapes of parameter and gradient last time, and the gradient's object: what to fetch ahead.
+    const void *param_hint = nullptr, *grad_hint = nullptr, *grad_object_hint = nullptr;
   };
 
   bool view(PyObject* object, dlpack::Tensor& out) const;
   bool unmoved(const Watched& watched) const;
-  bool param_unmoved(const Parameter& parameter) const;
+  bool unmoved(Parameter& parameter) const;
+  bool same_parameters(const py::list& param_groups) const;
   bool state_unmoved(const Parameter& parameter) const;
   bool holds_states(const py::dict& state) const;
-  bool usable(PyObject* grad, const Parameter& parameter, void*& address) const;
+  bool usable(PyObject* grad, Parameter& parameter, void*& address) const;
   PyObject* get_grad(PyObject* param) const;
   Watched make_watched(const py::object& tensor) const;
 

@@ -62,12 +62,12 @@ PRESETS = {
 
 # Each learning rate is the best of a small search on the preset "small". AdamW gets the same care.
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "SignAdamPP": (signadam_ext.SignAdamPP, {"lr": 4e-3}),
+    "SignAdamPP": (signadam_ext.SignAdamPP, {"lr": 3e-3}),
     "SignAdam": (signadam_ext.SignAdam, {"lr": 1e-3}),
     "Signum": (signadam_ext.Signum, {"lr": 5e-4}),
-    "SignSGD": (signadam_ext.SignSGD, {"lr": 3e-4}),
-    "AdamW": (torch.optim.AdamW, {"lr": 3e-3, "fused": True}),
-    "SGD": (torch.optim.SGD, {"lr": 0.3, "momentum": 0.9, "fused": True}),
+    "SignSGD": (signadam_ext.SignSGD, {"lr": 2e-3}),
+    "AdamW": (torch.optim.AdamW, {"lr": 2e-3, "fused": True}),
+    "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}),
 }
 BASELINE = "AdamW"
 

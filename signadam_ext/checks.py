@@ -159,7 +159,10 @@ def same_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
     return all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), strides, strict=True))
 
 
-def strided(label: str, tensor: Tensor) -> None:
+def strided(label: str, tensor: Any) -> None:
+    """Raises unless ``tensor`` is one whose elements lie in memory."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{label} is {tensor!r}: must be a tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{label} has layout {tensor.layout}: sign-based optimizers need a dense (strided) tensor")
     # A wrapper (DTensor, for one) has no storage of its own, so its address is not where its numbers are.

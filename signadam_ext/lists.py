@@ -50,7 +50,7 @@ def step_lists(
     optimizer._check_group(group)
     rule = optimizer._rule(group)
 
-    lists = {"grads": grads, **{name: moments[name] for name in rule.moments}}
+    lists = {"grads": grads, **{f"{name}s": moments[name] for name in rule.moments}}
     if rule.statistics != "NONE":
         lists["exp_avg_stds"] = exp_avg_stds if exp_avg_stds is not None else ()
     if rule.uses_step or state_steps is not None:
@@ -64,17 +64,16 @@ def step_lists(
     items = []
     for i, param in enumerate(params):
         label = f"params[{i}]"
+        checks.strided(label, param)
         own = tuple(moments[name][i] for name in rule.moments)
         deviation = lists["exp_avg_stds"][i] if "exp_avg_stds" in lists else None
         step = lists["state_steps"][i] if "state_steps" in lists else None
         for name, moment in zip(rule.moments, own, strict=True):
             _check_layout(label, name, moment, param)
-        if deviation is not None and (
-            deviation.dtype != torch.float64 or deviation.dim() or deviation.device != param.device
-        ):
-            raise ValueError(f"exp_avg_stds[{i}] must be a 0-dim float64 tensor on {param.device}")
-        if step is not None and (step.dtype != torch.float32 or step.dim() or step.device.type != "cpu"):
-            raise ValueError(f"state_steps[{i}] must be a 0-dim float32 tensor on the CPU")
+        if "exp_avg_stds" in lists:
+            _check_scalar(f"exp_avg_stds[{i}]", deviation, torch.float64, param.device)
+        if "state_steps" in lists:
+            _check_scalar(f"state_steps[{i}]", step, torch.float32, torch.device("cpu"))
         items.append(
             Item(
                 label,
@@ -89,12 +88,17 @@ def step_lists(
             )
         )
     plan = Plan(items, [group], grads)
-    plan.read()
+    plan.read([], None)
     plan.run()
 
 
 def _given(state: State) -> Callable[[], State]:
     return lambda: state
+
+
+def _check_scalar(label: str, value: Any, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() > 0 or value.device != device:
+        raise TypeError(f"{label} is {value!r}: must be a 0-dim {str(dtype).removeprefix('torch.')} tensor on {device}")
 
 
 def _check_layout(label: str, name: str, moment: Tensor, param: Tensor) -> None:

@@ -102,7 +102,7 @@ class SignOptimizer(Optimizer):
         key = [(self._rule(group), group["backend"]) for group in self.param_groups]
         plan = self._plan
         state = self._own_state if self._state_is_out else None
-        if plan is None or key != self._plan_key or not plan.unmoved(self.param_groups, state) or not plan.read():
+        if plan is None or key != self._plan_key or not plan.read(self.param_groups, state):
             plan = self._make_plan(key)
         plan.run()
         return loss
@@ -135,7 +135,7 @@ class SignOptimizer(Optimizer):
             for i, param in enumerate(group["params"]):
                 items.append(self._item(_label(group, index, i), param, index, rule, group["backend"]))
         plan = Plan(items, self.param_groups)
-        if not plan.read():
+        if not plan.read(self.param_groups, None):
             raise RuntimeError(
                 "gradients changed while the step was being planned; is another thread running backward?"
             )
@@ -212,8 +212,8 @@ class SignOptimizer(Optimizer):
                 _check_state(label, state, rules[index], param, on_any_device=True)
 
         def restore(_: Optimizer) -> None:
-            # Optimizer.load_state_dict has cast state tensors to their parameter's dtype, shares the step counts, and made
-            # generators of strings.
+            # Optimizer.load_state_dict has cast state tensors to their parameter's dtype, shares the step counts, and
+            # made generators of strings.
             for _index, _label, param, state in _paired(self, loaded):
                 for name, value in state.items():
                     if isinstance(value, Tensor):

@@ -171,13 +171,6 @@ class Plan:
             state = item.watched_state() if dtype is not None else None
             self._reader.watch(item.param, self._strides[slot], dtype, state)
 
-    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
-        """Whether groups and state still hold the tensors this plan was made of, where they were.
-
-        ``state`` is None when nobody else can have touched it.
-        """
-        return self._reader.unmoved(param_groups, state)
-
     def grad(self, slot: int) -> Tensor:
         """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""
         found = self._copies.get(slot)
@@ -186,10 +179,15 @@ class Plan:
         assert found is not None
         return found
 
-    def read(self) -> bool:
-        """Reads this step's gradients; False when the plan does not fit them and a new one must be made."""
+    def read(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
+        """Reads this step's gradients; False when the plan no longer holds and a new one must be made.
+
+        Args:
+            param_groups: as the optimizer holds them now.
+            state: the optimizer's, to be looked through for what has moved; None when nobody else can have touched it.
+        """
         self._copies.clear()
-        odd = self._reader.read()
+        odd = self._reader.read(param_groups, state)
         return odd is not None and (not odd or self._adopt(odd))
 
     @torch.no_grad()

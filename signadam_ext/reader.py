@@ -20,7 +20,6 @@ class CompiledReader:
     def __init__(self, api: object) -> None:
         self._reader = _C.Reader(api)
         self.source = self._reader
-        self.unmoved = self._reader.unmoved
         self.read = self._reader.read
         self.replace = self._reader.replace
         self.present = self._reader.present
@@ -65,10 +64,7 @@ class ListReader(Addresses):
     def watch(self, *_: object) -> None:
         pass
 
-    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
-        return False
-
-    def read(self) -> list[int]:
+    def read(self, *_: object) -> list[int]:
         return [slot for slot, grad in enumerate(self._given) if grad is not None]
 
 
@@ -89,22 +85,9 @@ class PythonReader(Addresses):
         self._watched.append((param, place, tuple(strides), grad_dtype, state, items))
         self._grads.append(0)
 
-    def unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
-        params = [param for group in param_groups for param in group["params"]]
-        if len(params) != len(self._watched):
-            return False
-        for param, (watched, place, _, _, held, items) in zip(params, self._watched, strict=True):
-            if param is not watched:
-                return False
-            if place is None:
-                continue
-            if _place(param) != place:
-                return False
-            if state is not None and held is not None and not (state.get(param) is held and _same_items(held, items)):
-                return False
-        return True
-
-    def read(self) -> list[int] | None:
+    def read(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> list[int] | None:
+        if not self._unmoved(param_groups, state):
+            return None
         odd = []
         for slot, (param, place, strides, dtype, _, _) in enumerate(self._watched):
             grad = param.grad
@@ -125,6 +108,21 @@ class PythonReader(Addresses):
             else:
                 odd.append(slot)
         return odd
+
+    def _unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
+        params = [param for group in param_groups for param in group["params"]]
+        if len(params) != len(self._watched):
+            return False
+        for param, (watched, place, _, _, held, items) in zip(params, self._watched, strict=True):
+            if param is not watched:
+                return False
+            if place is None:
+                continue
+            if _place(param) != place:
+                return False
+            if state is not None and held is not None and not (state.get(param) is held and _same_items(held, items)):
+                return False
+        return True
 
 
 def make_reader() -> CompiledReader | PythonReader:

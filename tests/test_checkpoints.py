@@ -46,7 +46,9 @@ def trained(row, backend="cpu", steps=3, **overrides):
 
 def like(optimizer, row, backend="cpu", dtype=torch.float32):
     """An optimizer that has not taken a step, on copies of the same parameters, with other hyperparameters."""
-    groups = [{"params": [Parameter(p.detach().to(dtype, copy=True)) for p in g["params"]]} for g in optimizer.param_groups]
+    groups = [
+        {"params": [Parameter(p.detach().to(dtype, copy=True)) for p in g["params"]]} for g in optimizer.param_groups
+    ]
     return make(row, groups, backend, lr=0.77, weight_decay=0.5)
 
 
@@ -228,7 +230,9 @@ def test_hooks():
     assert calls[0] == "before saving"
     assert_unchanged(other, calls[1])
     assert [group["lr"] for group in other.param_groups] == [0.2, 0.4]
-    assert same_bits(other.state[params_of(other)[0]]["exp_avg"], 2 * optimizer.state[params_of(optimizer)[0]]["exp_avg"])
+    assert same_bits(
+        other.state[params_of(other)[0]]["exp_avg"], 2 * optimizer.state[params_of(optimizer)[0]]["exp_avg"]
+    )
     other.load_state_dict(state_dict)  # our own hooks are gone after each load
     assert len(calls) == 3
 
@@ -253,7 +257,10 @@ def set_hyperparameter(name, value):
 UNLOADABLE = {
     "shape": (set_state("exp_avg", torch.zeros(4)), "'exp_avg' of parameter 1 of group 0 has shape \\(4,\\)"),
     "0-dim": (set_state("exp_avg", torch.zeros(())), "'exp_avg' of parameter 1 of group 0 has shape \\(\\)"),
-    "dtype": (set_state("exp_avg", torch.zeros(3, dtype=torch.bfloat16)), "has dtype torch.bfloat16: must be a float32"),
+    "dtype": (
+        set_state("exp_avg", torch.zeros(3, dtype=torch.bfloat16)),
+        "has dtype torch.bfloat16: must be a float32",
+    ),
     "number": (set_state("exp_avg", 0.0), "'exp_avg' of parameter 1 of group 0 is 0.0: must be a float32 tensor"),
     "std shape": (set_state("exp_avg_std", torch.zeros(3, dtype=torch.float64)), "'exp_avg_std' .* 0-dim float64"),
     "std dtype": (set_state("exp_avg_std", torch.zeros(())), "'exp_avg_std' .* 0-dim float64"),

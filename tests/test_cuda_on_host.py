@@ -6,7 +6,7 @@ Blocks and threads run in several orders, tensors lie at any address, values inc
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from host.toolchain import build
+from host.toolchain import build, rules
 from torch import Tensor
 
 from signadam_ext import _C, reference
@@ -22,7 +22,7 @@ from signadam_ext.dtypes import FORMATS
 from signadam_ext.rule import Scalars, common_scalars
 
 DTYPES = tuple(FORMATS)
-MOMENTS = {"sign_sgd": 0, "signum": 1, "sign_adam": 2, "sign_adam_analytic": 1, "sign_adam_pp": 1}
+MOMENTS = {name: rule.moments for name, rule in rules().items()}
 #: Every kernel; the exact form's first launch serves any gated rule.
 KERNELS = [
     *((rule, "NONE") for rule in _C.RULES),
@@ -55,6 +55,15 @@ class TensorArguments(ctypes.Structure):
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     target = tmp_path_factory.mktemp("host") / "libcuda_on_host.so"
     return ctypes.CDLL(str(build("cuda_on_host.cpp", target, "-O2", "-shared", "-fPIC")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The reference is many small operations: on a busy machine each would wait for the last of several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

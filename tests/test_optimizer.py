@@ -7,7 +7,6 @@ import copy
 from collections import defaultdict
 
 import pytest
-import signadam_ext.plan
 import torch
 from cases import MIXED_GRADIENTS, same_bits
 from manners import (
@@ -23,11 +22,13 @@ from manners import (
     train,
     variations,
 )
-from signadam_ext.optimizer import SignOptimizer
-from signadam_ext.reader import CompiledReader, PythonReader, make_reader
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
+
+import signadam_ext.plan
+from signadam_ext.optimizer import SignOptimizer
+from signadam_ext.reader import CompiledReader, PythonReader, make_reader
 
 
 @pytest.fixture(params=["cpu", "reference", "cpu, read in Python"])
@@ -82,7 +83,9 @@ def test_hyperparameters_may_change_in_mid_training(row, backend):
     for in_group, in_constructor in changes:
         optimizer = make(row, parameters(), backend)
         train(optimizer, range(2))
-        unchanged, expected = (make(row, copies(params_of(optimizer)), **{"backend": backend, **h}) for h in ({}, in_constructor))
+        unchanged, expected = (
+            make(row, copies(params_of(optimizer)), **{"backend": backend, **h}) for h in ({}, in_constructor)
+        )
         for other in (unchanged, expected):
             for p, q in zip(params_of(optimizer), params_of(other), strict=True):
                 other.state[q] = copy.deepcopy(optimizer.state[p])

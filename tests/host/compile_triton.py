@@ -1,0 +1,44 @@
+"""Compiles triton_kernels.update ahead of time, without a device: ``python compile_triton.py FOLDER < jobs.json``.
+
+A job is ``[target, rule, moments, statistics, param format, gradient format]``. What Triton makes of it is written to
+``FOLDER/<number of the job>.<kind>``. A process of its own, since Triton decides on import whether it interprets.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from signadam_ext.backends.triton import LAUNCH_OPTIONS
+from signadam_ext.triton_kernels import rules
+from signadam_ext.triton_kernels.update import update
+
+TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
+POINTERS = {
+    **dict.fromkeys(("entries", "grads"), "*i64"),
+    **dict.fromkeys(("tensor_of_chunk", "rows", "arrivals"), "*i32"),
+    **dict.fromkeys(("scalars", "sums"), "*fp64"),
+}
+
+
+def compile_one(target: str, rule: str, moments: int, statistics: int, param: int, grad: int) -> dict[str, str | bytes]:
+    constants = {"RULE": getattr(rules, rule), "MOMENTS": moments, "PARAM": param, "GRAD": grad, "STATISTICS": statistics}
+    names = [parameter.name for parameter in update.params]
+    # No hint about the arguments' alignment: the wide accesses must not depend on where the tables happen to lie.
+    source = ASTSource(
+        update,
+        {name: POINTERS.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    return triton.compile(source, target=TARGETS[target], options=LAUNCH_OPTIONS).asm
+
+
+for number, job in enumerate(json.load(sys.stdin)):
+    for kind, made in compile_one(*job).items():
+        if kind in ("ptx", "cubin", "amdgcn"):
+            Path(sys.argv[1], f"{number}.{kind}").write_bytes(made if isinstance(made, bytes) else made.encode())

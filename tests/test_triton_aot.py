@@ -1,0 +1,157 @@
+"""The Triton kernels compiled ahead of time for NVIDIA and AMD: no approximation, no contraction, wide accesses.
+
+Every kernel that the backend can launch in fp32, for each target; the mixtures of dtypes with a rule of one moment and a
+rule of two, for one target of each maker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from host.toolchain import listing, rules
+
+pytest.importorskip("triton")
+
+STATISTICS = ("none", "gather", "only")
+FORMATS = ("fp32", "bf16", "fp16")
+RULES = rules()
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+AMD = "gfx942"
+
+
+class Job(NamedTuple):
+    target: str
+    rule: str
+    statistics: str = "none"
+    param: str = "fp32"
+    grad: str = "fp32"
+
+    @property
+    def moments(self) -> int:
+        return 0 if self.statistics == "only" else RULES[self.rule].moments
+
+    def arguments(self) -> list[object]:
+        formats = FORMATS.index(self.param), FORMATS.index(self.grad)
+        return [self.target, self.rule, RULES[self.rule].moments, STATISTICS.index(self.statistics), *formats]
+
+
+#: Only the gated rule has statistics, as in csrc/cuda/step.cu.
+KERNELS = [*((rule, "none") for rule in RULES), ("sign_adam_pp", "gather"), ("sign_adam_pp", "only")]
+MIXTURES = [
+    ("sign_adam_pp", "none", "bf16", "bf16"),
+    ("sign_adam_pp", "none", "fp16", "fp16"),
+    ("sign_adam_pp", "gather", "fp32", "bf16"),
+    ("sign_adam_pp", "only", "bf16", "fp32"),
+    ("sign_adam", "none", "bf16", "fp32"),
+    ("sign_adam", "none", "fp32", "fp16"),
+]
+NVIDIA_JOBS = [Job(target, *kernel) for target in NVIDIA for kernel in KERNELS] + [Job("sm_90", *mix) for mix in MIXTURES]
+AMD_JOBS = [Job(AMD, *kernel) for kernel in KERNELS] + [Job(AMD, *mix) for mix in MIXTURES]
+
+
+def identify(job: Job) -> str:
+    return "-".join(job)
+
+
+def compile_all(jobs: Sequence[Job], folder: Path) -> dict[Job, Path]:
+    """Each job's output without its suffix."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    # A cache of its own, so what is looked at was made now.
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "host" / "compile_triton.py"), str(folder)],
+        cwd=Path(__file__).parent.parent,
+        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        input=json.dumps([job.arguments() for job in jobs]),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    # What went wrong is said last, or by ptxas first; between them is the whole program.
+    assert done.returncode == 0, done.stdout[:2000] + done.stderr[-2000:]
+    return {job: folder / str(number) for number, job in enumerate(jobs)}
+
+
+@pytest.fixture(scope="module")
+def nvidia(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Path]:
+    return compile_all(NVIDIA_JOBS, tmp_path_factory.mktemp("nvidia"))
+
+
+@pytest.fixture(scope="module")
+def amd(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Path]:
+    return compile_all(AMD_JOBS, tmp_path_factory.mktemp("amd"))
+
+
+def accesses(job: Job, bytes_of: dict[str, int]) -> tuple[int, int]:
+    """Loads and stores of one row that ``bytes_of`` counts for each format."""
+    loads = bytes_of[job.param] + bytes_of[job.grad] + job.moments * bytes_of["fp32"]
+    stores = 0 if job.statistics == "only" else bytes_of[job.param] + job.moments * bytes_of["fp32"]
+    return loads, stores
+
+
+@pytest.mark.parametrize("job", NVIDIA_JOBS, ids=identify)
+def test_ptx(nvidia: dict[Job, Path], job: Job) -> None:
+    code = nvidia[job].with_suffix(".ptx").read_text()
+    arithmetic = set(re.findall(r"\b(?:fma|mad|add|sub|mul|div|sqrt|rcp|rsqrt)\.[\w.]*f(?:16x2|16|32x2|32|64)\b", code))
+    names = {"add", "sub", "mul", "div", "sqrt"}
+    assert arithmetic <= {f"{name}.rn.{size}" for name in names for size in ("f32", "f64")}
+    assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic
+    divides = RULES[job.rule].divides and job.statistics != "only"
+    assert ("div.rn.f32" in arithmetic) == divides
+    assert ("sqrt.rn.f32" in arithmetic) == (divides and job.rule == "sign_adam")
+    assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (job.statistics != "none")
+    assert not re.search(r"\.(approx|ftz|full)\b", code)
+
+    # A thread has 8 of 2048 lanes: two accesses of 16 bytes for fp32, one for a 16-bit format. Evict first: each
+    # element is used once.
+    loads, stores = accesses(job, {"fp32": 2, "bf16": 1, "fp16": 1})
+    assert len(re.findall(r"\bld\.global\.cs\.v4\.b32\b", code)) >= loads
+    found = len(re.findall(r"\bst\.global\.cs\.v4\.b32\b", code))
+    assert found >= stores if stores else found == 0
+
+
+@pytest.mark.parametrize("job", NVIDIA_JOBS, ids=identify)
+def test_cubin_does_not_spill(nvidia: dict[Job, Path], job: Job) -> None:
+    usage = listing("--dump-resource-usage", str(nvidia[job].with_suffix(".cubin")))
+    found = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert len(found) == 1
+    registers, stack, local = map(int, found[0])
+    assert registers <= 128
+    assert (stack, local) == (0, 0)
+
+
+@pytest.mark.parametrize("job", AMD_JOBS, ids=identify)
+def test_amdgcn(amd: dict[Job, Path], job: Job) -> None:
+    code = amd[job].with_suffix(".amdgcn").read_text()
+    fused = r"\bv_(?:pk_)?(?:fma|fmac|mad|mac|fmaak|fmamk|fma_mix\w*)_f(?:16|32)\w*"
+    if RULES[job.rule].divides and job.statistics != "only":
+        # Correctly rounded division ends with a fixup; it and the root are made of fused operations.
+        assert "v_div_fixup_f32" in code
+        assert len(re.findall(r"\bv_div_fixup_f32\b", code)) == len(re.findall(r"\bv_rcp_f32\w*", code))
+    else:
+        assert not re.search(fused, code)
+        assert not re.search(r"\bv_(rcp|rsq|sqrt|div_\w+)_f32", code)
+    if job.statistics != "none":
+        # Gradients are summed before the count of arrivals; after it come division and root, made of fused operations.
+        sums, end = code.split("global_atomic_add", 1)
+        assert "v_mul_f64" in sums and not re.search(r"\bv_fma(c)?_f64", sums)
+        assert "v_div_fixup_f64" in end
+    # Subnormals stay, nothing is spilled.
+    assert re.search(r"\.amdhsa_float_denorm_mode_32 3$", code, re.MULTILINE)
+    assert re.search(r"\.amdhsa_float_denorm_mode_16_64 3$", code, re.MULTILINE)
+    assert re.search(r"\.private_segment_fixed_size: 0$", code, re.MULTILINE)
+    assert re.search(r"\.vgpr_spill_count: 0$", code, re.MULTILINE)
+
+    # 8 warps of 64: a thread has 4 lanes, one access of 16 bytes for fp32, of 8 for a 16-bit format.
+    for width, bytes_of in (("x4", {"fp32": 1, "bf16": 0, "fp16": 0}), ("x2", {"fp32": 0, "bf16": 1, "fp16": 1})):
+        loads, stores = accesses(job, bytes_of)
+        assert len(re.findall(rf"\b(?:buffer|global)_load_dword{width} .*\bnt\b", code)) >= loads
+        assert len(re.findall(rf"\b(?:buffer|global)_store_dword{width} .*\bnt\b", code)) >= stores
