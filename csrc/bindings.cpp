@@ -4,7 +4,9 @@
 
 #include <array>
 
+#include "cpu/float_environment.h"
 #include "cpu/kernels.h"
+#include "cpu/pages.h"
 #include "host_table.h"
 #include "reader.h"
 
@@ -26,6 +28,8 @@ T* pointer(uintptr_t address) {
 }
 
 std::vector<Scalars> to_scalars(const std::vector<ScalarRow>& rows) {
+  // torch.set_flush_denormal must not turn a tiny learning rate into none.
+  const cpu::FloatEnvironment ieee;
   std::vector<Scalars> scalars;
   scalars.reserve(rows.size());
   for (const ScalarRow& row : rows) scalars.push_back(Scalars::from_row(row.data()));
@@ -129,6 +133,7 @@ PYBIND11_MODULE(_C, m) {
 #undef SIGNADAM_APPEND
   m.attr("RULES") = py::tuple(rules);
   m.attr("CHUNK_SIZE") = chunk_size;
+  m.def("advise_huge_pages", &cpu::advise_huge_pages, py::arg("address"), py::arg("size"));
   m.def("step_layout", &step_layout, py::arg("tensors"), py::arg("rows"));
 
   py::class_<Reader>(m, "Reader")

@@ -54,7 +54,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=32), batch_size=4, steps=40),
-    "small": Preset(GPTConfig(n_layer=3, n_head=4, n_embd=128, block_size=128), batch_size=8, steps=1000),
+    "small": Preset(GPTConfig(n_layer=3, n_head=4, n_embd=128, block_size=128), batch_size=8, steps=800),
     "medium": Preset(
         GPTConfig(n_layer=8, n_head=8, n_embd=512, block_size=512), batch_size=32, steps=3000, lr_scale=0.25
     ),

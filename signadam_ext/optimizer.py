@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import backends, checks
+from ._extension import load
 from .dtypes import FORMATS
 from .plan import Item, Plan
 from .rule import Rule
@@ -165,7 +166,7 @@ class SignOptimizer(Optimizer):
         moments = []
         for name in rule.moments:
             if name not in state:
-                state[name] = torch.zeros_like(param, dtype=torch.float32, memory_format=torch.preserve_format)
+                state[name] = _zeros_like(param)
             like = torch.empty_like(param, device="meta")
             if not checks.same_strides(state[name], like.stride()):
                 state[name] = torch.empty_strided(param.shape, like.stride(), device=param.device).copy_(state[name])
@@ -242,6 +243,14 @@ class SignOptimizer(Optimizer):
             self._fold_beta(group)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+
+def _zeros_like(param: Tensor) -> Tensor:
+    """A moment before the first step: fp32 zeros with the parameter's strides."""
+    moment = torch.empty_like(param, dtype=torch.float32, memory_format=torch.preserve_format, requires_grad=False)
+    if moment.device.type == "cpu":
+        load().advise_huge_pages(moment.data_ptr(), moment.nbytes)
+    return moment.zero_()
 
 
 def _label(group: dict[str, Any], group_index: int, index: int) -> str:

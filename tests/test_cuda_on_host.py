@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from host.toolchain import build, rules
 from hypothesis import given
 from hypothesis import strategies as st
-from host.toolchain import build, rules
 from torch import Tensor
 
 from signadam_ext import _C, reference

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
-from host.toolchain import listing, rules
+from host.toolchain import PTX_ARITHMETIC, Instruction, exact_ptx, instruction, listing, resources, rules
 
 from signadam_ext import _C
 
@@ -31,10 +31,11 @@ class Kernel:
     registers: int = 0
     stack: int = 0
     local: int = 0
-    code: list[tuple[str, str]] = field(default_factory=list)  # (operation with its modifiers, operands)
+    code: list[Instruction] = field(default_factory=list)
 
-    def of(self, pattern: str) -> list[tuple[str, str]]:
-        return [(operation, operands) for operation, operands in self.code if re.match(pattern + r"(\.|$)", operation)]
+    def of(self, pattern: str) -> list[Instruction]:
+        """Instructions of this kind, whatever their modifiers."""
+        return [x for x in self.code if re.match(pattern + r"(\.|$)", x.operation)]
 
 
 def kernel_name(mangled: str) -> tuple[str, str] | None:
@@ -55,8 +56,8 @@ def module() -> dict[str, dict[tuple[str, str], Kernel]]:
             name = kernel_name(match[1])
             assert name is not None, match[1]
             kernel = found[architecture][name]
-        elif kernel is not None and (match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line)):
-            kernel.registers, kernel.stack, kernel.local = map(int, match.groups())
+        elif kernel is not None and (used := resources(line)):
+            kernel.registers, kernel.stack, kernel.local = used
     for line in listing("-sass", _C.__file__).splitlines():
         if match := re.match(r"arch = (\w+)", line):
             architecture, kernel = match[1], None
@@ -64,8 +65,8 @@ def module() -> dict[str, dict[tuple[str, str], Kernel]]:
             name = kernel_name(match[1])
             assert name is not None, match[1]
             kernel = found[architecture][name]
-        elif kernel is not None and (match := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", line)):
-            kernel.code.append((match[1], match[2].strip()))
+        elif kernel is not None and (found_here := instruction(line)):
+            kernel.code.append(found_here)
     return found
 
 
@@ -107,8 +108,8 @@ def test_wide_streaming_accesses(architecture: str, rule: str, statistics: str) 
     kernel = kernel_of(architecture, rule, statistics)
     updates = statistics != "only"
     moments = RULES[rule].moments if updates else 0
-    loads = [operation for operation, _ in kernel.of("LDG") if operation.endswith(".128")]
-    stores = [operation for operation, _ in kernel.of("STG") if operation.endswith(".128")]
+    loads = [x.operation for x in kernel.of("LDG") if x.operation.endswith(".128")]
+    stores = [x.operation for x in kernel.of("STG") if x.operation.endswith(".128")]
     # A piece of 8 elements is 32 bytes of each fp32 operand: two accesses.
     assert len(loads) >= 2 * (2 + moments)
     assert len(stores) >= 2 * (1 + moments) if updates else not stores
@@ -138,8 +139,8 @@ def test_no_contraction(architecture: str, rule: str, statistics: str) -> None:
     fused = kernel.of("FFMA2?")
     assert kernel.of("FADD2?") and kernel.of("FMUL2?")
     if statistics != "none":
-        assert all(operands.split(", ")[1] == "RZ" for _, operands in fused), fused
-        at = [i for i, (operation, _) in enumerate(kernel.code) if operation.startswith("ATOM")]
+        assert all(x.operands[1] == "RZ" for x in fused), fused
+        at = [i for i, x in enumerate(kernel.code) if x.operation.startswith("ATOM")]
         assert len(at) == 1
         # Before the count of arrivals gradients are summed; after it come division and root.
         sums, end = Kernel(code=kernel.code[: at[0]]), Kernel(code=kernel.code[at[0] :])
@@ -157,9 +158,8 @@ def test_no_contraction(architecture: str, rule: str, statistics: str) -> None:
 def test_ptx_rounds_every_operation(architecture: str, rule: str, statistics: str) -> None:
     """In PTX division and root are instructions, so here no kernel may contain a fused or an approximate one."""
     entry = ptx()[architecture][RULES[rule].struct, statistics]
-    arithmetic = set(re.findall(r"\b(?:fma|mad|add|sub|mul|div|sqrt|rcp|rsqrt)\.[\w.]*f(?:16x2|16|32x2|32|64)\b", entry))
-    names = {"add", "sub", "mul", "div", "sqrt"}
-    assert arithmetic <= {f"{name}.rn.{size}" for name in names for size in ("f32", "f64")}
+    arithmetic = set(PTX_ARITHMETIC.findall(entry))
+    assert arithmetic <= exact_ptx("f32") | exact_ptx("f64")
     assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic
     assert ("div.rn.f32" in arithmetic) == (RULES[rule].divides and statistics != "only")
     assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (statistics != "none")

@@ -11,10 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from manners import ROWS, assert_same, copies, each_row, make, parameters, params_of, train
+from manners import ROWS, assert_same, copies, each_row, gradient, make, parameters, params_of, train
 
 #: Several chunks and units of work each, and many small tensors besides.
 SHAPES = ((70_001,), (300, 200), *[(64,)] * 50)
+
+
+def gradients_of(optimizer, steps):
+    return [[gradient(param, step, i) for i, param in enumerate(params_of(optimizer))] for step in steps]
+
+
+def train_on(optimizer, gradients):
+    """Steps with gradients made before, so that no operation of torch's own runs meanwhile."""
+    for grads in gradients:
+        for param, grad in zip(params_of(optimizer), grads, strict=True):
+            param.grad = grad
+        optimizer.step()
 
 
 @pytest.fixture
@@ -52,16 +64,16 @@ def test_number_of_threads_may_change_between_steps(row, torch_settings):
 def test_optimizers_on_several_threads(kernel_threads, torch_settings):
     """One optimizer for each row, all stepping at once, as if one after the other."""
     torch.set_num_threads(kernel_threads)
-    serial = [make(row, parameters(*SHAPES)) for row in ROWS.values()]
-    parallel = [make(row, copies(params_of(s))) for row, s in zip(ROWS.values(), serial, strict=True)]
+    serial, parallel = ([make(row, parameters(*SHAPES)) for row in ROWS.values()] for _ in range(2))
+    gradients = gradients_of(serial[0], range(20))
     for optimizer in serial:
-        train(optimizer, range(4))
+        train_on(optimizer, gradients)
     start = threading.Barrier(len(parallel))
 
     def work(optimizer):
         torch.set_num_threads(kernel_threads)  # which is each thread's own in torch
         start.wait()
-        train(optimizer, range(4))
+        train_on(optimizer, gradients)
 
     with ThreadPoolExecutor(len(parallel)) as pool:
         list(pool.map(work, parallel))
@@ -85,38 +97,27 @@ FORK = """
 import os, sys, torch
 torch.set_num_threads(2)
 sys.path.insert(0, {tests!r})
-from manners import ROWS, assert_same, gradient, make, parameters, params_of, train
-from test_threads import SHAPES
+from manners import ROWS, assert_same, make, parameters
+from test_threads import SHAPES, gradients_of, train_on
 
 row = ROWS["sign_adam_pp-adaptive"]
 optimizer, expected = make(row, parameters(*SHAPES)), make(row, parameters(*SHAPES))
-gradients = [[gradient(p, step, i) for i, p in enumerate(params_of(optimizer))] for step in range(4)]
-
-def step(number):
-    for param, grad in zip(params_of(optimizer), gradients[number]):
-        param.grad = grad
-    optimizer.step()
+gradients = gradients_of(optimizer, range(4))
 
 def same():
     torch.set_num_threads(1)  # torch's own threads do not survive a fork
     assert_same(optimizer, expected)
 
-train(expected, range(4))
-step(0)
-step(1)  # the pool has threads now, which no child will have
+train_on(expected, gradients)
+train_on(optimizer, gradients[:2])  # the pool has threads now, which no child will have
 child = os.fork()
 if child == 0:
-    step(2)  # a pool of the child's own
+    train_on(optimizer, gradients[2:3])  # a pool of the child's own
     grandchild = os.fork()
-    if grandchild == 0:
-        step(3)
-        same()
-        os._exit(0)
-    step(3)
+    train_on(optimizer, gradients[3:])  # and one of its child's
     same()
-    os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
-step(2)
-step(3)  # the parent's pool is still there
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) if grandchild else 0)
+train_on(optimizer, gradients[2:])  # the parent's pool is still there
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 same()
 print("done", status)

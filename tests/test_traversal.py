@@ -19,7 +19,8 @@ THREAD = ("-O1", "-g1", "-fsanitize=thread", "-pthread")
 
 def run(*command: str) -> str:
     # A preloaded allocator or another's options would change what the sanitizers see.
-    clean = {name: value for name, value in os.environ.items() if name not in ("LD_PRELOAD", "ASAN_OPTIONS", "TSAN_OPTIONS")}
+    unwanted = ("LD_PRELOAD", "ASAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS")
+    clean = {name: value for name, value in os.environ.items() if name not in unwanted}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout

@@ -34,8 +34,13 @@ const Kernels& choose() {
   throw std::runtime_error("SIGNADAM_CPU_CAPABILITY=" + std::string(wanted) + ": this processor runs " + names);
 }
 
-// Elements worth waking a thread for, and few enough that the last unit does not keep the others waiting.
-constexpr int64_t unit_size = 65536;
+// Elements in a unit: worth waking a thread for; as long a run of memory as may be, for short ones cost bandwidth; and
+// few enough that the last unit does not keep the others waiting.
+int64_t unit_size_for(int64_t elements) {
+  constexpr int64_t least = 65536, most = 524288, units = 64;
+  const int64_t size = elements / units;
+  return size < least ? least : size > most ? most : size;
+}
 
 // The first lines of a chunk, for the sake of small tensors: they lie apart, and end before the processor's own
 // prefetching has begun.
@@ -76,6 +81,9 @@ const Kernels& kernels() {
 }
 
 std::vector<uint32_t> make_units(const TableView& table, uint32_t tensors, uint32_t chunks) {
+  int64_t total = 0;
+  for (uint32_t i = 0; i < tensors; ++i) total += table.tensors[i].numel;
+  const int64_t unit_size = unit_size_for(total);
   std::vector<uint32_t> units{0};
   int64_t elements = 0;
   for (uint32_t i = 0; i < tensors; ++i) {

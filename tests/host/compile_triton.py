@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import triton
+from signadam_ext.triton_kernels import rules
+from signadam_ext.triton_kernels.update import update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from signadam_ext.backends.triton import LAUNCH_OPTIONS
-from signadam_ext.triton_kernels import rules
-from signadam_ext.triton_kernels.update import update
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 POINTERS = {
@@ -27,7 +27,13 @@ POINTERS = {
 
 
 def compile_one(target: str, rule: str, moments: int, statistics: int, param: int, grad: int) -> dict[str, str | bytes]:
-    constants = {"RULE": getattr(rules, rule), "MOMENTS": moments, "PARAM": param, "GRAD": grad, "STATISTICS": statistics}
+    constants = {
+        "RULE": getattr(rules, rule),
+        "MOMENTS": moments,
+        "PARAM": param,
+        "GRAD": grad,
+        "STATISTICS": statistics,
+    }
     names = [parameter.name for parameter in update.params]
     # No hint about the arguments' alignment: the wide accesses must not depend on where the tables happen to lie.
     source = ASTSource(

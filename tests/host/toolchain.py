@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -39,7 +40,8 @@ def build(source: str, target: Path, *flags: str) -> Path:
 def cuobjdump() -> str:
     """The tool that lists machine code: of the toolkit, or the one in Triton's wheel; a skip where there is neither."""
     candidates = [shutil.which("cuobjdump")]
-    candidates += [os.path.join(os.environ[name], "bin", "cuobjdump") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    candidates += [str(Path(home, "bin", "cuobjdump")) for home in homes]
     # Asked for without importing triton, which would fix whether its interpreter is used.
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
@@ -53,6 +55,33 @@ def cuobjdump() -> str:
 def listing(*arguments: str) -> str:
     """What cuobjdump prints."""
     return subprocess.run([cuobjdump(), *arguments], capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+class Instruction(NamedTuple):
+    address: int
+    operation: str  # with its modifiers
+    operands: list[str]
+
+
+def instruction(line: str) -> Instruction | None:
+    """The instruction in a line of ``cuobjdump -sass``, if there is one."""
+    found = re.match(r"\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", line)
+    return None if found is None else Instruction(int(found[1], 16), found[2], found[3].strip().split(", "))
+
+
+def resources(text: str) -> tuple[int, int, int] | None:
+    """Registers, bytes of stack and of local memory in a line of ``cuobjdump --dump-resource-usage``."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
+    return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
+
+
+#: Floating-point arithmetic in PTX, with its modifiers.
+PTX_ARITHMETIC = re.compile(r"\b(?:fma|mad|add|sub|mul|div|sqrt|rcp|rsqrt)\.[\w.]*f(?:16x2|16|32x2|32|64)\b")
+
+
+def exact_ptx(size: str) -> set[str]:
+    """What may stand in PTX for operations that round once, to nearest."""
+    return {f"{name}.rn.{size}" for name in ("add", "sub", "mul", "div", "sqrt")}
 
 
 @dataclass(frozen=True)
