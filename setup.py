@@ -154,7 +154,7 @@ class BuildWithNinja(build_ext):
             if nvcc
             else f"{compiler} -shared"
         )
-        link += " -undefined dynamic_lookup" if sys.platform == "darwin" else " -lpthread"
+        link += " -undefined dynamic_lookup" if sys.platform == "darwin" else " -lpthread -ldl"
         lines += ["rule link", f"  command = {link} $in -o $out"]
 
         objects = []

@@ -89,6 +89,16 @@ def test_checkpoints_continue(row, source, target):
     assert_same(optimizer, other)
 
 
+def test_each_group_keeps_its_backend():
+    optimizer = trained(ROWS["signum"])
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0]["backend"] = "cuda"  # whatever a checkpoint may say
+    other = like(optimizer, ROWS["signum"])
+    other.param_groups[1]["backend"] = "reference"
+    other.load_state_dict(state_dict)
+    assert [group["backend"] for group in other.param_groups] == ["cpu", "reference"]
+
+
 @each_row
 @each_backend
 def test_loading_into_bf16_keeps_state_exactly(row, backend):
@@ -233,8 +243,10 @@ def test_hooks():
     assert same_bits(
         other.state[params_of(other)[0]]["exp_avg"], 2 * optimizer.state[params_of(optimizer)[0]]["exp_avg"]
     )
-    other.load_state_dict(state_dict)  # our own hooks are gone after each load
+    other.load_state_dict(state_dict)
     assert len(calls) == 3
+    # None of our own has stayed.
+    assert len(other._optimizer_load_state_dict_pre_hooks) == len(other._optimizer_load_state_dict_post_hooks) == 1
 
 
 # --- what cannot be loaded

@@ -551,6 +551,23 @@ def test_frozen_parameters_of_any_kind_are_ignored(backend):
     assert torch.equal(codes, torch.arange(4, dtype=torch.uint8))
 
 
+def test_a_trained_parameter_may_be_quantized(backend):
+    params = parameters()
+    optimizer, expected = make(ROWS["sign_adam"], params, backend), make(ROWS["sign_adam"], copies(params), backend)
+    for each in (optimizer, expected):
+        train(each, range(2))
+        each.zero_grad()
+    params[0].requires_grad_(False)
+    params[0].data = params[0].data.to(torch.int8)
+    for step in range(2, 4):
+        for p, q in zip(params[1:], params_of(expected)[1:], strict=True):
+            p.grad, q.grad = gradient(p, step), gradient(q, step)
+        optimizer.step()
+        expected.step()
+    assert all(map(same_bits, params[1:], params_of(expected)[1:]))
+    assert params[0].dtype == torch.int8
+
+
 @each_row
 def test_replaced_parameters_start_anew(row, backend):
     params = parameters((3,), (4,))

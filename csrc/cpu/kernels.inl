@@ -41,9 +41,9 @@ void narrow_block(Format format, const float* SIGNADAM_RESTRICT from, uint16_t* 
 }
 
 template <class Rule>
-void update_block(const Scalars& scalars, float alpha, float* SIGNADAM_RESTRICT p, const float* SIGNADAM_RESTRICT g,
-                  float* SIGNADAM_RESTRICT m, float* SIGNADAM_RESTRICT v, int count) {
-  const Scalars s = scalars;  // a local copy cannot alias the tensors
+SIGNADAM_HD void update_block(const Scalars& s, float alpha, float* SIGNADAM_RESTRICT p,
+                              const float* SIGNADAM_RESTRICT g, float* SIGNADAM_RESTRICT m, float* SIGNADAM_RESTRICT v,
+                              int count) {
   for (int i = 0; i < count; ++i) {
     float none = 0.0f;
     if constexpr (Rule::moments == 0) apply<Rule>(s, alpha, p[i], g[i], none, none);
@@ -64,20 +64,36 @@ const float* widened(const void* base, Format format, int64_t index, float* scra
   return scratch;
 }
 
+// Elements of a full chunk that are updated in one half before the other has its turn.
+constexpr int turn = 64;
+
 template <class Rule>
-void update_chunk(const Slice& slice, const Scalars& s, float alpha) {
+void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
+  const Scalars s = scalars;  // a local copy cannot alias the tensors
   const TensorEntry& tensor = slice.tensor;
-  const bool fp32 = tensor.param_format == Format::fp32 && tensor.grad_format == Format::fp32;
-  const int step = fp32 ? slice.count : block_size;
+  float* const m = Rule::moments > 0 ? tensor.exp_avg + slice.begin : nullptr;
+  float* const v = Rule::moments > 1 ? tensor.exp_avg_sq + slice.begin : nullptr;
+  const auto moment_at = [](float* moment, int i) { return moment == nullptr ? nullptr : moment + i; };
+
+  if (tensor.param_format == Format::fp32 && tensor.grad_format == Format::fp32) {
+    float* const p = static_cast<float*>(tensor.param) + slice.begin;
+    const float* const g = static_cast<const float*>(slice.grad) + slice.begin;
+    if (slice.count < chunk_size) return update_block<Rule>(s, alpha, p, g, m, v, slice.count);
+    // The halves of the chunk in turn: twice the streams keep more of the memory's parallelism busy.
+    constexpr int half = chunk_size / 2;
+    for (int i = 0; i < half; i += turn)
+      for (int at = i; at < chunk_size; at += half)
+        update_block<Rule>(s, alpha, p + at, g + at, moment_at(m, at), moment_at(v, at), turn);
+    return;
+  }
+
   alignas(64) float scratch_p[block_size], scratch_g[block_size];
-  for (int done = 0; done < slice.count; done += step) {
+  for (int done = 0; done < slice.count; done += block_size) {
     const int64_t index = slice.begin + done;
-    const int count = slice.count - done < step ? slice.count - done : step;
+    const int count = slice.count - done < block_size ? slice.count - done : block_size;
     const float* g = widened(slice.grad, tensor.grad_format, index, scratch_g, count);
     float* p = const_cast<float*>(widened(tensor.param, tensor.param_format, index, scratch_p, count));
-    float* m = Rule::moments > 0 ? tensor.exp_avg + index : nullptr;
-    float* v = Rule::moments > 1 ? tensor.exp_avg_sq + index : nullptr;
-    update_block<Rule>(s, alpha, p, g, m, v, count);
+    update_block<Rule>(s, alpha, p, g, moment_at(m, done), moment_at(v, done), count);
     if (tensor.param_format != Format::fp32)
       narrow_block(tensor.param_format, p, static_cast<uint16_t*>(tensor.param) + index, count);
   }

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -74,13 +75,29 @@ class Pool {
   int wanted_ = 0, running_ = 0;
 };
 
+// What compilers call for `#pragma omp parallel`: runs `body(data)` on every thread of a team. Part of the binary
+// interface that libgomp, libomp and Intel's runtime share.
+using OmpParallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+
+OmpParallel omp_parallel() {
+  static const auto found = reinterpret_cast<OmpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
 // The pool is never destroyed: its threads may outlive static destructors, and a forked child, which has none of the
 // threads and perhaps locked mutexes, leaves its copy behind and makes a new one.
 std::atomic<Pool*> current{nullptr};
+std::atomic<bool> forked{false};
+
+void notice_forks() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] {
+    current.store(nullptr);
+    forked.store(true);
+  });
+  (void)registered;
+}
 
 Pool& pool() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
-  (void)registered;
   Pool* existing = current.load();
   if (existing == nullptr) {
     Pool* const made = new Pool;
@@ -93,10 +110,13 @@ Pool& pool() {
 }  // namespace
 
 void parallel_for(int64_t count, int threads, Task task, void* context) {
+  notice_forks();
   Job job{task, context, count};
-  const int64_t helpers = (count < threads ? count : threads) - 1;
-  if (helpers <= 0) return job.work();
-  pool().run(job, static_cast<int>(helpers));
+  const int64_t team = count < threads ? count : threads;
+  if (team <= 1) return job.work();
+  if (omp_parallel() != nullptr && !forked)
+    return omp_parallel()([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(team), 0);
+  pool().run(job, static_cast<int>(team - 1));
 }
 
 }  // namespace signadam::cpu

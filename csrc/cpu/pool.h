@@ -1,7 +1,10 @@
-// A persistent pool of threads for the CPU kernels.
+// Threads for the CPU kernels: those that torch already has, otherwise a small pool of our own.
 //
-// Not OpenMP: torch brings an OpenMP runtime of its own, a second one in the process would keep a second set of
-// spinning threads, and GNU's hangs in a child forked after its first use.
+// torch's CPU operators run on an OpenMP runtime that it loads for all to see. Its threads go on spinning for some
+// milliseconds after each operator, so a second set of threads would have to share the cores with them; and a second
+// OpenMP runtime would bring just that. So the runtime is looked up when it is first needed, and none is linked. Where
+// there is none, and in a forked child, where GNU's would wait for threads that did not come along, a pool of plain
+// threads does the work.
 #pragma once
 
 #include <cstdint>
