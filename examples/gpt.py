@@ -64,6 +64,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
+import io
 import json
 import math
 import os
@@ -34,6 +35,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 try:
+    import matplotlib
     import torch
     from gpt import GPT, GPTConfig
     from torch import Tensor
@@ -277,10 +279,8 @@ def print_table(summaries: dict[str, dict[str, Any]]) -> None:
 
 
 def plot(runs: list[Run], path: Path) -> None:
-    import matplotlib
-
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt  # here, since it takes a second to import
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for run, color in zip(runs, ("tab:red", "tab:blue"), strict=False):
@@ -379,7 +379,9 @@ def settle_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 def main() -> None:
     parser = argument_parser()
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # what a model writes is not always what a terminal can show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What a model writes is not always what a terminal can show; and lines stay in order with the bar.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # a model this small gains nothing from more
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -398,7 +400,7 @@ def main() -> None:
         parser.error(f"too little text: {len(corpus)} bytes, needed are over {10 * preset.model.block_size}")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    results = {"config": config, "torch": torch.__version__, "device": str(device), "runs": {}}
+    results: dict[str, Any] = {"config": config, "torch": torch.__version__, "device": str(device)}
     write_json(args.out / "results.json", results)
     runs = [Run(each, config, device) for each in dict.fromkeys((name, BASELINE))]
     print(
@@ -428,9 +430,8 @@ def main() -> None:
 
     summaries = {run.name: summary(run) for run in runs}
     print_table(summaries)
-    for run in runs:
-        history = {"train_losses": run.losses.tolist(), "val_losses": run.val_losses}
-        results["runs"][run.name] = summaries[run.name] | history
+    curves = {run.name: {"train_losses": run.losses.tolist(), "val_losses": run.val_losses} for run in runs}
+    results["runs"] = {name: summaries[name] | curves[name] for name in summaries}
     write_json(args.out / "results.json", results)
     plot(runs, args.out / "curves.png")
     checkpoints = ", ".join(f"{run.name.lower()}.pt" for run in runs)

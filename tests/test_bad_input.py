@@ -14,7 +14,9 @@ import pytest
 import torch
 from manners import (
     ROWS,
+    assert_same,
     assert_unchanged,
+    copies,
     each_backend,
     each_row,
     gradient,
@@ -285,21 +287,23 @@ BAD_AT_A_STEP = {
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_one_bad_gradient_and_nothing_moves(row, backend, spoil, message, steps_before):
     params = parameters((3,), (4, 5), (2, 2))
-    optimizer = make(row, params, backend)
+    optimizer, expected = make(row, params, backend), make(row, copies(params), backend)
     train(optimizer, range(steps_before))
     for i, param in enumerate(params):
         param.grad = gradient(param, 5, i)
+    params[0].grad = gradient(params[0], 5).repeat_interleave(2)[::2]  # one that has to be copied
     good = params[1].data
     spoil(params[1])
     before = snapshot(optimizer)
     with pytest.raises((TypeError, ValueError), match=message):
         optimizer.step()
     assert_unchanged(optimizer, before)
-    # Mended, it goes on, and the failed step has not been counted.
+    # Mended, it goes on as if that step had never been tried.
     params[1].grad = None
     params[1].data = good
     train(optimizer, range(steps_before, steps_before + 2))
-    assert all(optimizer.state[p]["step"] == steps_before + 2 for p in params)
+    train(expected, range(steps_before + 2))
+    assert_same(optimizer, expected)
 
 
 BAD_STATE = {

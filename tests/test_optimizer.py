@@ -484,6 +484,20 @@ def test_parameters_that_share_memory_are_updated_in_turn(row, backend):
     assert same_bits(base, other)
 
 
+def test_launches_of_parameters_that_share_memory():
+    base = torch.zeros(12)
+    apart = [base[:4], base[4:9], base[9:], torch.zeros(3), None, base[:0]]
+    assert signadam_ext.plan._waves(apart) == [0] * 6
+    for views, waves in (
+        ([base[:5], base[4:9], base[8:]], [0, 1, 2]),
+        ([base[8:], base[:5], base[4:9]], [0, 0, 1]),
+        ([base[4:], base[:4], base, base[:1], base[11:]], [0, 0, 1, 2, 2]),
+        ([base[::2], base[9:], base[11:], base[:1]], [0, 1, 2, 1]),
+        ([base.view(3, 4).t(), None, base[11:]], [0, 0, 1]),
+    ):
+        assert signadam_ext.plan._waves(views) == waves
+
+
 def layouts(x):
     """Parameters that hold ``x`` in other memory orders, and what of their storage is not theirs."""
     flat = torch.full((1 + 2 * x.numel(),), torch.nan)
@@ -569,12 +583,14 @@ def test_a_trained_parameter_may_be_quantized(backend):
 
 
 @each_row
-def test_replaced_parameters_start_anew(row, backend):
+@pytest.mark.parametrize("shared", [False, True])
+def test_replaced_parameters_start_anew(row, backend, shared):
+    """Even one that takes over the memory of its predecessor."""
     params = parameters((3,), (4,))
     optimizer, old = make(row, params, backend), make(row, copies(params), backend)
     train(optimizer, range(2))
     train(old, range(2))
-    (new,) = parameters((2, 2), seed=9)
+    new = Parameter(params[1].data) if shared else parameters((2, 2), seed=9)[0]
     fresh = make(row, copies([new]), backend)
     optimizer.param_groups[0]["params"][1] = new
     for step in range(2, 5):

@@ -102,22 +102,23 @@ from test_threads import SHAPES, gradients_of, train_on
 
 row = ROWS["sign_adam_pp-adaptive"]
 optimizer, expected = make(row, parameters(*SHAPES)), make(row, parameters(*SHAPES))
-gradients = gradients_of(optimizer, range(4))
+gradients = gradients_of(optimizer, range(4))  # on threads of torch's own, which no child has either
 
 def same():
-    torch.set_num_threads(1)  # torch's own threads do not survive a fork
+    torch.set_num_threads(1)  # torch does not notice that its threads are gone
+    train_on(expected, gradients)
     assert_same(optimizer, expected)
 
-train_on(expected, gradients)
-train_on(optimizer, gradients[:2])  # the pool has threads now, which no child will have
+before = {before}
+train_on(optimizer, gradients[:before])
 child = os.fork()
 if child == 0:
-    train_on(optimizer, gradients[2:3])  # a pool of the child's own
+    train_on(optimizer, gradients[before:3])
     grandchild = os.fork()
-    train_on(optimizer, gradients[3:])  # and one of its child's
+    train_on(optimizer, gradients[3:])
     same()
     os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]) if grandchild else 0)
-train_on(optimizer, gradients[2:])  # the parent's pool is still there
+train_on(optimizer, gradients[before:])  # the parent's threads are still there
 status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 same()
 print("done", status)
@@ -125,13 +126,12 @@ print("done", status)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_step_after_fork():
-    script = FORK.format(tests=str(Path(__file__).parent))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize("before", [0, 2])
+def test_step_after_fork(before):
+    """In a child, its own child, and the parent, whether or not the parent had taken a step before."""
+    script = FORK.format(tests=str(Path(__file__).parent), before=before)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["done", "0"], done.stderr
-
-
-SUBNORMAL = (1e-45, -3e-42, 1e-39, -1.1e-38)
 
 
 @each_row

@@ -99,9 +99,9 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
   }
 }
 
-// x[:h] + x[h:] for h = 1024, 512, ..., 1.
-double halve(double* SIGNADAM_RESTRICT lanes) {
-  for (int h = lane_count / 2; h >= 1; h /= 2) {
+// x[:h] + x[h:] for h = size / 2, ..., 2, 1.
+double halve(double* SIGNADAM_RESTRICT lanes, int size) {
+  for (int h = size / 2; h >= 1; h /= 2) {
     const double* SIGNADAM_RESTRICT upper = lanes + h;
     for (int i = 0; i < h; ++i) lanes[i] += upper[i];
   }
@@ -115,7 +115,10 @@ Sums sum_chunk(const Slice& slice, const Scalars& scalars) {
   const Scalars s = scalars;
   const TensorEntry& tensor = slice.tensor;
   alignas(64) double first[lane_count], second[lane_count];
-  for (int begin = 0; begin < lane_count; begin += lanes_together) {
+  // Lanes that no element reaches are +0, and halving them away changes nothing.
+  int lanes = lanes_together;
+  while (lanes < lane_count && lanes < slice.count) lanes *= 2;
+  for (int begin = 0; begin < lanes; begin += lanes_together) {
     double a[lanes_together] = {}, b[lanes_together] = {};
     alignas(64) float scratch_p[lanes_together], scratch_g[lanes_together];
     for (int place = begin; place < slice.count; place += lane_count) {
@@ -137,7 +140,7 @@ Sums sum_chunk(const Slice& slice, const Scalars& scalars) {
     }
     for (int i = 0; i < lanes_together; ++i) first[begin + i] = a[i], second[begin + i] = b[i];
   }
-  return {halve(first), halve(second)};
+  return {halve(first, lanes), halve(second, lanes)};
 }
 
 }  // namespace

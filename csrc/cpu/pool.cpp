@@ -89,13 +89,12 @@ OmpParallel omp_parallel() {
 std::atomic<Pool*> current{nullptr};
 std::atomic<bool> forked{false};
 
-void notice_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] {
-    current.store(nullptr);
-    forked.store(true);
-  });
-  (void)registered;
-}
+// From the moment the module is loaded: a fork before the first step leaves torch's team behind as well, and waiting
+// for it in the child would be for ever.
+[[maybe_unused]] const int noticing_forks = pthread_atfork(nullptr, nullptr, [] {
+  current.store(nullptr);
+  forked.store(true);
+});
 
 Pool& pool() {
   Pool* existing = current.load();
@@ -110,7 +109,6 @@ Pool& pool() {
 }  // namespace
 
 void parallel_for(int64_t count, int threads, Task task, void* context) {
-  notice_forks();
   Job job{task, context, count};
   const int64_t team = count < threads ? count : threads;
   if (team <= 1) return job.work();

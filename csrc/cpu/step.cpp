@@ -37,7 +37,7 @@ const Kernels& choose() {
 // Elements in a unit: worth waking a thread for; as long a run of memory as may be, for short ones cost bandwidth; and
 // few enough that the last unit does not keep the others waiting.
 int64_t unit_size_for(int64_t elements) {
-  constexpr int64_t least = 65536, most = 524288, units = 64;
+  constexpr int64_t least = 32768, most = 524288, units = 64;
   const int64_t size = elements / units;
   return size < least ? least : size > most ? most : size;
 }
