@@ -242,7 +242,8 @@ class SignOptimizer(Optimizer):
         for group in self.param_groups:
             self._fold_beta(group)
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                if name != "differentiable":  # which torch adds to the defaults, and to them alone
+                    group.setdefault(name, value)
 
 
 def _zeros_like(param: Tensor) -> Tensor:

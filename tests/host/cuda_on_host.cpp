@@ -18,7 +18,8 @@ using Launch = void (*)(const TableView&, const Step&, uint32_t, Order, uint32_t
 // As kernel_of in csrc/cuda/step.cu.
 Launch launch_of(int rule, Statistics statistics) {
   if (statistics == Statistics::only) return launch<SignAdamPP, Statistics::only>;
-  if (statistics == Statistics::gather) return rule == rule_SignAdamPP ? launch<SignAdamPP, Statistics::gather> : nullptr;
+  if (statistics == Statistics::gather)
+    return rule == rule_SignAdamPP ? launch<SignAdamPP, Statistics::gather> : nullptr;
   switch (rule) {
 #define SIGNADAM_CASE(Rule) \
   case rule_##Rule:         \
@@ -36,8 +37,8 @@ extern "C" {
 
 // One step of all tensors; `rows` holds rows of scalars in the order of SIGNADAM_SCALARS. Returns 0, 1 when there is no
 // such kernel, 2 when a count of arrivals was left behind.
-int cuda_on_host(int rule, int statistics_index, int64_t tensor_count, const TensorArguments* arguments, int64_t row_count,
-                 const double* rows, int order, uint32_t seed) {
+int cuda_on_host(int rule, int statistics_index, int64_t tensor_count, const TensorArguments* arguments,
+                 int64_t row_count, const double* rows, int order, uint32_t seed) {
   auto statistics = static_cast<Statistics>(statistics_index);
   std::vector<TensorEntry> tensors;
   std::vector<uint32_t> tensor_of_chunk, row_of;
@@ -55,7 +56,8 @@ int cuda_on_host(int rule, int statistics_index, int64_t tensor_count, const Ten
     entry.grad_format = static_cast<Format>(a.grad_format);
     entry.head = head_of(entry.param, entry.param_format);
     tensors.push_back(entry);
-    tensor_of_chunk.insert(tensor_of_chunk.end(), static_cast<std::size_t>(chunks_of(a.numel)), static_cast<uint32_t>(i));
+    tensor_of_chunk.insert(tensor_of_chunk.end(), static_cast<std::size_t>(chunks_of(a.numel)),
+                           static_cast<uint32_t>(i));
     grads.push_back(reinterpret_cast<const void*>(a.grad));
     row_of.push_back(static_cast<uint32_t>(a.row));
   }

@@ -119,7 +119,8 @@ void run(const std::vector<Spec>& specs) {
     entry.head = head_of(entry.param, spec.param);
     tensors.push_back(entry);
     grads.push_back(m.grad.data() + spec.grad_offset * size_of(spec.grad));
-    tensor_of_chunk.insert(tensor_of_chunk.end(), static_cast<std::size_t>(chunks_of(spec.numel)), static_cast<uint32_t>(i));
+    tensor_of_chunk.insert(tensor_of_chunk.end(), static_cast<std::size_t>(chunks_of(spec.numel)),
+                           static_cast<uint32_t>(i));
   }
   std::vector<Sums> sums(tensor_of_chunk.size());
   std::vector<uint32_t> arrivals(specs.size(), 0), rows(specs.size(), 0);
@@ -142,8 +143,10 @@ int main() {
   using namespace signadam;
   using namespace signadam::host;
   const std::vector<Spec> specs = {
-      {3 * 16384 + 2057, Format::fp32, Format::bf16, 1, 0}, {20, Format::bf16, Format::bf16, 3, 3},
-      {16384, Format::bf16, Format::fp32, 0, 1},            {16384 + 9, Format::fp16, Format::fp16, 5, 2},
+      {3 * 16384 + 2057, Format::fp32, Format::bf16, 1, 0},
+      {20, Format::bf16, Format::bf16, 3, 3},
+      {16384, Format::bf16, Format::fp32, 0, 1},
+      {16384 + 9, Format::fp16, Format::fp16, 5, 2},
       {4099, Format::fp32, Format::fp32, 3, 3},
   };
   run<SignAdam, Statistics::none>(specs);

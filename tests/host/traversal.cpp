@@ -17,7 +17,9 @@
 
 namespace signadam::cpu {
 std::vector<uint32_t> make_units(const TableView&, uint32_t, uint32_t) { return {}; }
-void run(RuleIndex, Statistics, const TableView&, uint32_t, const Step&, const std::vector<uint32_t>&, int) { std::abort(); }
+void run(RuleIndex, Statistics, const TableView&, uint32_t, const Step&, const std::vector<uint32_t>&, int) {
+  std::abort();
+}
 }  // namespace signadam::cpu
 
 namespace signadam::host {
@@ -31,8 +33,8 @@ template <class... Parts>
   std::exit(1);
 }
 
-#define REQUIRE(condition, ...) \
-  do {                          \
+#define REQUIRE(condition, ...)                          \
+  do {                                                   \
     if (!(condition)) fail(#condition ": " __VA_ARGS__); \
   } while (0)
 
@@ -40,7 +42,8 @@ constexpr Format formats[] = {Format::fp32, Format::bf16, Format::fp16};
 
 uint32_t bits_at(const void* base, Format format, int64_t i) {
   uint32_t bits = 0;
-  std::memcpy(&bits, static_cast<const unsigned char*>(base) + i * size_of(format), static_cast<std::size_t>(size_of(format)));
+  std::memcpy(&bits, static_cast<const unsigned char*>(base) + i * size_of(format),
+              static_cast<std::size_t>(size_of(format)));
   return bits;
 }
 
@@ -53,7 +56,8 @@ uint32_t stored_bits(Format format, float x) { return format == Format::fp32 ? b
 
 void set_value(void* base, Format format, int64_t i, float x) {
   const uint32_t bits = stored_bits(format, x);
-  std::memcpy(static_cast<unsigned char*>(base) + i * size_of(format), &bits, static_cast<std::size_t>(size_of(format)));
+  std::memcpy(static_cast<unsigned char*>(base) + i * size_of(format), &bits,
+              static_cast<std::size_t>(size_of(format)));
 }
 
 // A tensor's memory, in an allocation of its own that ends with the last element, so AddressSanitizer sees the first
@@ -63,7 +67,10 @@ class Buffer {
  public:
   Buffer() = default;
   Buffer(int64_t count, Format format, int offset)
-      : count_(count), format_(format), front_(guard_bytes + static_cast<std::size_t>(offset)), size_(front_ + bytes()),
+      : count_(count),
+        format_(format),
+        front_(guard_bytes + static_cast<std::size_t>(offset)),
+        size_(front_ + bytes()),
         memory_(static_cast<unsigned char*>(std::malloc(size_)), std::free) {
     std::memset(memory_.get(), pattern, front_);
     std::memset(memory_.get() + front_, 0, bytes());
@@ -112,7 +119,8 @@ struct Tensor {
 // Tensors of one launch. Moments and deviation exist only where the launch needs them: null otherwise, as in training.
 class Model {
  public:
-  Model(const std::vector<Spec>& specs, int moments, bool adaptive, uint32_t groups) : table_(false), arrivals_(specs.size(), 0) {
+  Model(const std::vector<Spec>& specs, int moments, bool adaptive, uint32_t groups)
+      : table_(false), arrivals_(specs.size(), 0) {
     for (const Spec& spec : specs) {
       Tensor t{spec, {}, {}, {}, {}, nullptr, static_cast<uint32_t>(tensors_.size()) % groups};
       t.param = Buffer(spec.numel, spec.param, spec.param_offset * size_of(spec.param));
@@ -154,8 +162,9 @@ class Model {
     for (const uint32_t count : arrivals_) REQUIRE(count == 0, "arrivals must be back at zero");
     for (std::size_t i = 0; i < tensors_.size(); ++i) {
       const Tensor& t = tensors_[i];
-      REQUIRE(t.param.guard_intact() && t.grad.guard_intact() && t.exp_avg.guard_intact() && t.exp_avg_sq.guard_intact(),
-              "memory before tensor %zu was written", i);
+      REQUIRE(
+          t.param.guard_intact() && t.grad.guard_intact() && t.exp_avg.guard_intact() && t.exp_avg_sq.guard_intact(),
+          "memory before tensor %zu was written", i);
     }
   }
 
@@ -197,13 +206,13 @@ void check_chunk(int count, int head) {
   for (int index = 0; index < pieces; ++index) {
     const Piece piece = piece_of(index, count, head);
     REQUIRE(piece.begin == reached, "count %d head %d piece %d", count, head, index);
-    REQUIRE(piece.count >= 1 && piece.offset >= 0 && piece.offset + piece.count <= piece_size, "count %d head %d piece %d", count,
-            head, index);
+    REQUIRE(piece.count >= 1 && piece.offset >= 0 && piece.offset + piece.count <= piece_size,
+            "count %d head %d piece %d", count, head, index);
     // Clipped only by the chunk's ends, and otherwise between borders that are whole pieces from the head.
     REQUIRE((piece.begin - piece.offset - head) % piece_size == 0, "count %d head %d piece %d", count, head, index);
     REQUIRE(piece.offset == 0 || piece.begin == 0, "count %d head %d piece %d", count, head, index);
-    REQUIRE(piece.offset + piece.count == piece_size || piece.begin + piece.count == count, "count %d head %d piece %d", count,
-            head, index);
+    REQUIRE(piece.offset + piece.count == piece_size || piece.begin + piece.count == count, "count %d head %d piece %d",
+            count, head, index);
     REQUIRE(piece.whole() == (piece.count == piece_size), "count %d head %d piece %d", count, head, index);
     // The owner of the piece sums into lanes that no other thread has.
     for (int i : {piece.offset, piece.offset + piece.count - 1})
@@ -263,7 +272,8 @@ void arithmetic() {
             bool on_boundary = true;
             for (int index = 0; index < pieces_of(slice.count, slice.tensor.head); ++index) {
               const Piece piece = piece_of(index, slice.count, slice.tensor.head);
-              const auto at = reinterpret_cast<uintptr_t>(operand.begin) + static_cast<uintptr_t>(piece.begin * size_of(other));
+              const auto at =
+                  reinterpret_cast<uintptr_t>(operand.begin) + static_cast<uintptr_t>(piece.begin * size_of(other));
               if (piece.whole()) on_boundary = on_boundary && at % 16 == 0;
             }
             REQUIRE(operand.aligned == on_boundary, "offsets %d %d", p, q);
@@ -309,7 +319,8 @@ void huge() {
     REQUIRE(slice.count == (own == chunks - 1 ? 5 : 16384), "chunk %u: %d", chunk, slice.count);
     const Format format = slice.tensor.param_format;
     const Operand operand = Operand::of(slice.tensor.param, format, slice);
-    const uintptr_t expected = bases[tensor] + static_cast<uintptr_t>(own) * 16384 * static_cast<uintptr_t>(size_of(format));
+    const uintptr_t expected =
+        bases[tensor] + static_cast<uintptr_t>(own) * 16384 * static_cast<uintptr_t>(size_of(format));
     REQUIRE(reinterpret_cast<uintptr_t>(operand.begin) == expected && operand.aligned, "chunk %u", chunk);
     covered += slice.count;
   }
@@ -362,9 +373,11 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
     for (int64_t i = 0; i < t.spec.numel; ++i) {
       REQUIRE(t.param.get(i) == expected, "tensor %zu p[%lld] = %g", k, static_cast<long long>(i), t.param.get(i));
       if (moments > 0)
-        REQUIRE(t.exp_avg.get(i) == expected, "tensor %zu m[%lld] = %g", k, static_cast<long long>(i), t.exp_avg.get(i));
+        REQUIRE(t.exp_avg.get(i) == expected, "tensor %zu m[%lld] = %g", k, static_cast<long long>(i),
+                t.exp_avg.get(i));
       if (moments > 1)
-        REQUIRE(t.exp_avg_sq.get(i) == expected, "tensor %zu v[%lld] = %g", k, static_cast<long long>(i), t.exp_avg_sq.get(i));
+        REQUIRE(t.exp_avg_sq.get(i) == expected, "tensor %zu v[%lld] = %g", k, static_cast<long long>(i),
+                t.exp_avg_sq.get(i));
       if (t.spec.present)
         REQUIRE(t.grad.get(i) == grad_value(i), "tensor %zu g[%lld] was written", k, static_cast<long long>(i));
       const auto g = static_cast<int64_t>(grad_value(i));
@@ -397,7 +410,8 @@ void counts() {
   elements += count_writes<2, Statistics::gather>(few, Order::reversed, true);
   elements += count_writes<1, Statistics::only>(few, Order::reversed, true);
   elements += count_writes<1, Statistics::only>(few, Order::shuffled, false);
-  std::printf("%lld elements of up to %zu tensors written exactly once\n", static_cast<long long>(elements), many.size());
+  std::printf("%lld elements of up to %zu tensors written exactly once\n", static_cast<long long>(elements),
+              many.size());
 }
 
 // ----------------------------------------------------------------------------------------------------------- rules
@@ -408,9 +422,11 @@ double ordered_sum(std::vector<double> x) {
     x.resize((x.size() + chunk_size - 1) / chunk_size * chunk_size, 0.0);
     std::vector<double> sums;
     for (std::size_t chunk = 0; chunk < x.size(); chunk += chunk_size) {
-      std::vector<double> lanes(x.begin() + static_cast<std::ptrdiff_t>(chunk), x.begin() + static_cast<std::ptrdiff_t>(chunk + lane_count));
+      std::vector<double> lanes(x.begin() + static_cast<std::ptrdiff_t>(chunk),
+                                x.begin() + static_cast<std::ptrdiff_t>(chunk + lane_count));
       for (int64_t row = 1; row < row_count; ++row)
-        for (int64_t lane = 0; lane < lane_count; ++lane) lanes[lane] += x[chunk + static_cast<std::size_t>(row * lane_count + lane)];
+        for (int64_t lane = 0; lane < lane_count; ++lane)
+          lanes[lane] += x[chunk + static_cast<std::size_t>(row * lane_count + lane)];
       while (lanes.size() > 1) {
         std::vector<double> half(lanes.size() / 2);
         for (std::size_t i = 0; i < half.size(); ++i) half[i] = lanes[i] + lanes[i + half.size()];
@@ -456,7 +472,8 @@ Expected by_hand(const Tensor& t, const Scalars& s, Statistics statistics) {
   }
   const auto move = [&] {
     if (t.exp_avg_std != nullptr && t.spec.numel > 0)
-      expected.exp_avg_std = next_deviation(expected.exp_avg_std, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
+      expected.exp_avg_std =
+          next_deviation(expected.exp_avg_std, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
   };
   if (statistics == Statistics::only) move();
   const float alpha = t.exp_avg_std == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * expected.exp_avg_std);
@@ -509,7 +526,8 @@ int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
       if (Rule::moments > 1) REQUIRE(t.exp_avg_sq.bits(i) == expected.v[j], "tensor %zu v[%zu]", k, j);
     }
     if (t.exp_avg_std != nullptr)
-      REQUIRE(*t.exp_avg_std == expected.exp_avg_std, "tensor %zu: %.17g, not %.17g", k, *t.exp_avg_std, expected.exp_avg_std);
+      REQUIRE(*t.exp_avg_std == expected.exp_avg_std, "tensor %zu: %.17g, not %.17g", k, *t.exp_avg_std,
+              expected.exp_avg_std);
     elements += t.spec.numel;
   }
   return elements;
@@ -548,10 +566,11 @@ void levels() {
     HostBlock block(Order::shuffled, 9);
     block.start();
     finish_statistics(block, TableView{nullptr, nullptr, sums.data(), nullptr}, tensor, s);
-    REQUIRE(exp_avg_std == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g", static_cast<long long>(chunks),
-            exp_avg_std, expected);
-    REQUIRE(std::memcmp(&sums.front(), &before, sizeof before) == 0 && std::memcmp(&sums.back(), &after, sizeof after) == 0,
-            "sums of a neighbour were written at %lld chunks", static_cast<long long>(chunks));
+    REQUIRE(exp_avg_std == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g",
+            static_cast<long long>(chunks), exp_avg_std, expected);
+    REQUIRE(
+        std::memcmp(&sums.front(), &before, sizeof before) == 0 && std::memcmp(&sums.back(), &after, sizeof after) == 0,
+        "sums of a neighbour were written at %lld chunks", static_cast<long long>(chunks));
   }
   std::printf("up to %d chunks\n", 3 * 16384 + 77);
 }
