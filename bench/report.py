@@ -137,7 +137,9 @@ def run(stages: Stages, folder: Path, quick: bool) -> dict[str, Any]:
     if reason := _needs_build(facts):
         print(f"building: {reason}", flush=True)
         arch = {"SIGNADAM_CUDA_ARCHS": gpu["capability"].replace(".", "")} if gpu else {}
-        stages.run("build", [*python, "setup.py", "build_ext", "--inplace"], 100, **arch)
+        # Editable, so that the Triton package is found too; with what is installed, as there may be no network.
+        install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+        stages.run("build", [*python, *install], 100, **arch)
         facts = _json_line(stages.run("facts after build", [*python, "-m", "bench.machine"], 60)) or facts
     else:
         stages.leave_out("build", "already built")

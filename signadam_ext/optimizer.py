@@ -235,7 +235,8 @@ class SignOptimizer(Optimizer):
             after.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._state_is_out = self.__dict__.get("_state_is_out", False)
+        # A copy may share its state with the original.
+        self._state_is_out = self.__dict__.get("_state_is_out", True)
         super().__setstate__(state)
         self._plan = None
         self._plan_key = None
