@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from cases import RunCase, assert_parity, run_cases
+import torch
+from cases import DTYPES, LARGE_SIZES, SIZES, RunCase, TensorCase, assert_parity, run_cases
 from hypothesis import given, settings
 from table import TABLE, Row
 
@@ -26,6 +27,21 @@ def test_parity(row: Row) -> None:
         assert_parity(case, BACKEND, "cpu")
 
     check()
+
+
+def every_size(row: Row, dtype: torch.dtype, sizes: tuple[int, ...]) -> RunCase:
+    """One run over every border of the kernels, whatever hypothesis draws."""
+    tensors = [
+        TensorCase(size, "offset", dtype, dtype, "same", offset=0, scale=1.0, specials=True, group=0) for size in sizes
+    ]
+    return RunCase(row, seed=0, steps=2, tensors=tuple(tensors), groups=({"weight_decay": 0.1},))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.id)
+def test_every_size(row: Row, dtype: torch.dtype) -> None:
+    sizes = SIZES + LARGE_SIZES if LARGE else SIZES[::2]
+    assert_parity(every_size(row, dtype, sizes), BACKEND, "cpu")
 
 
 @pytest.mark.gpu

@@ -35,11 +35,10 @@ def compile_one(target: str, rule: str, moments: int, statistics: int, param: in
         "STATISTICS": statistics,
     }
     names = [parameter.name for parameter in update.params]
-#No hint about the arguments' alignment: the wide accesses must not depend on where the tables happen to lie.
+    # No hint about the arguments' alignment: the wide accesses must not depend on where the tables happen to lie.
     source = ASTSource(
         update,
-        {
-name: POINTERS.get(name, "constexpr") for name in names},
+        {name: POINTERS.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
     return triton.compile(source, target=TARGETS[target], options=LAUNCH_OPTIONS).asm

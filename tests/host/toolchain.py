@@ -42,7 +42,7 @@ def cuobjdump() -> str:
     candidates = [shutil.which("cuobjdump")]
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     candidates += [str(Path(home, "bin", "cuobjdump")) for home in homes]
-#Asked for without importing triton, which would fix whether its interpreter is used.
+    # Asked for without importing triton, which would fix whether its interpreter is used.
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         candidates.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
@@ -74,14 +74,15 @@ def resources(text: str) -> tuple[int, int, int] | None:
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
 
+
 # : Floating - point arithmetic in PTX, with its modifiers.
 PTX_ARITHMETIC = re.compile(r"\b(?:fma|mad|add|sub|mul|div|sqrt|rcp|rsqrt)\.[\w.]*f(?:16x2|16|32x2|32|64)\b")
 
 
 def exact_ptx(size: str) -> set[str]:
     """What may stand in PTX for operations that round once, to nearest."""
-    return {f"{name}.rn.{size}" for name in ("add", "sub", "mul", "div", "sqrt")
-}
+    return {f"{name}.rn.{size}" for name in ("add", "sub", "mul", "div", "sqrt")}
+
 
 @dataclass(frozen=True)
 class Rule:
