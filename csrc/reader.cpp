@@ -70,14 +70,14 @@ Watched Reader::make_watched(const py::object& tensor) const {
   return {tensor, view.address(), view.device, view.dtype};
 }
 
-void Reader::watch(const py::object& param, const py::tuple& strides, const py::object& grad_dtype,
+void Reader::watch(const py::object& param, std::size_t group, const py::tuple& strides, const py::object& grad_dtype,
                    const py::object& state) {
   // Kept for the life of the process: a static py::object would be released after the interpreter is gone.
   static const py::handle tensor_type = py::object(py::module_::import("torch").attr("Tensor")).release();
   const bool known = !grad_dtype.is_none();
   // A parameter that has never had a gradient is no kernel's business: it may be of any kind and may move.
   Watched tensor = known ? make_watched(param) : Watched{param, nullptr, {}, {}};
-  Parameter parameter{std::move(tensor), nullptr, {}, known, {}, state, {}};
+  Parameter parameter{std::move(tensor), nullptr, {}, group, known, {}, state, {}};
   if (known) {
     const auto dtype = grad_dtype.cast<std::pair<int, int>>();
     parameter.grad_dtype = {static_cast<uint8_t>(dtype.first), static_cast<uint8_t>(dtype.second), 1};
@@ -169,14 +169,17 @@ bool Reader::holds_states(const py::dict& state) const {
 
 bool Reader::same_parameters(const py::list& param_groups) const {
   static PyObject* const params_name = name("params");
-  std::size_t index = 0;
+  std::size_t index = 0, group_index = 0;
   for (const auto& group : param_groups) {
     PyObject* const params = PyDict_GetItemWithError(group.ptr(), params_name);
     if (params == nullptr || !PyList_CheckExact(params)) return false;
     const Py_ssize_t size = PyList_GET_SIZE(params);
     if (index + static_cast<std::size_t>(size) > parameters_.size()) return false;
-    for (Py_ssize_t i = 0; i < size; ++i)
-      if (PyList_GET_ITEM(params, i) != parameters_[index++].tensor.object.ptr()) return false;
+    for (Py_ssize_t i = 0; i < size; ++i) {
+      const Parameter& parameter = parameters_[index++];
+      if (PyList_GET_ITEM(params, i) != parameter.tensor.object.ptr() || parameter.group != group_index) return false;
+    }
+    ++group_index;
   }
   return index == parameters_.size();
 }
@@ -213,6 +216,7 @@ py::object Reader::read(const py::list& param_groups, const py::object& state) {
   // Between two steps a model has used the caches for other things. Torch's objects mostly stay where they are.
   constexpr std::size_t ahead = 6;
   py::list odd;
+  computed_grads_.clear();
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     if (i + ahead < parameters_.size()) {
       const Parameter& later = parameters_[i + ahead];
@@ -230,6 +234,7 @@ py::object Reader::read(const py::list& param_groups, const py::object& state) {
     }
     if (!unmoved(parameter)) return py::none();
     if (grad.is_none()) continue;
+    if (Py_TYPE(parameter.tensor.object.ptr()) != plain_type_) computed_grads_.push_back(grad);
     void* address = nullptr;
     if (usable(grad.ptr(), parameter, address))
       grads_[i] = address != nullptr ? address : empty_tensor;

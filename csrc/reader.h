@@ -29,7 +29,8 @@ class Reader {
   // One per parameter, in the plan's order. `strides`: what a gradient must have to be read where it lies.
   // `grad_dtype`: (code, bits) of DLPack, or None when the plan knows no gradient of this parameter. `state`: the
   // parameter's state dict or None.
-  void watch(const py::object& param, const py::tuple& strides, const py::object& grad_dtype, const py::object& state);
+  void watch(const py::object& param, std::size_t group, const py::tuple& strides, const py::object& grad_dtype,
+             const py::object& state);
 
   // Reads the addresses of all gradients. Returns the indices of those that cannot be used as they are. Returns None
   // when the plan no longer holds: groups have other parameters, a watched tensor has moved, a gradient has appeared
@@ -56,6 +57,7 @@ class Reader {
     // torch take and drop that object, which costs as much as the look itself.
     std::unique_ptr<dlpack::ManagedTensor, Release> owner;
     std::vector<int64_t> layout;  // shape, strides, strides of a gradient that is read where it lies
+    std::size_t group;
     bool known;
     dlpack::DataType grad_dtype;
     py::object state;
@@ -79,6 +81,7 @@ class Reader {
   PyGetSetDef* getter_ = nullptr;
   std::vector<Parameter> parameters_;
   std::vector<void*> grads_;
+  std::vector<py::object> computed_grads_;  // of subclasses that may make a gradient when asked, and keep none
   bool step_watched_ = false;
 };
 

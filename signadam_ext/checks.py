@@ -136,6 +136,7 @@ def moment(label: str, name: str, value: Any, param: Tensor, *, on_any_device: b
         raise ValueError(
             f"state {name!r} of {label} has shape {tuple(value.shape)} on {value.device}: must be {expected}"
         )
+    allocated(f"state {name!r} of {label}", value)
 
 
 def deviation(label: str, value: Any) -> None:
@@ -170,6 +171,15 @@ def strided(label: str, tensor: Any) -> None:
         raise TypeError(
             f"{label} is a {type(tensor).__name__}, a wrapper of other tensors: optimize the tensors it wraps"
         )
+    allocated(label, tensor)
+
+
+def allocated(label: str, tensor: Tensor) -> None:
+    """Raises where a storage has been freed or cut short under its tensor, as sharding does between its uses."""
+    reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
+    needed = (tensor.storage_offset() + reach) * tensor.element_size() if tensor.numel() else 0
+    if tensor.untyped_storage().nbytes() < needed:
+        raise ValueError(f"{label} needs a storage of {needed} bytes, and has {tensor.untyped_storage().nbytes()}")
 
 
 def overlaps(tensor: Tensor) -> bool:

@@ -88,7 +88,7 @@ def step_lists(
             )
         )
     plan = Plan(items, [group], grads)
-    plan.read([], None)
+    plan.read([group], None)
     plan.run()
 
 

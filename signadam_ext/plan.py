@@ -169,7 +169,7 @@ class Plan:
         for slot, item in enumerate(items):
             dtype = self._grad_dtypes[slot]
             state = item.watched_state() if dtype is not None else None
-            self._reader.watch(item.param, self._strides[slot], dtype, state)
+            self._reader.watch(item.param, item.group, self._strides[slot], dtype, state)
 
     def grad(self, slot: int) -> Tensor:
         """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""
@@ -187,6 +187,7 @@ class Plan:
             state: the optimizer's, to be looked through for what has moved; None when nobody else can have touched it.
         """
         self._copies.clear()
+        self.groups = param_groups
         odd = self._reader.read(param_groups, state)
         return odd is not None and (not odd or self._adopt(odd))
 

@@ -26,10 +26,15 @@ class CompiledReader:
         self.addresses = self._reader.addresses
 
     def watch(
-        self, param: Tensor, strides: Sequence[int], grad_dtype: torch.dtype | None, state: dict[str, Any] | None
+        self,
+        param: Tensor,
+        group: int,
+        strides: Sequence[int],
+        grad_dtype: torch.dtype | None,
+        state: dict[str, Any] | None,
     ) -> None:
         code = None if grad_dtype is None else DLPACK_TYPES[grad_dtype]
-        self._reader.watch(param, tuple(strides), code, state)
+        self._reader.watch(param, group, tuple(strides), code, state)
 
 
 class Addresses:
@@ -76,20 +81,25 @@ class PythonReader(Addresses):
         self._watched: list[tuple[Any, ...]] = []
 
     def watch(
-        self, param: Tensor, strides: Sequence[int], grad_dtype: torch.dtype | None, state: dict[str, Any] | None
+        self,
+        param: Tensor,
+        group: int,
+        strides: Sequence[int],
+        grad_dtype: torch.dtype | None,
+        state: dict[str, Any] | None,
     ) -> None:
         place = None if grad_dtype is None else _place(param)
         items = (
             None if state is None else [(k, v, _place(v) if isinstance(v, Tensor) else None) for k, v in state.items()]
         )
-        self._watched.append((param, place, tuple(strides), grad_dtype, state, items))
+        self._watched.append((param, group, place, tuple(strides), grad_dtype, state, items))
         self._grads.append(0)
 
     def read(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> list[int] | None:
         if not self._unmoved(param_groups, state):
             return None
         odd = []
-        for slot, (param, place, strides, dtype, _, _) in enumerate(self._watched):
+        for slot, (param, _, place, strides, dtype, _, _) in enumerate(self._watched):
             grad = param.grad
             self._grads[slot] = 0
             if grad is None:
@@ -110,11 +120,11 @@ class PythonReader(Addresses):
         return odd
 
     def _unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
-        params = [param for group in param_groups for param in group["params"]]
+        params = [(param, i) for i, group in enumerate(param_groups) for param in group["params"]]
         if len(params) != len(self._watched):
             return False
-        for param, (watched, place, _, _, held, items) in zip(params, self._watched, strict=True):
-            if param is not watched:
+        for (param, group), (watched, was_in, place, _, _, held, items) in zip(params, self._watched, strict=True):
+            if param is not watched or group != was_in:
                 return False
             if place is None:
                 continue

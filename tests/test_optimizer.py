@@ -713,3 +713,52 @@ def test_step_counts_of_any_kind(backend):
         train(optimizer, range(2, 4))
         assert_same(optimizer, expected)
         assert all(state["step"].dtype == torch.float32 for state in optimizer.state.values())
+
+
+def test_parameter_moves_to_the_next_group() -> None:
+    """The order of all parameters stays the same; only the border between the groups has moved."""
+    a, b, c = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+    optimizer = signadam_ext.SignSGD([{"params": [a, b], "lr": 1.0}, {"params": [c], "lr": 64.0}])
+    for param in (a, b, c):
+        param.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+    optimizer.step()
+    assert (a.tolist(), b.tolist(), c.tolist()) == ([-2.0] * 2, [-65.0] * 2, [-128.0] * 2)
+
+
+def test_param_groups_replaced() -> None:
+    param = torch.nn.Parameter(torch.zeros(2))
+    param.grad = torch.ones(2)
+    optimizer = signadam_ext.SignSGD([param], lr=1.0)
+    optimizer.step()
+    optimizer.param_groups = [{**group, "lr": 8.0} for group in optimizer.param_groups]
+    optimizer.step()
+    assert param.tolist() == [-9.0, -9.0]
+
+
+def test_gradient_made_when_asked() -> None:
+    """A subclass may compute its gradient anew each time: what was read must outlive the step."""
+
+    class Computed(torch.nn.Parameter):
+        grad = property(lambda self: torch.full((5000,), self.value), lambda self, value: None)
+
+    params = [Computed(torch.zeros(5000)) for _ in range(4)]
+    for i, param in enumerate(params):
+        param.value = 1.0 if i % 2 else -1.0
+    optimizer = signadam_ext.SignSGD(params, lr=1.0)
+    for _ in range(5):
+        optimizer.step()
+    assert [param.unique().tolist() for param in params] == [[5.0], [-5.0], [5.0], [-5.0]]
+
+
+@pytest.mark.parametrize("what", ["parameter", "gradient", "moment"])
+def test_freed_storage_is_refused(what: str) -> None:
+    param = torch.nn.Parameter(torch.ones(1000))
+    param.grad = torch.ones(1000)
+    optimizer = signadam_ext.SignAdamPP([param])
+    optimizer.step()
+    tensor = {"parameter": param.data, "gradient": param.grad, "moment": optimizer.state[param]["exp_avg"]}[what]
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="needs a storage of 4000 bytes, and has 0"):
+        optimizer.step()
