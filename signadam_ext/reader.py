@@ -79,6 +79,7 @@ class PythonReader(Addresses):
     def __init__(self) -> None:
         super().__init__()
         self._watched: list[tuple[Any, ...]] = []
+        self._kept: list[Tensor] = []  # a subclass may make a gradient when asked, and keep none
 
     def watch(
         self,
@@ -98,12 +99,14 @@ class PythonReader(Addresses):
     def read(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> list[int] | None:
         if not self._unmoved(param_groups, state):
             return None
+        self._kept.clear()
         odd = []
         for slot, (param, _, place, strides, dtype, _, _) in enumerate(self._watched):
             grad = param.grad
             self._grads[slot] = 0
             if grad is None:
                 continue
+            self._kept.append(grad)
             if place is None:
                 return None
             if (
