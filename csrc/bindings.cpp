@@ -142,6 +142,7 @@ PYBIND11_MODULE(_C, m) {
       .def("read", &Reader::read)
       .def("replace", &Reader::replace)
       .def("present", &Reader::present)
+      .def("release", &Reader::release)
       .def("addresses", [](const Reader& reader) {
         std::vector<uintptr_t> addresses;
         for (void* grad : reader.grads()) addresses.push_back(reinterpret_cast<uintptr_t>(grad));

@@ -40,6 +40,9 @@ class Reader {
   // Gives gradient `index` an address of the caller's (a copy with the right strides).
   void replace(std::size_t index, uintptr_t address) { grads_.at(index) = reinterpret_cast<void*>(address); }
 
+  // The step is done: what was kept alive for it may go.
+  void release() { computed_grads_.clear(); }
+
   const std::vector<void*>& grads() const { return grads_; }
   std::size_t present() const;
 

@@ -225,6 +225,7 @@ class Plan:
                 entry.param.detach().copy_(entry.work)
         # Raw writes go unnoticed by autograd until the version counters say so.
         torch.autograd.graph.increment_version(self._written())
+        self._reader.release()
         self._copies.clear()
 
     def _present(self, entries: list[Entry]) -> list[Entry]:

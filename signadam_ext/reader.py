@@ -23,6 +23,7 @@ class CompiledReader:
         self.read = self._reader.read
         self.replace = self._reader.replace
         self.present = self._reader.present
+        self.release = self._reader.release
         self.addresses = self._reader.addresses
 
     def watch(
@@ -49,6 +50,9 @@ class Addresses:
     def present(self) -> int:
         """How many parameters have a gradient this step."""
         return sum(address != 0 for address in self._grads)
+
+    def release(self) -> None:
+        """The step is done: what was kept alive for it may go."""
 
     def addresses(self) -> list[int]:
         return self._grads
@@ -99,7 +103,6 @@ class PythonReader(Addresses):
     def read(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> list[int] | None:
         if not self._unmoved(param_groups, state):
             return None
-        self._kept.clear()
         odd = []
         for slot, (param, _, place, strides, dtype, _, _) in enumerate(self._watched):
             grad = param.grad
@@ -121,6 +124,9 @@ class PythonReader(Addresses):
             else:
                 odd.append(slot)
         return odd
+
+    def release(self) -> None:
+        self._kept.clear()
 
     def _unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
         params = [(param, i) for i, group in enumerate(param_groups) for param in group["params"]]

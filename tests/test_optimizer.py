@@ -4,7 +4,9 @@ gradients and state between two steps. Expectations are other runs of the same r
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -762,3 +764,16 @@ def test_freed_storage_is_refused(what: str) -> None:
     tensor.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="needs a storage of 4000 bytes, and has 0"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("reader", [make_reader, PythonReader], ids=["compiled", "python"])
+def test_gradients_are_let_go_after_the_step(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signadam_ext.plan, "make_reader", reader)
+    param = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = signadam_ext.SignAdamPP([param])
+    for transposed in (False, True):
+        param.grad = torch.ones(4, 3).t() if transposed else torch.ones(3, 4)
+        alive = weakref.ref(param.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert alive() is None
