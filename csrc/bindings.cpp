@@ -65,23 +65,26 @@ py::dict build_info() {
   return info;
 }
 
-// Step data for a kernel that takes doubles (Triton): gradient addresses, rows, scalars; their offsets and the size.
-std::array<std::size_t, 4> step_layout(std::size_t tensors, std::size_t rows) {
-  const std::size_t rows_at = tensors * sizeof(void*);
+// Step data for a kernel that takes doubles (Triton): gradient addresses, noise, rows, scalars; their offsets and the
+// size.
+std::array<std::size_t, 5> step_layout(std::size_t tensors, std::size_t rows) {
+  const std::size_t noise_at = tensors * sizeof(void*);
+  const std::size_t rows_at = noise_at + tensors * sizeof(Noise);
   const std::size_t scalars_at = rows_at + (tensors + 1) / 2 * 2 * sizeof(uint32_t);
-  return {0, rows_at, scalars_at, scalars_at + rows * sizeof(ScalarRow)};
+  return {0, noise_at, rows_at, scalars_at, scalars_at + rows * sizeof(ScalarRow)};
 }
 
 void write_step(const HostTable& table, const std::vector<ScalarRow>& rows, uintptr_t address) {
-  const auto [grads_at, rows_at, scalars_at, size] = step_layout(table.size(), rows.size());
+  const auto [grads_at, noise_at, rows_at, scalars_at, size] = step_layout(table.size(), rows.size());
   std::memcpy(pointer<char>(address + grads_at), table.grads().data(), table.size() * sizeof(void*));
+  std::memcpy(pointer<char>(address + noise_at), table.noise().data(), table.noise().size() * sizeof(Noise));
   std::memcpy(pointer<char>(address + rows_at), table.rows().data(), table.size() * sizeof(uint32_t));
   std::memcpy(pointer<char>(address + scalars_at), rows.data(), size - scalars_at);
 }
 
 #if defined(SIGNADAM_CUDA)
 std::size_t cuda_step_bytes(const HostTable& table, std::size_t rows) {
-  return cuda::StepLayout::of(rows, table.size()).size;
+  return cuda::StepLayout::of(rows, table.size(), table.noise().size()).size;
 }
 
 void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const std::vector<ScalarRow>& rows,
@@ -89,7 +92,7 @@ void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const 
                  int device, uintptr_t stream) {
   const auto scalars = to_scalars(rows);
   const auto rule = static_cast<RuleIndex>(rule_index);
-  const auto layout = cuda::StepLayout::of(scalars.size(), table.size());
+  const auto layout = cuda::StepLayout::of(scalars.size(), table.size(), table.noise().size());
   std::vector<unsigned char> own;
   auto* step = pointer<unsigned char>(pinned);
   if (step == nullptr) {
@@ -98,17 +101,18 @@ void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const 
   }
   std::memcpy(step, scalars.data(), scalars.size() * sizeof(Scalars));
   std::memcpy(step + layout.grads, table.grads().data(), table.size() * sizeof(void*));
+  std::memcpy(step + layout.noise, table.noise().data(), table.noise().size() * sizeof(Noise));
   std::memcpy(step + layout.rows, table.rows().data(), table.size() * sizeof(uint32_t));
   const auto* entries = pointer<const TensorEntry>(device_table);
   const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
                        pointer<uint32_t>(arrivals)};
   py::gil_scoped_release release;
   if (statistics == Statistics::only) {
-    cuda::launch(rule, Statistics::only, view, table.chunks(), layout, step, pointer<void>(device_step), device,
+    cuda::launch(rule, Statistics::only, table.storage(), view, table.chunks(), layout, step, pointer<void>(device_step), device,
                  pointer<void>(stream));
     statistics = Statistics::none;
   }
-  cuda::launch(rule, statistics, view, table.chunks(), layout, step, pointer<void>(device_step), device,
+  cuda::launch(rule, statistics, table.storage(), view, table.chunks(), layout, step, pointer<void>(device_step), device,
                pointer<void>(stream));
 }
 #endif
@@ -153,17 +157,23 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<bool>(), py::arg("rows_by_step"))
       .def(
           "add",
-          [](HostTable& table, uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t exp_avg_std,
-             uintptr_t step, int64_t numel, int param_format, int grad_format, uint32_t group, std::size_t slot) {
-            const auto format = static_cast<Format>(param_format);
-            table.add({pointer<void>(param), pointer<float>(exp_avg), pointer<float>(exp_avg_sq),
-                       pointer<double>(exp_avg_std), numel, 0, format, static_cast<Format>(grad_format),
-                       head_of(pointer<void>(param), format)},
-                      pointer<float>(step), group, slot);
+          [](HostTable& table, uintptr_t param, uintptr_t low, uintptr_t exp_avg, uintptr_t exp_avg_sq,
+             uintptr_t exp_avg_std, uintptr_t step, int64_t numel, int64_t first, int param_format, int grad_format,
+             int exp_avg_format, int exp_avg_sq_format, int weights, uint32_t group, std::size_t slot, uint64_t seed,
+             uint32_t number) {
+            const auto format = [](int number) { return static_cast<Format>(number); };
+            const Formats formats{format(param_format), format(grad_format), format(exp_avg_format),
+                                  format(exp_avg_sq_format), static_cast<Weights>(weights)};
+            // Packed codes are read and written by whole pieces, which must begin where they do.
+            const uint8_t head = formats.packed() ? 0 : head_of(pointer<void>(param), formats.param);
+            table.add({pointer<void>(param), pointer<void>(low), pointer<void>(exp_avg), pointer<void>(exp_avg_sq),
+                       pointer<double>(exp_avg_std), numel, first, 0, formats, head},
+                      pointer<float>(step), group, slot, seed, number);
           },
-          py::kw_only(), py::arg("param"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("exp_avg_std"),
-          py::arg("step"), py::arg("numel"), py::arg("param_format"), py::arg("grad_format"), py::arg("group"),
-          py::arg("slot"))
+          py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+          py::arg("exp_avg_std"), py::arg("step"), py::arg("numel"), py::arg("first"), py::arg("param_format"),
+          py::arg("grad_format"), py::arg("exp_avg_format"), py::arg("exp_avg_sq_format"), py::arg("weights"),
+          py::arg("group"), py::arg("slot"), py::arg("seed"), py::arg("number"))
       .def("finish", &HostTable::finish, py::arg("statistics"))
       .def("begin", [](HostTable& table, const Reader& reader) { return table.begin(reader.grads()); })
       .def("begin",

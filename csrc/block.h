@@ -2,117 +2,12 @@
 // waits for them, so the very text that a GPU executes also runs on the host, thread by thread, under sanitizers.
 #pragma once
 
+#include "operand.h"
 #include "rules.h"
 #include "statistics.h"
-#include "traversal.h"
+#include "stored.h"
 
 namespace signadam {
-
-// The bits of a piece as they lie in memory: one word per fp32, half a word per 16-bit element.
-struct Raw {
-  uint32_t word[piece_size];
-};
-
-#if defined(__CUDA_ARCH__)
-using Words = uint4;
-SIGNADAM_HD Words load_words(const void* address) { return __ldcs(static_cast<const uint4*>(address)); }
-SIGNADAM_HD void store_words(void* address, Words x) { __stcs(static_cast<uint4*>(address), x); }
-#else
-struct alignas(16) Words {
-  uint32_t x, y, z, w;
-};
-SIGNADAM_HD Words load_words(const void* address) { return *static_cast<const Words*>(address); }
-SIGNADAM_HD void store_words(void* address, Words x) { *static_cast<Words*>(address) = x; }
-#endif
-
-template <class T>
-SIGNADAM_HD T load_one(const T* address) {
-#if defined(__CUDA_ARCH__)
-  return __ldcs(address);
-#else
-  return *address;
-#endif
-}
-
-template <class T>
-SIGNADAM_HD void store_one(T* address, T x) {
-#if defined(__CUDA_ARCH__)
-  __stcs(address, x);
-#else
-  *address = x;
-#endif
-}
-
-// One tensor operand of a slice. Alignment and format are uniform over the chunk, so branches on them do not diverge.
-struct Operand {
-  unsigned char* begin;  // of the chunk
-  Format format;
-  bool aligned;  // whole pieces lie on 16-byte boundaries
-
-  SIGNADAM_HD static Operand of(const void* base, Format format, const Slice& slice) {
-    // One operand type serves reading and writing; gradients are only ever read.
-    auto* begin = static_cast<unsigned char*>(const_cast<void*>(base)) + slice.begin * size_of(format);
-    const auto border = reinterpret_cast<uintptr_t>(begin) + slice.tensor.head * size_of(format);
-    return {begin, format, border % 16 == 0};
-  }
-
-  SIGNADAM_HD Raw load(const Piece& piece) const {
-    Raw raw{};
-    const unsigned char* at = begin + piece.begin * size_of(format);
-    if (aligned && piece.whole()) {
-      const Words low = load_words(at);
-      raw.word[0] = low.x, raw.word[1] = low.y, raw.word[2] = low.z, raw.word[3] = low.w;
-      if (format == Format::fp32) {
-        const Words high = load_words(at + 16);
-        raw.word[4] = high.x, raw.word[5] = high.y, raw.word[6] = high.z, raw.word[7] = high.w;
-      }
-      return raw;
-    }
-    SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) {
-      const int k = i - piece.offset;
-      if (k < 0 || k >= piece.count) continue;
-      if (format == Format::fp32)
-        raw.word[i] = load_one(reinterpret_cast<const uint32_t*>(at) + k);
-      else
-        raw.word[i / 2] |= static_cast<uint32_t>(load_one(reinterpret_cast<const uint16_t*>(at) + k)) << (16 * (i % 2));
-    }
-    return raw;
-  }
-
-  SIGNADAM_HD void unpack(const Raw& raw, float* x) const {
-    SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i)
-      x[i] = format == Format::fp32 ? float_of(raw.word[i])
-                                    : widen(format, static_cast<uint16_t>(raw.word[i / 2] >> (16 * (i % 2))));
-  }
-
-  SIGNADAM_HD void store(const Piece& piece, const float* x) const {
-    Raw raw{};
-    SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) {
-      if (format == Format::fp32)
-        raw.word[i] = bits_of(x[i]);
-      else
-        raw.word[i / 2] |= static_cast<uint32_t>(narrow(format, x[i])) << (16 * (i % 2));
-    }
-    unsigned char* at = begin + piece.begin * size_of(format);
-    if (aligned && piece.whole()) {
-      store_words(at, Words{raw.word[0], raw.word[1], raw.word[2], raw.word[3]});
-      if (format == Format::fp32) store_words(at + 16, Words{raw.word[4], raw.word[5], raw.word[6], raw.word[7]});
-      return;
-    }
-    SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) {
-      const int k = i - piece.offset;
-      if (k < 0 || k >= piece.count) continue;
-      if (format == Format::fp32)
-        store_one(reinterpret_cast<uint32_t*>(at) + k, raw.word[i]);
-      else
-        store_one(reinterpret_cast<uint16_t*>(at) + k, static_cast<uint16_t>(raw.word[i / 2] >> (16 * (i % 2))));
-    }
-  }
-};
 
 enum class Statistics {
   none,    // update only
@@ -136,8 +31,8 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
   const int head = slice.tensor.head;
   const int pieces = pieces_of(slice.count, head);
   const bool reads_param = updates || s.coupled;
-  const Operand param = Operand::of(slice.tensor.param, slice.tensor.param_format, slice);
-  const Operand grad = Operand::of(slice.grad, slice.tensor.grad_format, slice);
+  const Operand param = Operand::of(slice.tensor.param, slice.tensor.formats.param, slice);
+  const Operand grad = Operand::of(slice.grad, slice.tensor.formats.grad, slice);
   const Operand exp_avg = Operand::of(slice.tensor.exp_avg, Format::fp32, slice);
   const Operand exp_avg_sq = Operand::of(slice.tensor.exp_avg_sq, Format::fp32, slice);
 
@@ -177,6 +72,96 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
   }
 }
 
+// The same for tensors in any storage form. Forms are uniform over the chunk, so branches on them do not diverge.
+template <class Rule, Statistics statistics>
+SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
+  constexpr bool updates = statistics != Statistics::only;
+  constexpr bool sums = statistics != Statistics::none;
+  constexpr int moments = updates ? Rule::moments : 0;
+  // An unbounded moment may be block-scaled: then a thread takes the 4 pieces of a block, one after another.
+  constexpr bool blocks = moments > 0 && !Rule::bounded;
+  constexpr int together = blocks ? packed_run / piece_size : pieces_in_flight<Rule, statistics>;
+  static_assert(!(blocks && sums), "a thread that takes whole blocks does not own its lanes");
+
+  const TensorEntry& tensor = slice.tensor;
+  const int head = tensor.head;
+  const int pieces = pieces_of(slice.count, head);
+  const bool reads_param = updates || s.coupled;
+  const StoredParam param = StoredParam::of(slice);
+  const Operand grad = Operand::of(slice.grad, tensor.formats.grad, slice);
+  const StoredMoment exp_avg = StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice);
+  const StoredMoment exp_avg_sq = StoredMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice);
+  const PieceNoise noise = PieceNoise::of(slice);
+
+  const auto piece_at = [&](int index, int u) {
+    return blocks ? index * together + u : index + u * threads_per_block;
+  };
+  for (int index = thread; piece_at(index, 0) < pieces; index += blocks ? threads_per_block : together * threads_per_block) {
+    ParamRaw raw_p[together];
+    Raw raw_g[together], raw_m[together], raw_v[together];
+    const auto load = [&](int u) {
+      const int at = piece_at(index, u);
+      const Piece piece = piece_of(at, slice.count, head);
+      if (piece.count == 0) return;
+      raw_g[u] = grad.load(piece);
+      if (reads_param) raw_p[u] = param.load(piece);
+      if constexpr (moments > 0) raw_m[u] = exp_avg.load(piece, at);
+      if constexpr (moments > 1) raw_v[u] = exp_avg_sq.load(piece, at);
+    };
+    if constexpr (!blocks) {
+      SIGNADAM_UNROLL
+      for (int u = 0; u < together; ++u) load(u);
+    }
+    [[maybe_unused]] float run[blocks ? packed_run : 1] = {};
+    [[maybe_unused]] uint32_t run_noise[blocks ? packed_run / 2 : 1] = {};
+    SIGNADAM_UNROLL
+    for (int u = 0; u < together; ++u) {
+      if constexpr (blocks) load(u);
+      const int at = piece_at(index, u);
+      const Piece piece = piece_of(at, slice.count, head);
+      if (piece.count == 0) continue;
+      float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size];
+      grad.unpack(raw_g[u], g);
+      if (reads_param) param.unpack(raw_p[u], p);
+      if constexpr (moments > 0) exp_avg.unpack(raw_m[u], m);
+      if constexpr (moments > 1) exp_avg_sq.unpack(raw_v[u], v);
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; ++i) {
+        if constexpr (sums) {
+          const int k = i - piece.offset;
+          if (k >= 0 && k < piece.count) add(lanes[i], effective_gradient(s, p[i], g[i]));
+        }
+        if constexpr (updates) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
+      }
+      if constexpr (updates) {
+        const RandomHalves r = noise.at(piece);
+        param.store(piece, p, r);
+        if constexpr (moments > 1) exp_avg_sq.store(piece, at, v, [&](int i) { return bits_for_v(r.of(i)); });
+        if constexpr (blocks) {
+          SIGNADAM_UNROLL
+          for (int i = 0; i < piece_size; ++i) run[u * piece_size + i] = m[i];
+          SIGNADAM_UNROLL
+          for (int i = 0; i < piece_size / 2; ++i) run_noise[u * (piece_size / 2) + i] = r.word[i];
+        }
+        if (moments > 0 && tensor.formats.exp_avg != Format::block8)
+          exp_avg.store(piece, at, m, [&](int i) { return bits_for_m(r.of(i)); });
+      }
+    }
+    if constexpr (blocks)
+      if (tensor.formats.exp_avg == Format::block8) exp_avg.store_block(index, run, run_noise);
+  }
+}
+
+enum class Storage { plain, any };
+
+template <class Rule, Statistics statistics, Storage storage>
+SIGNADAM_HD void run(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
+  if constexpr (storage == Storage::plain)
+    run_thread<Rule, statistics>(slice, s, alpha, thread, lanes);
+  else
+    run_thread_stored<Rule, statistics>(slice, s, alpha, thread, lanes);
+}
+
 // lanes[0] becomes the sum of all lanes: x[:h] + x[h:] for h = 1024, 512, ..., 1.
 template <class Block>
 SIGNADAM_HD void halve(Block& block, Sums* lanes) {
@@ -213,7 +198,8 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
   });
 }
 
-template <class Rule, Statistics statistics, class Block>
+// `Storage::plain` serves tables of plain tensors only, `Storage::any` all.
+template <class Rule, Statistics statistics, Storage storage, class Block>
 SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& step, uint32_t chunk) {
   const Slice slice = slice_of(table, step, chunk);
   if (slice.grad == nullptr) return;
@@ -222,12 +208,12 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
   const float alpha = statistics == Statistics::only ? 0.0f : threshold(slice.tensor, s);
 
   if constexpr (statistics == Statistics::none) {
-    block.each([&](int thread) { run_thread<Rule, statistics>(slice, s, alpha, thread, nullptr); });
+    block.each([&](int thread) { run<Rule, statistics, storage>(slice, s, alpha, thread, nullptr); });
   } else {
     Sums* const lanes = block.lanes();
     block.each([&](int thread) {
       Sums own[piece_size] = {};
-      run_thread<Rule, statistics>(slice, s, alpha, thread, own);
+      run<Rule, statistics, storage>(slice, s, alpha, thread, own);
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) lanes[lane_of(thread, i, slice.tensor.head)] = own[i];
     });

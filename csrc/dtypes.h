@@ -9,9 +9,30 @@
 
 namespace signadam {
 
-enum class Format : uint8_t { fp32, bf16, fp16 };
+// int8, int4, int2: codes q of a moment m ~ q / L. block8: 8-bit codes with one exponent for each 32.
+enum class Format : uint8_t { fp32, bf16, fp16, int8, int4, int2, block8 };
 
-SIGNADAM_HD constexpr int size_of(Format format) { return format == Format::fp32 ? 4 : 2; }
+SIGNADAM_HD constexpr int bits_of(Format format) {
+  return format == Format::fp32                                ? 32
+         : format == Format::bf16 || format == Format::fp16    ? 16
+         : format == Format::int8 || format == Format::block8 ? 8
+         : format == Format::int4                              ? 4
+                                                               : 2;
+}
+
+// Whether elements share bytes or a scale, so that storage is padded to whole runs of `packed_run`.
+SIGNADAM_HD constexpr bool is_packed(Format format) { return bits_of(format) <= 8; }
+constexpr int packed_run = 32;
+
+// Bytes before element `index`; of packed formats, `index` must be a multiple of 8.
+SIGNADAM_HD constexpr int64_t bytes_before(Format format, int64_t index) { return index * bits_of(format) / 8; }
+
+// Bytes of one element of a format that is not packed.
+SIGNADAM_HD constexpr int size_of(Format format) { return bits_of(format) / 8; }
+
+// How the fp32 result of a step is kept (ALGORITHMS, random bits): rounded to nearest; stochastically; with the low 16
+// or 8 bits beside it; as a copy in fp32.
+enum class Weights : uint8_t { as_is, stochastic, split16, split8, master };
 
 SIGNADAM_HD float widen_bf16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
 
@@ -58,8 +79,103 @@ SIGNADAM_HD uint16_t narrow_fp16(float x) {
 #endif
 }
 
+// Stochastic rounding: up with the probability that is the fraction cut off. `r` is uniform in 16 bits.
+SIGNADAM_HD uint16_t narrow_bf16(float x, uint32_t r) {
+  const uint32_t bits = bits_of(x);
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + r) >> 16);
+}
+
+// In units of the result's own last place; overflow gives infinity only above 65520.
+SIGNADAM_HD uint16_t narrow_fp16(float x, uint32_t r) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - (112u << 23) + (r >> 3)) >> 13;
+  // Below 2^-14 the last place is 2^-24: in units of 2^-40 this fits an integer.
+  const float small = magnitude < 0x38800000u ? float_of(magnitude) * 0x1p40f : 0.0f;
+  const uint32_t subnormal = (static_cast<uint32_t>(static_cast<int32_t>(small)) + r) >> 16;
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t rounded = magnitude < 0x38800000u ? subnormal : normal;
+  const uint32_t finite = magnitude <= 0x477ff000u && rounded >= 0x7c00u ? 0x7bffu : rounded;
+  return static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? large : finite));
+}
+
+// The integer next to x, up with the probability of the fraction; |x| at most 127 or a rounding more.
+SIGNADAM_HD int32_t stochastic_integer(float x, uint32_t r) {
+  return (static_cast<int32_t>(x * 65536.0f) + static_cast<int32_t>(r)) >> 16;
+}
+
+// A bf16 parameter and what fp32 has beyond it.
+struct Split {
+  uint16_t high;
+  int32_t low;
+};
+
+// Rounds half up: a tie to even would need low = +0x8000, which does not fit.
+SIGNADAM_HD Split split16(float x) {
+  const uint32_t bits = bits_of(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t high = (bits + 0x8000u) >> 16;
+  return {static_cast<uint16_t>(nan ? 0x7fc0u : high), nan ? 0 : static_cast<int32_t>(bits - (high << 16))};
+}
+
+// The same on 24 bits, to which x is rounded stochastically by 8 random bits.
+SIGNADAM_HD Split split8(float x, uint32_t r) {
+  const uint32_t bits = bits_of(x);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t kept = (bits + r) >> 8;
+  const uint32_t high = (kept + 0x80u) >> 8;
+  return {static_cast<uint16_t>(nan ? 0x7fc0u : high), nan ? 0 : static_cast<int32_t>(kept - (high << 8))};
+}
+
+// `low` in units of fp32's last place. A parameter set from outside may leave low bits behind that make a NaN of a zero
+// or an infinity: the parameter wins.
+SIGNADAM_HD float join(uint16_t high, int32_t low) {
+  const uint32_t bits = (static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(low);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return nan ? widen_bf16(high) : float_of(bits);
+}
+
+// Block-scaled codes: the smallest e in [-126, 120] with 127 * 2^e at least the largest finite magnitude of the block.
+SIGNADAM_HD int block_exponent(uint32_t largest_bits) {
+  const int e = static_cast<int>((largest_bits + 0x1ffffu) >> 23) - 133;
+  return e < -126 ? -126 : e > 120 ? 120 : e;
+}
+
+SIGNADAM_HD float power_of_two(int e) { return float_of(static_cast<uint32_t>(e + 127) << 23); }
+
+// Bits of |x|, or 0 where x is not finite.
+SIGNADAM_HD uint32_t finite_magnitude(float x) {
+  const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
+  return magnitude < 0x7f800000u ? magnitude : 0u;
+}
+
+constexpr int32_t nan_code = -128;
+
+// `inverse`: 2^-e. Infinities saturate.
+SIGNADAM_HD int32_t block_code(float x, float inverse, uint32_t r) {
+  const bool nan = x != x;
+  float scaled = nan ? 0.0f : x * inverse;
+  scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
+  const int32_t q = stochastic_integer(scaled, r);
+  return nan ? nan_code : q;
+}
+
+SIGNADAM_HD float from_block_code(int32_t q, float scale) {
+  return q == nan_code ? float_of(0x7fc00000u) : static_cast<float>(q) * scale;
+}
+
 SIGNADAM_HD float widen(Format format, uint16_t x) { return format == Format::bf16 ? widen_bf16(x) : widen_fp16(x); }
 
 SIGNADAM_HD uint16_t narrow(Format format, float x) { return format == Format::bf16 ? narrow_bf16(x) : narrow_fp16(x); }
+
+SIGNADAM_HD uint16_t narrow(Format format, float x, uint32_t r) {
+  return format == Format::bf16 ? narrow_bf16(x, r) : narrow_fp16(x, r);
+}
+
+// A master copy counts only while the parameter is what it rounds to: a parameter set from outside wins.
+SIGNADAM_HD float from_master(Format format, uint16_t param, float master) {
+  return narrow(format, master) == param ? master : widen(format, param);
+}
 
 }  // namespace signadam

@@ -8,7 +8,8 @@
 
 namespace signadam {
 
-void HostTable::add(const TensorEntry& entry, float* step, uint32_t group, std::size_t slot) {
+void HostTable::add(const TensorEntry& entry, float* step, uint32_t group, std::size_t slot, uint64_t seed,
+                    uint32_t number) {
   const int64_t chunks = chunks_of(entry.numel);
   const auto first = static_cast<int64_t>(tensor_of_chunk_.size());
   if (first + chunks > std::numeric_limits<int32_t>::max())
@@ -20,11 +21,14 @@ void HostTable::add(const TensorEntry& entry, float* step, uint32_t group, std::
   steps_.push_back(step);
   groups_.push_back(group);
   slots_.push_back(slot);
+  seeds_.emplace_back(seed, number);
+  plain_ = plain_ && entry.formats.plain();
 }
 
 void HostTable::finish(bool statistics) {
   grads_.assign(tensors_.size(), nullptr);
   rows_.assign(tensors_.size(), 0);
+  if (!plain_) noise_.assign(tensors_.size(), Noise{0, 0});
   if (statistics) sums_.resize(tensor_of_chunk_.size());
   units_ = cpu::make_units(view(), static_cast<uint32_t>(tensors_.size()), chunks());
 }
@@ -37,7 +41,9 @@ std::vector<std::pair<uint32_t, int64_t>> HostTable::begin(const std::vector<voi
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
     grads_[i] = grads.at(slots_[i]);
     if (grads_[i] == nullptr) continue;
-    const Row row{groups_[i], rows_by_step_ ? static_cast<int64_t>(*steps_[i]) + 1 : 0};
+    const int64_t t = steps_[i] == nullptr ? 0 : static_cast<int64_t>(*steps_[i]) + 1;
+    if (!plain_) noise_[i] = Noise::of(seeds_[i].first, seeds_[i].second, static_cast<uint64_t>(t));
+    const Row row{groups_[i], rows_by_step_ ? t : 0};
     if (rows.empty() || rows[latest] != row) {
       const auto [found, added] = row_of.try_emplace(row, static_cast<uint32_t>(rows.size()));
       if (added) rows.push_back(row);
@@ -55,7 +61,7 @@ void HostTable::commit() {
 
 void HostTable::run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads) {
   cpu::run(rule, statistics, view(), static_cast<uint32_t>(tensors_.size()),
-           {grads_.data(), rows_.data(), scalars.data()}, units_, threads);
+           {grads_.data(), plain_ ? nullptr : noise_.data(), rows_.data(), scalars.data()}, units_, threads);
 }
 
 }  // namespace signadam

@@ -15,7 +15,8 @@ class HostTable {
   explicit HostTable(bool rows_by_step) : rows_by_step_(rows_by_step) {}
 
   // `slot`: the index of the tensor's gradient in what `begin` gets. `step`: address of its fp32 step count, or null.
-  void add(const TensorEntry& entry, float* step, uint32_t group, std::size_t slot);
+  // `seed`, `number`: with the step, what the tensor's random bits are made of.
+  void add(const TensorEntry& entry, float* step, uint32_t group, std::size_t slot, uint64_t seed, uint32_t number);
 
   // Chunks are numbered here; nothing may be added afterwards. `gathers`: allocate what statistics need on the host.
   void finish(bool statistics);
@@ -31,6 +32,8 @@ class HostTable {
   const std::vector<TensorEntry>& tensors() const { return tensors_; }
   const std::vector<uint32_t>& tensor_of_chunk() const { return tensor_of_chunk_; }
   const std::vector<const void*>& grads() const { return grads_; }
+  const std::vector<Noise>& noise() const { return noise_; }  // empty when all tensors are plain
+  Storage storage() const { return plain_ ? Storage::plain : Storage::any; }
   const std::vector<uint32_t>& rows() const { return rows_; }
 
   void run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads);
@@ -44,7 +47,10 @@ class HostTable {
   std::vector<uint32_t> groups_;
   std::vector<std::size_t> slots_;
   std::vector<uint32_t> tensor_of_chunk_, units_;
+  std::vector<std::pair<uint64_t, uint32_t>> seeds_;
   std::vector<const void*> grads_;
+  std::vector<Noise> noise_;
+  bool plain_ = true;
   std::vector<uint32_t> rows_;
   std::vector<Sums> sums_;
 };

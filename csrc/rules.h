@@ -1,5 +1,7 @@
 // Every update rule once, on fp32 registers: p parameter, g gradient, m and v moments.
 //
+// Where |m| <= 1 (`bounded`), m may come as L * m, with lr / L and (1 - beta1) * L for lr and 1 - beta1.
+//
 // The rules know nothing of lists, types or threads. Host compiler and nvcc build the same text without
 // contraction, so each operation rounds once, in the order written: that is what makes backends equal bit for bit.
 #pragma once
@@ -34,6 +36,7 @@ SIGNADAM_HD float effective_gradient(const Scalars& s, float p, float g) {
 struct SignSGD {
   static constexpr const char* name = "sign_sgd";
   static constexpr int moments = 0;
+  static constexpr bool bounded = false;
   static constexpr bool divides = false;
   static SIGNADAM_HD void update(const Scalars& s, float alpha, float& p, float g, float&, float&) {
     p = p - s.lr * gated_sign(g, alpha);
@@ -44,6 +47,7 @@ struct SignSGD {
 struct Signum {
   static constexpr const char* name = "signum";
   static constexpr int moments = 1;
+  static constexpr bool bounded = false;
   static constexpr bool divides = false;
   static SIGNADAM_HD void update(const Scalars& s, float, float& p, float g, float& m, float&) {
     m = s.beta1 * m + s.one_minus_beta1 * g;
@@ -55,6 +59,7 @@ struct Signum {
 struct SignAdam {
   static constexpr const char* name = "sign_adam";
   static constexpr int moments = 2;
+  static constexpr bool bounded = true;
   static constexpr bool divides = true;
   static SIGNADAM_HD void update(const Scalars& s, float, float& p, float g, float& m, float& v) {
     const float c = sign(g);
@@ -68,6 +73,7 @@ struct SignAdam {
 struct SignAdamAnalytic {
   static constexpr const char* name = "sign_adam_analytic";
   static constexpr int moments = 1;
+  static constexpr bool bounded = true;
   static constexpr bool divides = true;
   static SIGNADAM_HD void update(const Scalars& s, float, float& p, float g, float& m, float&) {
     m = s.beta1 * m + s.one_minus_beta1 * sign(g);
@@ -79,6 +85,7 @@ struct SignAdamAnalytic {
 struct SignAdamPP {
   static constexpr const char* name = "sign_adam_pp";
   static constexpr int moments = 1;
+  static constexpr bool bounded = true;
   static constexpr bool divides = false;
   static SIGNADAM_HD void update(const Scalars& s, float alpha, float& p, float g, float& m, float&) {
     m = s.beta1 * m + s.one_minus_beta1 * gated_sign(g, alpha);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dtypes.h"
+#include "random.h"
 #include "scalars.h"
 
 namespace signadam {
@@ -20,21 +21,36 @@ struct Sums {
   double first, second;
 };
 
+// How a tensor and what goes with it are stored.
+struct Formats {
+  Format param, grad, exp_avg, exp_avg_sq;
+  Weights weights;
+
+  // fp32 moments and a parameter rounded to nearest: no random bits, nothing packed, nothing beside the parameter.
+  SIGNADAM_HD bool plain() const {
+    return exp_avg == Format::fp32 && exp_avg_sq == Format::fp32 && weights == Weights::as_is;
+  }
+  SIGNADAM_HD bool packed() const { return is_packed(exp_avg) || is_packed(exp_avg_sq); }
+};
+
 struct TensorEntry {
   void* param;
-  float* exp_avg;
-  float* exp_avg_sq;
+  void* low;  // of split weights: int16 or int8; of master weights: fp32; otherwise null
+  void* exp_avg;
+  void* exp_avg_sq;
   double* exp_avg_std;  // of adaptive confidence, otherwise null
   int64_t numel;
+  int64_t first;  // index of the first element in the unsharded tensor, for random bits
   uint32_t first_chunk;
-  Format param_format;
-  Format grad_format;
+  Formats formats;
   uint8_t head;  // elements before the first 16-byte boundary
 };
 
-// What a step adds. `grads[i] == nullptr`: tensor i takes no part. `rows[i]` numbers its scalars.
+// What a step adds. `grads[i] == nullptr`: tensor i takes no part. `rows[i]` numbers its scalars. `noise` is null where
+// all tensors are plain.
 struct Step {
   const void* const* grads;
+  const Noise* noise;
   const uint32_t* rows;
   const Scalars* scalars;
 };
@@ -51,6 +67,7 @@ struct TableView {
 struct Slice {
   TensorEntry tensor;
   const void* grad;
+  Noise noise;
   int64_t begin;
   int count;
 };
@@ -60,6 +77,7 @@ SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t ch
   Slice slice;
   slice.tensor = table.tensors[index];
   slice.grad = step.grads[index];
+  slice.noise = step.noise == nullptr ? Noise{0, 0} : step.noise[index];
   slice.begin = static_cast<int64_t>(chunk - slice.tensor.first_chunk) * chunk_size;
   const int64_t left = slice.tensor.numel - slice.begin;
   slice.count = static_cast<int>(left < chunk_size ? left : chunk_size);

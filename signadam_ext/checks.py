@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import FORMATS
+from .storage import FP32, Form
 
 T = TypeVar("T")
 
@@ -125,18 +126,52 @@ def gradient(label: str, grad: Tensor, param: Tensor) -> None:
         raise ValueError(f"the gradient of {label} is on {grad.device}: must be on {param.device}, like the parameter")
 
 
-def moment(label: str, name: str, value: Any, param: Tensor, *, on_any_device: bool = False) -> None:
-    """Raises unless ``value`` is an fp32 state tensor of the parameter's shape and device."""
-    expected = f"a float32 tensor of shape {tuple(param.shape)} on {param.device}"
+def moment(label: str, name: str, value: Any, param: Tensor, form: Form = FP32) -> None:
+    """Raises unless ``value`` is a state tensor on the parameter's device: of its shape, or a packed buffer."""
+    shape = (form.nbytes(param.numel()),) if form.packed else tuple(param.shape)
+    dtype = str(form.dtype).removeprefix("torch.")
+    expected = f"a {dtype} tensor of shape {shape} on {param.device}"
+    if form.packed:
+        expected += f", {form.kind} codes of {param.numel()} elements"
     if not isinstance(value, Tensor):
         raise TypeError(f"state {name!r} of {label} is {value!r}: must be {expected}")
-    if value.dtype != torch.float32:
+    if value.dtype != form.dtype:
         raise TypeError(f"state {name!r} of {label} has dtype {value.dtype}: must be {expected}")
-    if value.shape != param.shape or (value.device != param.device and not on_any_device):
+    if value.shape != shape or value.device != param.device:
         raise ValueError(
             f"state {name!r} of {label} has shape {tuple(value.shape)} on {value.device}: must be {expected}"
         )
     allocated(f"state {name!r} of {label}", value)
+
+
+def beside(label: str, name: str, value: Any, param: Tensor, dtype: torch.dtype) -> None:
+    """Raises unless ``value`` can lie beside ``param``: low bits or a master copy."""
+    expected = f"a {str(dtype).removeprefix('torch.')} tensor of shape {tuple(param.shape)} on {param.device}"
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        what = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"state {name!r} of {label} is {what}: must be {expected}")
+    if value.shape != param.shape or value.device != param.device:
+        raise ValueError(
+            f"state {name!r} of {label} has shape {tuple(value.shape)} on {value.device}: must be {expected}"
+        )
+    allocated(f"state {name!r} of {label}", value)
+
+
+def weights(label: str, value: str, dtype: torch.dtype) -> None:
+    """Raises unless a parameter of that dtype can be stored that way."""
+    if value in ("split16", "split8") and dtype != torch.bfloat16:
+        hint = "is its own master: use 'as_is'" if dtype == torch.float32 else "has other low bits: use 'master'"
+        raise TypeError(
+            f"weights={value!r} splits fp32 into a bfloat16 parameter and its low bits, and {label}, {dtype}, {hint}"
+        )
+
+
+def seed(value: Any) -> None:
+    """Raises unless ``value`` is an integer in [0, 2^64)."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed={value!r}: must be an integer, not {type(value).__name__}")
+    if not 0 <= value < 1 << 64:
+        raise ValueError(f"seed={value!r}: must be in [0, 2^64)")
 
 
 def deviation(label: str, value: Any) -> None:

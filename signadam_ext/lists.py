@@ -13,6 +13,8 @@ from . import checks
 from .optimizer import SignOptimizer
 from .plan import Item, Plan, State
 
+#: Moments in fp32 and parameters rounded to nearest: what few bits need beside them is the optimizers' affair.
+STORAGE = {"weights": "as_is", "seed": 0}
 COMMON = {"weight_decay": 0.0, "decoupled_weight_decay": True, "maximize": False, "backend": "auto"}
 
 
@@ -46,7 +48,7 @@ def step_lists(
             known = (*COMMON, *optimizer.HYPERPARAMETERS)
             near = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown hyperparameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    group = {**COMMON, **hyperparameters, "params": list(params)}
+    group = {**COMMON, **STORAGE, **hyperparameters, "params": list(params)}
     optimizer._check_group(group)
     rule = optimizer._rule(group)
 
@@ -83,8 +85,9 @@ def step_lists(
                 group["backend"],
                 takes_part=False,
                 check_state=lambda: None,
-                state=_given((own, deviation, step)),
+                state=_given(State(own, None, deviation, step)),
                 watched_state=lambda: None,
+                forms=rule.forms(group),
             )
         )
     plan = Plan(items, [group], grads)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, overload
@@ -12,11 +15,32 @@ from torch.optim import Optimizer
 
 from . import backends, checks
 from ._extension import load
+from .checkpoint import (
+    Layout,
+    adopt,
+    check,
+    export,
+    export_entry,
+    kind_key,
+    read_entries,
+    read_head,
+    said_beside,
+    write_entries,
+    write_head,
+    writer,
+)
 from .dtypes import FORMATS
-from .plan import Item, Plan
+from .plan import Item, Plan, State
 from .rule import Rule
+from .storage import BESIDE, WEIGHTS, allocate, effective_weights, make_beside
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+#: Group entries that stay the constructor's when a checkpoint is loaded.
+CONSTRUCTORS = ("backend", "state_dtype", "weights")
+
+#: Largest beta, by levels of a momentum's codes, up to which rounding adds little to its variance.
+VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
 
 
 class SignOptimizer(Optimizer):
@@ -40,6 +64,7 @@ class SignOptimizer(Optimizer):
         self._plan: Plan | None = None
         self._plan_key: Any = None
         self._state_is_out = False
+        self._has_warned = False
         self._check_group(defaults)
         super().__init__(params, defaults)
 
@@ -55,6 +80,9 @@ class SignOptimizer(Optimizer):
         checks.number("weight_decay", group["weight_decay"], 0.0)
         checks.flag("decoupled_weight_decay", group["decoupled_weight_decay"])
         checks.flag("maximize", group["maximize"])
+        checks.one_of("weights", group["weights"], WEIGHTS)
+        checks.seed(group["seed"])
+        cls._rule(group).forms(group)
         backends.check_name(group["backend"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -74,10 +102,13 @@ class SignOptimizer(Optimizer):
             for i, param in enumerate(group["params"]):
                 # A frozen parameter, quantized perhaps, never gets a gradient and may be of any kind.
                 if param.requires_grad:
-                    checks.parameter(_label(group, len(self.param_groups) - 1, i), param)
+                    label = _label(group, len(self.param_groups) - 1, i)
+                    checks.parameter(label, param)
+                    checks.weights(label, group["weights"], param.dtype)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._warn_of_variance(group)
         self._plan = None
 
     @overload
@@ -100,7 +131,7 @@ class SignOptimizer(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             self._fold_beta(group)
-        key = [(self._rule(group), group["backend"]) for group in self.param_groups]
+        key = self._storage_key()
         plan = self._plan
         state = self._own_state if self._state_is_out else None
         if plan is None or key != self._plan_key or not plan.read(self.param_groups, state):
@@ -128,13 +159,19 @@ class SignOptimizer(Optimizer):
         # Under the name by which torch pickles and restores it.
         return self.__dict__["state"]
 
+    def _storage_key(self) -> list[tuple[Any, ...]]:
+        """What a plan depends on in the groups, beside what is read anew each step."""
+        return [
+            (self._rule(group), group["backend"], group.get("state_dtype"), group["weights"], group["seed"])
+            for group in self.param_groups
+        ]
+
     @torch.no_grad()
     def _make_plan(self, key: Any) -> Plan:
         items = []
         for index, group in enumerate(self.param_groups):
-            rule = self._rule(group)
             for i, param in enumerate(group["params"]):
-                items.append(self._item(_label(group, index, i), param, index, rule, group["backend"]))
+                items.append(self._item(_label(group, index, i), param, index, len(items)))
         plan = Plan(items, self.param_groups)
         if not plan.read(self.param_groups, None):
             raise RuntimeError(
@@ -143,41 +180,84 @@ class SignOptimizer(Optimizer):
         self._plan, self._plan_key = plan, key
         return plan
 
-    def _item(self, label: str, param: Tensor, group: int, rule: Rule, backend: str) -> Item:
+    def _item(self, label: str, param: Tensor, index: int, number: int) -> Item:
+        group = self.param_groups[index]
+        rule = self._rule(group)
+        layout = self._layout(label, param, group)
         return Item(
             label,
             param,
-            group,
+            index,
             rule,
-            backend,
+            group["backend"],
             takes_part=bool(self._own_state.get(param)) and param.dtype in FORMATS,
-            check_state=lambda: _check_state(label, self._own_state.get(param, {}), rule, param),
-            state=lambda: self._state_of(param, rule),
+            check_state=lambda: _check_state(layout, self._own_state.get(param, {})),
+            state=lambda: self._state_of(layout),
             watched_state=lambda: self._own_state[param],
+            forms=tuple(layout.moments.values()),
+            weights=group["weights"],
+            seed=group["seed"],
+            number=number,
         )
 
-    def _state_of(self, param: Tensor, rule: Rule) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor]:
-        """State of a parameter, made where it is missing: ``step``, the rule's moments, ``exp_avg_std``."""
+    def _layout(self, label: str, param: Tensor, group: dict[str, Any]) -> Layout:
+        rule = self._rule(group)
+        return Layout(
+            label,
+            param,
+            dict(zip(rule.moments, rule.forms(group), strict=True)),
+            effective_weights(group["weights"], param.dtype),
+            rule.statistics != "NONE",
+        )
+
+    def _state_of(self, layout: Layout) -> State:
+        """State of a parameter, made where it is missing: ``step``, moments, low bits or master, ``exp_avg_std``."""
+        param = layout.param
         state = self._own_state[param]
         step = state.get("step", 0.0)
         if not isinstance(step, Tensor) or step.device.type != "cpu" or step.dtype != torch.float32 or step.dim() != 0:
             step = torch.tensor(float(step), dtype=torch.float32)
             state["step"] = step
-        moments = []
-        for name in rule.moments:
+        strides = torch.empty_like(param, device="meta").stride()
+        for name, form in layout.moments.items():
             if name not in state:
-                state[name] = _zeros_like(param)
-            like = torch.empty_like(param, device="meta")
-            if not checks.same_strides(state[name], like.stride()):
-                state[name] = torch.empty_strided(param.shape, like.stride(), device=param.device).copy_(state[name])
-            moments.append(state[name])
+                state[name] = _huge_pages(allocate(form, param))
+                state.update(said_beside(name, form))
+            if form.packed:
+                # Kernels read whole words of codes.
+                if not state[name].is_contiguous() or state[name].data_ptr() % 16 != 0:
+                    state[name] = state[name].clone(memory_format=torch.contiguous_format)
+            elif not checks.same_strides(state[name], strides):
+                state[name] = _restrided(state[name], param)
+        beside = None
+        if layout.weights in BESIDE:
+            name, _ = BESIDE[layout.weights]
+            if name not in state:
+                state[name] = make_beside(layout.weights, param, state.pop("param_low", None))
+            elif not checks.same_strides(state[name], strides):
+                state[name] = _restrided(state[name], param)
+            beside = state[name]
         deviation = None
-        if rule.statistics != "NONE":
+        if layout.adaptive:
             deviation = state.get("exp_avg_std")
             if deviation is None:
                 deviation = torch.zeros((), dtype=torch.float64)
             deviation = state["exp_avg_std"] = deviation.to(param.device)
-        return tuple(moments), deviation, step
+        return State(tuple(state[name] for name in layout.moments), beside, deviation, step)
+
+    def _warn_of_variance(self, group: dict[str, Any]) -> None:
+        """Few bits add variance to a momentum, the more of it the longer it remembers."""
+        rule = self._rule(group)
+        form = rule.forms(group)[0] if rule.moments else None
+        limit = None if form is None else VARIANCE_LIMIT.get(form.levels)
+        if limit is not None and group["betas"][0] > limit and not self._has_warned:
+            self._has_warned = True
+            assert form is not None
+            warnings.warn(
+                f"{form.kind} momentum with beta = {group['betas'][0]}: beyond {limit} the variance that rounding adds "
+                "is many times that of the momentum itself; more bits or a smaller beta train better",
+                stacklevel=4,
+            )
 
     def _fold_beta(self, group: dict[str, Any]) -> None:
         """A group keeps its one ``beta`` as ``betas=(beta,)``, where schedulers that cycle momentum look for it."""
@@ -185,14 +265,25 @@ class SignOptimizer(Optimizer):
             group["betas"] = (group.pop("beta"),)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim. Holds plain tensors and numbers, loads into any backend and any parameter dtype."""
+        """As in torch.optim. Holds plain tensors and numbers, loads into any backend, storage form and parameter dtype.
+
+        Moments are tensors of their parameters' shapes. Those kept in few bits become int8 codes, which needs one byte
+        for each element while the dictionary lives: :meth:`save_state` does with one tensor at a time.
+        """
         state_dict = super().state_dict()
+        for number, layout in self._layouts():
+            if number in state_dict["state"]:
+                state_dict["state"][number] = export(layout, state_dict["state"][number])
         for group in state_dict["param_groups"]:
-            group.pop("backend", None)
+            for name in CONSTRUCTORS:
+                group.pop(name, None)
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, but state keeps its own dtype, and ``backend`` stays this optimizer's.
+        """As in torch.optim, but state keeps its precision or takes this optimizer's.
+
+        Hyperparameters and the seed come from the checkpoint; ``backend``, ``state_dtype`` and ``weights`` stay this
+        optimizer's. Where that changes the precision of a state, one warning says how.
 
         Raises:
             TypeError, ValueError: state or hyperparameters that do not fit this optimizer; nothing has been loaded
@@ -200,33 +291,28 @@ class SignOptimizer(Optimizer):
         """
         loaded: dict[str, Any] = {}
 
-        def check(_: Optimizer, incoming: dict[str, Any]) -> None:
+        def take(_: Optimizer, incoming: dict[str, Any]) -> None:
             loaded.update(incoming)
-            rules = []
-            for saved, own in zip(incoming["param_groups"], self.param_groups, strict=False):
-                # The learning rate is not checked: schedulers may leave a rounding error below zero.
-                group = {**self.defaults, **saved, "lr": 0.0, "backend": own["backend"]}
-                self._fold_beta(group)
-                self._check_group(group)
-                rules.append(self._rule(group))
-            for index, label, param, state in _paired(self, incoming):
-                _check_state(label, state, rules[index], param, on_any_device=True)
+            layouts = self._check_groups(incoming["param_groups"])
+            for number, layout in layouts:
+                if number in incoming["state"]:
+                    check(layout, incoming["state"][number])
 
         def restore(_: Optimizer) -> None:
             # Optimizer.load_state_dict has cast state tensors to their parameter's dtype, shares the step counts, and
             # made generators of strings.
-            for _index, _label, param, state in _paired(self, loaded):
-                for name, value in state.items():
-                    if isinstance(value, Tensor):
-                        device = "cpu" if name == "step" else param.device
-                        self._own_state[param][name] = value.detach().to(device, copy=True)
-                    elif isinstance(value, str):
-                        self._own_state[param][name] = value
-            for group, backend in zip(self.param_groups, kept, strict=True):
-                group["backend"] = backend
+            self._restore_groups(kept)
+            changes: dict[str, None] = {}
+            seeds = [group["seed"] for group in self.param_groups for _ in group["params"]]
+            for own, (saved, layout) in enumerate(_paired(loaded["param_groups"], self._layouts())):
+                if saved in loaded["state"]:
+                    state, changed = adopt(layout, loaded["state"][saved], seeds[own], own)
+                    changes.update(dict.fromkeys(changed))
+                    self._own_state[layout.param] = state
+            _warn_of_changes(changes)
 
-        kept = [group["backend"] for group in self.param_groups]
-        before = self.register_load_state_dict_pre_hook(check)
+        kept = self._constructors()
+        before = self.register_load_state_dict_pre_hook(take)
         after = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             super().load_state_dict(state_dict)
@@ -234,12 +320,99 @@ class SignOptimizer(Optimizer):
             before.remove()
             after.remove()
 
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Writes what :meth:`state_dict` holds, one tensor at a time, to a file that appears when it is complete.
+
+        Args:
+            path: of the file, which is replaced if there is one. It is a zip file with one member for each entry, each
+                readable by ``torch.load(weights_only=True)``.
+        """
+        groups = Optimizer.state_dict(self)["param_groups"]
+        for group in groups:
+            for name in CONSTRUCTORS:
+                group.pop(name, None)
+        with writer(path) as archive:
+            write_head(archive, {"param_groups": groups})
+            for number, layout in self._layouts():
+                if state := self._own_state.get(layout.param):
+                    write_entries(archive, number, ((name, export_entry(layout, state, name)) for name in state))
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Reads what :meth:`save_state` wrote, one tensor at a time, as :meth:`load_state_dict` would.
+
+        Raises:
+            TypeError, ValueError: state or hyperparameters that do not fit this optimizer; nothing has been loaded
+                then.
+            OSError, zipfile.BadZipFile: a file that cannot be read.
+        """
+        with zipfile.ZipFile(path) as archive:
+            groups = read_head(archive)["param_groups"]
+            own = [len(group["params"]) for group in self.param_groups]
+            if own != [len(group["params"]) for group in groups]:
+                raise ValueError(
+                    f"{os.fspath(path)} has groups of {[len(group['params']) for group in groups]} parameters: this "
+                    f"optimizer has groups of {own}"
+                )
+            for number, layout in self._check_groups(groups):
+                check(layout, read_entries(archive, number))
+            kept = self._constructors()
+            for group, saved in zip(self.param_groups, groups, strict=True):
+                group.update({name: value for name, value in saved.items() if name != "params"})
+            self._restore_groups(kept)
+            changes: dict[str, None] = {}
+            seeds = [group["seed"] for group in self.param_groups for _ in group["params"]]
+            for own_number, (number, layout) in enumerate(_paired(groups, self._layouts())):
+                self._own_state.pop(layout.param, None)
+                if saved := read_entries(archive, number):
+                    state, changed = adopt(layout, saved, seeds[own_number], own_number)
+                    changes.update(dict.fromkeys(changed))
+                    self._own_state[layout.param] = state
+        self._plan = None
+        _warn_of_changes(changes)
+
+    def _layouts(self) -> list[tuple[int, Layout]]:
+        """(number in a state dict, layout) of each parameter."""
+        layouts: list[tuple[int, Layout]] = []
+        for index, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                layouts.append((len(layouts), self._layout(_label(group, index, i), param, group)))
+        return layouts
+
+    def _constructors(self) -> list[dict[str, Any]]:
+        return [{name: group[name] for name in CONSTRUCTORS if name in group} for group in self.param_groups]
+
+    def _restore_groups(self, kept: list[dict[str, Any]]) -> None:
+        for group, own in zip(self.param_groups, kept, strict=True):
+            group.update(own)
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # which torch adds to the defaults, and to them alone
+                    group.setdefault(name, value)
+            self._fold_beta(group)
+
+    def _check_groups(self, saved_groups: list[dict[str, Any]]) -> list[tuple[int, Layout]]:
+        """(number in the checkpoint, layout) of each parameter, with the checkpoint's hyperparameters.
+
+        Raises:
+            TypeError, ValueError: hyperparameters that make no sense.
+        """
+        layouts = []
+        for index, (saved, own) in enumerate(zip(saved_groups, self.param_groups, strict=False)):
+            # The learning rate is not checked: schedulers may leave a rounding error below zero.
+            constructors = {name: own[name] for name in CONSTRUCTORS if name in own}
+            group = {**self.defaults, **saved, "lr": 0.0, **constructors}
+            self._fold_beta(group)
+            self._check_group(group)
+            for i, (number, param) in enumerate(zip(saved["params"], own["params"], strict=False)):
+                layouts.append((number, self._layout(_label(own, index, i), param, group)))
+        return layouts
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may share its state with the original.
         self._state_is_out = self.__dict__.get("_state_is_out", True)
         super().__setstate__(state)
         self._plan = None
         self._plan_key = None
+        self._has_warned = True
         for group in self.param_groups:
             self._fold_beta(group)
             for name, value in self.defaults.items():
@@ -247,12 +420,16 @@ class SignOptimizer(Optimizer):
                     group.setdefault(name, value)
 
 
-def _zeros_like(param: Tensor) -> Tensor:
-    """A moment before the first step: fp32 zeros with the parameter's strides."""
-    moment = torch.empty_like(param, dtype=torch.float32, memory_format=torch.preserve_format, requires_grad=False)
+def _huge_pages(moment: Tensor) -> Tensor:
     if moment.device.type == "cpu":
         load().advise_huge_pages(moment.data_ptr(), moment.nbytes)
-    return moment.zero_()
+    return moment
+
+
+def _restrided(value: Tensor, param: Tensor) -> Tensor:
+    """``value`` with the strides of what kernels update."""
+    strides = torch.empty_like(param, device="meta").stride()
+    return torch.empty_strided(param.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _label(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -261,14 +438,31 @@ def _label(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
 
 
-def _check_state(label: str, state: dict[str, Any], rule: Rule, param: Tensor, *, on_any_device: bool = False) -> None:
+def _check_state(layout: Layout, state: dict[str, Any]) -> None:
     """Raises unless what there is of a parameter's state fits its rule. What else a user keeps there is left alone."""
-    for name in rule.moments:
+    checks.weights(layout.label, layout.weights, layout.param.dtype)
+    for name, form in layout.moments.items():
         if name in state:
-            checks.moment(label, name, state[name], param, on_any_device=on_any_device)
-    if rule.statistics != "NONE" and "exp_avg_std" in state:
-        checks.deviation(label, state["exp_avg_std"])
-    checks.step_count(label, state.get("step", 0))
+            checks.moment(layout.label, name, state[name], layout.param, form)
+            kind = state.get(kind_key(name))
+            if kind is not None and kind != form.kind:
+                raise ValueError(f"state {name!r} of {layout.label} is {kind}: must be {form.kind}; load it instead")
+    if layout.weights in BESIDE:
+        name, dtype = BESIDE[layout.weights]
+        if name in state:
+            checks.beside(layout.label, name, state[name], layout.param, dtype)
+    if layout.adaptive and "exp_avg_std" in state:
+        checks.deviation(layout.label, state["exp_avg_std"])
+    checks.step_count(layout.label, state.get("step", 0))
+
+
+def _warn_of_changes(changes: Iterable[str]) -> None:
+    if changes := list(changes):
+        warnings.warn(
+            "the loaded state has been converted to this optimizer's storage forms (" + "; ".join(changes) + "): "
+            "training goes on, but not bit for bit as it would have",
+            stacklevel=3,
+        )
 
 
 def _keep_first_of_each(group: dict[str, Any]) -> None:
@@ -281,10 +475,7 @@ def _keep_first_of_each(group: dict[str, Any]) -> None:
             group[name] = [group[name][i] for i in first.values()]
 
 
-def _paired(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterable[tuple[int, str, Tensor, dict[str, Any]]]:
-    """(group, label, parameter, its saved state), as far as a state dict fits the optimizer's groups."""
-    saved, own = state_dict["param_groups"], optimizer.param_groups
-    for index, (old, new) in enumerate(zip(saved, own, strict=False)):
-        for i, (number, param) in enumerate(zip(old["params"], new["params"], strict=False)):
-            if number in state_dict["state"]:
-                yield index, _label(new, index, i), param, state_dict["state"][number]
+def _paired(saved_groups: list[dict[str, Any]], layouts: list[tuple[int, Layout]]) -> list[tuple[int, Layout]]:
+    """(number in the checkpoint, layout) of each parameter."""
+    numbers = [number for group in saved_groups for number in group["params"]]
+    return [(number, layout) for number, (_, layout) in zip(numbers, layouts, strict=True)]

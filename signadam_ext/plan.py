@@ -18,11 +18,26 @@ from ._extension import load
 from .dtypes import FORMATS
 from .reader import ListReader, make_reader
 from .rule import Group, Rule
+from .storage import WEIGHTS, Form, effective_weights
 
 _C = load()
 
-#: Moments, running deviation, step count.
-State = tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]
+
+@dataclass(slots=True)
+class State:
+    """What a parameter's step reads and writes beside the parameter, as stored.
+
+    Attributes:
+        moments: in the forms of its item.
+        beside: low bits or master copy of the parameter, with its strides, or None.
+        exp_avg_std: 0-dim float64 on the parameter's device, with adaptive confidence.
+        step: 0-dim fp32 on the CPU, the number of steps taken; None where nobody counts.
+    """
+
+    moments: tuple[Tensor, ...]
+    beside: Tensor | None = None
+    exp_avg_std: Tensor | None = None
+    step: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -34,20 +49,28 @@ class Entry:
         param: the parameter itself.
         work: what kernels update: ``param``, or a dense copy when its elements do not fill a run of memory.
         grad_dtype: dtype of its gradient.
-        moments: fp32 tensors with the strides of ``work``.
-        exp_avg_std: 0-dim float64 on the parameter's device, with adaptive confidence.
-        step: 0-dim fp32 on the CPU, the number of steps taken; None where nobody counts.
+        forms, moments: how the moments are stored, and the stored tensors.
+        weights, beside: how the parameter is stored, and what lies beside it.
+        exp_avg_std, step: as in :class:`State`.
         group: index of its parameter group.
+        seed, number, first: what its random bits are made of: the seed, the number under which ``state_dict()`` lists
+            the parameter, and the index of the first element in the unsharded tensor.
     """
 
     slot: int
     param: Tensor
     work: Tensor
     grad_dtype: torch.dtype
+    forms: tuple[Form, ...]
     moments: tuple[Tensor, ...]
+    weights: str
+    beside: Tensor | None
     exp_avg_std: Tensor | None
     step: Tensor | None
     group: int
+    seed: int
+    number: int
+    first: int
 
 
 @dataclass(slots=True)
@@ -65,17 +88,25 @@ class Bucket:
         self.table = _C.Table(rows_by_step=self.rule.uses_step)
         for entry in self.entries:
             addresses = [moment.data_ptr() for moment in entry.moments] + [0, 0]
+            formats = [form.number for form in entry.forms] + [FORMATS[torch.float32]] * 2
             self.table.add(
                 param=entry.work.data_ptr(),
+                low=0 if entry.beside is None else entry.beside.data_ptr(),
                 exp_avg=addresses[0],
                 exp_avg_sq=addresses[1],
                 exp_avg_std=0 if entry.exp_avg_std is None else entry.exp_avg_std.data_ptr(),
                 step=0 if entry.step is None else entry.step.data_ptr(),
                 numel=entry.work.numel(),
+                first=entry.first,
                 param_format=FORMATS[entry.work.dtype],
                 grad_format=FORMATS[entry.grad_dtype],
+                exp_avg_format=formats[0],
+                exp_avg_sq_format=formats[1],
+                weights=WEIGHTS[entry.weights],
                 group=entry.group,
                 slot=entry.slot,
+                seed=entry.seed,
+                number=entry.number,
             )
         self.table.finish(statistics=self.rule.statistics != "NONE")
 
@@ -85,7 +116,7 @@ class Item:
     """A parameter as it is handed to a plan.
 
     Only where it takes part ``check_state`` is called, which raises on state that does not fit, and then, when all
-    parameters have passed, ``state``, which makes what is missing.
+    parameters have passed, ``state``, which makes what is missing. The rest is as in :class:`Entry`.
     """
 
     label: str
@@ -97,6 +128,11 @@ class Item:
     check_state: Callable[[], None]
     state: Callable[[], State]
     watched_state: Callable[[], dict[str, Any] | None]
+    forms: tuple[Form, ...]
+    weights: str = "as_is"
+    seed: int = 0
+    number: int = 0
+    first: int = 0
 
 
 class Plan:
@@ -140,23 +176,29 @@ class Plan:
             grad = self._raw_grad(slot)
             dense = checks.is_dense(item.param)
             work = item.param.detach() if dense else torch.empty_like(item.param)
-            moments, exp_avg_std, step = item.state()
+            state = item.state()
             entry = Entry(
                 slot,
                 item.param,
                 work,
                 item.param.dtype if grad is None else grad.dtype,
-                moments,
-                exp_avg_std,
+                item.forms,
+                state.moments,
+                effective_weights(item.weights, item.param.dtype),
+                state.beside,
+                state.exp_avg_std,
                 # An alias: should someone swap the tensor's data, the table's address stays valid.
-                None if step is None else step.detach(),
+                None if state.step is None else state.step.detach(),
                 item.group,
+                item.seed,
+                item.number,
+                item.first,
             )
             self._strides[slot] = work.stride()
             self._grad_dtypes[slot] = entry.grad_dtype
             self.entries.append(entry)
-            dtypes = (work.dtype, entry.grad_dtype) if backend.splits_dtypes else None
-            key = (backend, item.param.device, item.rule, waves[slot], dtypes)
+            formats = (work.dtype, entry.grad_dtype, entry.forms, entry.weights) if backend.splits_formats else None
+            key = (backend, item.param.device, item.rule, waves[slot], formats)
             buckets.setdefault(key, []).append(entry)
 
         ordered = sorted(buckets.items(), key=lambda keyed: keyed[0][3])
@@ -168,8 +210,8 @@ class Plan:
         self._reader = make_reader() if grads is None else ListReader(grads)
         for slot, item in enumerate(items):
             dtype = self._grad_dtypes[slot]
-            state = item.watched_state() if dtype is not None else None
-            self._reader.watch(item.param, item.group, self._strides[slot], dtype, state)
+            watched = item.watched_state() if dtype is not None else None
+            self._reader.watch(item.param, item.group, self._strides[slot], dtype, watched)
 
     def grad(self, slot: int) -> Tensor:
         """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""

@@ -75,42 +75,44 @@ def sign_adam_pp(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, mome
 
 
 def update(
-    rule: Update, statistics: str, scalars: Scalars, p: Tensor, g: Tensor, moments: Moments, exp_avg_std: Tensor | None
-) -> None:
-    """One step of one tensor, in place on ``p``, ``moments`` and ``exp_avg_std``.
+    rule: Update,
+    statistics: str,
+    scalars: Scalars,
+    p: Tensor,
+    g: Tensor,
+    moments: Moments,
+    exp_avg_std: Tensor | None,
+) -> tuple[Tensor, Moments]:
+    """One step of one tensor: the new ``p`` and moments; in place on ``exp_avg_std``.
 
     Args:
         rule: one of the functions above.
         statistics: ``"NONE"``, ``"GATHER"`` or ``"ONLY"``, as in :class:`signadam_ext.rule.Rule`.
         scalars: unrounded doubles; each is rounded to fp32 once.
-        p: parameter, fp32, bf16 or fp16; rounded to nearest once, at the end.
-        g: gradient, any of these dtypes, same memory order as ``p``.
-        moments: fp32 tensors like ``p``.
+        p: parameter, flat, fp32.
+        g: gradient, flat, fp32, in the same memory order.
+        moments: flat, fp32.
         exp_avg_std: 0-dim float64, the running deviation of adaptive confidence, or None.
     """
     s = {name: torch.full((), value, dtype=torch.float32, device=p.device) for name, value in scalars.items()}
-    wide = p.float()
-    g = g.float()
     if scalars["maximize"]:
         g = -g
     if scalars["coupled"]:
-        g = g + s["weight_decay"] * wide
+        g = g + s["weight_decay"] * p
     if statistics == "ONLY" and exp_avg_std is not None:
         exp_avg_std.copy_(next_deviation(exp_avg_std, g, scalars))
     alpha = s.get("alpha", torch.zeros((), device=p.device))
     if exp_avg_std is not None:
         alpha = (scalars["alpha"] * exp_avg_std).float()
-    new_p, new_moments = rule(s, alpha, wide * s["decay"], g, moments)
+    p, moments = rule(s, alpha, p * s["decay"], g, moments)
     if statistics == "GATHER" and exp_avg_std is not None:
         exp_avg_std.copy_(next_deviation(exp_avg_std, g, scalars))
-    p.copy_(new_p)
-    for old, new in zip(moments, new_moments, strict=True):
-        old.copy_(new)
+    return p, moments
 
 
 def next_deviation(a: Tensor, g: Tensor, scalars: Scalars) -> Tensor:
     """The running standard deviation after gradient ``g`` [SA, Sec. 6.3], in double, additions in the shared order."""
-    flat = g.as_strided((g.numel(),), (1,)).double()
+    flat = g.double()
     first, second = ordered_sum(flat), ordered_sum(flat * flat)
     mean = first / g.numel()
     variance = second / g.numel() - mean * mean

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import checks, storage
+
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
 
@@ -21,7 +23,8 @@ class Rule:
 
     Attributes:
         name: name of the rule on every backend.
-        moments: state tensors, fp32, of the parameter's shape, in the order of the kernels' ``m`` and ``v``.
+        moments: names of the state tensors, in the order of the kernels' ``m`` and ``v``.
+        bounded: whether ``|m| <= 1`` always, so that few bits hold it without a scale.
         scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles.
         uses_step: whether ``scalars`` depends on ``t``.
         statistics: one of :data:`STATISTICS`.
@@ -30,12 +33,43 @@ class Rule:
     name: str
     moments: tuple[str, ...]
     scalars: Callable[[Group, int], Scalars]
+    bounded: bool = False
     uses_step: bool = False
     statistics: str = "NONE"
 
+    def forms(self, group: Group) -> tuple[storage.Form, ...]:
+        """How each moment is stored.
+
+        Raises:
+            ValueError: a ``state_dtype`` that this rule's moments do not allow.
+        """
+        dtypes = group.get("state_dtype", "fp32")
+        if isinstance(dtypes, str):
+            dtypes = (dtypes,) * len(self.moments)
+        elif len(dtypes) != len(self.moments):
+            raise ValueError(f"state_dtype={dtypes!r}: must be one name, or {len(self.moments)}, one for each moment")
+        first = storage.BOUNDED if self.bounded else storage.UNBOUNDED
+        return tuple(self._form(dtype, first if i == 0 else storage.SECOND) for i, dtype in enumerate(dtypes))
+
+    def _form(self, dtype: object, allowed: Mapping[str, storage.Form]) -> storage.Form:
+        if dtype in storage.BOUNDED and dtype not in allowed:
+            raise ValueError(
+                f"state_dtype={dtype!r}: the momentum of {self.name} has no bound, so it needs a scale; use one of "
+                f"{', '.join(map(repr, allowed))}"
+            )
+        return allowed[checks.one_of("state_dtype", dtype, storage.BOUNDED)]
+
     def row(self, group: Group, t: int) -> Scalars:
-        """All scalars of a group at step ``t``: those every rule takes, and the rule's own."""
-        return {**common_scalars(group), **self.scalars(group, t)}
+        """All scalars of a group at step ``t``: those every rule takes, and the rule's own.
+
+        A bounded moment in codes is ``m * L`` to the rule, which then takes ``lr / L`` and ``(1 - beta1) * L``.
+        """
+        scalars = {**common_scalars(group), **self.scalars(group, t)}
+        levels = self.forms(group)[0].levels if self.moments else None
+        if levels is not None:
+            scalars["lr"] /= levels
+            scalars["one_minus_beta1"] *= levels
+        return scalars
 
 
 def common_scalars(group: Group) -> Scalars:

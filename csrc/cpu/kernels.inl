@@ -53,7 +53,7 @@ SIGNADAM_HD void update_block(const Scalars& s, float alpha, float* SIGNADAM_RES
 }
 
 const void* at(const void* base, Format format, int64_t index) {
-  return static_cast<const unsigned char*>(base) + index * size_of(format);
+  return static_cast<const unsigned char*>(base) + bytes_before(format, index);
 }
 
 // fp32 is used where it lies; a 16-bit operand goes through scratch.
@@ -64,18 +64,20 @@ const float* widened(const void* base, Format format, int64_t index, float* scra
   return scratch;
 }
 
+#include "stored.inl"
+
 // Elements of a full chunk that are updated in one half before the other has its turn.
 constexpr int turn = 64;
 
 template <class Rule>
-void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
-  const Scalars s = scalars;  // a local copy cannot alias the tensors
+void update_plain(const Slice& slice, const Scalars& s, float alpha) {
   const TensorEntry& tensor = slice.tensor;
-  float* const m = Rule::moments > 0 ? tensor.exp_avg + slice.begin : nullptr;
-  float* const v = Rule::moments > 1 ? tensor.exp_avg_sq + slice.begin : nullptr;
+  const Format param_format = tensor.formats.param, grad_format = tensor.formats.grad;
+  float* const m = Rule::moments > 0 ? static_cast<float*>(tensor.exp_avg) + slice.begin : nullptr;
+  float* const v = Rule::moments > 1 ? static_cast<float*>(tensor.exp_avg_sq) + slice.begin : nullptr;
   const auto moment_at = [](float* moment, int i) { return moment == nullptr ? nullptr : moment + i; };
 
-  if (tensor.param_format == Format::fp32 && tensor.grad_format == Format::fp32) {
+  if (param_format == Format::fp32 && grad_format == Format::fp32) {
     float* const p = static_cast<float*>(tensor.param) + slice.begin;
     const float* const g = static_cast<const float*>(slice.grad) + slice.begin;
     if (slice.count < chunk_size) return update_block<Rule>(s, alpha, p, g, m, v, slice.count);
@@ -91,11 +93,40 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
   for (int done = 0; done < slice.count; done += block_size) {
     const int64_t index = slice.begin + done;
     const int count = slice.count - done < block_size ? slice.count - done : block_size;
-    const float* g = widened(slice.grad, tensor.grad_format, index, scratch_g, count);
-    float* p = const_cast<float*>(widened(tensor.param, tensor.param_format, index, scratch_p, count));
+    const float* g = widened(slice.grad, grad_format, index, scratch_g, count);
+    float* p = const_cast<float*>(widened(tensor.param, param_format, index, scratch_p, count));
     update_block<Rule>(s, alpha, p, g, moment_at(m, done), moment_at(v, done), count);
-    if (tensor.param_format != Format::fp32)
-      narrow_block(tensor.param_format, p, static_cast<uint16_t*>(tensor.param) + index, count);
+    if (param_format != Format::fp32)
+      narrow_block(param_format, p, static_cast<uint16_t*>(tensor.param) + index, count);
+  }
+}
+
+template <class Rule>
+void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
+  const Scalars s = scalars;  // a local copy cannot alias the tensors
+  if (slice.tensor.formats.plain()) return update_plain<Rule>(slice, s, alpha);
+
+  const TensorEntry& tensor = slice.tensor;
+  const Formats& formats = tensor.formats;
+  alignas(64) float scratch_p[block_size], scratch_g[block_size], scratch_m[block_size], scratch_v[block_size];
+  Halves halves;
+  for (int done = 0; done < slice.count; done += block_size) {
+    const int64_t index = slice.begin + done;
+    const int count = slice.count - done < block_size ? slice.count - done : block_size;
+    const float* g = widened(slice.grad, formats.grad, index, scratch_g, count);
+    float* p = load_param(tensor, index, scratch_p, count);
+    float* m = Rule::moments > 0 ? load_moment(tensor.exp_avg, formats.exp_avg, tensor.numel, index, scratch_m, count)
+                                 : nullptr;
+    float* v = Rule::moments > 1
+                   ? load_moment(tensor.exp_avg_sq, formats.exp_avg_sq, tensor.numel, index, scratch_v, count)
+                   : nullptr;
+    update_block<Rule>(s, alpha, p, g, m, v, count);
+    const uint16_t* r = draw(slice.noise, tensor.first + index, count, halves);
+    store_param(tensor, index, p, r, count);
+    if constexpr (Rule::moments > 0)
+      store_moment<false>(tensor.exp_avg, formats.exp_avg, tensor.numel, index, m, r, count);
+    if constexpr (Rule::moments > 1)
+      store_moment<true>(tensor.exp_avg_sq, formats.exp_avg_sq, tensor.numel, index, v, r, count);
   }
 }
 
@@ -114,6 +145,7 @@ constexpr int lanes_together = 32;
 Sums sum_chunk(const Slice& slice, const Scalars& scalars) {
   const Scalars s = scalars;
   const TensorEntry& tensor = slice.tensor;
+  const Format grad_format = tensor.formats.grad;
   alignas(64) double first[lane_count], second[lane_count];
   // Lanes that no element reaches are +0, and halving them away changes nothing.
   int lanes = lanes_together;
@@ -125,8 +157,8 @@ Sums sum_chunk(const Slice& slice, const Scalars& scalars) {
       const int64_t index = slice.begin + place;
       const int left = slice.count - place;
       const auto sum = [&](int count) {
-        const float* g = widened(slice.grad, tensor.grad_format, index, scratch_g, count);
-        const float* p = s.coupled ? widened(tensor.param, tensor.param_format, index, scratch_p, count) : g;
+        const float* g = widened(slice.grad, grad_format, index, scratch_g, count);
+        const float* p = s.coupled ? load_param(tensor, index, scratch_p, count) : g;
         for (int i = 0; i < count; ++i) {
           const double x = effective_gradient(s, p[i], g[i]);
           a[i] += x;

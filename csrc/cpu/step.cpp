@@ -46,15 +46,16 @@ int64_t unit_size_for(int64_t elements) {
 // prefetching has begun.
 void fetch_ahead(const Slice& slice) {
   constexpr int64_t reach = 256, line = 64;
-  const auto fetch = [&](const void* base, int size) {
+  const auto fetch = [&](const void* base, Format format) {
     if (base == nullptr) return;
-    const char* begin = static_cast<const char*>(base) + slice.begin * size;
-    for (int64_t at = 0; at < reach && at < slice.count * size; at += line) __builtin_prefetch(begin + at);
+    const char* begin = static_cast<const char*>(base) + bytes_before(format, slice.begin);
+    for (int64_t at = 0; at < reach && at < bytes_before(format, slice.count); at += line) __builtin_prefetch(begin + at);
   };
-  fetch(slice.tensor.param, size_of(slice.tensor.param_format));
-  fetch(slice.grad, size_of(slice.tensor.grad_format));
-  fetch(slice.tensor.exp_avg, sizeof(float));
-  fetch(slice.tensor.exp_avg_sq, sizeof(float));
+  const Formats& formats = slice.tensor.formats;
+  fetch(slice.tensor.param, formats.param);
+  fetch(slice.grad, formats.grad);
+  fetch(slice.tensor.exp_avg, formats.exp_avg);
+  fetch(slice.tensor.exp_avg_sq, formats.exp_avg_sq);
 }
 
 void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s) {

@@ -14,10 +14,10 @@ constexpr std::size_t parameter_bytes = 32764;
 constexpr std::size_t parameter_bytes = 4096;
 #endif
 
-struct LaunchHeader {
+struct alignas(16) LaunchHeader {
   TableView table;
   const unsigned char* step;  // device memory, or null: then the bytes below
-  uint32_t grads, rows;       // offsets of StepLayout
+  uint32_t grads, noise, rows;  // offsets of StepLayout
 };
 
 constexpr std::size_t inline_bytes = (parameter_bytes - sizeof(LaunchHeader)) / 16 * 16;
@@ -53,36 +53,44 @@ struct DeviceBlock {
   }
 };
 
-template <class Rule, Statistics statistics>
+template <class Rule, Statistics statistics, Storage storage>
 __global__ void __launch_bounds__(threads_per_block, 2) kernel(const __grid_constant__ LaunchArguments arguments) {
   const LaunchHeader& header = arguments.header;
   const unsigned char* bytes = header.step == nullptr ? arguments.step : header.step;
-  const Step step{reinterpret_cast<const void* const*>(bytes + header.grads),
+  const Noise* noise = nullptr;
+  if constexpr (storage == Storage::any) noise = reinterpret_cast<const Noise*>(bytes + header.noise);
+  const Step step{reinterpret_cast<const void* const*>(bytes + header.grads), noise,
                   reinterpret_cast<const uint32_t*>(bytes + header.rows), reinterpret_cast<const Scalars*>(bytes)};
   DeviceBlock block{nullptr};
   if constexpr (statistics != Statistics::none) {
     __shared__ Sums lanes[lane_count];
     block.shared = lanes;
   }
-  run_block<Rule, statistics>(block, header.table, step, blockIdx.x);
+  run_block<Rule, statistics, storage>(block, header.table, step, blockIdx.x);
 }
 
 using Kernel = void (*)(LaunchArguments);
 
 // Only a gated rule gathers statistics; the first launch of the exact form is the same for all of them.
+template <Storage storage>
 Kernel kernel_of(RuleIndex rule, Statistics statistics) {
-  if (statistics == Statistics::only) return kernel<SignAdamPP, Statistics::only>;
+  if (statistics == Statistics::only) return kernel<SignAdamPP, Statistics::only, storage>;
   if (statistics == Statistics::gather)
-    return rule == rule_SignAdamPP ? kernel<SignAdamPP, Statistics::gather> : nullptr;
+    return rule == rule_SignAdamPP ? kernel<SignAdamPP, Statistics::gather, storage> : nullptr;
   switch (rule) {
 #define SIGNADAM_CASE(Rule) \
   case rule_##Rule:         \
-    return kernel<Rule, Statistics::none>;
+    return kernel<Rule, Statistics::none, storage>;
     SIGNADAM_RULES(SIGNADAM_CASE)
 #undef SIGNADAM_CASE
     default:
       return nullptr;
   }
+}
+
+Kernel kernel_of(RuleIndex rule, Statistics statistics, Storage storage) {
+  return storage == Storage::plain ? kernel_of<Storage::plain>(rule, statistics)
+                                   : kernel_of<Storage::any>(rule, statistics);
 }
 
 void check(cudaError_t status, const char* doing) {
@@ -102,10 +110,11 @@ struct DeviceGuard {
 
 }  // namespace
 
-StepLayout StepLayout::of(std::size_t scalar_rows, std::size_t tensors) {
+StepLayout StepLayout::of(std::size_t scalar_rows, std::size_t tensors, std::size_t noisy) {
   StepLayout layout{};
   layout.grads = scalar_rows * sizeof(Scalars);
-  layout.rows = layout.grads + tensors * sizeof(void*);
+  layout.noise = layout.grads + tensors * sizeof(void*);
+  layout.rows = layout.noise + noisy * sizeof(Noise);
   layout.size = layout.rows + tensors * sizeof(uint32_t);
   return layout;
 }
@@ -113,14 +122,15 @@ static_assert(sizeof(Scalars) % alignof(void*) == 0);
 
 std::size_t inline_capacity() { return inline_bytes; }
 
-void launch(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t chunks, const StepLayout& layout,
+void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks, const StepLayout& layout,
             const void* host_step, void* device_step, int device, void* stream) {
-  const Kernel function = kernel_of(rule, statistics);
+  const Kernel function = kernel_of(rule, statistics, storage);
   if (function == nullptr) throw std::runtime_error("no CUDA kernel for this rule with statistics");
   DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
   LaunchArguments arguments;
-  arguments.header = {table, nullptr, static_cast<uint32_t>(layout.grads), static_cast<uint32_t>(layout.rows)};
+  const auto offset = [](std::size_t bytes) { return static_cast<uint32_t>(bytes); };
+  arguments.header = {table, nullptr, offset(layout.grads), offset(layout.noise), offset(layout.rows)};
   if (layout.size <= inline_bytes) {
     std::memcpy(arguments.step, host_step, layout.size);
   } else {
@@ -148,7 +158,7 @@ std::string unusable_reason(int device) {
   try {
     DeviceGuard guard(device);
     cudaFuncAttributes attributes{};
-    const auto status = cudaFuncGetAttributes(&attributes, kernel_of(rule_SignSGD, Statistics::none));
+    const auto status = cudaFuncGetAttributes(&attributes, kernel_of(rule_SignSGD, Statistics::none, Storage::plain));
     if (status == cudaSuccess) return "";
     cudaGetLastError();
     int major = 0, minor = 0;
@@ -174,11 +184,14 @@ std::vector<KernelInfo> kernel_info(int device) {
     infos.push_back({std::move(name), a.numRegs, static_cast<int>(a.sharedSizeBytes),
                      static_cast<int>(a.localSizeBytes), threads_per_block, blocks});
   };
-#define SIGNADAM_ADD(Rule) add(Rule::name, kernel_of(rule_##Rule, Statistics::none));
-  SIGNADAM_RULES(SIGNADAM_ADD)
+  for (const Storage storage : {Storage::plain, Storage::any}) {
+    const std::string suffix = storage == Storage::plain ? "" : "+stored";
+#define SIGNADAM_ADD(Rule) add(Rule::name + suffix, kernel_of(rule_##Rule, Statistics::none, storage));
+    SIGNADAM_RULES(SIGNADAM_ADD)
 #undef SIGNADAM_ADD
-  add("sign_adam_pp+gather", kernel_of(rule_SignAdamPP, Statistics::gather));
-  add("statistics", kernel_of(rule_SignAdamPP, Statistics::only));
+    add("sign_adam_pp+gather" + suffix, kernel_of(rule_SignAdamPP, Statistics::gather, storage));
+    add("statistics" + suffix, kernel_of(rule_SignAdamPP, Statistics::only, storage));
+  }
   return infos;
 }
 

@@ -9,10 +9,10 @@
 
 namespace signadam::cuda {
 
-// Step data (gradient addresses, rows, scalars) in one run of bytes: scalars, then addresses, then rows.
+// Step data in one run of bytes: scalars, gradient addresses, noise (of `noisy` tensors: all or none), rows.
 struct StepLayout {
-  std::size_t scalars, grads, rows, size;
-  static StepLayout of(std::size_t scalar_rows, std::size_t tensors);
+  std::size_t scalars, grads, noise, rows, size;
+  static StepLayout of(std::size_t scalar_rows, std::size_t tensors, std::size_t noisy);
 };
 
 // Bytes of step data that travel in the kernel's parameters; more goes by a copy.
@@ -21,7 +21,7 @@ std::size_t inline_capacity();
 // Launches on `stream` of `device`. `host_step` holds the step data; when it exceeds the inline capacity it is copied
 // to `device_step` first, stream-ordered, and must lie in pinned memory that stays until the copy is done.
 // Never synchronizes. Throws std::runtime_error with CUDA's own words.
-void launch(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t chunks, const StepLayout& layout,
+void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks, const StepLayout& layout,
             const void* host_step, void* device_step, int device, void* stream);
 
 // Empty when this module can run on `device`, otherwise the reason. Starts no context before it is called.

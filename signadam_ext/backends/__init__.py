@@ -27,7 +27,7 @@ class Backend(Protocol):
     """One way to update tensors."""
 
     name: str
-    splits_dtypes: bool  # whether a launch takes one combination of parameter and gradient dtype only
+    splits_formats: bool  # whether a launch takes one combination of dtypes and storage forms only
 
     def unusable(self, device: torch.device | None) -> str | None:
         """Why tensors on ``device`` (None: any) cannot be served here, or None when they can."""

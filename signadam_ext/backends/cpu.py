@@ -19,7 +19,7 @@ _C = load()
 
 class CpuBackend:
     name = "cpu"
-    splits_dtypes = False
+    splits_formats = False
 
     def unusable(self, device: torch.device | None) -> str | None:
         return None if device is None or device.type == "cpu" else "it serves CPU tensors only"

@@ -21,7 +21,7 @@ _C = load()
 
 class CudaBackend:
     name = "cuda"
-    splits_dtypes = False
+    splits_formats = False
 
     def unusable(self, device: torch.device | None) -> str | None:
         if not hasattr(_C, "cuda_unusable_reason"):

@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import random_bits, reference, storage
 from .._extension import load
 
 if TYPE_CHECKING:
-    from ..plan import Bucket
+    from ..plan import Bucket, Entry
     from . import Launch, Row
 
 _C = load()
 
+#: What each moment uses of an element's random bits.
+MOMENT_BITS = (random_bits.bits_for_m, random_bits.bits_for_v)
+
 
 class ReferenceBackend:
     name = "reference"
-    splits_dtypes = False
+    splits_formats = False
 
     def unusable(self, device: torch.device | None) -> str | None:
         return None
@@ -33,9 +36,26 @@ class ReferenceBackend:
             scalars = [dict(zip(_C.SCALARS, row, strict=True)) for row in rows]
             for entry, present, row in zip(bucket.entries, bucket.table.grads(), bucket.table.rows(), strict=True):
                 if present and entry.work.numel() > 0:
-                    g = grad(entry.slot)
-                    reference.update(
-                        rule, bucket.rule.statistics, scalars[row], entry.work, g, entry.moments, entry.exp_avg_std
-                    )
+                    _update(rule, bucket.rule.statistics, scalars[row], entry, grad(entry.slot))
 
         return launch
+
+
+def _update(rule: reference.Update, statistics: str, scalars: dict[str, float], entry: Entry, grad: Tensor) -> None:
+    numel = entry.work.numel()
+    param = flat(entry.work)
+    beside = None if entry.beside is None else flat(entry.beside)
+    stored = [moment if form.packed else flat(moment) for form, moment in zip(entry.forms, entry.moments, strict=True)]
+    p = storage.load_param(entry.weights, param, beside)
+    moments = tuple(storage.decode(form, x, numel) for form, x in zip(entry.forms, stored, strict=True))
+    p, moments = reference.update(rule, statistics, scalars, p, flat(grad).float(), moments, entry.exp_avg_std)
+    t = 0 if entry.step is None else int(entry.step) + 1
+    r = random_bits.random_bits(entry.seed, entry.number, t, entry.first, numel, param.device)
+    storage.store_param(entry.weights, p, r, param, beside)
+    for form, old, new, own_bits in zip(entry.forms, stored, moments, MOMENT_BITS, strict=False):
+        old.copy_(storage.encode(form, new, own_bits(r)))
+
+
+def flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in memory order."""
+    return x.as_strided((x.numel(),), (1,))

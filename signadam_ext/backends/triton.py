@@ -25,7 +25,7 @@ LAUNCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 class TritonBackend:
     name = "triton"
-    splits_dtypes = True
+    splits_formats = True
 
     def unusable(self, device: torch.device | None) -> str | None:
         if importlib.util.find_spec("triton") is None:

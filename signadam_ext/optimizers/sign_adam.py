@@ -35,8 +35,8 @@ def _analytic_scalars(group: Group, t: int) -> Scalars:
 
 
 RULES = {
-    "exact": Rule("sign_adam", moments=("exp_avg", "exp_avg_sq"), scalars=_exact_scalars),
-    "analytic": Rule("sign_adam_analytic", moments=("exp_avg",), scalars=_analytic_scalars, uses_step=True),
+    "exact": Rule("sign_adam", moments=("exp_avg", "exp_avg_sq"), scalars=_exact_scalars, bounded=True),
+    "analytic": Rule("sign_adam_analytic", moments=("exp_avg",), scalars=_analytic_scalars, bounded=True, uses_step=True),
 }
 
 
@@ -92,6 +92,9 @@ class SignAdam(SignOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        state_dtype: str | tuple[str, ...] = "fp32",
+        weights: str = "as_is",
+        seed: int = 0,
         backend: str = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -105,6 +108,9 @@ class SignAdam(SignOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "state_dtype": state_dtype,
+            "weights": weights,
+            "seed": seed,
             "backend": backend,
         }
         super().__init__(params, defaults, foreach=foreach, fused=fused, differentiable=differentiable)

@@ -30,7 +30,7 @@ def _scalars(group: Group, t: int) -> Scalars:
     }
 
 
-_FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars)
+_FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars, bounded=True)
 RULES = {
     "fixed": _FIXED,
     "adaptive": replace(_FIXED, statistics="ONLY"),
@@ -98,6 +98,9 @@ class SignAdamPP(SignOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        state_dtype: str | tuple[str, ...] = "fp32",
+        weights: str = "as_is",
+        seed: int = 0,
         backend: str = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -112,6 +115,9 @@ class SignAdamPP(SignOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "state_dtype": state_dtype,
+            "weights": weights,
+            "seed": seed,
             "backend": backend,
         }
         super().__init__(params, defaults, foreach=foreach, fused=fused, differentiable=differentiable)

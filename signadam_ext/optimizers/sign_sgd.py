@@ -60,6 +60,8 @@ class SignSGD(SignOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        weights: str = "as_is",
+        seed: int = 0,
         backend: str = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -72,6 +74,8 @@ class SignSGD(SignOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "weights": weights,
+            "seed": seed,
             "backend": backend,
         }
         super().__init__(params, defaults, foreach=foreach, fused=fused, differentiable=differentiable)

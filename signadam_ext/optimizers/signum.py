@@ -64,6 +64,9 @@ class Signum(SignOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        state_dtype: str | tuple[str, ...] = "fp32",
+        weights: str = "as_is",
+        seed: int = 0,
         backend: str = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -75,6 +78,9 @@ class Signum(SignOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "state_dtype": state_dtype,
+            "weights": weights,
+            "seed": seed,
             "backend": backend,
         }
         super().__init__(params, defaults, foreach=foreach, fused=fused, differentiable=differentiable)

@@ -1,0 +1,198 @@
+// Included by kernels.inl, inside its namespace: storage forms to and from fp32 scratch, a block at a time. Loops do one
+// thing each, over arrays in the first-level cache, so that every compiler makes vectors of them.
+
+static_assert(block_size % packed_run == 0);
+
+// The 16 random bits of each element, and room for the pairs that stick out at both ends.
+struct Halves {
+  alignas(64) uint32_t word[block_size / 2 + 1];
+};
+
+void draw_run(const Keys keys, uint32_t pair, uint32_t* SIGNADAM_RESTRICT words, int count) {
+  for (int i = 0; i < count; ++i) words[i] = random_word(keys, pair + static_cast<uint32_t>(i));
+}
+
+// `first`: index in the unsharded tensor. Returns the bits of element 0.
+const uint16_t* draw(const Noise& noise, int64_t first, int count, Halves& halves) {
+  const auto pair = static_cast<uint64_t>(first) >> 1;
+  const int words = (count + static_cast<int>(first & 1) + 1) / 2;
+  // Keys hold for 2^32 pairs.
+  const uint64_t left = (uint64_t{1} << 32) - (pair & 0xffffffffu);
+  const int low = left < static_cast<uint64_t>(words) ? static_cast<int>(left) : words;
+  draw_run(Keys::of(noise, static_cast<uint32_t>(pair >> 32)), static_cast<uint32_t>(pair), halves.word, low);
+  if (low < words)
+    draw_run(Keys::of(noise, static_cast<uint32_t>(pair >> 32) + 1), 0, halves.word + low, words - low);
+  return reinterpret_cast<const uint16_t*>(halves.word) + (first & 1);
+}
+
+float* load_param(const TensorEntry& tensor, int64_t index, float* SIGNADAM_RESTRICT to, int count) {
+  const Formats& formats = tensor.formats;
+  float* const p = const_cast<float*>(widened(tensor.param, formats.param, index, to, count));
+  if (formats.weights == Weights::as_is || formats.weights == Weights::stochastic) return p;
+  const uint16_t* SIGNADAM_RESTRICT param = static_cast<const uint16_t*>(tensor.param) + index;
+  if (formats.weights == Weights::master) {
+    const float* SIGNADAM_RESTRICT master = static_cast<const float*>(tensor.low) + index;
+    for (int i = 0; i < count; ++i) to[i] = from_master(formats.param, param[i], master[i]);
+  } else if (formats.weights == Weights::split16) {
+    const int16_t* SIGNADAM_RESTRICT low = static_cast<const int16_t*>(tensor.low) + index;
+    for (int i = 0; i < count; ++i) to[i] = join(param[i], low[i]);
+  } else {
+    const int8_t* SIGNADAM_RESTRICT low = static_cast<const int8_t*>(tensor.low) + index;
+    for (int i = 0; i < count; ++i) to[i] = join(param[i], 256 * low[i]);
+  }
+  return p;
+}
+
+void store_param(const TensorEntry& tensor, int64_t index, const float* SIGNADAM_RESTRICT p,
+                 const uint16_t* SIGNADAM_RESTRICT r, int count) {
+  const Formats& formats = tensor.formats;
+  if (formats.param == Format::fp32) return;
+  uint16_t* SIGNADAM_RESTRICT param = static_cast<uint16_t*>(tensor.param) + index;
+  switch (formats.weights) {
+    case Weights::as_is:
+      narrow_block(formats.param, p, param, count);
+      return;
+    case Weights::stochastic:
+      if (formats.param == Format::bf16)
+        for (int i = 0; i < count; ++i) param[i] = narrow_bf16(p[i], r[i]);
+      else
+        for (int i = 0; i < count; ++i) param[i] = narrow_fp16(p[i], r[i]);
+      return;
+    case Weights::master: {
+      float* SIGNADAM_RESTRICT master = static_cast<float*>(tensor.low) + index;
+      for (int i = 0; i < count; ++i) master[i] = p[i];
+      narrow_block(formats.param, p, param, count);
+      return;
+    }
+    case Weights::split16: {
+      int16_t* SIGNADAM_RESTRICT low = static_cast<int16_t*>(tensor.low) + index;
+      for (int i = 0; i < count; ++i) {
+        const Split split = split16(p[i]);
+        param[i] = split.high;
+        low[i] = static_cast<int16_t>(split.low);
+      }
+      return;
+    }
+    case Weights::split8: {
+      int8_t* SIGNADAM_RESTRICT low = static_cast<int8_t*>(tensor.low) + index;
+      for (int i = 0; i < count; ++i) {
+        const Split split = split8(p[i], static_cast<uint32_t>(r[i]) >> 8);
+        param[i] = split.high;
+        low[i] = static_cast<int8_t>(split.low);
+      }
+    }
+  }
+}
+
+constexpr int64_t padded(int64_t count) { return (count + packed_run - 1) / packed_run * packed_run; }
+
+// Four codes in a word of bytes <-> four codes side by side in 16 or 8 bits.
+void unpack_codes(Format format, const unsigned char* SIGNADAM_RESTRICT from, int8_t* SIGNADAM_RESTRICT to, int count) {
+  const int words = static_cast<int>(padded(count)) / 4;
+  alignas(64) uint32_t spread[block_size / 4];
+  if (format == Format::int4) {
+    uint16_t packed[block_size / 4];
+    std::memcpy(packed, from, sizeof(uint16_t) * static_cast<std::size_t>(words));
+    for (int i = 0; i < words; ++i) {
+      const uint32_t x = packed[i];
+      spread[i] = (x & 0xfu) | (x & 0xf0u) << 4 | (x & 0xf00u) << 8 | (x & 0xf000u) << 12;
+    }
+    std::memcpy(to, spread, sizeof(uint32_t) * static_cast<std::size_t>(words));
+    for (int i = 0; i < 4 * words; ++i) to[i] = static_cast<int8_t>((to[i] ^ 8) - 8);
+  } else {
+    for (int i = 0; i < words; ++i) {
+      const uint32_t x = from[i];
+      spread[i] = (x | x << 6 | x << 12 | x << 18) & 0x03030303u;
+    }
+    std::memcpy(to, spread, sizeof(uint32_t) * static_cast<std::size_t>(words));
+    for (int i = 0; i < 4 * words; ++i) to[i] = static_cast<int8_t>((to[i] ^ 2) - 2);
+  }
+}
+
+void pack_codes(Format format, const int8_t* SIGNADAM_RESTRICT from, unsigned char* SIGNADAM_RESTRICT to, int count) {
+  const int words = static_cast<int>(padded(count)) / 4;
+  alignas(64) uint32_t spread[block_size / 4];
+  std::memcpy(spread, from, sizeof(uint32_t) * static_cast<std::size_t>(words));
+  if (format == Format::int4) {
+    uint16_t packed[block_size / 4];
+    for (int i = 0; i < words; ++i) {
+      const uint32_t x = spread[i] & 0x0f0f0f0fu;
+      packed[i] = static_cast<uint16_t>((x & 0xfu) | (x >> 4 & 0xf0u) | (x >> 8 & 0xf00u) | (x >> 12 & 0xf000u));
+    }
+    std::memcpy(to, packed, sizeof(uint16_t) * static_cast<std::size_t>(words));
+  } else {
+    for (int i = 0; i < words; ++i) {
+      const uint32_t x = spread[i] & 0x03030303u;
+      to[i] = static_cast<unsigned char>(x | x >> 6 | x >> 12 | x >> 18);
+    }
+  }
+}
+
+// fp32 is used where it lies.
+float* load_moment(void* base, Format format, int64_t numel, int64_t index, float* SIGNADAM_RESTRICT to, int count) {
+  auto* const from = static_cast<unsigned char*>(base) + bytes_before(format, index);
+  if (!is_packed(format)) return const_cast<float*>(widened(base, format, index, to, count));
+  if (format == Format::block8) {
+    const int8_t* SIGNADAM_RESTRICT codes = reinterpret_cast<const int8_t*>(from);
+    const int8_t* exponents = static_cast<const int8_t*>(base) + padded(numel) + index / packed_run;
+    for (int run = 0; run < count; run += packed_run) {
+      const float scale = power_of_two(exponents[run / packed_run]);
+      for (int i = run; i < run + packed_run; ++i) to[i] = from_block_code(codes[i], scale);
+    }
+    return to;
+  }
+  alignas(64) int8_t unpacked[block_size];
+  const int8_t* codes = reinterpret_cast<const int8_t*>(from);
+  if (format != Format::int8) {
+    unpack_codes(format, from, unpacked, count);
+    codes = unpacked;
+  }
+  for (int i = 0; i < count; ++i) to[i] = static_cast<float>(codes[i]);
+  return to;
+}
+
+// `second`: the bits that v uses, not those of m.
+template <bool second>
+SIGNADAM_HD uint32_t moment_bits(uint16_t r) {
+  return second ? bits_for_v(r) : bits_for_m(r);
+}
+
+template <bool second>
+void store_moment(void* base, Format format, int64_t numel, int64_t index, float* SIGNADAM_RESTRICT m,
+                  const uint16_t* SIGNADAM_RESTRICT r, int count) {
+  auto* const to = static_cast<unsigned char*>(base) + bytes_before(format, index);
+  if (format == Format::fp32) return;
+  if (format == Format::bf16) {
+    uint16_t* SIGNADAM_RESTRICT bf16 = reinterpret_cast<uint16_t*>(to);
+    for (int i = 0; i < count; ++i) bf16[i] = narrow_bf16(m[i], moment_bits<second>(r[i]));
+    return;
+  }
+  // Packed storage ends with a whole run: what lies beyond the tensor in it is zero.
+  const int whole = static_cast<int>(padded(count));
+  alignas(64) int8_t codes[block_size];
+  if (format == Format::block8) {
+    int8_t* exponents = static_cast<int8_t*>(base) + padded(numel) + index / packed_run;
+    for (int i = count; i < whole; ++i) m[i] = 0.0f;
+    for (int run = 0; run < whole; run += packed_run) {
+      uint32_t largest = 0;
+      for (int i = run; i < run + packed_run; ++i) {
+        const uint32_t magnitude = finite_magnitude(m[i]);
+        largest = magnitude > largest ? magnitude : largest;
+      }
+      const int e = block_exponent(largest);
+      const float inverse = power_of_two(-e);
+      for (int i = run; i < run + packed_run; ++i)
+        codes[i] = static_cast<int8_t>(block_code(m[i], inverse, moment_bits<second>(r[i])));
+      exponents[run / packed_run] = static_cast<int8_t>(e);
+    }
+    std::memcpy(to, codes, static_cast<std::size_t>(whole));
+    return;
+  }
+  for (int i = 0; i < count; ++i)
+    codes[i] = static_cast<int8_t>(stochastic_integer(m[i], moment_bits<second>(r[i])));
+  for (int i = count; i < whole; ++i) codes[i] = 0;
+  if (format == Format::int8)
+    std::memcpy(to, codes, static_cast<std::size_t>(whole));
+  else
+    pack_codes(format, codes, to, count);
+}

@@ -1,0 +1,51 @@
+// Counter-based random bits (ALGORITHMS, random bits): a function of seed, tensor, step and element, so every backend,
+// any chunking and any number of threads draw the same ones.
+#pragma once
+
+#include "platform.h"
+
+namespace signadam {
+
+SIGNADAM_HD uint32_t mix(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  x ^= x >> 16;
+  return x;
+}
+
+// The keys of one tensor at one step, before the element's high bits have entered.
+struct Noise {
+  uint32_t h0, h1;
+
+  SIGNADAM_HD static Noise of(uint64_t seed, uint32_t tensor, uint64_t step) {
+    const uint32_t words[] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), tensor,
+                              static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32)};
+    Noise noise{0x243F6A88u, 0x85A308D3u};
+    for (const uint32_t w : words) noise = {mix(noise.h0 ^ w), mix(noise.h1 ^ w)};
+    return noise;
+  }
+};
+
+struct Keys {
+  uint32_t k0, k1;
+  SIGNADAM_HD static Keys of(const Noise& noise, uint32_t high) { return {mix(noise.h0 ^ high), mix(noise.h1 ^ high)}; }
+};
+
+// One word serves two elements: its low half the even one, its high half the odd one.
+SIGNADAM_HD uint32_t random_word(const Keys& keys, uint32_t pair) {
+  uint32_t x = pair ^ keys.k0;
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x = (x ^ keys.k1) * 0x846ca68bu;
+  x ^= x >> 16;
+  return x;
+}
+
+// What the moments use of an element's 16 bits: m the bytes swapped, v the complement of that.
+SIGNADAM_HD uint32_t bits_for_m(uint32_t r) { return ((r << 8) | (r >> 8)) & 0xffffu; }
+SIGNADAM_HD uint32_t bits_for_v(uint32_t r) { return bits_for_m(r) ^ 0xffffu; }
+
+}  // namespace signadam

@@ -1,0 +1,265 @@
+// Parameters and moments in every storage form, by pieces. Packed forms have no head: their pieces are whole words.
+#pragma once
+
+#include "operand.h"
+
+namespace signadam {
+
+// The 16 random bits of each element of a piece, two to a word.
+struct RandomHalves {
+  uint32_t word[piece_size / 2];
+  SIGNADAM_HD uint32_t of(int i) const { return (word[i / 2] >> (16 * (i % 2))) & 0xffffu; }
+};
+
+struct PieceNoise {
+  Noise noise;
+  Keys keys;
+  uint32_t high;  // of the pair's index, for which `keys` hold
+  int64_t first;  // index of the chunk's first element in the unsharded tensor
+
+  SIGNADAM_HD static PieceNoise of(const Slice& slice) {
+    const int64_t first = slice.tensor.first + slice.begin;
+    const auto high = static_cast<uint32_t>(first >> 33);
+    return {slice.noise, Keys::of(slice.noise, high), high, first};
+  }
+
+  SIGNADAM_HD uint32_t word(uint64_t pair) const {
+    const auto its_high = static_cast<uint32_t>(pair >> 32);
+    return random_word(its_high == high ? keys : Keys::of(noise, its_high), static_cast<uint32_t>(pair));
+  }
+
+  SIGNADAM_HD RandomHalves at(const Piece& piece) const {
+    const int64_t begin = first + piece.begin - piece.offset;
+    const auto pair = static_cast<uint64_t>(begin >> 1);
+    RandomHalves r;
+    SIGNADAM_UNROLL
+    for (int j = 0; j < piece_size / 2; ++j) r.word[j] = word(pair + j);
+    if (begin % 2 != 0) {
+      const uint32_t last = word(pair + piece_size / 2);
+      SIGNADAM_UNROLL
+      for (int j = 0; j < piece_size / 2; ++j)
+        r.word[j] = (r.word[j] >> 16) | ((j + 1 < piece_size / 2 ? r.word[j + 1] : last) << 16);
+    }
+    return r;
+  }
+};
+
+struct ParamRaw {
+  Raw param, low;
+};
+
+struct StoredParam {
+  Operand param;
+  unsigned char* low;  // of the chunk
+  Weights weights;
+
+  SIGNADAM_HD static StoredParam of(const Slice& slice) {
+    const Formats& formats = slice.tensor.formats;
+    const int size = low_size(formats.weights);
+    auto* low = static_cast<unsigned char*>(slice.tensor.low);
+    return {Operand::of(slice.tensor.param, formats.param, slice), size == 0 ? nullptr : low + slice.begin * size,
+            formats.weights};
+  }
+
+  SIGNADAM_HD static int low_size(Weights weights) {
+    return weights == Weights::master ? 4 : weights == Weights::split16 ? 2 : weights == Weights::split8 ? 1 : 0;
+  }
+
+  // What lies beside the parameter has one width and its own alignment: one 8-byte access moves a piece of split8, two
+  // or four the others'.
+  SIGNADAM_HD ParamRaw load(const Piece& piece) const {
+    ParamRaw raw{param.load(piece), {}};
+    const int size = low_size(weights);
+    if (size == 0) return raw;
+    const unsigned char* at = low + static_cast<int64_t>(piece.begin) * size;
+    if (piece.whole() && reinterpret_cast<uintptr_t>(at) % 8 == 0) {
+      SIGNADAM_UNROLL
+      for (int w = 0; w < 4; ++w)
+        if (w < size) {
+          const uint64_t two = load_one(reinterpret_cast<const uint64_t*>(at) + w);
+          raw.low.word[2 * w] = static_cast<uint32_t>(two);
+          raw.low.word[2 * w + 1] = static_cast<uint32_t>(two >> 32);
+        }
+      return raw;
+    }
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      const int k = i - piece.offset;
+      if (k < 0 || k >= piece.count) continue;
+      if (size == 4)
+        raw.low.word[i] = load_one(reinterpret_cast<const uint32_t*>(at) + k);
+      else if (size == 2)
+        raw.low.word[i / 2] |= static_cast<uint32_t>(load_one(reinterpret_cast<const uint16_t*>(at) + k)) << 16 * (i % 2);
+      else
+        raw.low.word[i / 4] |= static_cast<uint32_t>(load_one(at + k)) << 8 * (i % 4);
+    }
+    return raw;
+  }
+
+  SIGNADAM_HD void unpack(const ParamRaw& raw, float* p) const {
+    param.unpack(raw.param, p);
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      const auto high = static_cast<uint16_t>(raw.param.word[i / 2] >> (16 * (i % 2)));
+      if (weights == Weights::master)
+        p[i] = from_master(param.format, high, float_of(raw.low.word[i]));
+      else if (weights == Weights::split16)
+        p[i] = join(high, static_cast<int16_t>(raw.low.word[i / 2] >> (16 * (i % 2))));
+      else if (weights == Weights::split8)
+        p[i] = join(high, 256 * static_cast<int8_t>(raw.low.word[i / 4] >> (8 * (i % 4))));
+    }
+  }
+
+  SIGNADAM_HD void store(const Piece& piece, const float* p, const RandomHalves& r) const {
+    if (weights == Weights::as_is) return param.store(piece, p);
+    ParamRaw raw{};
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      uint32_t high = 0;
+      if (weights == Weights::stochastic) {
+        high = narrow(param.format, p[i], r.of(i));
+      } else if (weights == Weights::master) {
+        high = narrow(param.format, p[i]);
+        raw.low.word[i] = bits_of(p[i]);
+      } else if (weights == Weights::split16) {
+        const Split split = split16(p[i]);
+        high = split.high;
+        raw.low.word[i / 2] |= (static_cast<uint32_t>(split.low) & 0xffffu) << (16 * (i % 2));
+      } else {
+        const Split split = split8(p[i], r.of(i) >> 8);
+        high = split.high;
+        raw.low.word[i / 4] |= (static_cast<uint32_t>(split.low) & 0xffu) << (8 * (i % 4));
+      }
+      raw.param.word[i / 2] |= high << (16 * (i % 2));
+    }
+    param.write(piece, raw.param);
+    const int size = low_size(weights);
+    if (size == 0) return;
+    unsigned char* at = low + static_cast<int64_t>(piece.begin) * size;
+    if (piece.whole() && reinterpret_cast<uintptr_t>(at) % 8 == 0) {
+      SIGNADAM_UNROLL
+      for (int w = 0; w < 4; ++w)
+        if (w < size)
+          store_one(reinterpret_cast<uint64_t*>(at) + w,
+                    raw.low.word[2 * w] | static_cast<uint64_t>(raw.low.word[2 * w + 1]) << 32);
+      return;
+    }
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      const int k = i - piece.offset;
+      if (k < 0 || k >= piece.count) continue;
+      if (size == 4)
+        store_one(reinterpret_cast<uint32_t*>(at) + k, raw.low.word[i]);
+      else if (size == 2)
+        store_one(reinterpret_cast<uint16_t*>(at) + k, static_cast<uint16_t>(raw.low.word[i / 2] >> (16 * (i % 2))));
+      else
+        store_one(at + k, static_cast<unsigned char>(raw.low.word[i / 4] >> (8 * (i % 4))));
+    }
+  }
+};
+
+// One moment. Codes lie in storage that is padded to whole runs, so their pieces are always whole.
+struct StoredMoment {
+  Operand wide;  // of fp32 and bf16
+  Format format;
+  unsigned char* codes;   // of the chunk
+  int8_t* exponents;      // of the chunk, with block8
+
+  SIGNADAM_HD static StoredMoment of(void* base, Format format, const Slice& slice) {
+    if (!is_packed(format)) return {Operand::of(base, format, slice), format, nullptr, nullptr};
+    auto* begin = static_cast<unsigned char*>(base);
+    const int64_t padded = (slice.tensor.numel + packed_run - 1) / packed_run * packed_run;
+    return {{nullptr, Format::fp32, false},
+            format,
+            begin + bytes_before(format, slice.begin),
+            reinterpret_cast<int8_t*>(begin + padded) + slice.begin / packed_run};
+  }
+
+  SIGNADAM_HD Raw load(const Piece& piece, int index) const {
+    if (!is_packed(format)) return wide.load(piece);
+    Raw raw{};
+    const unsigned char* at = codes + index * bits_of(format);
+    if (bits_of(format) == 8) {
+      const uint64_t two = load_one(reinterpret_cast<const uint64_t*>(at));
+      raw.word[0] = static_cast<uint32_t>(two);
+      raw.word[1] = static_cast<uint32_t>(two >> 32);
+      if (format == Format::block8)
+        raw.word[2] = static_cast<uint32_t>(127 + load_one(exponents + index / (packed_run / piece_size)));
+    } else if (format == Format::int4) {
+      raw.word[0] = load_one(reinterpret_cast<const uint32_t*>(at));
+    } else {
+      raw.word[0] = load_one(reinterpret_cast<const uint16_t*>(at));
+    }
+    return raw;
+  }
+
+  SIGNADAM_HD void unpack(const Raw& raw, float* x) const {
+    if (!is_packed(format)) return wide.unpack(raw, x);
+    const float scale = format == Format::block8 ? float_of(raw.word[2] << 23) : 1.0f;
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      // The code, moved to the top of a word, and brought down with its sign.
+      const int32_t q = format == Format::int4   ? static_cast<int32_t>(raw.word[0] << (28 - 4 * i)) >> 28
+                        : format == Format::int2 ? static_cast<int32_t>(raw.word[0] << (30 - 2 * i)) >> 30
+                                                 : static_cast<int32_t>(raw.word[i / 4] << (24 - 8 * (i % 4))) >> 24;
+      x[i] = format == Format::block8 ? from_block_code(q, scale) : static_cast<float>(q);
+    }
+  }
+
+  // `random(i)`: 16 bits for element i.
+  template <class Random>
+  SIGNADAM_HD void store(const Piece& piece, int index, const float* x, Random random) const {
+    if (format == Format::fp32) return wide.store(piece, x);
+    Raw raw{};
+    if (format == Format::bf16) {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; ++i)
+        raw.word[i / 2] |= static_cast<uint32_t>(narrow_bf16(x[i], random(i))) << (16 * (i % 2));
+      return wide.write(piece, raw);
+    }
+    const int bits = bits_of(format);
+    const uint32_t mask = (1u << bits) - 1;
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      const uint32_t q = static_cast<uint32_t>(stochastic_integer(x[i], random(i))) & mask;
+      if (bits == 8)
+        raw.word[i / 4] |= q << (8 * (i % 4));
+      else
+        raw.word[0] |= q << (bits * i);
+    }
+    unsigned char* at = codes + index * bits;
+    if (bits == 8)
+      store_one(reinterpret_cast<uint64_t*>(at), raw.word[0] | static_cast<uint64_t>(raw.word[1]) << 32);
+    else if (bits == 4)
+      store_one(reinterpret_cast<uint32_t*>(at), raw.word[0]);
+    else
+      store_one(reinterpret_cast<uint16_t*>(at), static_cast<uint16_t>(raw.word[0]));
+  }
+
+  // 32 values as codes and their exponent. `noise`: two elements' random halves to a word.
+  SIGNADAM_HD void store_block(int index, const float* x, const uint32_t* noise) const {
+    uint32_t largest = 0;
+    SIGNADAM_UNROLL
+    for (int i = 0; i < packed_run; ++i) {
+      const uint32_t magnitude = finite_magnitude(x[i]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    const int e = block_exponent(largest);
+    const float inverse = power_of_two(-e);
+    unsigned char* at = codes + index * packed_run;
+    SIGNADAM_UNROLL
+    for (int part = 0; part < 2; ++part) {
+      uint32_t word[4] = {};
+      SIGNADAM_UNROLL
+      for (int i = 0; i < packed_run / 2; ++i) {
+        const int k = part * (packed_run / 2) + i;
+        const uint32_t r = bits_for_m((noise[k / 2] >> (16 * (k % 2))) & 0xffffu);
+        word[i / 4] |= (static_cast<uint32_t>(block_code(x[k], inverse, r)) & 0xffu) << (8 * (i % 4));
+      }
+      store_words(at + 16 * part, Words{word[0], word[1], word[2], word[3]});
+    }
+    store_one(exponents + index, static_cast<int8_t>(e));
+  }
+};
+
+}  // namespace signadam

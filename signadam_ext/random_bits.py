@@ -1,0 +1,68 @@
+"""Counter-based random bits: a function of seed, tensor, step and element, the same on every backend.
+
+Nothing global is touched, and no state is kept: a resumed run draws what the first would have drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def mix(x: int) -> int:
+    """A bijection of 32-bit words whose output bits all depend on all input bits."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D & _WORD
+    x ^= x >> 15
+    x = x * 0x846CA68B & _WORD
+    return x ^ x >> 16
+
+
+def keys(seed: int, tensor: int, step: int, high: int) -> tuple[int, int]:
+    """The two keys of a tensor at a step, for the elements whose index shifted right by 33 is ``high``."""
+    found = []
+    for h in (0x243F6A88, 0x85A308D3):
+        for word in (seed & _WORD, seed >> 32, tensor, step & _WORD, step >> 32, high):
+            h = mix(h ^ word)
+        found.append(h)
+    return found[0], found[1]
+
+
+def random_bits(
+    seed: int, tensor: int, step: int, first: int, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """16 random bits for each of ``count`` elements, int64 in [0, 65536).
+
+    Args:
+        seed: of the optimizer, below 2^64.
+        tensor: number under which ``state_dict()`` lists the parameter.
+        step: the tensor's own, 1 at its first.
+        first: index of the first element in the memory order of the unsharded tensor.
+        count: number of elements.
+        device: where the result lies.
+    """
+    index = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    pair = index >> 1
+    r = torch.zeros_like(index)
+    for high in range(first >> 33, (max(first + count, 1) - 1 >> 33) + 1):
+        k0, k1 = keys(seed, tensor, step, high)
+        x = pair & _WORD ^ k0
+        x = x ^ x >> 16
+        x = x * 0x7FEB352D & _WORD
+        x = x ^ x >> 15
+        x = (x ^ k1) * 0x846CA68B & _WORD  # wraps around 2^64, which keeps the low word
+        x = x ^ x >> 16
+        r = torch.where(pair >> 32 == high, torch.where(index & 1 == 1, x >> 16, x & 0xFFFF), r)
+    return r
+
+
+def bits_for_m(r: Tensor) -> Tensor:
+    """What the first moment uses of an element's 16 bits: their bytes swapped."""
+    return (r << 8 | r >> 8) & 0xFFFF
+
+
+def bits_for_v(r: Tensor) -> Tensor:
+    """What the second moment uses: the complement of the first moment's."""
+    return bits_for_m(r) ^ 0xFFFF

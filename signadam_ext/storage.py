@@ -1,0 +1,235 @@
+"""How parameters and moments are stored between steps: the forms, and their exact conversions to and from fp32.
+
+The kernels do the same in registers. Here it is written in whole-tensor operations, for the reference backend and for
+checkpoints. All tensors are flat, in memory order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Codes lie in runs of this many, the last one padded with zeros.
+RUN = 32
+
+NAN_CODE = -128
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to store a moment.
+
+    Attributes:
+        kind: its name in a checkpoint.
+        number: of ``Format`` in csrc/dtypes.h.
+        bits: of one element.
+        levels: L of codes q in [-L, L] that stand for q / L; None for the others.
+    """
+
+    kind: str
+    number: int
+    bits: int
+    levels: int | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether elements share a buffer of bytes instead of a tensor of the parameter's shape."""
+        return self.bits <= 8
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8 if self.packed else torch.bfloat16 if self.bits == 16 else torch.float32
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes in memory for ``numel`` elements."""
+        if not self.packed:
+            return numel * self.bits // 8
+        runs = -(-numel // RUN)
+        return runs * RUN * self.bits // 8 + (runs if self is BLOCK8 else 0)
+
+
+FP32 = Form("fp32", 0, 32)
+BF16 = Form("bf16", 1, 16)
+INT8 = Form("int8", 3, 8, levels=127)
+INT4 = Form("int4", 4, 4, levels=7)
+INT2 = Form("int2", 5, 2, levels=1)
+BLOCK8 = Form("int8_block32", 6, 8)
+
+FORMS = {form.kind: form for form in (FP32, BF16, INT8, INT4, INT2, BLOCK8)}
+#: By ``state_dtype``, for a moment that never exceeds 1, for any other first moment, and for a second moment.
+BOUNDED = {"fp32": FP32, "bf16": BF16, "int8": INT8, "int4": INT4, "int2": INT2}
+UNBOUNDED = {"fp32": FP32, "bf16": BF16, "int8": BLOCK8}
+SECOND = {"fp32": FP32, "bf16": BF16, "int8": BF16, "int4": BF16, "int2": BF16}
+
+#: The numbers of ``Weights`` in csrc/dtypes.h.
+WEIGHTS = {"as_is": 0, "stochastic": 1, "split16": 2, "split8": 3, "master": 4}
+#: Name in the state and dtype of what lies beside a parameter.
+BESIDE = {
+    "split16": ("param_low", torch.int16),
+    "split8": ("param_low", torch.int8),
+    "master": ("master_param", torch.float32),
+}
+
+
+def effective_weights(weights: str, dtype: torch.dtype) -> str:
+    """What ``weights`` means for a parameter of that dtype: an fp32 parameter is its own master."""
+    return "as_is" if dtype == torch.float32 and weights in ("stochastic", "master") else weights
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of fp32 numbers, int64 in [0, 2^32)."""
+    return x.view(torch.int32).long() & 0xFFFFFFFF
+
+
+def from_bits(x: Tensor) -> Tensor:
+    """The fp32 numbers with these bits, of int64 in [0, 2^32)."""
+    return torch.where(x >= 1 << 31, x - (1 << 32), x).to(torch.int32).view(torch.float32)
+
+
+def narrow_stochastic(x: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x``, fp32, rounded stochastically to bf16 or fp16 by 16 random bits for each element."""
+    if dtype == torch.bfloat16:
+        rounded = torch.where(x.isnan(), 0x7FC0, bits(x) + r >> 16)
+        return _halves(rounded).view(torch.bfloat16)
+    magnitude = bits(x) & 0x7FFFFFFF
+    small = magnitude < 0x38800000
+    normal = magnitude - (112 << 23) + (r >> 3) >> 13
+    subnormal = torch.where(small, from_bits(magnitude) * 2.0**40, 0.0).long() + r >> 16
+    rounded = torch.where(small, subnormal, normal)
+    rounded = torch.where((magnitude <= 0x477FF000) & (rounded >= 0x7C00), 0x7BFF, rounded)
+    rounded = torch.where(magnitude >= 0x47800000, torch.where(x.isnan(), 0x7E00, 0x7C00), rounded)
+    return _halves(rounded | bits(x) >> 16 & 0x8000).view(torch.float16)
+
+
+def _halves(x: Tensor) -> Tensor:
+    """int64 in [0, 65536) as int16 with the same bits."""
+    return torch.where(x >= 1 << 15, x - (1 << 16), x).to(torch.int16)
+
+
+def load_param(weights: str, param: Tensor, beside: Tensor | None) -> Tensor:
+    """The fp32 number that a stored parameter stands for."""
+    if beside is None:
+        return param.float()
+    if weights == "master":
+        return torch.where(_same(beside.to(param.dtype), param), beside, param.float())
+    low = beside.long() * (256 if weights == "split8" else 1)
+    joined = from_bits((bits(param.float()) + low) & 0xFFFFFFFF)
+    return torch.where(joined.isnan(), param.float(), joined)
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return a.view(torch.int16) == b.view(torch.int16)
+
+
+def store_param(weights: str, p: Tensor, r: Tensor | None, param: Tensor, beside: Tensor | None) -> None:
+    """Writes the fp32 result ``p`` into ``param`` and what lies beside it."""
+    if weights in ("as_is", "master"):
+        param.copy_(p)
+        if beside is not None:
+            beside.copy_(p)
+    elif weights == "stochastic":
+        assert r is not None
+        param.copy_(narrow_stochastic(p, r, param.dtype))
+    else:
+        assert beside is not None
+        kept = bits(p)
+        if weights == "split8":
+            assert r is not None
+            kept = kept + (r >> 8) >> 8
+        width = 8 if weights == "split8" else 16
+        high = kept + (1 << width - 1) >> width
+        low = kept - (high << width)
+        param.copy_(_halves(torch.where(p.isnan(), 0x7FC0, high & 0xFFFF)).view(torch.bfloat16))
+        beside.copy_(torch.where(p.isnan(), 0, low))
+
+
+def allocate(form: Form, param: Tensor) -> Tensor:
+    """A moment before the first step: zeros, with the parameter's strides or packed."""
+    if form.packed:
+        stored = torch.zeros(form.nbytes(param.numel()), dtype=torch.uint8, device=param.device)
+        if form is BLOCK8:
+            _exponents(stored, param.numel()).fill_(-126)
+        return stored
+    return torch.zeros_like(param, dtype=form.dtype, memory_format=torch.preserve_format, requires_grad=False)
+
+
+def _exponents(stored: Tensor, numel: int) -> Tensor:
+    runs = -(-numel // RUN)
+    return stored[runs * RUN :].view(torch.int8)
+
+
+def codes_of(form: Form, stored: Tensor, numel: int) -> Tensor:
+    """The int8 codes in a packed buffer."""
+    if form.bits == 8:
+        return stored[:numel].view(torch.int8)
+    per_byte = 8 // form.bits
+    shifts = torch.arange(per_byte, device=stored.device) * form.bits
+    spread = stored.unsqueeze(1).int() >> shifts & (1 << form.bits) - 1
+    half = 1 << form.bits - 1
+    return ((spread ^ half) - half).flatten()[:numel].to(torch.int8)
+
+
+def pack(form: Form, codes: Tensor, exponents: Tensor | None = None) -> Tensor:
+    """int8 codes as a packed buffer."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.numel() % RUN))
+    if form.bits == 8:
+        parts = [padded.view(torch.uint8)] + ([] if exponents is None else [exponents.view(torch.uint8)])
+        return torch.cat(parts)
+    per_byte = 8 // form.bits
+    shifts = torch.arange(per_byte, device=codes.device) * form.bits
+    spread = (padded.int() & (1 << form.bits) - 1).view(-1, per_byte)
+    return (spread << shifts).sum(1).to(torch.uint8)
+
+
+def decode(form: Form, stored: Tensor, numel: int) -> Tensor:
+    """A stored moment as fp32; codes of a bounded moment in units of 1 / L."""
+    if not form.packed:
+        return stored.float()
+    codes = codes_of(form, stored, numel)
+    if form is not BLOCK8:
+        return codes.float()
+    scale = from_bits(_exponents(stored, numel).long() + 127 << 23).repeat_interleave(RUN)
+    return torch.where(codes == NAN_CODE, torch.nan, codes.float() * scale[:numel])
+
+
+def encode(form: Form, m: Tensor, r: Tensor) -> Tensor:
+    """fp32 values, in the units of :func:`decode`, stored with 16 random bits for each element."""
+    if form is FP32:
+        return m
+    if form is BF16:
+        return narrow_stochastic(m, r, torch.bfloat16)
+    if form is not BLOCK8:
+        return pack(form, stochastic_integer(m, r).to(torch.int8))
+    padded = torch.nn.functional.pad(m, (0, -m.numel() % RUN))
+    magnitude = torch.where(padded.isfinite(), bits(padded) & 0x7FFFFFFF, 0).view(-1, RUN)
+    exponents = ((magnitude.amax(1) + 0x1FFFF >> 23) - 133).clamp(-126, 120)
+    inverse = from_bits(127 - exponents << 23).repeat_interleave(RUN)
+    scaled = torch.where(padded.isnan(), 0.0, padded * inverse).clamp(-127.0, 127.0)
+    codes = stochastic_integer(scaled, torch.nn.functional.pad(r, (0, -r.numel() % RUN)))
+    codes = torch.where(padded.isnan(), NAN_CODE, codes)
+    return pack(form, codes.to(torch.int8), exponents.to(torch.int8))
+
+
+def stochastic_integer(x: Tensor, r: Tensor) -> Tensor:
+    """An integer next to ``x``, the upper one with the probability that is the fraction: ``E[q] = x``."""
+    return (x * 65536.0).long() + r >> 16
+
+
+def make_beside(weights: str, param: Tensor, low: Tensor | None = None) -> Tensor:
+    """What lies beside a parameter before its first step: nothing below it, or a copy of it.
+
+    Args:
+        weights: "split16", "split8" or "master".
+        param: the parameter.
+        low: low bits that a split form left behind, for a master copy to be made of both.
+    """
+    dtype = BESIDE[weights][1]
+    if weights != "master":
+        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    master = param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
+    if low is not None:
+        was = "split16" if low.dtype == torch.int16 else "split8"
+        master.copy_(load_param(was, param.detach().contiguous(), low.contiguous()))
+    return master
