@@ -8,5 +8,15 @@ signadam_ext`` tells what was built and what is usable.
 from . import functional
 from ._version import __version__
 from .optimizers import SignAdam, SignAdamPP, SignSGD, Signum
+from .release import GradientRelease, release_gradients
 
-__all__ = ["SignAdam", "SignAdamPP", "SignSGD", "Signum", "__version__", "functional"]
+__all__ = [
+    "GradientRelease",
+    "SignAdam",
+    "SignAdamPP",
+    "SignSGD",
+    "Signum",
+    "__version__",
+    "functional",
+    "release_gradients",
+]

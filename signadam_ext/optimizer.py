@@ -7,7 +7,7 @@ import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from .plan import Item, Plan, State
 from .rule import Rule
 from .storage import BESIDE, WEIGHTS, allocate, effective_weights, make_beside
 
+if TYPE_CHECKING:
+    from .release import GradientRelease
+
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 #: Group entries that stay the constructor's when a checkpoint is loaded.
@@ -49,6 +52,9 @@ class SignOptimizer(Optimizer):
     #: Names of a group's hyperparameters beside those all optimizers share.
     HYPERPARAMETERS: tuple[str, ...] = ("lr",)
 
+    #: Set while gradients are released. A copy or a pickle does not take it along.
+    _released: GradientRelease | None = None
+
     def __init__(
         self,
         params: Params,
@@ -61,8 +67,7 @@ class SignOptimizer(Optimizer):
         checks.unused_torch_option("foreach", foreach)
         checks.unused_torch_option("fused", fused, may_be_true=True)
         checks.unused_torch_option("differentiable", differentiable)
-        self._plan: Plan | None = None
-        self._plan_key: Any = None
+        self._forget_plans()
         self._state_is_out = False
         self._has_warned = False
         self._check_group(defaults)
@@ -109,7 +114,9 @@ class SignOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._warn_of_variance(group)
-        self._plan = None
+        self._forget_plans()
+        if self._released is not None:
+            self._released.extend(group["params"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -125,19 +132,71 @@ class SignOptimizer(Optimizer):
             TypeError, ValueError: a parameter or gradient that cannot be served, before anything is written.
             RuntimeError: a backend that cannot serve a parameter's device, before anything is written.
         """
+        if self._released is not None:
+            return self._released.step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_all()
+        return loss
+
+    def _step_all(self) -> None:
+        """The step of every parameter with a gradient."""
         for group in self.param_groups:
             self._fold_beta(group)
-        key = self._storage_key()
+        key = [self._plan_key_of(group) for group in self.param_groups]
         plan = self._plan
         state = self._own_state if self._state_is_out else None
         if plan is None or key != self._plan_key or not plan.read(self.param_groups, state):
             plan = self._make_plan(key)
         plan.run()
-        return loss
+
+    @torch.no_grad()
+    def _step_parameter(self, param: Tensor) -> bool:
+        """The step of one parameter, as if no other had a gradient; False where no group has it."""
+        place = self._places.get(id(param))
+        if place is None or not self._is_at(param, *place):
+            place = self._places[id(param)] = self._find(param)
+            if place is None:
+                return False
+        index, i = place
+        group = self.param_groups[index]
+        self._fold_beta(group)
+        key = self._plan_key_of(group)
+        # To its plan the parameter is the only one of the only group, so that reading takes no look at the others.
+        alone = [{**group, "params": [param]}]
+        state = None
+        if self._state_is_out:
+            state = {param: self._own_state[param]} if param in self._own_state else {}
+        plan, plan_key = self._plans_alone.get(id(param), (None, None))
+        if plan is None or key != plan_key or not plan.read(alone, state):
+            number = i + sum(len(group["params"]) for group in self.param_groups[:index])
+            plan = Plan([self._item(_label(group, index, i), param, group, 0, number)], alone)
+            if not plan.read(alone, None):
+                raise RuntimeError(
+                    "a gradient changed while the step was being planned; is another thread running backward?"
+                )
+            self._plans_alone[id(param)] = plan, key
+        plan.run()
+        return True
+
+    def _is_at(self, param: Tensor, index: int, i: int) -> bool:
+        params = self.param_groups[index]["params"] if index < len(self.param_groups) else []
+        return i < len(params) and params[i] is param
+
+    def _find(self, param: Tensor) -> tuple[int, int] | None:
+        for index, group in enumerate(self.param_groups):
+            for i, other in enumerate(group["params"]):
+                if other is param:
+                    return index, i
+        return None
+
+    def _forget_plans(self) -> None:
+        self._plan: Plan | None = None
+        self._plan_key: Any = None
+        self._plans_alone: dict[int, tuple[Plan, Any]] = {}  # by id of the parameter, which its plan keeps alive
+        self._places: dict[int, tuple[int, int] | None] = {}
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -152,26 +211,23 @@ class SignOptimizer(Optimizer):
     @state.setter
     def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.__dict__["state"] = value
-        self._plan = None
+        self._forget_plans()
 
     @property
     def _own_state(self) -> defaultdict[Tensor, Any]:
         # Under the name by which torch pickles and restores it.
         return self.__dict__["state"]
 
-    def _storage_key(self) -> list[tuple[Any, ...]]:
-        """What a plan depends on in the groups, beside what is read anew each step."""
-        return [
-            (self._rule(group), group["backend"], group.get("state_dtype"), group["weights"], group["seed"])
-            for group in self.param_groups
-        ]
+    def _plan_key_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What a plan depends on in a group, beside what is read anew each step."""
+        return self._rule(group), group["backend"], group.get("state_dtype"), group["weights"], group["seed"]
 
     @torch.no_grad()
     def _make_plan(self, key: Any) -> Plan:
         items = []
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
-                items.append(self._item(_label(group, index, i), param, index, len(items)))
+                items.append(self._item(_label(group, index, i), param, group, index, len(items)))
         plan = Plan(items, self.param_groups)
         if not plan.read(self.param_groups, None):
             raise RuntimeError(
@@ -180,8 +236,7 @@ class SignOptimizer(Optimizer):
         self._plan, self._plan_key = plan, key
         return plan
 
-    def _item(self, label: str, param: Tensor, index: int, number: int) -> Item:
-        group = self.param_groups[index]
+    def _item(self, label: str, param: Tensor, group: dict[str, Any], index: int, number: int) -> Item:
         rule = self._rule(group)
         layout = self._layout(label, param, group)
         return Item(
@@ -309,6 +364,7 @@ class SignOptimizer(Optimizer):
                     state, changed = adopt(layout, loaded["state"][saved], seeds[own], own)
                     changes.update(dict.fromkeys(changed))
                     self._own_state[layout.param] = state
+            self._forget_plans()
             _warn_of_changes(changes)
 
         kept = self._constructors()
@@ -367,7 +423,7 @@ class SignOptimizer(Optimizer):
                     state, changed = adopt(layout, saved, seeds[own_number], own_number)
                     changes.update(dict.fromkeys(changed))
                     self._own_state[layout.param] = state
-        self._plan = None
+        self._forget_plans()
         _warn_of_changes(changes)
 
     def _layouts(self) -> list[tuple[int, Layout]]:
@@ -410,8 +466,7 @@ class SignOptimizer(Optimizer):
         # A copy may share its state with the original.
         self._state_is_out = self.__dict__.get("_state_is_out", True)
         super().__setstate__(state)
-        self._plan = None
-        self._plan_key = None
+        self._forget_plans()
         self._has_warned = True
         for group in self.param_groups:
             self._fold_beta(group)

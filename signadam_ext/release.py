@@ -1,0 +1,474 @@
+"""Updates inside backward: each parameter moves as soon as its gradient is complete, and the gradient is freed.
+
+What makes that hard to misuse lives here as well. With the gradients gone, everything that needs all of them at once
+would silently do nothing, so it is refused wherever it can be seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.nn.parallel import DistributedDataParallel
+
+from .optimizer import SignOptimizer, _label
+
+
+def release_gradients(
+    model_or_params: nn.Module | Iterable[Any],
+    optimizer: SignOptimizer,
+    *,
+    accumulation_steps: int = 1,
+    max_norm: float | None = None,
+    grad_scaler: Any = None,
+) -> GradientRelease:
+    """Lets ``backward()`` take the steps: a parameter is updated once its gradient is complete, and the gradient freed.
+
+    Instead of all gradients only those exist that backward is working on, which saves nearly the memory of the
+    parameters once more. The parameters and the optimizer's state get the same bits as from an ordinary loop::
+
+        release_gradients(model, optimizer)
+        for inputs, targets in batches:
+            loss_function(model(inputs), targets).backward()
+            scheduler.step()
+
+    ``optimizer.step()`` and ``optimizer.zero_grad()`` may stay in the loop. ``step()`` has only the gradients left to do
+    that backward has not applied: of parameters that are not released, of an accumulation cut short, or written by
+    hand. Keep it where some of the optimizer's parameters are not in ``model_or_params`` or there are step hooks. With a
+    closure it runs the closure, whose backward takes the step.
+
+    Frozen parameters are released from the moment they are unfrozen, and groups added later are released if
+    everything was. Learning rates and other hyperparameters are those at the time of backward. Hooks registered on a
+    parameter before this call still see its gradient, later ones do not; hooks of ``Tensor.register_hook`` may change
+    it, for instance clip it by value, and find the parameter not yet updated.
+
+    The graph must not need a weight after its gradient is complete. Where it does (a second backward through the same
+    graph, ``weight.detach()`` used beside ``weight``), autograd says that the weight "has been modified by an inplace
+    operation". On CUDA the update runs on the stream that completed the gradient, and the stream of the call to
+    ``backward()`` waits for it.
+
+    Optimizer and parameters do not keep each other alive through this: keep the optimizer, even in a loop that never
+    mentions it. The returned object need not be kept. Copies and pickles of the optimizer are not released.
+
+    **What cannot work with it.** The following are errors, unless said otherwise:
+
+    - ``DistributedDataParallel``, on any number of processes, and FSDP's older, flat parameters: they average a
+      gradient only after it would have been applied, so the processes would drift apart. Models wrapped later are
+      found at the first backward, or at the next ``step()``.
+    - Gradient accumulation by several backwards, unless ``accumulation_steps`` announces it. In a loop that calls
+      ``step()`` a parameter's second gradient since the last call is an error; the first calls of a loop can show
+      no more than that ``step()`` exists. In a loop that never calls it, every backward is a step.
+    - Reentrant checkpointing (``use_reentrant=True``) of a parameter used in several segments, whose gradient arrives in
+      parts: an error at the second part, which is after the first one was applied. Parameters used in one segment are
+      right, but the loop must call ``step()`` so that both can be told apart.
+    - ``GradScaler``: it must look at all gradients before it knows whether the step is taken at all. An enabled one is
+      refused in ``scaler.step(optimizer)``, one backward too late, or here if it is given as ``grad_scaler``.
+    - Clipping by the norm of all gradients, which is not known before the last of them, when the others are gone. This
+      **cannot be noticed**: ``clip_grad_norm_`` finds no gradient, returns 0 and changes nothing. Give your loop's
+      ``max_norm`` to have it refused here. A sign does not depend on the norm: with ``alpha=0`` clipping changes no update.
+
+    Args:
+        model_or_params: a module, or parameters in any form that optimizers take. Parameters that are not the
+            optimizer's are left alone.
+        optimizer: one of this package.
+        accumulation_steps: how many backwards make one step. Gradients are summed as always (so divide the loss), and
+            each is freed after the last of them; between, all exist, so that no memory is saved. ``zero_grad()`` (to None)
+            begins anew.
+        max_norm: that of your loop's ``clip_grad_norm_``, to be refused if it is not None.
+        grad_scaler: that of your loop, to be refused if it is enabled.
+
+    Returns:
+        The release, which ends with its ``remove()`` or, used as a context manager, with its block.
+
+    Raises:
+        TypeError: arguments of other kinds.
+        ValueError: clipping or loss scaling, see above, or no parameter in common.
+        RuntimeError: the optimizer's gradients are released already, the model is one of those refused above, or a
+            parameter holds a gradient.
+    """
+    if not isinstance(optimizer, SignOptimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}: release_gradients serves the optimizers of signadam_ext, which "
+            "can step one parameter at a time"
+        )
+    if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int):
+        raise TypeError(f"accumulation_steps={accumulation_steps!r}: must be an int")
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps={accumulation_steps!r}: must be at least 1")
+    if max_norm is not None:
+        raise ValueError(
+            f"max_norm={max_norm!r}: the norm of all gradients is known only when the last of them is complete, and by "
+            "then the others have been applied and freed; clip each by value with Tensor.register_hook, or do not "
+            "release gradients"
+        )
+    if grad_scaler is not None and grad_scaler.is_enabled():
+        raise ValueError(f"grad_scaler={type(grad_scaler).__name__}: {_NO_SCALER}")
+    if optimizer._released is not None:
+        raise RuntimeError("this optimizer's gradients are released already: call remove() of that release first")
+    params = _parameters_of(model_or_params)
+    if isinstance(model_or_params, nn.Module):
+        for name, module in model_or_params.named_modules():
+            _refuse_wrapper(name, module)
+    release = GradientRelease(optimizer, params, accumulation_steps)
+    optimizer._released = release
+    return release
+
+
+_NO_SCALER = (
+    "GradScaler cannot be used while gradients are released: it decides after backward whether the gradients are "
+    "finite and divides them by its scale, but backward has applied and freed them by then; train in bfloat16, which "
+    "needs no scaler, or pass GradScaler(enabled=False)"
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """What is remembered of a released parameter.
+
+    Attributes:
+        param: the parameter.
+        window: number of the window (from one ``step()`` to the next) in which it was last updated.
+        task: number of the backward that last brought a gradient.
+        nested: whether that backward ran inside another one.
+        backwards: how many gradients have been summed up.
+    """
+
+    param: weakref.ref[Tensor]
+    window: int = -1
+    task: int = -1
+    nested: bool = False
+    backwards: int = 0
+
+
+class GradientRelease:
+    """What :func:`release_gradients` returns; also a context manager, which removes it at the end.
+
+    Made only by that function.
+    """
+
+    def __init__(self, optimizer: SignOptimizer, params: list[Tensor], accumulation_steps: int) -> None:
+        self.accumulation_steps = accumulation_steps
+        # Torch's tensors do not show their hooks to the garbage collector: whatever those hold on to for good, lives
+        # for good. They hold this object weakly, and it holds the optimizer weakly.
+        self._optimizer = weakref.ref(optimizer)
+        self._slots: dict[int, _Slot] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._lock = threading.Lock()  # autograd has a thread for each device
+        self._removed = False
+        self._window = 0
+        self._task = -1
+        self._nested = False
+        self._must_step = False
+        self._searched = False
+        own = [param for group in optimizer.param_groups for param in group["params"]]
+        given = {id(param) for param in params}
+        common = [param for param in own if id(param) in given]
+        self._released_all = len(common) == len(own)
+        if not common:
+            raise ValueError(
+                "none of these parameters is the optimizer's: release those it was made with (a model that was copied or "
+                "wrapped in between may have others)"
+            )
+        for param in common:
+            if param.grad is not None:
+                raise RuntimeError(
+                    f"{_name(optimizer, param)} holds a gradient, to which the next backward would add: call "
+                    "optimizer.zero_grad() before gradients are released"
+                )
+            if getattr(param, "_is_flat_param", False):
+                raise RuntimeError(f"{_name(optimizer, param)} is a flat parameter: {_NO_FSDP}")
+        self._refuse_ddp(common)
+        try:
+            for param in common:
+                self._add(param)
+        except BaseException:
+            self._drop_hooks()
+            raise
+        # Makes GradScaler call step(), which can say what is wrong, instead of failing an assertion about nothing.
+        self._scaling = vars(optimizer).get("_step_supports_amp_scaling")
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+
+    def remove(self) -> None:
+        """Ends the release: from now on gradients stay and ``step()`` takes the step. Gradients summed up so far stay.
+
+        A second call does nothing.
+        """
+        if self._removed:
+            return
+        self._removed = True
+        self._drop_hooks()
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        optimizer._released = None
+        if self._scaling is None:
+            del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
+        else:
+            optimizer._step_supports_amp_scaling = self._scaling  # type: ignore[attr-defined]
+
+    def __enter__(self) -> GradientRelease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """``optimizer.step()`` while gradients are released: applies those that backward has not."""
+        optimizer = self._optimizer()
+        assert optimizer is not None  # it is the caller
+        if hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf"):
+            # GradScaler would take them away after the step.
+            vars(optimizer).pop("grad_scale", None)
+            vars(optimizer).pop("found_inf", None)
+            raise RuntimeError(_NO_SCALER)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        left = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        if left:
+            released = [slot for slot in map(self._slot, left) if slot is not None]
+            if self.accumulation_steps == 1:
+                for slot in released:
+                    if slot.window == self._window:
+                        raise RuntimeError(
+                            f"{_name(optimizer, slot.param())} was updated in backward, and then something gave it "
+                            "another gradient. DistributedDataParallel does, and cannot be used while gradients are "
+                            "released; so does a hook that failed. optimizer.zero_grad() drops the gradient"
+                        )
+            optimizer._step_all()
+            for param in left:
+                if self._slot(param) is not None:
+                    param.grad = None
+        self._window += 1
+        self._must_step = True
+        return loss
+
+    def extend(self, params: Iterable[Tensor]) -> None:
+        """Releases parameters that have come to the optimizer, if all it had before are released."""
+        if self._released_all:
+            for param in params:
+                self._add(param)
+
+    def _add(self, param: Tensor) -> None:
+        frozen = not param.requires_grad
+        if frozen and (not param.is_floating_point() or param.is_inference()):
+            return  # it can never require a gradient
+        slot = self._slots[id(param)] = _Slot(weakref.ref(param))
+        # Hooks can be registered only where a gradient is required, and stay when it no longer is.
+        if frozen:
+            param.requires_grad_(True)
+        try:
+            self._handles.append(param.register_post_accumulate_grad_hook(_after_accumulation(self, slot)))
+            if self.accumulation_steps > 1:
+                self._handles.append(param.register_hook(_before_accumulation(slot)))
+        finally:
+            if frozen:
+                param.requires_grad_(False)
+
+    def _drop_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _slot(self, param: Tensor) -> _Slot | None:
+        slot = self._slots.get(id(param))
+        return slot if slot is not None and slot.param() is param else None
+
+    def _gradient_complete(self, optimizer: SignOptimizer, slot: _Slot, param: Tensor) -> None:
+        """Called by autograd when it has added to ``param.grad`` all that this backward has for it."""
+        if param.grad is None:
+            raise RuntimeError(
+                f"{_name(optimizer, param)} has lost its gradient to another hook: was it released for two optimizers?"
+            )
+        task = torch._C._current_graph_task_id()
+        with self._lock:
+            if task != self._task:
+                self._begin(optimizer, task)
+            self._check_accumulation(optimizer, slot, task)
+            slot.task, slot.nested = task, self._nested
+            slot.backwards += 1
+            if slot.backwards < self.accumulation_steps:
+                return
+            if not optimizer._step_parameter(param):
+                return  # no longer the optimizer's
+            param.grad = None
+            slot.backwards = 0
+            slot.window = self._window
+            # Schedulers want to know that a step has been taken.
+            optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _begin(self, optimizer: SignOptimizer, task: int) -> None:
+        """Once for each backward, or each turn in a nested one."""
+        self._nested = _inside_custom_backward()
+        if not self._searched and _processes_may_exist():
+            self._refuse_ddp([param for param in (slot.param() for slot in self._slots.values()) if param is not None])
+            self._searched = True
+        if not self._must_step:
+            # Parameters that only step() updates.
+            self._must_step = any(
+                param.requires_grad and self._slot(param) is None
+                for group in optimizer.param_groups
+                for param in group["params"]
+            )
+        self._task = task
+
+    def _check_accumulation(self, optimizer: SignOptimizer, slot: _Slot, task: int) -> None:
+        """Raises where this gradient is another part of one that has been applied, before anything is written."""
+        if slot.task == task:
+            raise RuntimeError(
+                f"{_name(optimizer, slot.param())} got its gradient in parts, of which the first has been taken for the "
+                "whole: did its dtype or device change while the graph was built?"
+            )
+        if self.accumulation_steps > 1:
+            if self._nested:
+                raise RuntimeError(
+                    f"{_name(optimizer, slot.param())} got a gradient from a backward inside another one, where parts of "
+                    "a gradient cannot be told from gradients to be accumulated: with accumulation_steps > 1 use "
+                    "checkpoint(..., use_reentrant=False)"
+                )
+            return
+        if slot.window != self._window or not (self._must_step or self._nested or slot.nested):
+            return
+        if self._nested or slot.nested:
+            raise RuntimeError(
+                f"{_name(optimizer, slot.param())} got a second gradient since the last optimizer.step(), from a backward "
+                "inside another one. A parameter used in several segments of reentrant checkpointing gets its gradient "
+                "in parts, of which the first has been applied: use checkpoint(..., use_reentrant=False). If none is "
+                "used twice, call optimizer.step() after each backward()"
+            )
+        raise RuntimeError(
+            f"{_name(optimizer, slot.param())} got a second gradient since the last optimizer.step(), but the first has "
+            "been applied and freed in backward already. To accumulate over N backwards, release with "
+            "accumulation_steps=N; otherwise call optimizer.step() after each backward()"
+        )
+
+    def _refuse_ddp(self, params: list[Tensor]) -> None:
+        """Raises if a DistributedDataParallel has these parameters, which do not show it themselves."""
+        if not _processes_may_exist():
+            return
+        ours = {id(param) for param in params}
+        for thing in gc.get_objects():
+            if issubclass(type(thing), DistributedDataParallel):
+                if any(id(param) in ours for param in thing.parameters()):
+                    raise RuntimeError(_NO_DDP)
+
+
+_NO_DDP = (
+    "gradients of a model in DistributedDataParallel cannot be released: it averages them over processes after the "
+    "point where they would be applied, so each process would apply its own and the models would drift apart; use "
+    "FSDP2 (fully_shard) or do not release gradients"
+)
+_NO_FSDP = (
+    "gradients of a model in FullyShardedDataParallel cannot be released: they are reduced over processes after the point "
+    "where they would be applied; use FSDP2 (fully_shard) or do not release gradients"
+)
+
+
+def _after_accumulation(release: GradientRelease, slot: _Slot) -> Callable[[Tensor], None]:
+    reference = weakref.ref(release)
+
+    def hook(param: Tensor) -> None:
+        release = reference()
+        optimizer = None if release is None else release._optimizer()
+        if release is not None and optimizer is not None:
+            release._gradient_complete(optimizer, slot, param)
+        else:
+            warnings.warn(
+                "the optimizer for which gradients were released no longer exists, so parameters are not updated: keep "
+                "the optimizer, or call remove() of the release before you drop it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    return hook
+
+
+def _before_accumulation(slot: _Slot) -> Callable[[Tensor], None]:
+    def hook(_: Tensor) -> None:
+        param = slot.param()
+        if param is not None and param.grad is None:
+            slot.backwards = 0
+
+    return hook
+
+
+def _parameters_of(what: Any) -> list[Tensor]:
+    """The parameters of a module, or of anything an optimizer can be made with."""
+    if isinstance(what, nn.Module):
+        return list(what.parameters())
+    expected = "must be a module or an iterable of parameters, (name, parameter) pairs or parameter groups"
+    if isinstance(what, dict):
+        what = [what]
+    if isinstance(what, (Tensor, str)) or not isinstance(what, Iterable):
+        raise TypeError(f"model_or_params is a {type(what).__name__}: {expected}")
+    params: list[Tensor] = []
+    for item in what:
+        if isinstance(item, dict) and "params" in item:
+            of_group = item["params"]
+            params += [of_group] if isinstance(of_group, Tensor) else _parameters_of(of_group)
+            continue
+        if isinstance(item, tuple) and len(item) == 2:
+            item = item[1]
+        if not isinstance(item, Tensor):
+            raise TypeError(f"model_or_params holds a {type(item).__name__}: {expected}")
+        params.append(item)
+    return params
+
+
+def _refuse_wrapper(name: str, module: nn.Module) -> None:
+    """Raises for modules that exchange gradients between processes after a parameter's hooks have run."""
+    if isinstance(module, DistributedDataParallel):
+        raise RuntimeError(_NO_DDP)
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and not there means not used
+    if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+        raise RuntimeError(_NO_FSDP)
+
+
+def _processes_may_exist() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+_CUSTOM_BACKWARDS = {
+    method.__code__
+    for method in (getattr(BackwardCFunction, name, None) for name in ("apply", "apply_boxed"))
+    if method is not None
+}
+
+
+def _inside_custom_backward() -> bool:
+    """Whether this thread is in the backward of an autograd.Function, whose own backward() has led here.
+
+    The numbers of two backwards do not tell whether one runs inside the other; the stack does, on the threads of devices
+    as well.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code in _CUSTOM_BACKWARDS:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _name(optimizer: SignOptimizer, param: Tensor | None) -> str:
+    """What errors call a parameter."""
+    for index, group in enumerate(optimizer.param_groups):
+        for i, other in enumerate(group["params"]):
+            if other is param:
+                return _label(group, index, i)
+    return "a parameter"
