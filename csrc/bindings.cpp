@@ -166,8 +166,8 @@ PYBIND11_MODULE(_C, m) {
                                   format(exp_avg_sq_format), static_cast<Weights>(weights)};
             // Packed codes are read and written by whole pieces, which must begin where they do.
             const uint8_t head = formats.packed() ? 0 : head_of(pointer<void>(param), formats.param);
-            table.add({pointer<void>(param), pointer<void>(low), pointer<void>(exp_avg), pointer<void>(exp_avg_sq),
-                       pointer<double>(exp_avg_std), numel, first, 0, formats, head},
+            table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq),
+                       pointer<double>(exp_avg_std), numel, 0, formats, head, pointer<void>(low), first},
                       pointer<float>(step), group, slot, seed, number);
           },
           py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"),

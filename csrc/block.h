@@ -18,7 +18,7 @@ enum class Statistics {
 // Pieces whose loads a thread issues before it uses the first: as many as stay in 128 registers beside the arithmetic.
 // One piece of four operands is 128 bytes under way, 64 KB per multiprocessor with two blocks.
 template <class Rule, Statistics statistics>
-constexpr int pieces_in_flight = Rule::moments > 1 || statistics == Statistics::gather ? 1 : 2;
+constexpr int pieces_in_flight = Rule::moments > 1 || Rule::divides || statistics == Statistics::gather ? 1 : 2;
 
 // All pieces of one thread. `lanes` are the thread's 8 lanes of the statistics.
 template <class Rule, Statistics statistics>
@@ -36,6 +36,8 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
   const Operand exp_avg = Operand::of(slice.tensor.exp_avg, Format::fp32, slice);
   const Operand exp_avg_sq = Operand::of(slice.tensor.exp_avg_sq, Format::fp32, slice);
 
+  // Two rounds of the loop at once would not fit the registers.
+  SIGNADAM_ROLLED
   for (int index = thread; index < pieces; index += in_flight * threads_per_block) {
     Raw raw_p[in_flight], raw_g[in_flight], raw_m[in_flight], raw_v[in_flight];
     SIGNADAM_UNROLL
@@ -72,90 +74,115 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
   }
 }
 
-// The same for tensors in any storage form. Forms are uniform over the chunk, so branches on them do not diverge.
+// The operands of a slice in any storage form. Forms are uniform over the chunk, so branches on them do not diverge.
+template <class Rule, Statistics statistics>
+struct StoredSlice {
+  static constexpr bool updates = statistics != Statistics::only;
+  static constexpr bool sums = statistics != Statistics::none;
+  static constexpr int moments = updates ? Rule::moments : 0;
+
+  StoredParam param;
+  Operand grad;
+  StoredMoment exp_avg, exp_avg_sq;
+  PieceNoise noise;
+  int count, head;
+
+  SIGNADAM_HD static StoredSlice of(const Slice& slice) {
+    const TensorEntry& tensor = slice.tensor;
+    return {StoredParam::of(slice),
+            Operand::of(slice.grad, tensor.formats.grad, slice),
+            StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
+            StoredMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
+            PieceNoise::of(slice),
+            slice.count,
+            tensor.head};
+  }
+
+  SIGNADAM_HD Piece piece(int index) const { return piece_of(index, count, head); }
+
+  // `keep_m(m, r)` stores the new m or keeps it for later, with the random bits for it.
+  template <class KeepM>
+  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, KeepM keep_m) const {
+    const Piece piece = this->piece(index);
+    const bool reads_param = updates || s.coupled;
+    const Raw raw_g = grad.load(piece);
+    ParamRaw raw_p;
+    Raw raw_m, raw_v;
+    if (reads_param) raw_p = param.load(piece);
+    if constexpr (moments > 0) raw_m = exp_avg.load(piece, index);
+    if constexpr (moments > 1) raw_v = exp_avg_sq.load(piece, index);
+    float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size];
+    grad.unpack(raw_g, g);
+    if (reads_param) param.unpack(raw_p, p);
+    if constexpr (moments > 0) exp_avg.unpack(raw_m, m);
+    if constexpr (moments > 1) exp_avg_sq.unpack(raw_v, v);
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      if constexpr (sums) {
+        const int k = i - piece.offset;
+        if (k >= 0 && k < piece.count) add(lanes[i], effective_gradient(s, p[i], g[i]));
+      }
+      if constexpr (updates) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
+    }
+    if constexpr (updates) {
+      const RandomHalves r = noise.at(piece);
+      if constexpr (moments > 0) keep_m(m, r);
+      param.store(piece, p, r);
+      if constexpr (moments > 1) exp_avg_sq.store(piece, index, v, [&](int i) { return bits_for_v(r.of(i)); });
+    }
+  }
+};
+
 template <class Rule, Statistics statistics>
 SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
-  constexpr bool updates = statistics != Statistics::only;
-  constexpr bool sums = statistics != Statistics::none;
-  constexpr int moments = updates ? Rule::moments : 0;
-  // An unbounded moment may be block-scaled: then a thread takes the 4 pieces of a block, one after another.
-  constexpr bool blocks = moments > 0 && !Rule::bounded;
-  constexpr int together = blocks ? packed_run / piece_size : pieces_in_flight<Rule, statistics>;
-  static_assert(!(blocks && sums), "a thread that takes whole blocks does not own its lanes");
-
-  const TensorEntry& tensor = slice.tensor;
-  const int head = tensor.head;
-  const int pieces = pieces_of(slice.count, head);
-  const bool reads_param = updates || s.coupled;
-  const StoredParam param = StoredParam::of(slice);
-  const Operand grad = Operand::of(slice.grad, tensor.formats.grad, slice);
-  const StoredMoment exp_avg = StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice);
-  const StoredMoment exp_avg_sq = StoredMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice);
-  const PieceNoise noise = PieceNoise::of(slice);
-
-  const auto piece_at = [&](int index, int u) {
-    return blocks ? index * together + u : index + u * threads_per_block;
-  };
-  for (int index = thread; piece_at(index, 0) < pieces; index += blocks ? threads_per_block : together * threads_per_block) {
-    ParamRaw raw_p[together];
-    Raw raw_g[together], raw_m[together], raw_v[together];
-    const auto load = [&](int u) {
-      const int at = piece_at(index, u);
-      const Piece piece = piece_of(at, slice.count, head);
-      if (piece.count == 0) return;
-      raw_g[u] = grad.load(piece);
-      if (reads_param) raw_p[u] = param.load(piece);
-      if constexpr (moments > 0) raw_m[u] = exp_avg.load(piece, at);
-      if constexpr (moments > 1) raw_v[u] = exp_avg_sq.load(piece, at);
-    };
-    if constexpr (!blocks) {
-      SIGNADAM_UNROLL
-      for (int u = 0; u < together; ++u) load(u);
-    }
-    [[maybe_unused]] float run[blocks ? packed_run : 1] = {};
-    [[maybe_unused]] uint32_t run_noise[blocks ? packed_run / 2 : 1] = {};
-    SIGNADAM_UNROLL
-    for (int u = 0; u < together; ++u) {
-      if constexpr (blocks) load(u);
-      const int at = piece_at(index, u);
-      const Piece piece = piece_of(at, slice.count, head);
-      if (piece.count == 0) continue;
-      float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size];
-      grad.unpack(raw_g[u], g);
-      if (reads_param) param.unpack(raw_p[u], p);
-      if constexpr (moments > 0) exp_avg.unpack(raw_m[u], m);
-      if constexpr (moments > 1) exp_avg_sq.unpack(raw_v[u], v);
-      SIGNADAM_UNROLL
-      for (int i = 0; i < piece_size; ++i) {
-        if constexpr (sums) {
-          const int k = i - piece.offset;
-          if (k >= 0 && k < piece.count) add(lanes[i], effective_gradient(s, p[i], g[i]));
-        }
-        if constexpr (updates) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
-      }
-      if constexpr (updates) {
-        const RandomHalves r = noise.at(piece);
-        param.store(piece, p, r);
-        if constexpr (moments > 1) exp_avg_sq.store(piece, at, v, [&](int i) { return bits_for_v(r.of(i)); });
-        if constexpr (blocks) {
-          SIGNADAM_UNROLL
-          for (int i = 0; i < piece_size; ++i) run[u * piece_size + i] = m[i];
-          SIGNADAM_UNROLL
-          for (int i = 0; i < piece_size / 2; ++i) run_noise[u * (piece_size / 2) + i] = r.word[i];
-        }
-        if (moments > 0 && tensor.formats.exp_avg != Format::block8)
-          exp_avg.store(piece, at, m, [&](int i) { return bits_for_m(r.of(i)); });
-      }
-    }
-    if constexpr (blocks)
-      if (tensor.formats.exp_avg == Format::block8) exp_avg.store_block(index, run, run_noise);
+  const auto stored = StoredSlice<Rule, statistics>::of(slice);
+  const int pieces = pieces_of(slice.count, slice.tensor.head);
+  SIGNADAM_ROLLED
+  for (int index = thread; index < pieces; index += threads_per_block) {
+    const Piece piece = stored.piece(index);
+    if (piece.count == 0) continue;
+    stored.update(s, alpha, index, lanes, [&](const float* m, const RandomHalves& r) {
+      stored.exp_avg.store(piece, index, m, [&](int i) { return bits_for_m(r.of(i)); });
+    });
   }
+}
+
+// A piece of m between the update and the exponent that it shares with three others.
+struct PendingMoment {
+  float m[piece_size];
+  RandomHalves r;
+};
+
+// Block-scaled moments: four neighbouring threads have the pieces of one exponent.
+template <class Rule, class Block>
+SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha) {
+  const auto stored = StoredSlice<Rule, Statistics::none>::of(slice);
+  const int pieces = pieces_of(slice.count, 0);
+  for (int first = 0; first < pieces; first += threads_per_block)
+    block.template in_fours<PendingMoment>(
+        [&](int thread, PendingMoment& pending) {
+          uint32_t largest = 0;
+          if (first + thread >= pieces) return largest;
+          stored.update(s, alpha, first + thread, nullptr, [&](const float* m, const RandomHalves& r) {
+            pending.r = r;
+            SIGNADAM_UNROLL
+            for (int i = 0; i < piece_size; ++i) {
+              pending.m[i] = m[i];
+              const uint32_t magnitude = finite_magnitude(m[i]);
+              largest = magnitude > largest ? magnitude : largest;
+            }
+          });
+          return largest;
+        },
+        [&](int thread, const PendingMoment& pending, uint32_t largest) {
+          if (first + thread < pieces) stored.exp_avg.store_scaled(first + thread, pending.m, pending.r, largest);
+        });
 }
 
 enum class Storage { plain, any };
 
 template <class Rule, Statistics statistics, Storage storage>
-SIGNADAM_HD void run(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
+SIGNADAM_HD void run_thread_of(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
   if constexpr (storage == Storage::plain)
     run_thread<Rule, statistics>(slice, s, alpha, thread, lanes);
   else
@@ -207,13 +234,16 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
   const Scalars& s = step.scalars[step.rows[index]];
   const float alpha = statistics == Statistics::only ? 0.0f : threshold(slice.tensor, s);
 
+  if constexpr (storage == Storage::any && Rule::moments > 0 && !Rule::bounded)
+    if (slice.tensor.formats.exp_avg == Format::block8) return run_block_scaled<Rule>(block, slice, s, alpha);
+
   if constexpr (statistics == Statistics::none) {
-    block.each([&](int thread) { run<Rule, statistics, storage>(slice, s, alpha, thread, nullptr); });
+    block.each([&](int thread) { run_thread_of<Rule, statistics, storage>(slice, s, alpha, thread, nullptr); });
   } else {
     Sums* const lanes = block.lanes();
     block.each([&](int thread) {
       Sums own[piece_size] = {};
-      run<Rule, statistics, storage>(slice, s, alpha, thread, own);
+      run_thread_of<Rule, statistics, storage>(slice, s, alpha, thread, own);
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) lanes[lane_of(thread, i, slice.tensor.head)] = own[i];
     });

@@ -28,7 +28,7 @@ constexpr int packed_run = 32;
 SIGNADAM_HD constexpr int64_t bytes_before(Format format, int64_t index) { return index * bits_of(format) / 8; }
 
 // Bytes of one element of a format that is not packed.
-SIGNADAM_HD constexpr int size_of(Format format) { return bits_of(format) / 8; }
+SIGNADAM_HD constexpr int size_of(Format format) { return format == Format::fp32 ? 4 : 2; }
 
 // How the fp32 result of a step is kept (ALGORITHMS, random bits): rounded to nearest; stochastically; with the low 16
 // or 8 bits beside it; as a copy in fp32.

@@ -49,7 +49,7 @@ struct Operand {
 
   SIGNADAM_HD static Operand of(const void* base, Format format, const Slice& slice) {
     // One operand type serves reading and writing; gradients are only ever read.
-    auto* begin = static_cast<unsigned char*>(const_cast<void*>(base)) + bytes_before(format, slice.begin);
+    auto* begin = static_cast<unsigned char*>(const_cast<void*>(base)) + slice.begin * size_of(format);
     const auto border = reinterpret_cast<uintptr_t>(begin) + slice.tensor.head * size_of(format);
     return {begin, format, border % 16 == 0};
   }

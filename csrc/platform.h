@@ -7,9 +7,11 @@
 #if defined(__CUDACC__)
 #define SIGNADAM_HD __host__ __device__ __forceinline__
 #define SIGNADAM_UNROLL _Pragma("unroll")
+#define SIGNADAM_ROLLED _Pragma("unroll 1")
 #else
 #define SIGNADAM_HD inline __attribute__((always_inline))
 #define SIGNADAM_UNROLL
+#define SIGNADAM_ROLLED
 #endif
 
 #define SIGNADAM_RESTRICT __restrict__

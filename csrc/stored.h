@@ -13,19 +13,18 @@ struct RandomHalves {
 
 struct PieceNoise {
   Noise noise;
-  Keys keys;
-  uint32_t high;  // of the pair's index, for which `keys` hold
-  int64_t first;  // index of the chunk's first element in the unsharded tensor
+  Keys keys;      // of the chunk's first element
+  int64_t first;  // its index in the unsharded tensor
 
   SIGNADAM_HD static PieceNoise of(const Slice& slice) {
     const int64_t first = slice.tensor.first + slice.begin;
-    const auto high = static_cast<uint32_t>(first >> 33);
-    return {slice.noise, Keys::of(slice.noise, high), high, first};
+    return {slice.noise, Keys::of(slice.noise, static_cast<uint32_t>(first >> 33)), first};
   }
 
   SIGNADAM_HD uint32_t word(uint64_t pair) const {
-    const auto its_high = static_cast<uint32_t>(pair >> 32);
-    return random_word(its_high == high ? keys : Keys::of(noise, its_high), static_cast<uint32_t>(pair));
+    const auto high = static_cast<uint32_t>(pair >> 32);
+    const bool usual = high == static_cast<uint32_t>(first >> 33);
+    return random_word(usual ? keys : Keys::of(noise, high), static_cast<uint32_t>(pair));
   }
 
   SIGNADAM_HD RandomHalves at(const Piece& piece) const {
@@ -236,29 +235,19 @@ struct StoredMoment {
       store_one(reinterpret_cast<uint16_t*>(at), static_cast<uint16_t>(raw.word[0]));
   }
 
-  // 32 values as codes and their exponent. `noise`: two elements' random halves to a word.
-  SIGNADAM_HD void store_block(int index, const float* x, const uint32_t* noise) const {
-    uint32_t largest = 0;
-    SIGNADAM_UNROLL
-    for (int i = 0; i < packed_run; ++i) {
-      const uint32_t magnitude = finite_magnitude(x[i]);
-      largest = magnitude > largest ? magnitude : largest;
-    }
+  // A piece as codes of the block whose largest finite magnitude has these bits, and the exponent by its first piece.
+  SIGNADAM_HD void store_scaled(int index, const float* x, const RandomHalves& r, uint32_t largest) const {
     const int e = block_exponent(largest);
     const float inverse = power_of_two(-e);
-    unsigned char* at = codes + index * packed_run;
+    uint32_t word[2] = {};
     SIGNADAM_UNROLL
-    for (int part = 0; part < 2; ++part) {
-      uint32_t word[4] = {};
-      SIGNADAM_UNROLL
-      for (int i = 0; i < packed_run / 2; ++i) {
-        const int k = part * (packed_run / 2) + i;
-        const uint32_t r = bits_for_m((noise[k / 2] >> (16 * (k % 2))) & 0xffffu);
-        word[i / 4] |= (static_cast<uint32_t>(block_code(x[k], inverse, r)) & 0xffu) << (8 * (i % 4));
-      }
-      store_words(at + 16 * part, Words{word[0], word[1], word[2], word[3]});
+    for (int i = 0; i < piece_size; ++i) {
+      const int32_t q = block_code(x[i], inverse, bits_for_m(r.of(i)));
+      word[i / 4] |= (static_cast<uint32_t>(q) & 0xffu) << (8 * (i % 4));
     }
-    store_one(exponents + index, static_cast<int8_t>(e));
+    store_one(reinterpret_cast<uint64_t*>(codes + index * piece_size), word[0] | static_cast<uint64_t>(word[1]) << 32);
+    constexpr int pieces = packed_run / piece_size;
+    if (index % pieces == 0) store_one(exponents + index / pieces, static_cast<int8_t>(e));
   }
 };
 

@@ -35,15 +35,15 @@ struct Formats {
 
 struct TensorEntry {
   void* param;
-  void* low;  // of split weights: int16 or int8; of master weights: fp32; otherwise null
   void* exp_avg;
   void* exp_avg_sq;
   double* exp_avg_std;  // of adaptive confidence, otherwise null
   int64_t numel;
-  int64_t first;  // index of the first element in the unsharded tensor, for random bits
   uint32_t first_chunk;
   Formats formats;
-  uint8_t head;  // elements before the first 16-byte boundary
+  uint8_t head;   // elements before the first 16-byte boundary
+  void* low;      // of split weights: int16 or int8; of master weights: fp32; otherwise null
+  int64_t first;  // index of the first element in the unsharded tensor, for random bits
 };
 
 // What a step adds. `grads[i] == nullptr`: tensor i takes no part. `rows[i]` numbers its scalars. `noise` is null where

@@ -22,6 +22,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
 from .optimizer import SignOptimizer, _label
+from .plan import _waves
 
 
 def release_gradients(
@@ -35,71 +36,73 @@ def release_gradients(
     """Lets ``backward()`` take the steps: a parameter is updated once its gradient is complete, and the gradient freed.
 
     Instead of all gradients only those exist that backward is working on, which saves nearly the memory of the
-    parameters once more. The parameters and the optimizer's state get the same bits as from an ordinary loop::
+    parameters once more. Parameters and state get the same bits as from an ordinary loop::
 
         release_gradients(model, optimizer)
         for inputs, targets in batches:
             loss_function(model(inputs), targets).backward()
             scheduler.step()
 
-    ``optimizer.step()`` and ``optimizer.zero_grad()`` may stay in the loop. ``step()`` has only the gradients left to do
-    that backward has not applied: of parameters that are not released, of an accumulation cut short, or written by
-    hand. Keep it where some of the optimizer's parameters are not in ``model_or_params`` or there are step hooks. With a
+    ``optimizer.step()`` and ``optimizer.zero_grad()`` may stay in the loop. ``step()`` applies only the gradients that
+    backward has left: of parameters that are not released, of an accumulation cut short, or written by hand. So keep it
+    where the optimizer has trainable parameters beyond ``model_or_params``, and for the sake of step hooks. With a
     closure it runs the closure, whose backward takes the step.
 
-    Frozen parameters are released from the moment they are unfrozen, and groups added later are released if
-    everything was. Learning rates and other hyperparameters are those at the time of backward. Hooks registered on a
-    parameter before this call still see its gradient, later ones do not; hooks of ``Tensor.register_hook`` may change
-    it, for instance clip it by value, and find the parameter not yet updated.
+    Frozen parameters are released from the moment they are unfrozen; groups added later are released if everything
+    was. Learning rates and other hyperparameters are those at the time of backward. Hooks registered on a parameter
+    before this call still see its gradient, later ones do not; those of ``Tensor.register_hook`` may change it, for
+    instance clip it by value.
 
     The graph must not need a weight after its gradient is complete. Where it does (a second backward through the same
     graph, ``weight.detach()`` used beside ``weight``), autograd says that the weight "has been modified by an inplace
-    operation". On CUDA the update runs on the stream that completed the gradient, and the stream of the call to
-    ``backward()`` waits for it.
+    operation". It says so as well of parameters that are views of one buffer, which have a version in common. On CUDA
+    an update runs on the stream that completed the gradient; the stream of the call to ``backward()`` waits for it.
 
-    Optimizer and parameters do not keep each other alive through this: keep the optimizer, even in a loop that never
-    mentions it. The returned object need not be kept. Copies and pickles of the optimizer are not released.
+    Keep the optimizer, even where the loop never mentions it: parameters do not keep it alive. The returned object
+    need not be kept. Copies and pickles of the optimizer are not released.
 
-    **What cannot work with it.** The following are errors, unless said otherwise:
+    **What cannot work with it** is an error, unless said otherwise:
 
-    - ``DistributedDataParallel``, on any number of processes, and FSDP's older, flat parameters: they average a
-      gradient only after it would have been applied, so the processes would drift apart. Models wrapped later are
-      found at the first backward, or at the next ``step()``.
-    - Gradient accumulation by several backwards, unless ``accumulation_steps`` announces it. In a loop that calls
-      ``step()`` a parameter's second gradient since the last call is an error; the first calls of a loop can show
-      no more than that ``step()`` exists. In a loop that never calls it, every backward is a step.
-    - Reentrant checkpointing (``use_reentrant=True``) of a parameter used in several segments, whose gradient arrives in
-      parts: an error at the second part, which is after the first one was applied. Parameters used in one segment are
-      right, but the loop must call ``step()`` so that both can be told apart.
-    - ``GradScaler``: it must look at all gradients before it knows whether the step is taken at all. An enabled one is
-      refused in ``scaler.step(optimizer)``, one backward too late, or here if it is given as ``grad_scaler``.
-    - Clipping by the norm of all gradients, which is not known before the last of them, when the others are gone. This
-      **cannot be noticed**: ``clip_grad_norm_`` finds no gradient, returns 0 and changes nothing. Give your loop's
-      ``max_norm`` to have it refused here. A sign does not depend on the norm: with ``alpha=0`` clipping changes no update.
+    - ``DistributedDataParallel``, on any number of processes, and the flat parameters of FSDP's first version: they
+      average a gradient only after it has been applied, so the processes would drift apart. A model wrapped later is
+      found at the first backward, or else at the next ``step()``.
+    - Gradient accumulation by several backwards, unless ``accumulation_steps`` announces it. Once ``step()`` has been
+      called, a parameter's second gradient since the last call is an error. In a loop that never calls it, every
+      backward is a step.
+    - Reentrant checkpointing (``use_reentrant=True``) of a parameter used in several segments. Its gradient arrives in
+      parts, and the second is an error, when the first has been applied. Parameters used in one segment get the right
+      update, but the loop must call ``step()``, or the next backward would look like another part.
+    - Parameters that share memory, which would be updated in another order.
+    - ``GradScaler``: it looks at all gradients to decide whether the step is taken. An enabled one is refused in
+      ``scaler.step(optimizer)``, which is one backward too late, or here if it is given as ``grad_scaler``.
+    - Clipping by the norm of all gradients, which is known only when the last of them is complete and the others are
+      gone. This **goes unnoticed**: ``clip_grad_norm_`` finds no gradient, returns 0 and changes nothing. Give the
+      loop's ``max_norm`` here to have it refused. Where only signs count (SignAdam, and ``alpha=0`` but for Signum) it
+      would change nothing anyway.
 
     Args:
-        model_or_params: a module, or parameters in any form that optimizers take. Parameters that are not the
-            optimizer's are left alone.
+        model_or_params: a module, or parameters in any form that optimizers take. Those that are not the optimizer's
+            are left alone.
         optimizer: one of this package.
         accumulation_steps: how many backwards make one step. Gradients are summed as always (so divide the loss), and
-            each is freed after the last of them; between, all exist, so that no memory is saved. ``zero_grad()`` (to None)
+            each is freed after the last of them; between, all exist, and no memory is saved. ``zero_grad()`` (to None)
             begins anew.
-        max_norm: that of your loop's ``clip_grad_norm_``, to be refused if it is not None.
-        grad_scaler: that of your loop, to be refused if it is enabled.
+        max_norm: the loop's, to be refused unless it is None.
+        grad_scaler: the loop's, to be refused if it is enabled.
 
     Returns:
         The release, which ends with its ``remove()`` or, used as a context manager, with its block.
 
     Raises:
         TypeError: arguments of other kinds.
-        ValueError: clipping or loss scaling, see above, or no parameter in common.
-        RuntimeError: the optimizer's gradients are released already, the model is one of those refused above, or a
-            parameter holds a gradient.
+        ValueError: clipping, loss scaling, no parameter in common with the optimizer, or parameters that share memory.
+        RuntimeError: gradients are released already, the model is distributed in one of those ways, or a parameter
+            holds a gradient.
     """
     if not isinstance(optimizer, SignOptimizer):
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}: release_gradients serves the optimizers of signadam_ext, which "
-            "can step one parameter at a time"
+            f"optimizer is a {type(optimizer).__name__}: release_gradients serves the optimizers of "
+            "signadam_ext, which can step one parameter at a time"
         )
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int):
         raise TypeError(f"accumulation_steps={accumulation_steps!r}: must be an int")
@@ -168,16 +171,17 @@ class GradientRelease:
         self._window = 0
         self._task = -1
         self._nested = False
-        self._must_step = False
+        self._step_called = False
+        self._others = False
         self._searched = False
-        own = [param for group in optimizer.param_groups for param in group["params"]]
+        own = _own_parameters(optimizer)
         given = {id(param) for param in params}
         common = [param for param in own if id(param) in given]
         self._released_all = len(common) == len(own)
         if not common:
             raise ValueError(
-                "none of these parameters is the optimizer's: release those it was made with (a model that was copied or "
-                "wrapped in between may have others)"
+                "none of these parameters is the optimizer's: release those it was made with (a copy of a model has "
+                "others)"
             )
         for param in common:
             if param.grad is not None:
@@ -187,6 +191,11 @@ class GradientRelease:
                 )
             if getattr(param, "_is_flat_param", False):
                 raise RuntimeError(f"{_name(optimizer, param)} is a flat parameter: {_NO_FSDP}")
+        if any(_waves([param if param.requires_grad else None for param in own])):
+            raise ValueError(
+                "parameters of the optimizer share memory: in backward they would be updated in another order than by "
+                "step(), and one before the other's gradient is complete"
+            )
         self._refuse_ddp(common)
         try:
             for param in common:
@@ -231,32 +240,32 @@ class GradientRelease:
         """``optimizer.step()`` while gradients are released: applies those that backward has not."""
         optimizer = self._optimizer()
         assert optimizer is not None  # it is the caller
-        if hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf"):
-            # GradScaler would take them away after the step.
-            vars(optimizer).pop("grad_scale", None)
-            vars(optimizer).pop("found_inf", None)
+        scaled = [name for name in ("grad_scale", "found_inf") if name in vars(optimizer)]
+        if scaled:
+            for name in scaled:
+                delattr(optimizer, name)  # as GradScaler would after the step
             raise RuntimeError(_NO_SCALER)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        left = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        left = [param for param in _own_parameters(optimizer) if param.grad is not None]
         if left:
             released = [slot for slot in map(self._slot, left) if slot is not None]
             if self.accumulation_steps == 1:
                 for slot in released:
                     if slot.window == self._window:
                         raise RuntimeError(
-                            f"{_name(optimizer, slot.param())} was updated in backward, and then something gave it "
-                            "another gradient. DistributedDataParallel does, and cannot be used while gradients are "
-                            "released; so does a hook that failed. optimizer.zero_grad() drops the gradient"
+                            f"{_name(optimizer, slot.param())} was updated in backward and has got another gradient "
+                            "since: by hand, by a backward that was refused, or by DistributedDataParallel, which "
+                            "cannot be used while gradients are released. optimizer.zero_grad() drops that gradient"
                         )
             optimizer._step_all()
             for param in left:
                 if self._slot(param) is not None:
                     param.grad = None
         self._window += 1
-        self._must_step = True
+        self._step_called = True
         return loss
 
     def extend(self, params: Iterable[Tensor]) -> None:
@@ -274,7 +283,8 @@ class GradientRelease:
         if frozen:
             param.requires_grad_(True)
         try:
-            self._handles.append(param.register_post_accumulate_grad_hook(_after_accumulation(self, slot)))
+            _drop_dead_hooks(param)
+            self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self, slot)))
             if self.accumulation_steps > 1:
                 self._handles.append(param.register_hook(_before_accumulation(slot)))
         finally:
@@ -296,9 +306,9 @@ class GradientRelease:
             raise RuntimeError(
                 f"{_name(optimizer, param)} has lost its gradient to another hook: was it released for two optimizers?"
             )
-        task = torch._C._current_graph_task_id()
+        task = torch._C._current_graph_task_id()  # -1 where a compiled backward calls
         with self._lock:
-            if task != self._task:
+            if task != self._task or task == -1:
                 self._begin(optimizer, task)
             self._check_accumulation(optimizer, slot, task)
             slot.task, slot.nested = task, self._nested
@@ -319,44 +329,42 @@ class GradientRelease:
         if not self._searched and _processes_may_exist():
             self._refuse_ddp([param for param in (slot.param() for slot in self._slots.values()) if param is not None])
             self._searched = True
-        if not self._must_step:
-            # Parameters that only step() updates.
-            self._must_step = any(
-                param.requires_grad and self._slot(param) is None
-                for group in optimizer.param_groups
-                for param in group["params"]
-            )
+        # A loop that never calls step() must have nothing left for it to do.
+        self._others = not self._step_called and any(
+            param.requires_grad and self._slot(param) is None for param in _own_parameters(optimizer)
+        )
         self._task = task
 
     def _check_accumulation(self, optimizer: SignOptimizer, slot: _Slot, task: int) -> None:
         """Raises where this gradient is another part of one that has been applied, before anything is written."""
-        if slot.task == task:
-            raise RuntimeError(
-                f"{_name(optimizer, slot.param())} got its gradient in parts, of which the first has been taken for the "
-                "whole: did its dtype or device change while the graph was built?"
+        why = None
+        if slot.task == task != -1:
+            why = (
+                "its gradient in parts, of which the first has been taken for the whole: did its dtype or device "
+                "change while the graph was built?"
             )
-        if self.accumulation_steps > 1:
+        elif self.accumulation_steps > 1:
             if self._nested:
-                raise RuntimeError(
-                    f"{_name(optimizer, slot.param())} got a gradient from a backward inside another one, where parts of "
-                    "a gradient cannot be told from gradients to be accumulated: with accumulation_steps > 1 use "
-                    "checkpoint(..., use_reentrant=False)"
+                why = (
+                    "a gradient from a backward inside another one, where parts of a gradient cannot be told from "
+                    "gradients to be accumulated: with accumulation_steps > 1 use checkpoint(..., use_reentrant=False)"
                 )
-            return
-        if slot.window != self._window or not (self._must_step or self._nested or slot.nested):
-            return
-        if self._nested or slot.nested:
-            raise RuntimeError(
-                f"{_name(optimizer, slot.param())} got a second gradient since the last optimizer.step(), from a backward "
-                "inside another one. A parameter used in several segments of reentrant checkpointing gets its gradient "
-                "in parts, of which the first has been applied: use checkpoint(..., use_reentrant=False). If none is "
-                "used twice, call optimizer.step() after each backward()"
-            )
-        raise RuntimeError(
-            f"{_name(optimizer, slot.param())} got a second gradient since the last optimizer.step(), but the first has "
-            "been applied and freed in backward already. To accumulate over N backwards, release with "
-            "accumulation_steps=N; otherwise call optimizer.step() after each backward()"
-        )
+        elif slot.window == self._window:
+            if self._nested or slot.nested:
+                why = (
+                    f"{_SECOND}, and one of them came from a backward inside another. In reentrant checkpointing a "
+                    "parameter used in several segments gets its gradient in parts: use checkpoint(..., "
+                    "use_reentrant=False). If none is used in several, call optimizer.step() after each backward()"
+                )
+            elif self._step_called or self._others:
+                why = (
+                    f"{_SECOND}. To accumulate over N backwards, release with accumulation_steps=N; otherwise call "
+                    "optimizer.step() after each backward()"
+                )
+                if not self._step_called:
+                    why += ", which updates the parameters that are not released"
+        if why is not None:
+            raise RuntimeError(f"{_name(optimizer, slot.param())} got {why}")
 
     def _refuse_ddp(self, params: list[Tensor]) -> None:
         """Raises if a DistributedDataParallel has these parameters, which do not show it themselves."""
@@ -369,34 +377,47 @@ class GradientRelease:
                     raise RuntimeError(_NO_DDP)
 
 
+_SECOND = "a second gradient since the last optimizer.step(), but the first was applied and freed in backward"
+
 _NO_DDP = (
     "gradients of a model in DistributedDataParallel cannot be released: it averages them over processes after the "
-    "point where they would be applied, so each process would apply its own and the models would drift apart; use "
-    "FSDP2 (fully_shard) or do not release gradients"
+    "point where they would be applied, so each process would apply its own and the models would drift apart"
 )
 _NO_FSDP = (
-    "gradients of a model in FullyShardedDataParallel cannot be released: they are reduced over processes after the point "
-    "where they would be applied; use FSDP2 (fully_shard) or do not release gradients"
+    "gradients of a model in FullyShardedDataParallel cannot be released: they are averaged over "
+    "processes after the point where they would be applied"
 )
 
 
-def _after_accumulation(release: GradientRelease, slot: _Slot) -> Callable[[Tensor], None]:
-    reference = weakref.ref(release)
+class _Hook:
+    """Called by autograd after it has accumulated a parameter's gradient."""
 
-    def hook(param: Tensor) -> None:
-        release = reference()
-        optimizer = None if release is None else release._optimizer()
+    def __init__(self, release: GradientRelease, slot: _Slot) -> None:
+        self._release = weakref.ref(release)
+        self._slot = slot
+
+    def optimizer(self) -> SignOptimizer | None:
+        release = self._release()
+        return None if release is None else release._optimizer()
+
+    def __call__(self, param: Tensor) -> None:
+        release, optimizer = self._release(), self.optimizer()
         if release is not None and optimizer is not None:
-            release._gradient_complete(optimizer, slot, param)
-        else:
-            warnings.warn(
-                "the optimizer for which gradients were released no longer exists, so parameters are not updated: keep "
-                "the optimizer, or call remove() of the release before you drop it",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            release._gradient_complete(optimizer, self._slot, param)
+            return
+        warnings.warn(
+            "the optimizer for which gradients were released no longer exists, so parameters are not updated: keep the "
+            "optimizer, or call remove() of the release before you drop it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
-    return hook
+
+def _drop_dead_hooks(param: Tensor) -> None:
+    """Of optimizers that were dropped without remove(): now that there is another, they have nothing to warn of."""
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.optimizer() is None]:
+        del hooks[key]
 
 
 def _before_accumulation(slot: _Slot) -> Callable[[Tensor], None]:
@@ -454,7 +475,7 @@ _CUSTOM_BACKWARDS = {
 def _inside_custom_backward() -> bool:
     """Whether this thread is in the backward of an autograd.Function, whose own backward() has led here.
 
-    The numbers of two backwards do not tell whether one runs inside the other; the stack does, on the threads of devices
+    The numbers of two backwards do not tell whether one runs inside the other; the stack does, on a device's thread
     as well.
     """
     frame = sys._getframe()
@@ -463,6 +484,10 @@ def _inside_custom_backward() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def _own_parameters(optimizer: SignOptimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _name(optimizer: SignOptimizer, param: Tensor | None) -> str:

@@ -39,6 +39,17 @@ struct DeviceBlock {
     __syncthreads();
   }
 
+  // `first` gives each thread's share of a maximum over four neighbours, which `second` gets; what it keeps in between
+  // stays in registers. All threads of a warp must come here.
+  template <class State, class First, class Second>
+  __device__ void in_fours(First first, Second second) {
+    State state;
+    uint32_t largest = first(static_cast<int>(threadIdx.x), state);
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+    second(static_cast<int>(threadIdx.x), state, largest);
+  }
+
   // True in all threads of the block that is the last of `expected` to come here; resets the counter.
   __device__ bool arrives_last(uint32_t* counter, uint32_t expected) {
     __shared__ bool last;

@@ -42,6 +42,17 @@ class HostBlock {
     for (const uint32_t thread : threads_) phase(static_cast<int>(thread));
   }
 
+  template <class State, class First, class Second>
+  void in_fours(First first, Second second) {
+    std::vector<State> states(threads_per_block);
+    std::vector<uint32_t> largest(threads_per_block);
+    each([&](int thread) { largest[thread] = first(thread, states[thread]); });
+    each([&](int thread) {
+      const auto four = largest.begin() + thread / 4 * 4;
+      second(thread, states[thread], *std::max_element(four, four + 4));
+    });
+  }
+
   bool arrives_last(uint32_t* counter, uint32_t expected) {
     const bool last = ++*counter == expected;
     if (last) *counter = 0;
@@ -56,13 +67,13 @@ class HostBlock {
 };
 
 // One launch: every block of the grid, in any order.
-template <class Rule, Statistics statistics>
+template <class Rule, Statistics statistics, Storage storage>
 void launch(const TableView& table, const Step& step, uint32_t chunks, Order order, uint32_t seed) {
   std::mt19937 random(seed);
   HostBlock block(order, seed + 1);
   for (const uint32_t chunk : ordered(chunks, order, random)) {
     if constexpr (statistics != Statistics::none) block.start();
-    run_block<Rule, statistics>(block, table, step, chunk);
+    run_block<Rule, statistics, storage>(block, table, step, chunk);
   }
 }
 
