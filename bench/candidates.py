@@ -6,7 +6,18 @@ from typing import Any
 
 import torch
 
-from .harness import Candidate, Case, Step, Traffic, Workload, gpt2_small, llama_1b, many_small, one_large
+from .harness import (
+    FP32_ADAMW,
+    Candidate,
+    Case,
+    Step,
+    Traffic,
+    Workload,
+    gpt2_small,
+    llama_1b,
+    many_small,
+    one_large,
+)
 
 
 def _torch(optimizer: type[torch.optim.Optimizer], options: dict[str, Any], work: Workload) -> Step:
@@ -28,7 +39,17 @@ COPY = Candidate("copy", "torch", Traffic(param=1), lambda work: partial(work.a.
 FUSED = _adamw("fused", fused=True)
 FOREACH = _adamw("foreach", foreach=True)
 LOOP = _adamw("loop", foreach=False)
-REFERENCES = (STREAM, COPY, FUSED)
+
+
+def _fp32_adamw(work: Workload) -> Step:
+    return torch.optim.AdamW(work.fp32_params(), fused=True).step
+
+
+def references(dtype: torch.dtype) -> tuple[Candidate, ...]:
+    """What every candidate is measured beside. 16-bit training is also held against fused AdamW in fp32."""
+    wide = Candidate(FP32_ADAMW, "torch", Traffic(state=4), _fp32_adamw)
+    return (STREAM, COPY, FUSED) if dtype == torch.float32 else (STREAM, COPY, FUSED, wide)
+
 
 _sgd = partial(_torch, torch.optim.SGD)
 SGD = (
@@ -54,10 +75,28 @@ def ours(backend: str, *labels: str) -> list[Candidate]:
         Candidate(
             label,
             backend,
-            Traffic(grad=grad, state=state, state_dtype=torch.float32),
+            Traffic(grad=grad, state=state, state_bits=32),
             partial(_ours, name, options | {"backend": backend}),
         )
         for label, name, options, grad, state in _RULES
+        if not labels or label in labels
+    ]
+
+
+# What lies beside the parameters is none of these forms' traffic: that is the point of them.
+_STORED: tuple[tuple[str, str, dict[str, Any], int], ...] = tuple(
+    (f"SignAdamPP {state} stochastic", "SignAdamPP", {"state_dtype": state, "weights": "stochastic"}, bits)
+    for state, bits in (("bf16", 16), ("int8", 8), ("int4", 4), ("int2", 2))
+) + (("Signum int8 stochastic", "Signum", {"state_dtype": "int8", "weights": "stochastic"}, 8),)
+
+
+def stored(backend: str, *labels: str) -> list[Candidate]:
+    """Our optimizers in few bits, for 16-bit parameters, on `backend`; all when none is named."""
+    return [
+        Candidate(
+            label, backend, Traffic(state=2, state_bits=bits), partial(_ours, name, options | {"backend": backend})
+        )
+        for label, name, options, bits in _STORED
         if not labels or label in labels
     ]
 
@@ -90,8 +129,9 @@ def _cpu_plan(quick: bool) -> Plan:
     yield small, torch.float32, [*everyone, *ours("reference", "SignAdamPP")]
     yield gpt2, torch.float32, everyone
     yield llama, torch.float32, everyone
-    yield large, torch.bfloat16, [*kernels, FUSED]
-    yield gpt2, torch.bfloat16, [*kernels, FUSED]
+    few_bits = stored("cpu")
+    yield large, torch.bfloat16, [*few_bits, *kernels, FUSED]
+    yield gpt2, torch.bfloat16, [*few_bits, *kernels, FUSED]
 
 
 def _gpu_plan(quick: bool) -> Plan:
@@ -108,4 +148,5 @@ def _gpu_plan(quick: bool) -> Plan:
         (gpt2, torch.bfloat16),
         (small, torch.bfloat16),
     ):
-        yield case, dtype, [*kernels, FUSED, FOREACH]
+        few_bits = [] if dtype == torch.float32 else [*stored("cuda"), *stored("triton")]
+        yield case, dtype, [*few_bits, *kernels, FUSED, FOREACH]

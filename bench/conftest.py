@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from . import machine, present
-from .candidates import REFERENCES, plan
+from .candidates import plan, references
 from .harness import Candidate, Row, Trial, Workload
 
 _ROWS = pytest.StashKey[list[Row]]()
@@ -58,7 +58,7 @@ def workload(request: pytest.FixtureRequest) -> Workload:
 
 @pytest.fixture
 def trial(workload: Workload, candidate: Candidate) -> Trial:
-    return Trial(workload, candidate, REFERENCES)
+    return Trial(workload, candidate, references(workload.dtype))
 
 
 @pytest.fixture

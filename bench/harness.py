@@ -16,6 +16,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+#: The reference on fp32 parameters beside 16-bit ones.
+FP32_ADAMW = "AdamW fused, fp32"
+
 Step = Callable[[], object]
 Clock = Callable[[Step], float]
 
@@ -37,7 +40,7 @@ class Row(TypedDict, total=False):
     device: str
     optimizer: str
     backend: str
-    bytes_per_parameter: int
+    bytes_per_parameter: float
     bytes_count: str
     clock: str
     rounds: int
@@ -47,6 +50,7 @@ class Row(TypedDict, total=False):
     to_stream: Spread  # bytes/s over bytes/s
     to_copy: Spread  # bytes/s over bytes/s
     to_fused_adamw: Spread  # time over time
+    to_fp32_adamw: Spread  # the same, against AdamW on fp32 parameters; where those here have 16 bits
     host_seconds: Spread  # of the call alone, without waiting for the device; on a GPU, many small tensors
 
 
@@ -112,19 +116,19 @@ class Traffic:
     param: int = 2
     grad: int = 1
     state: int = 0  # all state tensors together
-    state_dtype: torch.dtype | None = None  # None: the parameter's
+    state_bits: int | None = None  # of one element of them; None: as the parameter
 
-    def _terms(self, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    def _terms(self, dtype: torch.dtype) -> dict[str, tuple[int, float]]:
         size = dtype.itemsize
-        state_size = (self.state_dtype or dtype).itemsize
+        state_size = size if self.state_bits is None else self.state_bits / 8
         return {"param": (self.param, size), "grad": (self.grad, size), "state": (self.state, state_size)}
 
-    def bytes(self, dtype: torch.dtype) -> int:
+    def bytes(self, dtype: torch.dtype) -> float:
         return sum(count * size for count, size in self._terms(dtype).values())
 
     def count(self, dtype: torch.dtype) -> str:
         terms = self._terms(dtype).items()
-        return " + ".join(f"{name} {count} x {size}" for name, (count, size) in terms if count)
+        return " + ".join(f"{name} {count} x {size:g}" for name, (count, size) in terms if count)
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,13 @@ class Workload:
             p.grad = random(p.shape, dtype)
         self.a, self.b = (random((case.elements,), torch.float32) for _ in range(2))
         self.references: dict[str, Step] = {}
+
+    def fp32_params(self) -> list[torch.nn.Parameter]:
+        """The same parameters and gradients in fp32."""
+        params = [torch.nn.Parameter(p.detach().float()) for p in self.params]
+        for wide, p in zip(params, self.params, strict=True):
+            wide.grad = None if p.grad is None else p.grad.float()
+        return params
 
     def reference(self, candidate: Candidate) -> Step:
         """The step of a reference, made once: all trials on this workload share its state."""
@@ -287,6 +298,7 @@ class Trial:
             work = moved / by_name[name].traffic.bytes(torch.float32) if per_byte else 1.0
             return spread([work * theirs / ours for theirs, ours in zip(self.samples[name], own, strict=True)])
 
+        wide = {"to_fp32_adamw": faster(FP32_ADAMW, per_byte=False)} if FP32_ADAMW in self.samples else {}
         return {
             "case": case.name,
             "shapes": case.summary,
@@ -306,4 +318,5 @@ class Trial:
             "to_stream": faster("stream", per_byte=True),
             "to_copy": faster("copy", per_byte=True),
             "to_fused_adamw": faster("AdamW fused", per_byte=False),
+            **wide,
         }

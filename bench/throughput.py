@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .candidates import REFERENCES, plan
+from .candidates import plan, references
 from .harness import Candidate, Clock, Trial, Workload, clock_for
 from .verify import verify
 
@@ -47,7 +47,7 @@ def measure(device: str, seconds: float, quick: bool = False) -> Iterator[dict[s
 def _row(work: Workload, candidate: Candidate, clock: Clock, seconds: float) -> dict[str, Any]:
     if candidate.backend not in ("torch", "reference"):
         verify(candidate.optimizer, candidate.backend, work.dtype)
-    trial = Trial(work, candidate, REFERENCES, clock)
+    trial = Trial(work, candidate, references(work.dtype), clock)
     row: dict[str, Any] = dict(trial.run(seconds))
     if work.device.type == "cuda" and work.case.name == "many_small":
         row["host_seconds"] = trial.host_cost()

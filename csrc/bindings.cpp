@@ -108,12 +108,12 @@ void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const 
                        pointer<uint32_t>(arrivals)};
   py::gil_scoped_release release;
   if (statistics == Statistics::only) {
-    cuda::launch(rule, Statistics::only, table.storage(), view, table.chunks(), layout, step, pointer<void>(device_step), device,
-                 pointer<void>(stream));
+    cuda::launch(rule, Statistics::only, table.storage(), view, table.chunks(), layout, step,
+                 pointer<void>(device_step), device, pointer<void>(stream));
     statistics = Statistics::none;
   }
-  cuda::launch(rule, statistics, table.storage(), view, table.chunks(), layout, step, pointer<void>(device_step), device,
-               pointer<void>(stream));
+  cuda::launch(rule, statistics, table.storage(), view, table.chunks(), layout, step, pointer<void>(device_step),
+               device, pointer<void>(stream));
 }
 #endif
 

@@ -13,11 +13,11 @@ namespace signadam {
 enum class Format : uint8_t { fp32, bf16, fp16, int8, int4, int2, block8 };
 
 SIGNADAM_HD constexpr int bits_of(Format format) {
-  return format == Format::fp32                                ? 32
-         : format == Format::bf16 || format == Format::fp16    ? 16
+  return format == Format::fp32                               ? 32
+         : format == Format::bf16 || format == Format::fp16   ? 16
          : format == Format::int8 || format == Format::block8 ? 8
-         : format == Format::int4                              ? 4
-                                                               : 2;
+         : format == Format::int4                             ? 4
+                                                              : 2;
 }
 
 // Whether elements share bytes or a scale, so that storage is padded to whole runs of `packed_run`.

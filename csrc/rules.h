@@ -1,4 +1,5 @@
-// Every update rule once, on fp32 registers: p parameter, g gradient, m and v moments.
+// Every update rule once, on fp32 registers: p parameter, g gradient, m and v moments. F is float, or a vector of
+// floats with the operators that compilers define for them.
 //
 // Where |m| <= 1 (`bounded`), m may come as L * m, with lr / L and (1 - beta1) * L for lr and 1 - beta1.
 //
@@ -11,23 +12,36 @@
 namespace signadam {
 
 // sign(0) = sign(-0) = sign(NaN) = 0.
-SIGNADAM_HD float sign(float x) { return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f); }
+template <class F>
+SIGNADAM_HD F sign(F x) {
+  return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f);
+}
 
 // Confidence gate [SA, Alg. 3]: sign(g) where |g| > alpha, else 0. With alpha >= 0 this needs no absolute value.
-SIGNADAM_HD float gated_sign(float g, float alpha) { return (g > alpha ? 1.0f : 0.0f) - (g < -alpha ? 1.0f : 0.0f); }
+template <class F>
+SIGNADAM_HD F gated_sign(F g, float alpha) {
+  return (g > alpha ? 1.0f : 0.0f) - (g < -alpha ? 1.0f : 0.0f);
+}
 
 // Correctly rounded on both sides: -prec-sqrt and -prec-div are nvcc's defaults, IEEE the host's.
-SIGNADAM_HD float square_root(float x) {
+template <class F>
+SIGNADAM_HD F square_root(F x) {
 #if defined(__CUDA_ARCH__)
   return __fsqrt_rn(x);
 #else
-  return __builtin_sqrtf(x);
+  if constexpr (sizeof(F) == sizeof(float)) {
+    return __builtin_sqrtf(x);
+  } else {
+    for (unsigned i = 0; i < sizeof(F) / sizeof(float); ++i) x[i] = __builtin_sqrtf(x[i]);
+    return x;
+  }
 #endif
 }
 
 // The gradient as every rule and the confidence statistics see it. Without coupled decay p is not touched, so an
 // infinite p meets no 0 * p.
-SIGNADAM_HD float effective_gradient(const Scalars& s, float p, float g) {
+template <class F>
+SIGNADAM_HD F effective_gradient(const Scalars& s, F p, F g) {
   g = s.maximize ? -g : g;
   return s.coupled ? g + s.weight_decay * p : g;
 }
@@ -38,7 +52,8 @@ struct SignSGD {
   static constexpr int moments = 0;
   static constexpr bool bounded = false;
   static constexpr bool divides = false;
-  static SIGNADAM_HD void update(const Scalars& s, float alpha, float& p, float g, float&, float&) {
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F&, F&) {
     p = p - s.lr * gated_sign(g, alpha);
   }
 };
@@ -49,7 +64,8 @@ struct Signum {
   static constexpr int moments = 1;
   static constexpr bool bounded = false;
   static constexpr bool divides = false;
-  static SIGNADAM_HD void update(const Scalars& s, float, float& p, float g, float& m, float&) {
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&) {
     m = s.beta1 * m + s.one_minus_beta1 * g;
     p = p - s.lr * sign(m);
   }
@@ -61,8 +77,9 @@ struct SignAdam {
   static constexpr int moments = 2;
   static constexpr bool bounded = true;
   static constexpr bool divides = true;
-  static SIGNADAM_HD void update(const Scalars& s, float, float& p, float g, float& m, float& v) {
-    const float c = sign(g);
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v) {
+    const F c = sign(g);
     m = s.beta1 * m + s.one_minus_beta1 * c;
     v = s.beta2 * v + s.one_minus_beta2 * c * c;
     p = p - s.lr * m / (square_root(v) + s.eps);
@@ -75,7 +92,8 @@ struct SignAdamAnalytic {
   static constexpr int moments = 1;
   static constexpr bool bounded = true;
   static constexpr bool divides = true;
-  static SIGNADAM_HD void update(const Scalars& s, float, float& p, float g, float& m, float&) {
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&) {
     m = s.beta1 * m + s.one_minus_beta1 * sign(g);
     p = p - s.lr * m / s.denominator;
   }
@@ -87,7 +105,8 @@ struct SignAdamPP {
   static constexpr int moments = 1;
   static constexpr bool bounded = true;
   static constexpr bool divides = false;
-  static SIGNADAM_HD void update(const Scalars& s, float alpha, float& p, float g, float& m, float&) {
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F& m, F&) {
     m = s.beta1 * m + s.one_minus_beta1 * gated_sign(g, alpha);
     p = p - s.lr * m;
   }
@@ -110,8 +129,8 @@ enum RuleIndex {
 
 // The whole chain for one element: effective gradient, decoupled decay, rule. `decay` is 1 - lr * wd, and 1 where
 // there is none, which changes no bit of p.
-template <class Rule>
-SIGNADAM_HD void apply(const Scalars& s, float alpha, float& p, float g, float& m, float& v) {
+template <class Rule, class F>
+SIGNADAM_HD void apply(const Scalars& s, float alpha, F& p, F g, F& m, F& v) {
   g = effective_gradient(s, p, g);
   p = p * s.decay;
   Rule::update(s, alpha, p, g, m, v);

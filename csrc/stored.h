@@ -88,7 +88,8 @@ struct StoredParam {
       if (size == 4)
         raw.low.word[i] = load_one(reinterpret_cast<const uint32_t*>(at) + k);
       else if (size == 2)
-        raw.low.word[i / 2] |= static_cast<uint32_t>(load_one(reinterpret_cast<const uint16_t*>(at) + k)) << 16 * (i % 2);
+        raw.low.word[i / 2] |= static_cast<uint32_t>(load_one(reinterpret_cast<const uint16_t*>(at) + k))
+                               << 16 * (i % 2);
       else
         raw.low.word[i / 4] |= static_cast<uint32_t>(load_one(at + k)) << 8 * (i % 4);
     }
@@ -161,8 +162,8 @@ struct StoredParam {
 struct StoredMoment {
   Operand wide;  // of fp32 and bf16
   Format format;
-  unsigned char* codes;   // of the chunk
-  int8_t* exponents;      // of the chunk, with block8
+  unsigned char* codes;  // of the chunk
+  int8_t* exponents;     // of the chunk, with block8
 
   SIGNADAM_HD static StoredMoment of(void* base, Format format, const Slice& slice) {
     if (!is_packed(format)) return {Operand::of(base, format, slice), format, nullptr, nullptr};

@@ -4,7 +4,11 @@
 #include "kernels.h"
 
 #if defined(__F16C__)
+// GCC's own header leaves the lanes that AVX-512's unmasked forms do not use undefined, and warns of it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace signadam::cpu::SIGNADAM_ISA {
@@ -65,52 +69,39 @@ const float* widened(const void* base, Format format, int64_t index, float* scra
 }
 
 #include "stored.inl"
+#if defined(__AVX2__)
+#include "fused.inl"
+#endif
 
 // Elements of a full chunk that are updated in one half before the other has its turn.
 constexpr int turn = 64;
 
+// fp32 throughout: nothing to convert.
 template <class Rule>
-void update_plain(const Slice& slice, const Scalars& s, float alpha) {
+void update_fp32(const Slice& slice, const Scalars& s, float alpha) {
   const TensorEntry& tensor = slice.tensor;
-  const Format param_format = tensor.formats.param, grad_format = tensor.formats.grad;
+  float* const p = static_cast<float*>(tensor.param) + slice.begin;
+  const float* const g = static_cast<const float*>(slice.grad) + slice.begin;
   float* const m = Rule::moments > 0 ? static_cast<float*>(tensor.exp_avg) + slice.begin : nullptr;
   float* const v = Rule::moments > 1 ? static_cast<float*>(tensor.exp_avg_sq) + slice.begin : nullptr;
   const auto moment_at = [](float* moment, int i) { return moment == nullptr ? nullptr : moment + i; };
-
-  if (param_format == Format::fp32 && grad_format == Format::fp32) {
-    float* const p = static_cast<float*>(tensor.param) + slice.begin;
-    const float* const g = static_cast<const float*>(slice.grad) + slice.begin;
-    if (slice.count < chunk_size) return update_block<Rule>(s, alpha, p, g, m, v, slice.count);
-    // The halves of the chunk in turn: twice the streams keep more of the memory's parallelism busy.
-    constexpr int half = chunk_size / 2;
-    for (int i = 0; i < half; i += turn)
-      for (int at = i; at < chunk_size; at += half)
-        update_block<Rule>(s, alpha, p + at, g + at, moment_at(m, at), moment_at(v, at), turn);
-    return;
-  }
-
-  alignas(64) float scratch_p[block_size], scratch_g[block_size];
-  for (int done = 0; done < slice.count; done += block_size) {
-    const int64_t index = slice.begin + done;
-    const int count = slice.count - done < block_size ? slice.count - done : block_size;
-    const float* g = widened(slice.grad, grad_format, index, scratch_g, count);
-    float* p = const_cast<float*>(widened(tensor.param, param_format, index, scratch_p, count));
-    update_block<Rule>(s, alpha, p, g, moment_at(m, done), moment_at(v, done), count);
-    if (param_format != Format::fp32)
-      narrow_block(param_format, p, static_cast<uint16_t*>(tensor.param) + index, count);
-  }
+  if (slice.count < chunk_size) return update_block<Rule>(s, alpha, p, g, m, v, slice.count);
+  // The halves of the chunk in turn: twice the streams keep more of the memory's parallelism busy.
+  constexpr int half = chunk_size / 2;
+  for (int i = 0; i < half; i += turn)
+    for (int at = i; at < chunk_size; at += half)
+      update_block<Rule>(s, alpha, p + at, g + at, moment_at(m, at), moment_at(v, at), turn);
 }
 
+// Any forms, a block at a time by way of scratch, from element `done` of the chunk on: the start of a packed run.
 template <class Rule>
-void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
-  const Scalars s = scalars;  // a local copy cannot alias the tensors
-  if (slice.tensor.formats.plain()) return update_plain<Rule>(slice, s, alpha);
-
+void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done) {
   const TensorEntry& tensor = slice.tensor;
   const Formats& formats = tensor.formats;
   alignas(64) float scratch_p[block_size], scratch_g[block_size], scratch_m[block_size], scratch_v[block_size];
   Halves halves;
-  for (int done = 0; done < slice.count; done += block_size) {
+  const uint16_t* r = nullptr;
+  for (; done < slice.count; done += block_size) {
     const int64_t index = slice.begin + done;
     const int count = slice.count - done < block_size ? slice.count - done : block_size;
     const float* g = widened(slice.grad, formats.grad, index, scratch_g, count);
@@ -121,13 +112,26 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
                    ? load_moment(tensor.exp_avg_sq, formats.exp_avg_sq, tensor.numel, index, scratch_v, count)
                    : nullptr;
     update_block<Rule>(s, alpha, p, g, m, v, count);
-    const uint16_t* r = draw(slice.noise, tensor.first + index, count, halves);
+    if (!formats.plain()) r = draw(slice.noise, tensor.first + index, count, halves);
     store_param(tensor, index, p, r, count);
     if constexpr (Rule::moments > 0)
       store_moment<false>(tensor.exp_avg, formats.exp_avg, tensor.numel, index, m, r, count);
     if constexpr (Rule::moments > 1)
       store_moment<true>(tensor.exp_avg_sq, formats.exp_avg_sq, tensor.numel, index, v, r, count);
   }
+}
+
+template <class Rule>
+void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
+  const Scalars s = scalars;  // a local copy cannot alias the tensors
+  const Formats& formats = slice.tensor.formats;
+  if (formats.plain() && formats.param == Format::fp32 && formats.grad == Format::fp32)
+    return update_fp32<Rule>(slice, s, alpha);
+  int done = 0;
+#if defined(__AVX2__)
+  done = update_groups<Rule>(slice, s, alpha);
+#endif
+  update_blocks<Rule>(slice, s, alpha, done);
 }
 
 // x[:h] + x[h:] for h = size / 2, ..., 2, 1.

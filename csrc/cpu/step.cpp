@@ -49,7 +49,8 @@ void fetch_ahead(const Slice& slice) {
   const auto fetch = [&](const void* base, Format format) {
     if (base == nullptr) return;
     const char* begin = static_cast<const char*>(base) + bytes_before(format, slice.begin);
-    for (int64_t at = 0; at < reach && at < bytes_before(format, slice.count); at += line) __builtin_prefetch(begin + at);
+    for (int64_t at = 0; at < reach && at < bytes_before(format, slice.count); at += line)
+      __builtin_prefetch(begin + at);
   };
   const Formats& formats = slice.tensor.formats;
   fetch(slice.tensor.param, formats.param);

@@ -1,5 +1,5 @@
-// Included by kernels.inl, inside its namespace: storage forms to and from fp32 scratch, a block at a time. Loops do one
-// thing each, over arrays in the first-level cache, so that every compiler makes vectors of them.
+// Included by kernels.inl, inside its namespace: storage forms to and from fp32 scratch, a block at a time. Loops do
+// one thing each, over arrays in the first-level cache, so that every compiler makes vectors of them.
 
 static_assert(block_size % packed_run == 0);
 
@@ -20,8 +20,7 @@ const uint16_t* draw(const Noise& noise, int64_t first, int count, Halves& halve
   const uint64_t left = (uint64_t{1} << 32) - (pair & 0xffffffffu);
   const int low = left < static_cast<uint64_t>(words) ? static_cast<int>(left) : words;
   draw_run(Keys::of(noise, static_cast<uint32_t>(pair >> 32)), static_cast<uint32_t>(pair), halves.word, low);
-  if (low < words)
-    draw_run(Keys::of(noise, static_cast<uint32_t>(pair >> 32) + 1), 0, halves.word + low, words - low);
+  if (low < words) draw_run(Keys::of(noise, static_cast<uint32_t>(pair >> 32) + 1), 0, halves.word + low, words - low);
   return reinterpret_cast<const uint16_t*>(halves.word) + (first & 1);
 }
 
@@ -32,7 +31,10 @@ float* load_param(const TensorEntry& tensor, int64_t index, float* SIGNADAM_REST
   const uint16_t* SIGNADAM_RESTRICT param = static_cast<const uint16_t*>(tensor.param) + index;
   if (formats.weights == Weights::master) {
     const float* SIGNADAM_RESTRICT master = static_cast<const float*>(tensor.low) + index;
-    for (int i = 0; i < count; ++i) to[i] = from_master(formats.param, param[i], master[i]);
+    if (formats.param == Format::bf16)
+      for (int i = 0; i < count; ++i) to[i] = from_master(Format::bf16, param[i], master[i]);
+    else
+      for (int i = 0; i < count; ++i) to[i] = from_master(Format::fp16, param[i], master[i]);
   } else if (formats.weights == Weights::split16) {
     const int16_t* SIGNADAM_RESTRICT low = static_cast<const int16_t*>(tensor.low) + index;
     for (int i = 0; i < count; ++i) to[i] = join(param[i], low[i]);
@@ -128,17 +130,21 @@ void pack_codes(Format format, const int8_t* SIGNADAM_RESTRICT from, unsigned ch
   }
 }
 
+// One value for a whole run, so that loops over elements need not know of runs.
+void fill_run(float* to, float value) {
+  for (int i = 0; i < packed_run; ++i) to[i] = value;
+}
+
 // fp32 is used where it lies.
 float* load_moment(void* base, Format format, int64_t numel, int64_t index, float* SIGNADAM_RESTRICT to, int count) {
   auto* const from = static_cast<unsigned char*>(base) + bytes_before(format, index);
   if (!is_packed(format)) return const_cast<float*>(widened(base, format, index, to, count));
   if (format == Format::block8) {
+    alignas(64) float scales[block_size];
     const int8_t* SIGNADAM_RESTRICT codes = reinterpret_cast<const int8_t*>(from);
     const int8_t* exponents = static_cast<const int8_t*>(base) + padded(numel) + index / packed_run;
-    for (int run = 0; run < count; run += packed_run) {
-      const float scale = power_of_two(exponents[run / packed_run]);
-      for (int i = run; i < run + packed_run; ++i) to[i] = from_block_code(codes[i], scale);
-    }
+    for (int run = 0; run < count; run += packed_run) fill_run(scales + run, power_of_two(exponents[run / packed_run]));
+    for (int i = 0; i < count; ++i) to[i] = from_block_code(codes[i], scales[i]);
     return to;
   }
   alignas(64) int8_t unpacked[block_size];
@@ -171,25 +177,25 @@ void store_moment(void* base, Format format, int64_t numel, int64_t index, float
   const int whole = static_cast<int>(padded(count));
   alignas(64) int8_t codes[block_size];
   if (format == Format::block8) {
+    alignas(64) float inverses[block_size];
     int8_t* exponents = static_cast<int8_t*>(base) + padded(numel) + index / packed_run;
     for (int i = count; i < whole; ++i) m[i] = 0.0f;
     for (int run = 0; run < whole; run += packed_run) {
-      uint32_t largest = 0;
+      int32_t largest = 0;  // signed, for which AVX2 has a maximum that compilers know
       for (int i = run; i < run + packed_run; ++i) {
-        const uint32_t magnitude = finite_magnitude(m[i]);
-        largest = magnitude > largest ? magnitude : largest;
+        const auto magnitude = static_cast<int32_t>(finite_magnitude(m[i]));
+        largest = largest > magnitude ? largest : magnitude;
       }
-      const int e = block_exponent(largest);
-      const float inverse = power_of_two(-e);
-      for (int i = run; i < run + packed_run; ++i)
-        codes[i] = static_cast<int8_t>(block_code(m[i], inverse, moment_bits<second>(r[i])));
+      const int e = block_exponent(static_cast<uint32_t>(largest));
       exponents[run / packed_run] = static_cast<int8_t>(e);
+      fill_run(inverses + run, power_of_two(-e));
     }
+    for (int i = 0; i < whole; ++i)
+      codes[i] = static_cast<int8_t>(block_code(m[i], inverses[i], moment_bits<second>(r[i])));
     std::memcpy(to, codes, static_cast<std::size_t>(whole));
     return;
   }
-  for (int i = 0; i < count; ++i)
-    codes[i] = static_cast<int8_t>(stochastic_integer(m[i], moment_bits<second>(r[i])));
+  for (int i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(stochastic_integer(m[i], moment_bits<second>(r[i])));
   for (int i = count; i < whole; ++i) codes[i] = 0;
   if (format == Format::int8)
     std::memcpy(to, codes, static_cast<std::size_t>(whole));

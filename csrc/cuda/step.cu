@@ -16,7 +16,7 @@ constexpr std::size_t parameter_bytes = 4096;
 
 struct alignas(16) LaunchHeader {
   TableView table;
-  const unsigned char* step;  // device memory, or null: then the bytes below
+  const unsigned char* step;    // device memory, or null: then the bytes below
   uint32_t grads, noise, rows;  // offsets of StepLayout
 };
 
@@ -133,8 +133,8 @@ static_assert(sizeof(Scalars) % alignof(void*) == 0);
 
 std::size_t inline_capacity() { return inline_bytes; }
 
-void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks, const StepLayout& layout,
-            const void* host_step, void* device_step, int device, void* stream) {
+void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks,
+            const StepLayout& layout, const void* host_step, void* device_step, int device, void* stream) {
   const Kernel function = kernel_of(rule, statistics, storage);
   if (function == nullptr) throw std::runtime_error("no CUDA kernel for this rule with statistics");
   DeviceGuard guard(device);

@@ -21,8 +21,8 @@ std::size_t inline_capacity();
 // Launches on `stream` of `device`. `host_step` holds the step data; when it exceeds the inline capacity it is copied
 // to `device_step` first, stream-ordered, and must lie in pinned memory that stays until the copy is done.
 // Never synchronizes. Throws std::runtime_error with CUDA's own words.
-void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks, const StepLayout& layout,
-            const void* host_step, void* device_step, int device, void* stream);
+void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks,
+            const StepLayout& layout, const void* host_step, void* device_step, int device, void* stream);
 
 // Empty when this module can run on `device`, otherwise the reason. Starts no context before it is called.
 std::string unusable_reason(int device);
