@@ -83,20 +83,26 @@ def ours(backend: str, *labels: str) -> list[Candidate]:
     ]
 
 
-# What lies beside the parameters is none of these forms' traffic: that is the point of them.
-_STORED: tuple[tuple[str, str, dict[str, Any], int], ...] = tuple(
-    (f"SignAdamPP {state} stochastic", "SignAdamPP", {"state_dtype": state, "weights": "stochastic"}, bits)
-    for state, bits in (("bf16", 16), ("int8", 8), ("int4", 4), ("int2", 2))
-) + (("Signum int8 stochastic", "Signum", {"state_dtype": "int8", "weights": "stochastic"}, 8),)
+# label, class, state_dtype, bits of the momentum
+_STORED: tuple[tuple[str, str, str, int], ...] = (
+    ("SignAdamPP bf16 stochastic", "SignAdamPP", "bf16", 16),
+    ("SignAdamPP int8 stochastic", "SignAdamPP", "int8", 8),
+    ("SignAdamPP int4 stochastic", "SignAdamPP", "int4", 4),
+    ("SignAdamPP int2 stochastic", "SignAdamPP", "int2", 2),
+    ("Signum int8 stochastic", "Signum", "int8", 8),
+)
 
 
 def stored(backend: str, *labels: str) -> list[Candidate]:
     """Our optimizers in few bits, for 16-bit parameters, on `backend`; all when none is named."""
     return [
         Candidate(
-            label, backend, Traffic(state=2, state_bits=bits), partial(_ours, name, options | {"backend": backend})
+            label,
+            backend,
+            Traffic(state=2, state_bits=bits),
+            partial(_ours, name, {"state_dtype": state, "weights": "stochastic", "backend": backend}),
         )
-        for label, name, options, bits in _STORED
+        for label, name, state, bits in _STORED
         if not labels or label in labels
     ]
 

@@ -22,6 +22,15 @@ from . import checks, storage
 from .random_bits import bits_for_m, bits_for_v, random_bits
 from .storage import BF16, BLOCK8, FORMS, FP32, Form
 
+#: What may lie beside a parameter, by its name in the state.
+BESIDE_DTYPES = {
+    name: tuple(dtype for other, dtype in storage.BESIDE.values() if other == name)
+    for name, _ in storage.BESIDE.values()
+}
+
+#: Added to the step whose random bits a conversion uses: those of the step itself have decided what is converted.
+CONVERSION = 1 << 32
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -87,9 +96,8 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
     for name, form in layout.moments.items():
         if name in saved:
             _check_moment(f"state {name!r} of {label}", name, form, saved, param)
-    for name, dtype in {name: dtype for name, dtype in storage.BESIDE.values()}.items():
+    for name, dtypes in BESIDE_DTYPES.items():
         if name in saved:
-            dtypes = (torch.int16, torch.int8) if name == "param_low" else (dtype,)
             _check_tensor(f"state {name!r} of {label}", saved[name], param, dtypes)
     if layout.adaptive and "exp_avg_std" in saved:
         checks.deviation(label, saved["exp_avg_std"])
@@ -139,8 +147,8 @@ def _check_moment(label: str, name: str, form: Form, saved: Mapping[str, Any], p
 def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> tuple[dict[str, Any], list[str]]:
     """A checkpoint's state as this optimizer keeps it, on the parameter's device, and what changed its precision.
 
-    A moment of the same kind keeps its bits. Another kind is converted, where fewer bits are left by stochastic rounding
-    with the random bits of the step that the state was saved after, so that the expectation stays.
+    A moment of the same kind keeps its bits. Another kind is converted, where fewer bits are left by stochastic
+    rounding, so that the expectation stays.
     """
     param, changes = layout.param, []
     adopted: dict[str, Any] = {}
@@ -167,7 +175,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> t
             m = flat.float() if source.levels is None else flat.float() / torch.tensor(float(source.levels))
             if form.levels is not None:
                 m = m.clamp(-1.0, 1.0) * form.levels
-            r = own_bits(random_bits(seed, number, t, 0, param.numel(), param.device))
+            r = own_bits(random_bits(seed, number, t + CONVERSION, 0, param.numel(), param.device))
             stored = storage.encode(form, m, r)
             adopted[name] = stored if form.packed else _shaped(stored, param)
             exact = source is form and torch.equal(
@@ -183,35 +191,31 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> t
 def _adopt_weights(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, Any]) -> list[str]:
     """What lies beside the parameter, converted between the split forms and a master copy."""
     param, weights = layout.param, layout.weights
-    name, dtype = storage.BESIDE.get(weights, (None, None))
     low, master = saved.get("param_low"), saved.get("master_param")
-    if low is None and master is None:
+    found = low if master is None else master
+    if found is None:
         return []
     was = "master" if low is None else "split16" if low.dtype == torch.int16 else "split8"
-    if weights == was:
-        assert name is not None
-        found = low if master is None else master
-        adopted[name] = _shaped(_flat(found.detach().to(param.device), param), param)
+    flat = _flat(found.detach().to(param.device), param)
+    if weights == was or weights == "master":
+        # Low bits become a master copy at the first step: the parameter may not have been loaded yet.
+        adopted["param_low" if was != "master" else "master_param"] = _shaped(flat, param)
         return []
-    if was == "split8" and weights == "split16":
-        adopted["param_low"] = _shaped(_flat(low.to(param.device), param).to(torch.int16) * 256, param)
+    change = f"weights: {was} to {weights}"
+    if weights not in storage.BESIDE:
+        return [change]
+    if was == "split8":
+        adopted["param_low"] = _shaped(flat.to(torch.int16) * 256, param)
         return []
-    if was == "master" and weights.startswith("split"):
-        fp32 = _flat(master.detach().to(param.device), param)
-        high = torch.empty(fp32.shape, dtype=torch.bfloat16, device=fp32.device)
-        beside = torch.empty(fp32.shape, dtype=dtype, device=fp32.device)
-        storage.store_param(weights, fp32, torch.full(fp32.shape, 1 << 15, device=fp32.device), high, beside)
-        adopted["param_low"] = _shaped(beside, param)
-        return ["weights: master to split8"] if weights == "split8" else []
-    if was == "split16" and weights == "split8":
-        narrowed = (_flat(low.to(param.device), param).int() + 128 >> 8).clamp(-128, 127)
-        adopted["param_low"] = _shaped(narrowed.to(torch.int8), param)
-        return ["weights: split16 to split8"]
-    if weights == "master":
-        # The parameter may not have been loaded yet: the copy is made of both at the first step.
-        adopted["param_low"] = _shaped(_flat(low.detach().to(param.device), param), param)
-        return []
-    return [f"weights: {was} to {weights}"]
+    if was == "split16":
+        adopted["param_low"] = _shaped((flat.int() + 128 >> 8).clamp(-128, 127).to(torch.int8), param)
+        return [change]
+    high = torch.empty(flat.shape, dtype=torch.bfloat16, device=flat.device)
+    beside = torch.empty(flat.shape, dtype=storage.BESIDE[weights][1], device=flat.device)
+    half = torch.full(flat.shape, 1 << 15, device=flat.device)  # to nearest, where 8 bits are cut off
+    storage.store_param(weights, flat, half, high, beside)
+    adopted["param_low"] = _shaped(beside, param)
+    return [change] if weights == "split8" else []
 
 
 def _flat(value: Tensor, param: Tensor) -> Tensor:

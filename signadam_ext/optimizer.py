@@ -52,6 +52,9 @@ class SignOptimizer(Optimizer):
     #: Names of a group's hyperparameters beside those all optimizers share.
     HYPERPARAMETERS: tuple[str, ...] = ("lr",)
 
+    #: Where each parameter is: its group's index, and its own in the group.
+    _places: dict[int, tuple[int, int]]
+
     #: Set while gradients are released. A copy or a pickle does not take it along.
     _released: GradientRelease | None = None
 
@@ -157,13 +160,15 @@ class SignOptimizer(Optimizer):
         """The step of one parameter, as if no other had a gradient; False where no group has it."""
         place = self._places.get(id(param))
         if place is None or not self._is_at(param, *place):
-            place = self._places[id(param)] = self._find(param)
+            self._find_places()
+            place = self._places.get(id(param))
             if place is None:
                 return False
         index, i = place
         group = self.param_groups[index]
         self._fold_beta(group)
-        key = self._plan_key_of(group)
+        number = i + sum(len(group["params"]) for group in self.param_groups[:index])
+        key = (self._plan_key_of(group), number)
         # To its plan the parameter is the only one of the only group, so that reading takes no look at the others.
         alone = [{**group, "params": [param]}]
         state = None
@@ -171,7 +176,6 @@ class SignOptimizer(Optimizer):
             state = {param: self._own_state[param]} if param in self._own_state else {}
         plan, plan_key = self._plans_alone.get(id(param), (None, None))
         if plan is None or key != plan_key or not plan.read(alone, state):
-            number = i + sum(len(group["params"]) for group in self.param_groups[:index])
             plan = Plan([self._item(_label(group, index, i), param, group, 0, number)], alone)
             if not plan.read(alone, None):
                 raise RuntimeError(
@@ -185,18 +189,18 @@ class SignOptimizer(Optimizer):
         params = self.param_groups[index]["params"] if index < len(self.param_groups) else []
         return i < len(params) and params[i] is param
 
-    def _find(self, param: Tensor) -> tuple[int, int] | None:
-        for index, group in enumerate(self.param_groups):
-            for i, other in enumerate(group["params"]):
-                if other is param:
-                    return index, i
-        return None
+    def _find_places(self) -> None:
+        self._places = {
+            id(param): (index, i)
+            for index, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        }
 
     def _forget_plans(self) -> None:
         self._plan: Plan | None = None
         self._plan_key: Any = None
         self._plans_alone: dict[int, tuple[Plan, Any]] = {}  # by id of the parameter, which its plan keeps alive
-        self._places: dict[int, tuple[int, int] | None] = {}
+        self._places = {}
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -224,7 +228,7 @@ class SignOptimizer(Optimizer):
 
     @torch.no_grad()
     def _make_plan(self, key: Any) -> Plan:
-        items = []
+        items: list[Item] = []
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 items.append(self._item(_label(group, index, i), param, group, index, len(items)))
@@ -304,14 +308,14 @@ class SignOptimizer(Optimizer):
         """Few bits add variance to a momentum, the more of it the longer it remembers."""
         rule = self._rule(group)
         form = rule.forms(group)[0] if rule.moments else None
-        limit = None if form is None else VARIANCE_LIMIT.get(form.levels)
+        limit = None if form is None or form.levels is None else VARIANCE_LIMIT.get(form.levels)
         if limit is not None and group["betas"][0] > limit and not self._has_warned:
             self._has_warned = True
             assert form is not None
             warnings.warn(
                 f"{form.kind} momentum with beta = {group['betas'][0]}: beyond {limit} the variance that rounding adds "
                 "is many times that of the momentum itself; more bits or a smaller beta train better",
-                stacklevel=4,
+                stacklevel=6,  # past the constructors
             )
 
     def _fold_beta(self, group: dict[str, Any]) -> None:

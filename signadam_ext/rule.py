@@ -44,7 +44,7 @@ class Rule:
             ValueError: a ``state_dtype`` that this rule's moments do not allow.
         """
         dtypes = group.get("state_dtype", "fp32")
-        if isinstance(dtypes, str):
+        if not isinstance(dtypes, (tuple, list)):
             dtypes = (dtypes,) * len(self.moments)
         elif len(dtypes) != len(self.moments):
             raise ValueError(f"state_dtype={dtypes!r}: must be one name, or {len(self.moments)}, one for each moment")
@@ -52,7 +52,7 @@ class Rule:
         return tuple(self._form(dtype, first if i == 0 else storage.SECOND) for i, dtype in enumerate(dtypes))
 
     def _form(self, dtype: object, allowed: Mapping[str, storage.Form]) -> storage.Form:
-        if dtype in storage.BOUNDED and dtype not in allowed:
+        if isinstance(dtype, str) and dtype in storage.BOUNDED and dtype not in allowed:
             raise ValueError(
                 f"state_dtype={dtype!r}: the momentum of {self.name} has no bound, so it needs a scale; use one of "
                 f"{', '.join(map(repr, allowed))}"

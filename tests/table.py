@@ -78,6 +78,8 @@ def gate(g: Bounded, alpha: float) -> Bounded:
     return Bounded.exact(np.where(np.abs(g.value) > alpha, np.sign(g.value), 0.0))
 
 
+STATE_DTYPES = ("fp32", "bf16", "int8", "int4", "int2")
+
 State = dict[str, Bounded]
 #: (p, g, state, t, hyperparameters) -> p; updates the state.
 Formula = Callable[[Bounded, Bounded, State, int, dict[str, Any]], Bounded]
@@ -136,6 +138,13 @@ class Row:
     optimizer: type
     hyperparameters: dict[str, Any]
     formula: Formula
+
+    @property
+    def state_dtypes(self) -> tuple[str, ...]:
+        """What the rule's moments can be stored as."""
+        if self.optimizer is signadam_ext.SignSGD:
+            return ()
+        return ("fp32", "bf16", "int8") if self.optimizer is signadam_ext.Signum else STATE_DTYPES
 
 
 ADAPTIVE = {"alpha": 0.5, "beta": 0.9, "confidence_beta": 0.8}

@@ -270,10 +270,10 @@ UNLOADABLE = {
     "shape": (set_state("exp_avg", torch.zeros(4)), "'exp_avg' of parameter 1 of group 0 has shape \\(4,\\)"),
     "0-dim": (set_state("exp_avg", torch.zeros(())), "'exp_avg' of parameter 1 of group 0 has shape \\(\\)"),
     "dtype": (
-        set_state("exp_avg", torch.zeros(3, dtype=torch.bfloat16)),
-        "has dtype torch.bfloat16: must be a float32",
+        set_state("exp_avg", torch.zeros(3, dtype=torch.float16)),
+        "has dtype torch.float16: must be a float32",
     ),
-    "number": (set_state("exp_avg", 0.0), "'exp_avg' of parameter 1 of group 0 is 0.0: must be a float32 tensor"),
+    "number": (set_state("exp_avg", 0.0), "'exp_avg' of parameter 1 of group 0 is 0.0: must be a float32"),
     "std shape": (set_state("exp_avg_std", torch.zeros(3, dtype=torch.float64)), "'exp_avg_std' .* 0-dim float64"),
     "std dtype": (set_state("exp_avg_std", torch.zeros(())), "'exp_avg_std' .* 0-dim float64"),
     "steps": (set_state("step", "three"), "'step' of parameter 1 of group 0 is 'three'"),

@@ -1,7 +1,7 @@
 """The Triton kernels compiled ahead of time for NVIDIA and AMD: no approximation, no contraction, wide accesses.
 
-Every kernel that the backend can launch in fp32, for each target; some mixtures of dtypes, with a rule of one moment
-and one of two, for one target of each maker.
+Every kernel that the backend can launch in fp32, and every storage form in one kernel or another, for each target; some
+mixtures of dtypes, with a rule of one moment and one of two, for one target of each maker.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,10 @@ from host.toolchain import PTX_ARITHMETIC, Instruction, exact_ptx, instruction, 
 pytest.importorskip("triton")
 
 STATISTICS = ("none", "gather", "only")
-FORMATS = ("fp32", "bf16", "fp16")
+#: As in csrc/dtypes.h, with the bits of an element.
+FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "block8": 8}
+#: With the bits of what lies beside an element of the parameter.
+WEIGHTS = {"as_is": 0, "stochastic": 0, "split16": 16, "split8": 8, "master": 32}
 RULES = rules()
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
@@ -33,14 +37,23 @@ class Job(NamedTuple):
     statistics: str = "none"
     param: str = "fp32"
     grad: str = "fp32"
-
-    @property
-    def moments(self) -> int:
-        return 0 if self.statistics == "only" else RULES[self.rule].moments
+    exp_avg: str = "fp32"
+    exp_avg_sq: str = "fp32"
+    weights: str = "as_is"
 
     def arguments(self) -> list[object]:
-        formats = FORMATS.index(self.param), FORMATS.index(self.grad)
-        return [self.target, self.rule, RULES[self.rule].moments, STATISTICS.index(self.statistics), *formats]
+        formats = list(FORMATS)
+        constants = {
+            "RULE": self.rule,
+            "MOMENTS": RULES[self.rule].moments,
+            "PARAM": formats.index(self.param),
+            "GRAD": formats.index(self.grad),
+            "EXP_AVG": formats.index(self.exp_avg),
+            "EXP_AVG_SQ": formats.index(self.exp_avg_sq),
+            "WEIGHTS": list(WEIGHTS).index(self.weights),
+            "STATISTICS": STATISTICS.index(self.statistics),
+        }
+        return [self.target, constants]
 
 
 #: Only the gated rule has statistics, as in csrc/cuda/step.cu.
@@ -53,9 +66,16 @@ MIXTURES = [
     ("sign_adam", "none", "bf16", "fp32"),
     ("sign_adam", "none", "fp32", "fp16"),
 ]
-NVIDIA_JOBS = [Job(target, *kernel) for target in NVIDIA for kernel in KERNELS]
+STORED = [
+    ("sign_adam_pp", "none", "bf16", "bf16", "int2", "fp32", "stochastic"),
+    ("sign_adam_pp", "gather", "bf16", "fp32", "int4", "fp32", "split16"),
+    ("sign_adam", "none", "bf16", "bf16", "int8", "bf16", "split8"),
+    ("signum", "none", "bf16", "bf16", "block8", "fp32", "master"),
+    ("sign_sgd", "none", "fp16", "fp16", "fp32", "fp32", "stochastic"),
+]
+NVIDIA_JOBS = [Job(target, *kernel) for target in NVIDIA for kernel in (*KERNELS, *STORED)]
 NVIDIA_JOBS += [Job("sm_90", *mixture) for mixture in MIXTURES]
-AMD_JOBS = [Job(AMD, *kernel) for kernel in KERNELS] + [Job(AMD, *mixture) for mixture in MIXTURES]
+AMD_JOBS = [Job(AMD, *kernel) for kernel in (*KERNELS, *STORED, *MIXTURES)]
 
 
 def identify(job: Job) -> str:
@@ -91,11 +111,17 @@ def amd(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Path]:
     return compile_all(AMD_JOBS, tmp_path_factory.mktemp("amd"))
 
 
-def accesses(job: Job, bytes_of: dict[str, int]) -> tuple[int, int]:
-    """Loads and stores of one row that ``bytes_of`` counts for each format."""
-    loads = bytes_of[job.param] + bytes_of[job.grad] + job.moments * bytes_of["fp32"]
-    stores = 0 if job.statistics == "only" else bytes_of[job.param] + job.moments * bytes_of["fp32"]
-    return loads, stores
+def accesses(job: Job, lanes: int) -> tuple[Counter[int], Counter[int]]:
+    """Loads and stores of a row's thread with so many lanes, by bytes: at least these."""
+    moments = (job.exp_avg, job.exp_avg_sq)[: RULES[job.rule].moments]
+    updated = [FORMATS[job.param], WEIGHTS[job.weights]]
+    stores = [] if job.statistics == "only" else [*updated, *(FORMATS[moment] for moment in moments)]
+    loads = [FORMATS[job.grad], *(stores or updated)]
+    return tuple(Counter(size for bits in found for size in pieces(bits * lanes // 8)) for found in (loads, stores))
+
+
+def pieces(size: int) -> list[int]:
+    return [16] * (size // 16) if size > 16 else [size] * (size > 0)
 
 
 @pytest.mark.parametrize("job", NVIDIA_JOBS, ids=identify)
@@ -111,12 +137,13 @@ def test_ptx(nvidia: dict[Job, Path], job: Job) -> None:
     assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (job.statistics != "none")
     assert not re.search(r"\.(approx|ftz|full)\b", code)
 
-    # A thread has 8 of 2048 lanes: two accesses of 16 bytes for fp32, one for a 16-bit format. Evict first: each
-    # element is used once.
-    loads, stores = accesses(job, {"fp32": 2, "bf16": 1, "fp16": 1})
-    assert len(re.findall(r"\bld\.global\.cs\.v4\.b32\b", code)) >= loads
-    found = len(re.findall(r"\bst\.global\.cs\.v4\.b32\b", code))
-    assert found >= stores if stores else found == 0
+    # A thread has 8 of 2048 lanes: two accesses of 16 bytes for fp32, one for a 16-bit format, and so on down. Evict
+    # first: each element is used once.
+    loads, stores = accesses(job, lanes=8)
+    for size, name in {16: "v4.b32", 8: "v2.b32", 4: "b32", 2: "b16"}.items():
+        assert len(re.findall(rf"\bld\.global\.cs\.{name}\b", code)) >= loads[size]
+        assert len(re.findall(rf"\bst\.global\.cs\.{name}\b", code)) >= stores[size]
+    assert bool(stores) == ("st.global.cs" in code)
 
 
 @pytest.mark.parametrize("job", NVIDIA_JOBS, ids=identify)
@@ -180,8 +207,8 @@ def test_amdgcn(amd: dict[Job, Path], job: Job) -> None:
     assert re.search(r"\.private_segment_fixed_size: 0$", code, re.MULTILINE)
     assert re.search(r"\.vgpr_spill_count: 0$", code, re.MULTILINE)
 
-    # 8 warps of 64: a thread has 4 lanes, one access of 16 bytes for fp32, of 8 for a 16-bit format.
-    for width, bytes_of in (("x4", {"fp32": 1, "bf16": 0, "fp16": 0}), ("x2", {"fp32": 0, "bf16": 1, "fp16": 1})):
-        loads, stores = accesses(job, bytes_of)
-        assert len(re.findall(rf"\b(?:buffer|global)_load_dword{width} .*\bnt\b", code)) >= loads
-        assert len(re.findall(rf"\b(?:buffer|global)_store_dword{width} .*\bnt\b", code)) >= stores
+    # 8 warps of 64: a thread has 4 lanes, one access of 16 bytes for fp32, of 8 for a 16-bit format, and so on down.
+    loads, stores = accesses(job, lanes=4)
+    for size, name in {16: "dwordx4", 8: "dwordx2", 4: "dword", 2: "u?short", 1: "u?byte"}.items():
+        assert len(re.findall(rf"\b(?:buffer|global)_load_{name} .*\bnt\b", code)) >= loads[size]
+        assert len(re.findall(rf"\b(?:buffer|global)_store_{name} .*\bnt\b", code)) >= stores[size]

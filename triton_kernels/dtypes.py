@@ -3,25 +3,45 @@
 import triton
 import triton.language as tl
 
-# As in csrc/dtypes.h.
+# As in csrc/dtypes.h: Format ...
 FP32 = tl.constexpr(0)
 BF16 = tl.constexpr(1)
 FP16 = tl.constexpr(2)
+INT8 = tl.constexpr(3)
+INT4 = tl.constexpr(4)
+INT2 = tl.constexpr(5)
+BLOCK8 = tl.constexpr(6)
+
+# ... and Weights.
+AS_IS = tl.constexpr(0)
+STOCHASTIC = tl.constexpr(1)
+SPLIT16 = tl.constexpr(2)
+SPLIT8 = tl.constexpr(3)
+MASTER = tl.constexpr(4)
+
+NAN_CODE = tl.constexpr(-128)
 
 
 @triton.jit
-def pointer_to(address, FORMAT: tl.constexpr):
-    """The address as a pointer to elements; 16-bit formats as their bits."""
-    if FORMAT == FP32:
-        return address.to(tl.pointer_type(tl.float32))
-    else:
-        return address.to(tl.pointer_type(tl.uint16))
+def bits_of(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_nan(bits):
+    return (bits & 0x7FFFFFFF) > 0x7F800000
 
 
 @triton.jit
 def widen(x, FORMAT: tl.constexpr):
+    """16-bit formats from their bits."""
     if FORMAT == BF16:
-        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+        return float_of(x.to(tl.uint32) << 16)
     elif FORMAT == FP16:
         return x.to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -32,10 +52,103 @@ def widen(x, FORMAT: tl.constexpr):
 def narrow(x, FORMAT: tl.constexpr):
     """To nearest even."""
     if FORMAT == BF16:
-        bits = x.to(tl.uint32, bitcast=True)
+        bits = bits_of(x)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.uint16)
+        return tl.where(is_nan(bits), 0x7FC0, rounded).to(tl.uint16)
     elif FORMAT == FP16:
         return x.to(tl.float16).to(tl.uint16, bitcast=True)
     else:
         return x
+
+
+@triton.jit
+def narrow_stochastic(x, r, FORMAT: tl.constexpr):
+    """Up with the probability that is the fraction cut off. ``r`` is uniform in 16 bits."""
+    bits = bits_of(x)
+    if FORMAT == BF16:
+        return tl.where(is_nan(bits), 0x7FC0, (bits + r) >> 16).to(tl.uint16)
+    else:
+        # In units of the result's own last place; overflow gives infinity only above 65520.
+        magnitude = bits & 0x7FFFFFFF
+        normal = (magnitude - (112 << 23) + (r >> 3)) >> 13
+        # Below 2^-14 the last place is 2^-24: in units of 2^-40 this fits an integer.
+        is_small = magnitude < 0x38800000
+        small = tl.where(is_small, float_of(magnitude) * 1099511627776.0, 0.0)
+        subnormal = (small.to(tl.int32).to(tl.uint32) + r) >> 16
+        large = tl.where(is_nan(bits), 0x7E00, 0x7C00)
+        rounded = tl.where(is_small, subnormal, normal)
+        finite = tl.where((magnitude <= 0x477FF000) & (rounded >= 0x7C00), 0x7BFF, rounded)
+        return (((bits >> 16) & 0x8000) | tl.where(magnitude >= 0x47800000, large, finite)).to(tl.uint16)
+
+
+@triton.jit
+def stochastic_integer(x, r):
+    """The integer next to x, up with the probability of the fraction; |x| at most 127 or a rounding more."""
+    return ((x * 65536.0).to(tl.int32) + r.to(tl.int32)) >> 16
+
+
+@triton.jit
+def split16(x):
+    """A bf16 parameter and what fp32 has beyond it. Rounds half up: a tie to even would need 0x8000, which does not
+    fit."""
+    bits = bits_of(x)
+    high = (bits + 0x8000) >> 16
+    low = tl.where(is_nan(bits), 0, bits - (high << 16))
+    return tl.where(is_nan(bits), 0x7FC0, high).to(tl.uint16), low.to(tl.int16)
+
+
+@triton.jit
+def split8(x, r):
+    """The same on 24 bits, to which x is rounded stochastically by 8 random bits."""
+    bits = bits_of(x)
+    kept = (bits + r) >> 8
+    high = (kept + 0x80) >> 8
+    low = tl.where(is_nan(bits), 0, kept - (high << 8))
+    return tl.where(is_nan(bits), 0x7FC0, high).to(tl.uint16), low.to(tl.int8)
+
+
+@triton.jit
+def join(high, low):
+    """``low``, int32, in units of fp32's last place. A parameter set from outside may leave low bits behind that make a
+    NaN of a zero or an infinity: the parameter wins."""
+    bits = (high.to(tl.uint32) << 16) + low.to(tl.uint32, bitcast=True)
+    return tl.where(is_nan(bits), widen(high, BF16), float_of(bits))
+
+
+@triton.jit
+def from_master(param, master, FORMAT: tl.constexpr):
+    """A master copy counts only while the parameter is what it rounds to: a parameter set from outside wins."""
+    return tl.where(narrow(master, FORMAT) == param, master, widen(param, FORMAT))
+
+
+@triton.jit
+def power_of_two(e):
+    return float_of((e + 127) << 23)
+
+
+@triton.jit
+def finite_magnitude(x):
+    """Bits of |x|, or 0 where x is not finite."""
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return tl.where(magnitude < 0x7F800000, magnitude, 0)
+
+
+@triton.jit
+def block_exponent(largest):
+    """The smallest e in [-126, 120] with 127 * 2^e at least the largest finite magnitude of the block."""
+    e = ((largest + 0x1FFFF) >> 23) - 133
+    return tl.minimum(tl.maximum(e, -126), 120)
+
+
+@triton.jit
+def block_code(x, inverse, r):
+    """``inverse``: 2^-e. Infinities saturate."""
+    nan = x != x
+    scaled = tl.where(nan, 0.0, x * inverse)
+    scaled = tl.where(scaled > 127.0, 127.0, tl.where(scaled < -127.0, -127.0, scaled))
+    return tl.where(nan, NAN_CODE, stochastic_integer(scaled, r))
+
+
+@triton.jit
+def from_block_code(q, scale):
+    return tl.where(q == NAN_CODE, float("nan"), q.to(tl.float32) * scale)

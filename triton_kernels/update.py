@@ -3,13 +3,25 @@
 import triton
 import triton.language as tl
 
-from .dtypes import FP32, narrow, pointer_to, widen
+from .dtypes import FP32, SPLIT8, STOCHASTIC, widen
+from .random_bits import bits_for_m, bits_for_v, has_whole_words, random_halves
 from .rules import ALPHA, DECAY, SCALAR_COUNT, effective_gradient, scalar
 from .statistics import CHUNK, LANES, ROWS, finish, halve
+from .stored import RUN, load, load_moment, load_param, low_operand, operand, pointer_to, store_moment, store_param
 
-# Columns of the table of tensors, one int64 each.
-COLUMNS = ("param", "exp_avg", "exp_avg_sq", "exp_avg_std", "numel", "first_chunk", "aligned", "unused")
-COLUMN_COUNT = tl.constexpr(8)
+# Columns of the table of tensors, one int64 each, as in csrc/table.h. ``aligned``: all but the gradient lie on 16-byte
+# boundaries.
+COLUMNS = ("param", "low", "exp_avg", "exp_avg_sq", "exp_avg_std", "numel", "first", "first_chunk", "aligned")
+COLUMN_COUNT = tl.constexpr(len(COLUMNS))
+PARAM_AT = tl.constexpr(COLUMNS.index("param"))
+LOW_AT = tl.constexpr(COLUMNS.index("low"))
+EXP_AVG_AT = tl.constexpr(COLUMNS.index("exp_avg"))
+EXP_AVG_SQ_AT = tl.constexpr(COLUMNS.index("exp_avg_sq"))
+EXP_AVG_STD_AT = tl.constexpr(COLUMNS.index("exp_avg_std"))
+NUMEL_AT = tl.constexpr(COLUMNS.index("numel"))
+FIRST_AT = tl.constexpr(COLUMNS.index("first"))
+FIRST_CHUNK_AT = tl.constexpr(COLUMNS.index("first_chunk"))
+ALIGNED_AT = tl.constexpr(COLUMNS.index("aligned"))
 
 # As signadam_ext._C.Statistics.
 NONE = tl.constexpr(0)
@@ -18,34 +30,10 @@ ONLY = tl.constexpr(2)
 
 
 @triton.jit
-def operand(address, begin, FORMAT: tl.constexpr, WIDE: tl.constexpr):
-    pointer = pointer_to(address, FORMAT) + begin
-    if WIDE:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def load(pointer, index, count, FORMAT: tl.constexpr, WIDE: tl.constexpr):
-    if WIDE:
-        x = tl.load(pointer + index, cache_modifier=".cs")
-    else:
-        x = tl.load(pointer + index, mask=index < count, other=0)
-    return widen(x, FORMAT)
-
-
-@triton.jit
-def store(pointer, index, x, count, FORMAT: tl.constexpr, WIDE: tl.constexpr):
-    if WIDE:
-        tl.store(pointer + index, narrow(x, FORMAT), cache_modifier=".cs")
-    else:
-        tl.store(pointer + index, narrow(x, FORMAT), mask=index < count)
-
-
-@triton.jit
 def run_rows(
     entry,
     grad,
+    noise,
     begin,
     count,
     s,
@@ -54,28 +42,42 @@ def run_rows(
     MOMENTS: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    DRAWS: tl.constexpr,
     STATISTICS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The rows of one chunk. ``WIDE``: every operand lies on a 16-byte boundary and the chunk is full."""
-    param = operand(tl.load(entry), begin, PARAM, WIDE)
+    """The rows of one chunk. ``WIDE``: every operand lies on a 16-byte boundary, the chunk is full, and, where random
+    bits are drawn, it has whole words."""
+    param = operand(tl.load(entry + PARAM_AT), begin, PARAM, WIDE)
+    low = low_operand(tl.load(entry + LOW_AT), begin, WEIGHTS, WIDE)
     g_from = operand(grad, begin, GRAD, WIDE)
-    exp_avg = operand(tl.load(entry + 1), begin, FP32, WIDE)
-    exp_avg_sq = operand(tl.load(entry + 2), begin, FP32, WIDE)
+    exp_avg = operand(tl.load(entry + EXP_AVG_AT), begin, EXP_AVG, WIDE)
+    exp_avg_sq = operand(tl.load(entry + EXP_AVG_SQ_AT), begin, EXP_AVG_SQ, WIDE)
+    # Those of block8 follow the codes.
+    codes = (tl.load(entry + NUMEL_AT) + RUN - 1) // RUN * RUN
+    exponents = pointer_to(tl.load(entry + EXP_AVG_AT) + codes, begin // RUN, tl.int8, WIDE)
+    h0 = tl.load(noise).to(tl.uint32, bitcast=True)
+    h1 = tl.load(noise + 1).to(tl.uint32, bitcast=True)
+    first_index = tl.load(entry + FIRST_AT) + begin
     first = tl.zeros([LANES], tl.float64)
     second = tl.zeros([LANES], tl.float64)
     lanes = tl.arange(0, LANES)
     decay = scalar(s, DECAY)
-    for row in range(ROWS):
+    # Rows beyond the end would add +0 to lanes that are never -0.
+    row_count = ROWS if WIDE else (count + LANES - 1) // LANES
+    for row in range(row_count):
         index = row * LANES + lanes
-        g = load(g_from, index, count, GRAD, WIDE)
-        p = load(param, index, count, PARAM, WIDE)
+        g = widen(load(g_from, index, count, WIDE), GRAD)
+        p = load_param(param, low, index, count, PARAM, WEIGHTS, WIDE)
         m = p
         v = p
         if MOMENTS > 0:
-            m = load(exp_avg, index, count, FP32, WIDE)
+            m = load_moment(exp_avg, exponents, row, count, EXP_AVG, WIDE)
         if MOMENTS > 1:
-            v = load(exp_avg_sq, index, count, FP32, WIDE)
+            v = load_moment(exp_avg_sq, exponents, row, count, EXP_AVG_SQ, WIDE)
         g = effective_gradient(s, p, g)
         if STATISTICS != NONE:
             # Padding is +0 whatever the parameter beside it.
@@ -84,11 +86,14 @@ def run_rows(
             second += x * x
         if STATISTICS != ONLY:
             p, m, v = RULE(s, alpha, p * decay, g, m, v)
-            store(param, index, p, count, PARAM, WIDE)
+            r = lanes
+            if DRAWS:
+                r = random_halves(h0, h1, first_index, row, WIDE)
+            store_param(param, low, index, p, r, count, PARAM, WEIGHTS, WIDE)
             if MOMENTS > 0:
-                store(exp_avg, index, m, count, FP32, WIDE)
+                store_moment(exp_avg, exponents, row, m, bits_for_m(r), count, EXP_AVG, WIDE)
             if MOMENTS > 1:
-                store(exp_avg_sq, index, v, count, FP32, WIDE)
+                store_moment(exp_avg_sq, exponents, row, v, bits_for_v(r), count, EXP_AVG_SQ, WIDE)
     return first, second
 
 
@@ -97,6 +102,7 @@ def update(
     entries,
     tensor_of_chunk,
     grads,
+    noise,
     rows,
     scalars,
     sums,
@@ -105,19 +111,25 @@ def update(
     MOMENTS: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     STATISTICS: tl.constexpr,
 ):
     """All chunks of a table.
 
     Args:
-        entries: int64 ``[tensors, 8]``, see ``COLUMNS``.
+        entries: int64 ``[tensors, COLUMN_COUNT]``, see ``COLUMNS``.
         tensor_of_chunk: int32, the tensor of each chunk; one program a chunk.
         grads: int64, address of each tensor's gradient, 0 where it takes no part.
+        noise: int32 ``[tensors, 2]``, the keys of each tensor's random bits at this step; unused where none are drawn.
         rows: int32, each tensor's row of ``scalars``.
         scalars: float64 ``[rows, SCALAR_COUNT]``.
         sums: float64, S1 and S2 of each chunk; unused without statistics.
         arrivals: int32, finished chunks of each tensor, zero between launches; unused without statistics.
-        RULE: a function of rules.py; MOMENTS: how many it has; PARAM, GRAD: formats; STATISTICS: NONE, GATHER or ONLY.
+        RULE: a function of rules.py; MOMENTS: how many it has.
+        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ: formats, FP32 for a moment that the rule lacks; WEIGHTS: see dtypes.py.
+        STATISTICS: NONE, GATHER or ONLY.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(tensor_of_chunk + chunk)
@@ -125,24 +137,30 @@ def update(
     if grad != 0:
         entry = entries + tensor * COLUMN_COUNT
         s = scalars + tl.load(rows + tensor) * SCALAR_COUNT
-        numel = tl.load(entry + 4)
-        begin = (chunk - tl.load(entry + 5)).to(tl.int64) * CHUNK
+        numel = tl.load(entry + NUMEL_AT)
+        begin = (chunk - tl.load(entry + FIRST_CHUNK_AT)).to(tl.int64) * CHUNK
         count = tl.minimum(numel - begin, CHUNK).to(tl.int32)
-        deviation = tl.load(entry + 3)
+        deviation = tl.load(entry + EXP_AVG_STD_AT)
         alpha = scalar(s, ALPHA)
         if STATISTICS != ONLY:
             if deviation != 0:
                 alpha = (tl.load(s + ALPHA) * tl.load(deviation.to(tl.pointer_type(tl.float64)))).to(tl.float32)
         first = tl.zeros([LANES], tl.float64)
         second = tl.zeros([LANES], tl.float64)
-        if (count == CHUNK) & (tl.load(entry + 6) != 0) & (grad % 16 == 0):
+        wide = (count == CHUNK) & (tl.load(entry + ALIGNED_AT) != 0) & (grad % 16 == 0)
+        DRAWS: tl.constexpr = (WEIGHTS == STOCHASTIC) | (WEIGHTS == SPLIT8) | (EXP_AVG != FP32) | (EXP_AVG_SQ != FP32)
+        if DRAWS & (STATISTICS != ONLY):
+            wide = wide & has_whole_words(tl.load(entry + FIRST_AT) + begin)
+        if wide:
             first, second = run_rows(
-                entry, grad, begin, count, s, alpha, RULE, MOMENTS, PARAM, GRAD, STATISTICS, WIDE=True
-            )
+                entry, grad, noise + 2 * tensor, begin, count, s, alpha,
+                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHTS, DRAWS, STATISTICS, WIDE=True,
+            )  # fmt: skip
         else:
             first, second = run_rows(
-                entry, grad, begin, count, s, alpha, RULE, MOMENTS, PARAM, GRAD, STATISTICS, WIDE=False
-            )
+                entry, grad, noise + 2 * tensor, begin, count, s, alpha,
+                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHTS, DRAWS, STATISTICS, WIDE=False,
+            )  # fmt: skip
         if STATISTICS != NONE:
             tl.store(sums + 2 * chunk, halve(first))
             tl.store(sums + 2 * chunk + 1, halve(second))
@@ -152,5 +170,5 @@ def update(
             arrived = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel", scope="gpu")
             if arrived == chunks - 1:
                 tl.store(arrivals + tensor, 0)
-                own = sums + 2 * tl.load(entry + 5)
+                own = sums + 2 * tl.load(entry + FIRST_CHUNK_AT)
                 finish(own, chunks.to(tl.int64), numel, deviation.to(tl.pointer_type(tl.float64)), s)

@@ -1,4 +1,4 @@
-"""The Triton kernels: one launch per step and combination of dtypes. Also the road to AMD."""
+"""The Triton kernels: one launch per step and combination of dtypes and storage forms. Also the road to AMD."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._extension import load
 from ..dtypes import FORMATS
+from ..storage import WEIGHTS
 from .device import PinnedRing, Resident, refuse_capture, to_device
 
 if TYPE_CHECKING:
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
 
 _C = load()
 
-LAUNCH_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+
+def launch_options(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]:
+    """How a kernel with these constants is compiled."""
+    options: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
+    # What ptxas takes by itself would leave some of the large ones one block for each multiprocessor.
+    is_stored = any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "WEIGHTS"))
+    is_large = constants["STATISTICS"] == _C.Statistics.GATHER.value or constants["MOMENTS"] > 1
+    if nvidia and is_stored and is_large:
+        options["maxnreg"] = 128
+    return options
 
 
 class TritonBackend:
@@ -58,20 +68,27 @@ class TritonBackend:
         arrivals = torch.zeros(len(table) if gathers else 1, dtype=torch.int32, device=device)
         made = Resident(device, resident, chunk_map, sums, arrivals)
         ring = PinnedRing(device)
-        formats = entries[0].work.dtype, entries[0].grad_dtype
+        sample = entries[0]  # all are stored alike
+        forms = [form.number for form in sample.forms] + [FORMATS[torch.float32]] * 2
         constants: dict[str, Any] = {
             "RULE": getattr(rules, bucket.rule.name),
             "MOMENTS": len(bucket.rule.moments),
-            "PARAM": FORMATS[formats[0]],
-            "GRAD": FORMATS[formats[1]],
+            "PARAM": FORMATS[sample.work.dtype],
+            "GRAD": FORMATS[sample.grad_dtype],
+            "EXP_AVG": forms[0],
+            "EXP_AVG_SQ": forms[1],
+            "WEIGHTS": WEIGHTS[sample.weights],
         }
-        passes = [ONLY.value, NONE.value] if statistics == ONLY.value else [statistics]
+        passes = []
+        for each in [ONLY.value, NONE.value] if statistics == ONLY.value else [statistics]:
+            own = constants | {"STATISTICS": each}
+            passes.append(own | launch_options(own, nvidia=torch.version.hip is None))
 
         def launch(rows: Sequence[Row]) -> None:
             refuse_capture(device)
             stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
             made.use_on(stream)
-            grads_at, rows_at, scalars_at, size = _C.step_layout(len(table), len(rows))
+            grads_at, noise_at, rows_at, scalars_at, size = _C.step_layout(len(table), len(rows))
             with ring.slot(size, stream) as (host, step):
                 table.write_step(rows, host.data_ptr())
                 if step is not host:
@@ -79,28 +96,40 @@ class TritonBackend:
                 arguments = (
                     resident,
                     chunk_map,
-                    step[grads_at:rows_at].view(torch.int64),
+                    step[grads_at:noise_at].view(torch.int64),
+                    step[noise_at:rows_at].view(torch.int32),
                     step[rows_at:scalars_at].view(torch.int32),
                     step[scalars_at:size].view(torch.float64),
                     sums,
                     arrivals,
                 )
                 with torch.cuda.device(device) if stream is not None else contextlib.nullcontext():
-                    for each in passes:
-                        update[(table.chunks,)](*arguments, **constants, STATISTICS=each, **LAUNCH_OPTIONS)
+                    for own in passes:
+                        update[(table.chunks,)](*arguments, **own)
 
         return launch
 
 
 def _table(entries: Sequence[Entry]) -> Tensor:
     """The table of triton_kernels.update, one row of int64 a tensor."""
+    from ..triton_kernels.update import COLUMNS
+
     rows, first_chunk = [], 0
     for entry in entries:
         moments = [moment.data_ptr() for moment in entry.moments]
-        deviation = 0 if entry.exp_avg_std is None else entry.exp_avg_std.data_ptr()
-        aligned = all(address % 16 == 0 for address in (entry.work.data_ptr(), *moments))
+        low = 0 if entry.beside is None else entry.beside.data_ptr()
         numel = entry.work.numel()
-        padded = [*moments, 0, 0][:2]
-        rows.append([entry.work.data_ptr(), *padded, deviation, numel, first_chunk, int(aligned), 0])
+        row = {
+            "param": entry.work.data_ptr(),
+            "low": low,
+            "exp_avg": moments[0] if moments else 0,
+            "exp_avg_sq": moments[1] if moments[1:] else 0,
+            "exp_avg_std": 0 if entry.exp_avg_std is None else entry.exp_avg_std.data_ptr(),
+            "numel": numel,
+            "first": entry.first,
+            "first_chunk": first_chunk,
+            "aligned": all(address % 16 == 0 for address in (entry.work.data_ptr(), low, *moments)),
+        }
+        rows.append([int(row[name]) for name in COLUMNS])
         first_chunk += -(-numel // _C.CHUNK_SIZE)
     return torch.tensor(rows, dtype=torch.int64)

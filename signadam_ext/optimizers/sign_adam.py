@@ -36,7 +36,9 @@ def _analytic_scalars(group: Group, t: int) -> Scalars:
 
 RULES = {
     "exact": Rule("sign_adam", moments=("exp_avg", "exp_avg_sq"), scalars=_exact_scalars, bounded=True),
-    "analytic": Rule("sign_adam_analytic", moments=("exp_avg",), scalars=_analytic_scalars, bounded=True, uses_step=True),
+    "analytic": Rule(
+        "sign_adam_analytic", moments=("exp_avg",), scalars=_analytic_scalars, bounded=True, uses_step=True
+    ),
 }
 
 

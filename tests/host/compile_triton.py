@@ -1,6 +1,6 @@
 """Compiles triton_kernels.update ahead of time, without a device: ``python compile_triton.py FOLDER < jobs.json``.
 
-A job is ``[target, rule, moments, statistics, param format, gradient format]``. What Triton makes of it is written to
+A job is ``[target, {constant of the kernel: its value}]``, the rule by name. What Triton makes of it is written to
 ``FOLDER/<number of the job>.<kind>``. A process of its own, since Triton decides on import whether it interprets.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import triton
 from signadam_ext.triton_kernels import rules
@@ -16,24 +17,19 @@ from signadam_ext.triton_kernels.update import update
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from signadam_ext.backends.triton import LAUNCH_OPTIONS
+from signadam_ext.backends.triton import launch_options
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 POINTERS = {
     **dict.fromkeys(("entries", "grads"), "*i64"),
-    **dict.fromkeys(("tensor_of_chunk", "rows", "arrivals"), "*i32"),
+    **dict.fromkeys(("tensor_of_chunk", "noise", "rows", "arrivals"), "*i32"),
     **dict.fromkeys(("scalars", "sums"), "*fp64"),
 }
 
 
-def compile_one(target: str, rule: str, moments: int, statistics: int, param: int, grad: int) -> dict[str, str | bytes]:
-    constants = {
-        "RULE": getattr(rules, rule),
-        "MOMENTS": moments,
-        "PARAM": param,
-        "GRAD": grad,
-        "STATISTICS": statistics,
-    }
+def compile_one(target: str, constants: dict[str, Any]) -> dict[str, str | bytes]:
+    options = launch_options(constants, nvidia=target.startswith("sm_"))
+    constants = {**constants, "RULE": getattr(rules, constants["RULE"])}
     names = [parameter.name for parameter in update.params]
     # No hint about the arguments' alignment: the wide accesses must not depend on where the tables happen to lie.
     source = ASTSource(
@@ -41,7 +37,7 @@ def compile_one(target: str, rule: str, moments: int, statistics: int, param: in
         {name: POINTERS.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    return triton.compile(source, target=TARGETS[target], options=LAUNCH_OPTIONS).asm
+    return triton.compile(source, target=TARGETS[target], options=options).asm
 
 
 for number, job in enumerate(json.load(sys.stdin)):

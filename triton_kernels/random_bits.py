@@ -1,0 +1,71 @@
+"""Counter-based random bits, as in csrc/random.h: a function of seed, tensor, step and element."""
+
+import triton
+import triton.language as tl
+
+from .statistics import CHUNK, LANES
+
+
+@triton.jit
+def mix(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def random_word(k0, k1, pair):
+    """One word serves two elements: its low half the even one, its high half the odd one."""
+    x = pair ^ k0
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x = (x ^ k1) * 0x846CA68B
+    x ^= x >> 16
+    return x
+
+
+@triton.jit
+def has_whole_words(first):
+    """Whether no word of the chunk that begins there serves another, and all of them have the same keys."""
+    return (first % 2 == 0) & (first >> 33 == (first + CHUNK - 1) >> 33)
+
+
+@triton.jit
+def random_halves(h0, h1, first, row, WIDE: tl.constexpr):
+    """The 16 random bits of each element of a row.
+
+    Args:
+        h0, h1: uint32, the keys of the tensor at this step before the element's high bits have entered.
+        first: int64, index of the chunk's first element in the unsharded tensor.
+        row: of the chunk.
+        WIDE: see :func:`has_whole_words`.
+    """
+    high = (first >> 33).to(tl.uint32)
+    k0, k1 = mix(h0 ^ high), mix(h1 ^ high)
+    begin = (first >> 1).to(tl.uint32)
+    pair = begin + (tl.arange(0, LANES // 2) + row * (LANES // 2)).to(tl.uint32)
+    if WIDE:
+        word = random_word(k0, k1, pair)
+        return tl.interleave(word & 0xFFFF, word >> 16)
+    else:
+        # Where the low bits of a pair's index have wrapped around, its high bits are the next.
+        next_k0, next_k1 = mix(h0 ^ (high + 1)), mix(h1 ^ (high + 1))
+        odd = (first & 1).to(tl.uint32)
+        after = pair + odd
+        word = random_word(tl.where(pair < begin, next_k0, k0), tl.where(pair < begin, next_k1, k1), pair)
+        next_word = random_word(tl.where(after < begin, next_k0, k0), tl.where(after < begin, next_k1, k1), after)
+        return tl.interleave((word >> (16 * odd)) & 0xFFFF, (next_word >> (16 - 16 * odd)) & 0xFFFF)
+
+
+@triton.jit
+def bits_for_m(r):
+    return ((r << 8) | (r >> 8)) & 0xFFFF
+
+
+@triton.jit
+def bits_for_v(r):
+    return bits_for_m(r) ^ 0xFFFF
