@@ -184,12 +184,13 @@ def _dump(*options: str) -> str:
 
 
 def _readable(symbol: str) -> str:
-    """The name that the module itself gives a kernel: sign_adam, sign_adam_pp+gather, statistics."""
-    match = re.search(r"kernelINS_\d+([A-Za-z]+?)ELNS_\d+StatisticsE(\d)", symbol)
+    """The name that the module itself gives a kernel: sign_adam, sign_adam_pp+gather, statistics+stored."""
+    match = re.search(r"kernelINS_\d+([A-Za-z]+?)ELNS_\d+StatisticsE(\d)ELNS_\d+StorageE(\d)", symbol)
     if match is None:
         return symbol
     rule = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", match[1]).lower()
-    return {"0": rule, "1": f"{rule}+gather"}.get(match[2], "statistics")
+    name = {"0": rule, "1": f"{rule}+gather"}.get(match[2], "statistics")
+    return name if match[3] == "0" else f"{name}+stored"
 
 
 class Target(NamedTuple):

@@ -40,10 +40,24 @@ class Signum(SignOptimizer):
         decoupled_weight_decay: ``p *= 1 - lr * weight_decay`` before the update (True), or
             ``g += weight_decay * p`` before everything else (False).
         maximize: ascend instead of descend.
+        state_dtype: how the momentum is stored: "fp32", "bf16" (rounded stochastically), or "int8": codes with one
+            power of two for each 32 elements in memory order, rounded stochastically. The power goes down to 2^-126,
+            so however small a block is, it is right on average; nothing is flushed to zero as with 16-bit scales.
+            Infinities saturate at 127 times the power, NaN stays NaN. This is the one form whose bits depend on where
+            a tensor's memory begins.
+        weights: how a bf16 or fp16 parameter keeps what its dtype cannot hold. "as_is": rounded to nearest, so that
+            steps below half its last place are lost. "stochastic": rounded up or down at random, right on average.
+            "split16", "split8" (bf16 only): the low 16 bits of fp32, which makes it exact fp32 training in 4 bytes,
+            or the next 8 and the rest stochastically, are kept beside it. "master": an fp32 copy is. An fp32
+            parameter is its own master under "stochastic" and "master". A parameter set from outside wins over its
+            copy.
+        seed: of the random bits, in [0, 2^64). They are a function of seed, parameter, step and element, so they are
+            the same on every backend and in a resumed run; no global generator is touched.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
         foreach, fused, differentiable: accepted for torch.optim's sake; the update is always fused.
 
-    State: ``exp_avg`` (m), fp32, of the parameter's shape; ``step``.
+    State: ``exp_avg`` (m), fp32 or bf16 of the parameter's shape or packed codes, with ``exp_avg_kind`` beside them;
+    ``step``; with split weights ``param_low``, with master weights ``master_param``.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
