@@ -1,0 +1,78 @@
+"""Instructions per element of the few-bit forms, counted by callgrind, which no other program disturbs:
+
+python -m bench.instructions --out bench/results/instructions.json
+
+The AVX2 kernels of SignAdamPP over bf16 parameters and gradients: callgrind does not know AVX-512. Needs g++ and
+valgrind.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from signadam_ext.storage import BOUNDED, WEIGHTS
+
+from . import machine
+
+CHUNK = 16384
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-mavx2", "-mf16c")
+
+
+def build(folder: Path) -> Path:
+    program = folder / "instructions"
+    source = Path(__file__).with_suffix(".cpp")
+    subprocess.run(["g++", *FLAGS, str(source), "-o", str(program)], check=True)
+    return program
+
+
+def instructions(program: Path, *arguments: int, times: int) -> int:
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", str(program)]
+    run = subprocess.run(
+        [*command, *map(str, arguments), str(times)], capture_output=True, text=True, check=True, cwd=program.parent
+    )
+    counted = re.search(r"Collected : (\d+)", run.stderr)
+    assert counted is not None, run.stderr
+    return int(counted[1])
+
+
+def per_element(program: Path, *arguments: int) -> float:
+    """The difference of 11 chunks and one, so that what happens once does not count."""
+    return (instructions(program, *arguments, times=11) - instructions(program, *arguments, times=1)) / (10 * CHUNK)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(Path(folder))
+        bits = per_element(program, 1, 0, 0)
+        rows = []
+        for state, form in BOUNDED.items():
+            for name in ("as_is", "stochastic", "split8", "split16", "master"):
+                count = per_element(program, 0, form.number, WEIGHTS[name])
+                draws = form.number != 0 or name != "as_is"
+                rows.append({
+                    "state": state,
+                    "weights": name,
+                    "per_16_elements": round(16 * count, 1),
+                    "share_random_bits": round(bits / count, 3) if draws else 0.0,
+                })
+                print(rows[-1], flush=True)
+    report = {
+        **machine.facts(),
+        "command": machine.command("bench.instructions", ["--out", str(options.out)]),
+        "kernels": "avx2, bf16 parameters and gradients, SignAdamPP",
+        "random_bits_per_16_elements": round(16 * bits, 1),
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
