@@ -5,13 +5,14 @@ python -m bench.summary --readme README.md [--check]
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 from . import present
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 RESULTS = Path(__file__).resolve().parent / "results"
+EXAMPLES = RESULTS.parent.parent / "examples" / "results"
 
 
 def _cell(row: present.Row | None) -> str:
@@ -69,12 +70,93 @@ def block(results: Path = RESULTS, folder: str = "bench/results") -> str:
     return "\n\n".join(parts)
 
 
-def replaced(text: str, block: str) -> str:
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the README has no lines {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+def large_model(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
+    """The run of the 7-billion-parameter example, from its log."""
+    if not log.exists():
+        return f"The run: {present.NOT_MEASURED}."
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    start, steps = lines[0], {line["step"]: line for line in lines if "step" in line}
+    losses = [steps[step]["loss"] for step in sorted(steps)]
+    seconds = median(line["seconds"] for line in steps.values())
+    peak = max(line["peak_bytes"] for line in steps.values())
+    machine = start["machine"]
+    parts = [
+        f"{start['parameters']:,} parameters on {machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, "
+        f"commit {start['commit'][:12]}, {start['date'][:10]}: {len(losses)} steps of {start['options']['tokens']} bytes "
+        f"of text, {seconds:.0f} s each (median), loss {sum(losses[:5]) / 5:.2f} over the first five steps and "
+        f"{sum(losses[-5:]) / 5:.2f} over the last five, peak memory {peak / 1e9:.2f} GB "
+        f"([log](examples/results/{log.name}))."
+    ]
+    if log.with_suffix(".png").exists():
+        parts.append(f"![loss and memory](examples/results/{log.stem}.png)")
+    return "\n\n".join(parts)
+
+
+def convergence(folder: Path = RESULTS / "convergence") -> str:
+    """Final losses of every method, with paired differences, from the collected runs."""
+    path = folder / "gpt.json"
+    if not path.exists():
+        return f"Comparison of storage forms in training: {present.NOT_MEASURED}."
+    report = json.loads(path.read_text())
+    lines = []
+    for method in report["methods"].values():
+        if "loss" not in method:
+            continue
+        loss = method["loss"]
+        spread = f" ± {loss['sd']:.3f}" if loss["seeds"] > 1 else ""
+        lines.append(
+            [
+                method["label"],
+                f"{method['state_bytes_per_parameter']:.2f}",
+                f"{method['lr']:g}",
+                str(loss["seeds"]),
+                f"{loss['mean']:.3f}{spread}",
+                *(_difference(loss.get(f"minus_{other}")) for other in ("adamw", "sign_adam_pp")),
+            ]
+        )
+    header = ["", "state B/param", "lr", "seeds", "validation loss", "minus AdamW", "minus SignAdamPP in fp32"]
+    problem, environment = report["problem"], report["environments"][-1]
+    shown = f"{environment['machine']['cpu']}, torch {environment['versions']['torch']}"
+    finished = f"{report['finished_runs']} of {report['expected_runs']} planned runs are done"
+    parts = [
+        f"{report['title']}: {problem['steps']} steps of {problem['batch_size'] * problem['model']['block_size']} bytes, "
+        f"the learning rate of each method searched on the same grid ({shown}; {finished}). Differences are paired by "
+        "seed, with 95 % confidence intervals. Rows named by two dtypes are SignAdamPP with that state and those weights. "
+        f"A short run of a small model: it says nothing of long training. [All figures]({_link(folder)}/gpt.md).",
+        present.markdown(header, lines),
+    ]
+    for picture in ("gpt-differences.png", "gpt-rates.png"):
+        if (folder / picture).exists():
+            parts.append(f"![{picture}]({_link(folder)}/{picture})")
+    return "\n\n".join(parts)
+
+
+def _difference(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "-"
+    interval = f" ({found['low']:+.3f} .. {found['high']:+.3f})" if "low" in found else ""
+    return f"{found['mean']:+.3f}{interval}"
+
+
+def _link(path: Path) -> str:
+    return path.relative_to(RESULTS.parent.parent).as_posix()
+
+
+def replaced(text: str, name: str, block: str) -> str:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    head, found_begin, rest = text.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not found_begin or not found_end:
+        raise SystemExit(f"the README has no lines {begin} and {end}")
+    return f"{head}{begin}\n{block}\n{end}{tail}"
+
+
+#: What stands between the markers of each name.
+BLOCKS: dict[str, Callable[[], str]] = {
+    "bench": block,
+    "7b": large_model,
+    "convergence": convergence,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,8 +164,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--check", action="store_true", help="change nothing, fail when the README is stale")
     options = parser.parse_args(arguments)
-    text = options.readme.read_text()
-    new = replaced(text, block())
+    text = new = options.readme.read_text()
+    for name, make in BLOCKS.items():
+        new = replaced(new, name, make())
     if options.check and new != text:
         print(f"{options.readme} is stale: run python -m bench.summary --readme {options.readme}")
         return 1
