@@ -82,8 +82,8 @@ def large_model(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
     machine = start["machine"]
     parts = [
         f"{start['parameters']:,} parameters on {machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, "
-        f"commit {start['commit'][:12]}, {start['date'][:10]}: {len(losses)} steps of {start['options']['tokens']} bytes "
-        f"of text, {seconds:.0f} s each (median), loss {sum(losses[:5]) / 5:.2f} over the first five steps and "
+        f"commit {start['commit'][:12]}, {start['date'][:10]}: {len(losses)} steps of {start['options']['tokens']} "
+        f"bytes of text, {seconds:.0f} s each (median), loss {sum(losses[:5]) / 5:.2f} over the first five steps and "
         f"{sum(losses[-5:]) / 5:.2f} over the last five, peak memory {peak / 1e9:.2f} GB "
         f"([log](examples/results/{log.name}))."
     ]
@@ -116,13 +116,14 @@ def convergence(folder: Path = RESULTS / "convergence") -> str:
         )
     header = ["", "state B/param", "lr", "seeds", "validation loss", "minus AdamW", "minus SignAdamPP in fp32"]
     problem, environment = report["problem"], report["environments"][-1]
+    tokens = problem["batch_size"] * problem["model"]["block_size"]
     shown = f"{environment['machine']['cpu']}, torch {environment['versions']['torch']}"
     finished = f"{report['finished_runs']} of {report['expected_runs']} planned runs are done"
     parts = [
-        f"{report['title']}: {problem['steps']} steps of {problem['batch_size'] * problem['model']['block_size']} bytes, "
-        f"the learning rate of each method searched on the same grid ({shown}; {finished}). Differences are paired by "
-        "seed, with 95 % confidence intervals. Rows named by two dtypes are SignAdamPP with that state and those weights. "
-        f"A short run of a small model: it says nothing of long training. [All figures]({_link(folder)}/gpt.md).",
+        f"{report['title']}: {problem['steps']} steps of {tokens} bytes, the learning rate of each method searched on "
+        f"the same grid ({shown}; {finished}). Differences are paired by seed, with 95 % confidence intervals. Rows named "
+        "by two dtypes are SignAdamPP with that state and those weights. A short run of a small model: it says nothing "
+        f"of long training. [All figures]({_link(folder)}/gpt.md).",
         present.markdown(header, lines),
     ]
     for picture in ("gpt-differences.png", "gpt-rates.png"):
