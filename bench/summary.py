@@ -70,6 +70,58 @@ def block(results: Path = RESULTS, folder: str = "bench/results") -> str:
     return "\n\n".join(parts)
 
 
+def memory(folder: Path = RESULTS / "memory") -> str:
+    """Measured bytes per parameter of each configuration, and what is live beside 16-bit weights."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        measured = [row for row in report["rows"] if "per_parameter" in row]
+        lines = []
+        for row in sorted(measured, key=lambda row: -_resident(row)):
+            own, source = row["per_parameter"], f" ({row['source']})" if row["source"] != "ours" else ""
+            form = ", ".join(filter(None, (row["options"].get("second_moment"), row["state"], row["weights"])))
+            lines.append(
+                [
+                    f"{row['optimizer']}{source}{', ' if form else ''}{form}",
+                    row["param"],
+                    row["gradients"],
+                    *(f"{own[part]:.2f}" for part in ("weights", "state", "gradients")),
+                    f"{_resident(row):.2f}",
+                    f"{own['peak']:.2f}" if own.get("peak") else present.NOT_MEASURED,
+                ]
+            )
+        beside = [
+            f"{found['native']['per_parameter']:.4f} with {found['tensors']} tensor{'s' * (found['tensors'] > 1)}"
+            for found in report["headline"]
+            if found["gradients"] == "all"
+        ]
+        shown = f"{report['machine']['cpu']}, commit {report['commit'][:12]}, {report['date'][:10]}"
+        header = [
+            "bytes per parameter",
+            "parameters",
+            "gradients",
+            "weights",
+            "state",
+            "gradients",
+            "sum",
+            "peak of a step",
+        ]
+        parts.append(
+            f"Measured ({shown}). Live beside the bf16 weights with 2-bit momentum and no gradients, tables and other "
+            f"native allocations included, at 16M parameters: {', '.join(beside)}."
+        )
+        if path.with_suffix(".png").exists():
+            parts.append(f"![bytes per parameter]({_link(path.with_suffix('.png'))})")
+        parts.append(
+            f"<details><summary>All configurations</summary>\n\n{present.markdown(header, lines)}\n\n</details>"
+        )
+    return "\n\n".join(parts) or f"Bytes per parameter: {present.NOT_MEASURED}."
+
+
+def _resident(row: present.Row) -> float:
+    return float(sum(row["per_parameter"][part] for part in ("weights", "state", "gradients")))
+
+
 def large_model(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
     """The run of the 7-billion-parameter example, from its log."""
     if not log.exists():
@@ -121,9 +173,9 @@ def convergence(folder: Path = RESULTS / "convergence") -> str:
     finished = f"{report['finished_runs']} of {report['expected_runs']} planned runs are done"
     parts = [
         f"{report['title']}: {problem['steps']} steps of {tokens} bytes, the learning rate of each method searched on "
-        f"the same grid ({shown}; {finished}). Differences are paired by seed, with 95 % confidence intervals. Rows named "
-        "by two dtypes are SignAdamPP with that state and those weights. A short run of a small model: it says nothing "
-        f"of long training. [All figures]({_link(folder)}/gpt.md).",
+        f"the same grid ({shown}; {finished}). Differences are paired by seed, with 95 % confidence intervals. Rows "
+        "named by two dtypes are SignAdamPP with that state and those weights. A short run of a small model: it says "
+        f"nothing of long training. [All figures]({_link(folder)}/gpt.md).",
         present.markdown(header, lines),
     ]
     for picture in ("gpt-differences.png", "gpt-rates.png"):
@@ -155,6 +207,7 @@ def replaced(text: str, name: str, block: str) -> str:
 #: What stands between the markers of each name.
 BLOCKS: dict[str, Callable[[], str]] = {
     "bench": block,
+    "memory": memory,
     "7b": large_model,
     "convergence": convergence,
 }

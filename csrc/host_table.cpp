@@ -11,13 +11,12 @@ namespace signadam {
 void HostTable::add(const TensorEntry& entry, float* step, uint32_t group, std::size_t slot, uint64_t seed,
                     uint32_t number) {
   const int64_t chunks = chunks_of(entry.numel);
-  const auto first = static_cast<int64_t>(tensor_of_chunk_.size());
+  const int64_t first = chunks_;
   if (first + chunks > std::numeric_limits<int32_t>::max())
     throw std::length_error("more than 2^31 chunks of 16384 elements in one launch");
   tensors_.push_back(entry);
   tensors_.back().first_chunk = static_cast<uint32_t>(first);
-  tensor_of_chunk_.insert(tensor_of_chunk_.end(), static_cast<std::size_t>(chunks),
-                          static_cast<uint32_t>(tensors_.size() - 1));
+  chunks_ += static_cast<uint32_t>(chunks);
   steps_.push_back(step);
   groups_.push_back(group);
   slots_.push_back(slot);
@@ -29,8 +28,24 @@ void HostTable::finish(bool statistics) {
   grads_.assign(tensors_.size(), nullptr);
   rows_.assign(tensors_.size(), 0);
   if (!plain_) noise_.assign(tensors_.size(), Noise{0, 0});
-  if (statistics) sums_.resize(tensor_of_chunk_.size());
+  if (statistics) sums_.resize(chunks_);
   units_ = cpu::make_units(view(), static_cast<uint32_t>(tensors_.size()), chunks());
+  // Nothing grows any more.
+  tensors_.shrink_to_fit();
+  steps_.shrink_to_fit();
+  groups_.shrink_to_fit();
+  slots_.shrink_to_fit();
+  seeds_.shrink_to_fit();
+  units_.shrink_to_fit();
+}
+
+std::vector<uint32_t> HostTable::tensor_of_chunk() const {
+  std::vector<uint32_t> tensor_of_chunk;
+  tensor_of_chunk.reserve(chunks_);
+  for (std::size_t i = 0; i < tensors_.size(); ++i)
+    tensor_of_chunk.insert(tensor_of_chunk.end(), static_cast<std::size_t>(chunks_of(tensors_[i].numel)),
+                           static_cast<uint32_t>(i));
+  return tensor_of_chunk;
 }
 
 std::vector<std::pair<uint32_t, int64_t>> HostTable::begin(const std::vector<void*>& grads) {

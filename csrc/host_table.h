@@ -28,9 +28,9 @@ class HostTable {
   void commit();
 
   std::size_t size() const { return tensors_.size(); }
-  uint32_t chunks() const { return static_cast<uint32_t>(tensor_of_chunk_.size()); }
+  uint32_t chunks() const { return chunks_; }
   const std::vector<TensorEntry>& tensors() const { return tensors_; }
-  const std::vector<uint32_t>& tensor_of_chunk() const { return tensor_of_chunk_; }
+  std::vector<uint32_t> tensor_of_chunk() const;  // for a device; 4 bytes for every 16384 elements are not kept here
   const std::vector<const void*>& grads() const { return grads_; }
   const std::vector<Noise>& noise() const { return noise_; }  // empty when all tensors are plain
   Storage storage() const { return plain_ ? Storage::plain : Storage::any; }
@@ -39,14 +39,15 @@ class HostTable {
   void run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads);
 
  private:
-  TableView view() { return {tensors_.data(), tensor_of_chunk_.data(), sums_.data(), nullptr}; }
+  TableView view() { return {tensors_.data(), nullptr, sums_.data(), nullptr}; }
 
   bool rows_by_step_;
   std::vector<TensorEntry> tensors_;
   std::vector<float*> steps_;
   std::vector<uint32_t> groups_;
   std::vector<std::size_t> slots_;
-  std::vector<uint32_t> tensor_of_chunk_, units_;
+  std::vector<uint32_t> units_;
+  uint32_t chunks_ = 0;
   std::vector<std::pair<uint64_t, uint32_t>> seeds_;
   std::vector<const void*> grads_;
   std::vector<Noise> noise_;

@@ -58,9 +58,9 @@ struct Step {
 // Everything a chunk's work needs, on whichever side it runs.
 struct TableView {
   const TensorEntry* tensors;
-  const uint32_t* tensor_of_chunk;
-  Sums* sums;          // one per chunk; null without statistics
-  uint32_t* arrivals;  // one per tensor, zero between launches; the device counts finished chunks with it
+  const uint32_t* tensor_of_chunk;  // null on the host, which goes through chunks in order
+  Sums* sums;                       // one per chunk; null without statistics
+  uint32_t* arrivals;               // one per tensor, zero between launches; the device counts finished chunks with it
 };
 
 // The part of a tensor that one chunk covers.
@@ -72,8 +72,7 @@ struct Slice {
   int count;
 };
 
-SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t chunk) {
-  const uint32_t index = table.tensor_of_chunk[chunk];
+SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t chunk, uint32_t index) {
   Slice slice;
   slice.tensor = table.tensors[index];
   slice.grad = step.grads[index];
@@ -82,6 +81,10 @@ SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t ch
   const int64_t left = slice.tensor.numel - slice.begin;
   slice.count = static_cast<int>(left < chunk_size ? left : chunk_size);
   return slice;
+}
+
+SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t chunk) {
+  return slice_of(table, step, chunk, table.tensor_of_chunk[chunk]);
 }
 
 // The gate of this step [SA, Sec. 6.3]: fixed, or alpha times the running deviation in double, rounded once.

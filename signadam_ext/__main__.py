@@ -1,14 +1,16 @@
-"""``python -m signadam_ext``: what was built, and what can be used here."""
+"""``python -m signadam_ext``: what was built, and what can be used here; ``... memory``: bytes that training keeps."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import sys
+from collections.abc import Sequence
 
 import torch
 
-from . import backends
+from . import backends, memory
 from ._extension import load
 from ._version import __version__
 
@@ -71,5 +73,21 @@ def _version_of(package: str) -> str:
         return "not installed"
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m signadam_ext", description=(__doc__ or "").replace("``", "`"))
+    commands = parser.add_subparsers(dest="command")
+    about = "bytes per parameter, GB and GiB that a model and its optimizer keep in memory, beside AdamW's"
+    calculator = commands.add_parser("memory", help=about, description=about)
+    memory.add_arguments(calculator)
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        print(report())
+        return
+    try:
+        print(memory.table(options))
+    except (TypeError, ValueError) as error:
+        calculator.error(str(error))
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

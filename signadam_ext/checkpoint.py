@@ -7,6 +7,7 @@ packed moment has the same keys in memory, where the tensor is a buffer of bytes
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import tempfile
@@ -51,10 +52,12 @@ class Layout:
     adaptive: bool
 
 
+@functools.cache  # one string for all parameters
 def kind_key(name: str) -> str:
     return f"{name}_kind"
 
 
+@functools.cache
 def levels_key(name: str) -> str:
     return f"{name}_levels"
 

@@ -275,7 +275,7 @@ class SignOptimizer(Optimizer):
         state = self._own_state[param]
         step = state.get("step", 0.0)
         if not isinstance(step, Tensor) or step.device.type != "cpu" or step.dtype != torch.float32 or step.dim() != 0:
-            step = torch.tensor(float(step), dtype=torch.float32)
+            step = torch.full((), float(step), dtype=torch.float32)  # torch.tensor gives it autograd's data as well
             state["step"] = step
         strides = torch.empty_like(param, device="meta").stride()
         for name, form in layout.moments.items():

@@ -147,6 +147,21 @@ class Plan:
         TypeError, ValueError: a tensor that cannot be served; nothing has been written then.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_copies",
+        "_given",
+        "_grad_dtypes",
+        "_reader",
+        "_strides",
+        "_versioned",
+        "entries",
+        "groups",
+        "labels",
+        "launches",
+        "params",
+    )
+
     def __init__(self, items: Sequence[Item], groups: Sequence[Group], grads: Sequence[Tensor | None] | None = None):
         self.groups = groups
         self.labels = [item.label for item in items]
@@ -175,7 +190,7 @@ class Plan:
                 continue
             grad = self._raw_grad(slot)
             dense = checks.is_dense(item.param)
-            work = item.param.detach() if dense else torch.empty_like(item.param)
+            work = item.param if dense else torch.empty_like(item.param)
             state = item.state()
             entry = Entry(
                 slot,
@@ -187,7 +202,7 @@ class Plan:
                 effective_weights(item.weights, item.param.dtype),
                 state.beside,
                 state.exp_avg_std,
-                # An alias: should someone swap the tensor's data, the table's address stays valid.
+                # Should someone swap the tensor's data, the table's address stays valid.
                 None if state.step is None else state.step.detach(),
                 item.group,
                 item.seed,

@@ -17,14 +17,26 @@ _C = load()
 class CompiledReader:
     """A thin wrapper of the C++ reader, which takes dtypes by DLPack's numbers."""
 
+    __slots__ = ("source",)
+
     def __init__(self, api: object) -> None:
-        self._reader = _C.Reader(api)
-        self.source = self._reader
-        self.read = self._reader.read
-        self.replace = self._reader.replace
-        self.present = self._reader.present
-        self.release = self._reader.release
-        self.addresses = self._reader.addresses
+        self.source = _C.Reader(api)
+
+    def read(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> list[int] | None:
+        odd: list[int] | None = self.source.read(param_groups, state)
+        return odd
+
+    def replace(self, slot: int, address: int) -> None:
+        self.source.replace(slot, address)
+
+    def present(self) -> int:
+        return int(self.source.present())
+
+    def release(self) -> None:
+        self.source.release()
+
+    def addresses(self) -> list[int]:
+        return list(self.source.addresses())
 
     def watch(
         self,
@@ -35,7 +47,7 @@ class CompiledReader:
         state: dict[str, Any] | None,
     ) -> None:
         code = None if grad_dtype is None else DLPACK_TYPES[grad_dtype]
-        self._reader.watch(param, group, tuple(strides), code, state)
+        self.source.watch(param, group, tuple(strides), code, state)
 
 
 class Addresses:

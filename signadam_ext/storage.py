@@ -164,23 +164,26 @@ def codes_of(form: Form, stored: Tensor, numel: int) -> Tensor:
     """The int8 codes in a packed buffer."""
     if form.bits == 8:
         return stored[:numel].view(torch.int8)
-    per_byte = 8 // form.bits
-    shifts = torch.arange(per_byte, device=stored.device) * form.bits
-    spread = stored.unsqueeze(1).int() >> shifts & (1 << form.bits) - 1
-    half = 1 << form.bits - 1
-    return ((spread ^ half) - half).flatten()[:numel].to(torch.int8)
+    per_byte, mask, half = 8 // form.bits, (1 << form.bits) - 1, 1 << form.bits - 1
+    # In bytes throughout: the largest tensor's codes may be most of the memory that is left.
+    codes = torch.empty(stored.numel(), per_byte, dtype=torch.uint8, device=stored.device)
+    for k in range(per_byte):
+        codes[:, k] = ((stored >> k * form.bits & mask) ^ half) - half  # wraps around to the bits of an int8
+    return codes.flatten()[:numel].view(torch.int8)
 
 
 def pack(form: Form, codes: Tensor, exponents: Tensor | None = None) -> Tensor:
     """int8 codes as a packed buffer."""
-    padded = torch.nn.functional.pad(codes, (0, -codes.numel() % RUN))
+    padded = torch.nn.functional.pad(codes, (0, -codes.numel() % RUN)) if codes.numel() % RUN else codes
     if form.bits == 8:
         parts = [padded.view(torch.uint8)] + ([] if exponents is None else [exponents.view(torch.uint8)])
         return torch.cat(parts)
-    per_byte = 8 // form.bits
-    shifts = torch.arange(per_byte, device=codes.device) * form.bits
-    spread = (padded.int() & (1 << form.bits) - 1).view(-1, per_byte)
-    return (spread << shifts).sum(1).to(torch.uint8)
+    per_byte, mask = 8 // form.bits, (1 << form.bits) - 1
+    spread = padded.view(torch.uint8).view(-1, per_byte)
+    stored = torch.zeros(spread.shape[0], dtype=torch.uint8, device=codes.device)
+    for k in range(per_byte):
+        stored |= (spread[:, k] & mask) << k * form.bits
+    return stored
 
 
 def decode(form: Form, stored: Tensor, numel: int) -> Tensor:

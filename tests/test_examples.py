@@ -69,3 +69,56 @@ def test_example_names_the_nearest_optimizer(monkeypatch):
     assert example.optimizer_name("ADAMW") == "AdamW"
     with pytest.raises(argparse.ArgumentTypeError, match="did you mean SignAdamPP"):
         example.optimizer_name("signadamp")
+
+
+LARGE = SCRIPT.with_name("train_7b_in_18gb.py")
+
+
+def train_large(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(LARGE), "--size", "tiny", *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("products", ["native", "fp32"])
+def test_large_example_resumes_bit_for_bit_within_its_bound(tmp_path, products):
+    options = ("--products", products, "--lr", "0.05")
+    whole = train_large(*options, "--steps", "12", "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    stopped = train_large(*options, "--steps", "5", "--out", "parts", cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stderr
+    resumed = train_large("--resume", "--steps", "12", "--out", "parts", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+    logs = {}
+    for out in ("whole", "parts"):
+        lines = (tmp_path / out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        logs[out] = [json.loads(line) for line in lines]
+    losses = {out: [record["loss"] for record in log if "step" in record] for out, log in logs.items()}
+    assert losses["whole"] == losses["parts"]
+    weights = [tmp_path / out / "checkpoint-000012" / "weights.safetensors" for out in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    start, result = logs["whole"][0], logs["whole"][-1]["result"]
+    assert result["peak_bytes"] <= result["bound_bytes"] == sum(start["needed"].values())
+    assert result["loss_last_five"] < result["loss_first_five"]
+    assert all(share > 0 for share in result["moved"].values())
+    assert (tmp_path / "whole" / "log.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_large_example_has_the_size_and_the_bound_of_its_name(monkeypatch):
+    monkeypatch.syspath_prepend(str(LARGE.parent))
+    import train_7b_in_18gb as example
+
+    config = example.replace(example.SIZES["7b"], block_size=128)
+    assert example.n_parameters(config) >= 7e9
+    # The interpreter and its libraries take less than half a gigabyte.
+    assert sum(example.memory_needed(config, 500_000_000).values()) < example.LIMIT["7b"]
+    config = example.replace(example.SIZES["tiny"], block_size=128)
+    model = example.build(config, torch.device("cpu"), 0, True)
+    assert sum(p.numel() for p in model.parameters()) == example.n_parameters(config)

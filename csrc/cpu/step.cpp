@@ -1,5 +1,6 @@
 #include "step.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -59,6 +60,13 @@ void fetch_ahead(const Slice& slice) {
   fetch(slice.tensor.exp_avg_sq, formats.exp_avg_sq);
 }
 
+// The tensor that a chunk is of: the last to begin at it or before. A tensor without elements begins where the next
+// does.
+uint32_t tensor_of(const TensorEntry* begin, const TensorEntry* end, uint32_t chunk) {
+  const auto after = [](uint32_t chunk, const TensorEntry& tensor) { return chunk < tensor.first_chunk; };
+  return static_cast<uint32_t>(std::upper_bound(begin, end, chunk, after) - begin) - 1;
+}
+
 void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s) {
   Sums* const sums = table.sums + tensor.first_chunk;
   for (int64_t count = chunks_of(tensor.numel); count > 1; count = chunks_of(count)) {
@@ -108,10 +116,15 @@ void run(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t
   const Kernels& isa = kernels();
   const auto for_chunks = [&](auto&& body) {
     parallel_for(static_cast<int64_t>(units.size()) - 1, threads, [&](int64_t unit) {
+      const TensorEntry* const end = table.tensors + tensors;
+      uint32_t index = tensor_of(table.tensors, end, units[unit]);
       for (uint32_t chunk = units[unit]; chunk < units[unit + 1]; ++chunk) {
-        if (chunk + 1 < units[unit + 1]) fetch_ahead(slice_of(table, step, chunk + 1));
-        const Slice slice = slice_of(table, step, chunk);
-        if (slice.grad != nullptr) body(chunk, slice, step.scalars[step.rows[table.tensor_of_chunk[chunk]]]);
+        uint32_t next = index;
+        while (next + 1 < tensors && table.tensors[next + 1].first_chunk <= chunk + 1) ++next;
+        if (chunk + 1 < units[unit + 1]) fetch_ahead(slice_of(table, step, chunk + 1, next));
+        const Slice slice = slice_of(table, step, chunk, index);
+        if (slice.grad != nullptr) body(chunk, slice, step.scalars[step.rows[index]]);
+        index = next;
       }
     });
   };
