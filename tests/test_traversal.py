@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from host.toolchain import build
+from host.toolchain import build, build_traced
 
 # -O1: the sanitizers' checks survive and it runs five times as fast as at -O0.
 ADDRESS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -38,6 +38,7 @@ def traversal(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "huge",  # the same for tensors beyond 2^31 elements, by addresses alone
         "counts",  # thousands of tensors: every element written once, guards untouched, sums complete
         "rules",  # every rule and kind of statistics as by a plain loop over the elements
+        "stored",  # every storage form: the same bytes in any order of blocks and threads
         "levels",  # chunk sums through more than one level
     ],
 )
@@ -45,10 +46,20 @@ def test_traversal(traversal: Path, part: str) -> None:
     assert run(str(traversal), part)
 
 
-def test_sanitizers_are_awake(traversal: Path, tmp_path: Path) -> None:
+def test_accesses(tmp_path: Path) -> None:
+    """Every byte is read and written as often as it must be, by one thread: codes, low bits and masters included."""
+    assert "each by one thread" in run(str(build_traced("traversal.cpp", tmp_path / "traced")), "accesses")
+
+
+@pytest.fixture(scope="module")
+def overrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("overrun.cpp", tmp_path_factory.mktemp("host") / "overrun", *ADDRESS)
+
+
+@pytest.mark.parametrize("memory", ["param", "codes"])
+def test_sanitizers_are_awake(overrun: Path, memory: str) -> None:
     """The same flags find an overrun by one element: a silent sanitizer would make the tests above worth little."""
-    broken = build("overrun.cpp", tmp_path / "overrun", *ADDRESS)
-    done = subprocess.run([str(broken)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(overrun), memory], capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
 

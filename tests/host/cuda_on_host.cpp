@@ -5,25 +5,20 @@
 using namespace signadam;
 using namespace signadam::host;
 
-// One tensor, in 64-bit fields so that Python can fill it from a list.
-struct TensorArguments {
-  uint64_t param, exp_avg, exp_avg_sq, exp_avg_std, grad;
-  int64_t numel, param_format, grad_format, row;
-};
-
 namespace {
 
 using Launch = void (*)(const TableView&, const Step&, uint32_t, Order, uint32_t);
 
 // As kernel_of in csrc/cuda/step.cu.
+template <Storage storage>
 Launch launch_of(int rule, Statistics statistics) {
-  if (statistics == Statistics::only) return launch<SignAdamPP, Statistics::only>;
+  if (statistics == Statistics::only) return launch<SignAdamPP, Statistics::only, storage>;
   if (statistics == Statistics::gather)
-    return rule == rule_SignAdamPP ? launch<SignAdamPP, Statistics::gather> : nullptr;
+    return rule == rule_SignAdamPP ? launch<SignAdamPP, Statistics::gather, storage> : nullptr;
   switch (rule) {
 #define SIGNADAM_CASE(Rule) \
   case rule_##Rule:         \
-    return launch<Rule, Statistics::none>;
+    return launch<Rule, Statistics::none, storage>;
     SIGNADAM_RULES(SIGNADAM_CASE)
 #undef SIGNADAM_CASE
     default:
@@ -35,45 +30,32 @@ Launch launch_of(int rule, Statistics statistics) {
 
 extern "C" {
 
-// One step of all tensors; `rows` holds rows of scalars in the order of SIGNADAM_SCALARS. Returns 0, 1 when there is no
-// such kernel, 2 when a count of arrivals was left behind.
-int cuda_on_host(int rule, int statistics_index, int64_t tensor_count, const TensorArguments* arguments,
-                 int64_t row_count, const double* rows, int order, uint32_t seed) {
+// One step of all tensors. `table`: the bytes that the CUDA backend sends to the device. `step`: the step's data with
+// the places of gradients, noise, rows and scalars in it, as Table.write_step writes them. Returns 0, 1 when there is
+// no such kernel, 2 when a count of arrivals was left behind, 3 when the table was not built from these headers.
+int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks, const unsigned char* table_bytes,
+                 int64_t table_size, const unsigned char* step_bytes, const int64_t* offsets, int64_t scalar_rows,
+                 int order, uint32_t seed) {
   auto statistics = static_cast<Statistics>(statistics_index);
-  std::vector<TensorEntry> tensors;
-  std::vector<uint32_t> tensor_of_chunk, row_of;
-  std::vector<const void*> grads;
-  for (int64_t i = 0; i < tensor_count; ++i) {
-    const TensorArguments& a = arguments[i];
-    TensorEntry entry{};
-    entry.param = reinterpret_cast<void*>(a.param);
-    entry.exp_avg = reinterpret_cast<float*>(a.exp_avg);
-    entry.exp_avg_sq = reinterpret_cast<float*>(a.exp_avg_sq);
-    entry.exp_avg_std = reinterpret_cast<double*>(a.exp_avg_std);
-    entry.numel = a.numel;
-    entry.first_chunk = static_cast<uint32_t>(tensor_of_chunk.size());
-    entry.param_format = static_cast<Format>(a.param_format);
-    entry.grad_format = static_cast<Format>(a.grad_format);
-    entry.head = head_of(entry.param, entry.param_format);
-    tensors.push_back(entry);
-    tensor_of_chunk.insert(tensor_of_chunk.end(), static_cast<std::size_t>(chunks_of(a.numel)),
-                           static_cast<uint32_t>(i));
-    grads.push_back(reinterpret_cast<const void*>(a.grad));
-    row_of.push_back(static_cast<uint32_t>(a.row));
-  }
-  std::vector<Scalars> scalars;
-  for (int64_t i = 0; i < row_count; ++i) scalars.push_back(Scalars::from_row(rows + i * scalar_count));
+  if (table_size != tensors * static_cast<int64_t>(sizeof(TensorEntry)) + chunks * 4) return 3;
+  const auto* const entries = reinterpret_cast<const TensorEntry*>(table_bytes);
   // The device's memory comes uninitialised.
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  std::vector<Sums> sums(tensor_of_chunk.size(), Sums{nan, nan});
-  std::vector<uint32_t> arrivals(tensors.size(), 0);
-  const TableView table{tensors.data(), tensor_of_chunk.data(), sums.data(), arrivals.data()};
-  const Step step{grads.data(), row_of.data(), scalars.data()};
-  const auto chunks = static_cast<uint32_t>(tensor_of_chunk.size());
+  std::vector<Sums> sums(static_cast<std::size_t>(chunks), Sums{nan, nan});
+  std::vector<uint32_t> arrivals(static_cast<std::size_t>(tensors), 0);
+  const TableView table{entries, reinterpret_cast<const uint32_t*>(entries + tensors), sums.data(), arrivals.data()};
+  std::vector<Scalars> scalars;
+  const auto* const rows = reinterpret_cast<const double*>(step_bytes + offsets[3]);
+  for (int64_t i = 0; i < scalar_rows; ++i) scalars.push_back(Scalars::from_row(rows + i * scalar_count));
+  const bool plain =
+      std::all_of(entries, entries + tensors, [](const TensorEntry& entry) { return entry.formats.plain(); });
+  const Step step{reinterpret_cast<const void* const*>(step_bytes + offsets[0]),
+                  plain ? nullptr : reinterpret_cast<const Noise*>(step_bytes + offsets[1]),
+                  reinterpret_cast<const uint32_t*>(step_bytes + offsets[2]), scalars.data()};
 
   const auto run = [&](Statistics which) {
-    const Launch function = launch_of(rule, which);
-    if (function != nullptr) function(table, step, chunks, static_cast<Order>(order), seed);
+    const Launch function = plain ? launch_of<Storage::plain>(rule, which) : launch_of<Storage::any>(rule, which);
+    if (function != nullptr) function(table, step, static_cast<uint32_t>(chunks), static_cast<Order>(order), seed);
     return function != nullptr;
   };
   if (statistics == Statistics::only) {
@@ -93,6 +75,33 @@ void widen_all(int format, int64_t count, const uint16_t* from, float* to) {
 
 void narrow_all(int format, int64_t count, const float* from, uint16_t* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = narrow(static_cast<Format>(format), from[i]);
+}
+
+void narrow_stochastic_all(int format, int64_t count, const float* from, const int32_t* r, uint16_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = narrow(static_cast<Format>(format), from[i], static_cast<uint32_t>(r[i]));
+}
+
+void split_all(int bits, int64_t count, const float* from, const int32_t* r, uint16_t* high, int32_t* low) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Split split = bits == 16 ? split16(from[i]) : split8(from[i], static_cast<uint32_t>(r[i]) >> 8);
+    high[i] = split.high, low[i] = split.low;
+  }
+}
+
+void join_all(int64_t count, const uint16_t* high, const int32_t* low, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = join(high[i], low[i]);
+}
+
+void block_exponent_all(int64_t count, const float* from, int32_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = block_exponent(finite_magnitude(from[i]));
+}
+
+void block_code_all(int64_t count, const float* from, const int32_t* e, const int32_t* r, int32_t* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = block_code(from[i], power_of_two(-e[i]), static_cast<uint32_t>(r[i]));
+}
+
+void from_block_code_all(int64_t count, const int32_t* q, const int32_t* e, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from_block_code(q[i], power_of_two(e[i]));
 }
 
 }  // extern "C"

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/block.h"
@@ -23,6 +25,10 @@ inline std::vector<uint32_t> ordered(uint32_t count, Order order, std::mt19937& 
   return indices;
 }
 
+// Which thread runs, for those who watch its accesses.
+inline uint32_t running_chunk = 0;
+inline int running_thread = 0;
+
 // A block whose threads run one after another; a new order for every phase.
 class HostBlock {
  public:
@@ -39,17 +45,23 @@ class HostBlock {
   template <class Phase>
   void each(Phase phase) {
     if (order_ == Order::shuffled || threads_.empty()) threads_ = ordered(threads_per_block, order_, random_);
-    for (const uint32_t thread : threads_) phase(static_cast<int>(thread));
+    for (const uint32_t thread : threads_) {
+      running_thread = static_cast<int>(thread);
+      phase(running_thread);
+    }
   }
 
+  // Registers hold anything at first.
   template <class State, class First, class Second>
   void in_fours(First first, Second second) {
+    static_assert(std::is_trivially_copyable_v<State>);
     std::vector<State> states(threads_per_block);
-    std::vector<uint32_t> largest(threads_per_block);
-    each([&](int thread) { largest[thread] = first(thread, states[thread]); });
+    std::memset(static_cast<void*>(states.data()), 0xa5, states.size() * sizeof(State));
+    uint32_t largest[threads_per_block];
+    each([&](int thread) { largest[thread] = first(thread, states[static_cast<std::size_t>(thread)]); });
     each([&](int thread) {
-      const auto four = largest.begin() + thread / 4 * 4;
-      second(thread, states[thread], *std::max_element(four, four + 4));
+      const uint32_t* const four = largest + thread / 4 * 4;
+      second(thread, states[static_cast<std::size_t>(thread)], *std::max_element(four, four + 4));
     });
   }
 
@@ -72,6 +84,7 @@ void launch(const TableView& table, const Step& step, uint32_t chunks, Order ord
   std::mt19937 random(seed);
   HostBlock block(order, seed + 1);
   for (const uint32_t chunk : ordered(chunks, order, random)) {
+    running_chunk = chunk;
     if constexpr (statistics != Statistics::none) block.start();
     run_block<Rule, statistics, storage>(block, table, step, chunk);
   }

@@ -1,6 +1,8 @@
 // Runs csrc/block.h with threads that are really concurrent, under ThreadSanitizer: two threads that touch the same
 // bytes without a barrier between them, or blocks without the count of arrivals between them, are found whatever the
 // timing. Few operating-system threads share the 256 of a block, neighbours never on the same one.
+#include <array>
+#include <atomic>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
@@ -40,12 +42,19 @@ struct Shared {
   Barrier barrier;
   std::vector<Sums> lanes = std::vector<Sums>(lane_count);
   bool last = false;
+  // Of each round of four neighbours in a chunk: how often a thread of theirs has arrived, and what it brought.
+  static constexpr uint32_t rounds = chunk_size / lane_count;
+  std::array<std::array<std::atomic<uint32_t>, threads_per_block / 4>, rounds> arrived{};
+  uint32_t largest[rounds][threads_per_block] = {};
 };
 
 // A block as one of its workers sees it; the counterpart of DeviceBlock in csrc/cuda/step.cu.
 struct WorkerBlock {
   Shared& shared;
   uint32_t worker;
+  uint32_t round = 0;  // of fours, in this chunk
+
+  WorkerBlock(Shared& block, uint32_t number) : shared(block), worker(number) {}
 
   Sums* lanes() const { return shared.lanes.data(); }
 
@@ -53,6 +62,26 @@ struct WorkerBlock {
   void each(Phase phase) {
     for (uint32_t thread = worker; thread < threads_per_block; thread += workers) phase(static_cast<int>(thread));
     shared.barrier.wait();
+  }
+
+  // The four wait for each other and for nobody else. Chunks are apart by a barrier, so places serve one after another;
+  // counts go on, for not every chunk comes here.
+  template <class State, class First, class Second>
+  void in_fours(First first, Second second) {
+    std::vector<State> states(threads_per_block);
+    auto& arrived = shared.arrived.at(round);
+    auto& largest = shared.largest[round];
+    const uint32_t begun = ++begun_.at(round);
+    ++round;
+    for (uint32_t thread = worker; thread < threads_per_block; thread += workers) {
+      largest[thread] = first(static_cast<int>(thread), states[thread]);
+      arrived[thread / 4].fetch_add(1, std::memory_order_release);
+    }
+    for (uint32_t thread = worker; thread < threads_per_block; thread += workers) {
+      const uint32_t four = thread / 4;
+      while (arrived[four].load(std::memory_order_acquire) < 4 * begun) std::this_thread::yield();
+      second(static_cast<int>(thread), states[thread], *std::max_element(largest + 4 * four, largest + 4 * four + 4));
+    }
   }
 
   bool arrives_last(uint32_t* counter, uint32_t expected) {
@@ -63,19 +92,23 @@ struct WorkerBlock {
     shared.barrier.wait();
     return shared.last;
   }
+
+ private:
+  std::array<uint32_t, Shared::rounds> begun_{};
 };
 
 // Two blocks at a time take the chunks, one from either end.
-template <class Rule, Statistics statistics>
+template <class Rule, Statistics statistics, Storage storage>
 void concurrent_launch(const TableView& table, const Step& step, uint32_t chunks) {
   Shared shared[2];
   std::vector<std::thread> threads;
   for (uint32_t side = 0; side < 2; ++side)
     for (uint32_t worker = 0; worker < workers; ++worker)
       threads.emplace_back([&, side, worker] {
-        WorkerBlock block{shared[side], worker};
+        WorkerBlock block(shared[side], worker);
         for (uint32_t k = side; k < chunks; k += 2) {
-          run_block<Rule, statistics>(block, table, step, side == 0 ? k / 2 : chunks - 1 - k / 2);
+          block.round = 0;
+          run_block<Rule, statistics, storage>(block, table, step, side == 0 ? k / 2 : chunks - 1 - k / 2);
           // Blocks begin one after another; this is not a barrier of the block.
           shared[side].barrier.wait();
         }
@@ -87,13 +120,14 @@ struct Spec {
   int64_t numel;
   Format param, grad;
   int param_offset, grad_offset;  // in elements
+  Format exp_avg = Format::fp32, exp_avg_sq = Format::fp32;
+  Weights weights = Weights::as_is;
 };
 
-template <class Rule, Statistics statistics>
+template <class Rule, Statistics statistics, Storage storage>
 void run(const std::vector<Spec>& specs) {
   struct Memory {
-    std::vector<unsigned char> param, grad;
-    std::vector<float> exp_avg, exp_avg_sq;
+    std::vector<unsigned char> param, grad, exp_avg, exp_avg_sq, low;
     double exp_avg_std = 0.5;
   };
   std::vector<Memory> memory(specs.size());
@@ -105,8 +139,11 @@ void run(const std::vector<Spec>& specs) {
     Memory& m = memory[i];
     m.param.resize(static_cast<std::size_t>((spec.numel + 8) * size_of(spec.param)));
     m.grad.resize(static_cast<std::size_t>((spec.numel + 8) * size_of(spec.grad)));
-    m.exp_avg.resize(static_cast<std::size_t>(spec.numel));
-    m.exp_avg_sq.resize(static_cast<std::size_t>(spec.numel));
+    // Room for exponents behind the codes, whether there are any or not.
+    const auto padded = static_cast<std::size_t>((spec.numel + packed_run - 1) / packed_run * packed_run);
+    m.exp_avg.resize(4 * padded + padded / packed_run);
+    m.exp_avg_sq.resize(4 * padded);
+    m.low.resize(4 * padded);
     TensorEntry entry{};
     entry.param = m.param.data() + spec.param_offset * size_of(spec.param);
     entry.exp_avg = m.exp_avg.data();
@@ -114,9 +151,10 @@ void run(const std::vector<Spec>& specs) {
     entry.exp_avg_std = statistics == Statistics::none ? nullptr : &m.exp_avg_std;
     entry.numel = spec.numel;
     entry.first_chunk = static_cast<uint32_t>(tensor_of_chunk.size());
-    entry.param_format = spec.param;
-    entry.grad_format = spec.grad;
-    entry.head = head_of(entry.param, spec.param);
+    entry.formats = {spec.param, spec.grad, spec.exp_avg, spec.exp_avg_sq, spec.weights};
+    entry.head = entry.formats.packed() ? 0 : head_of(entry.param, spec.param);
+    entry.low = m.low.data();
+    entry.first = 5;
     tensors.push_back(entry);
     grads.push_back(m.grad.data() + spec.grad_offset * size_of(spec.grad));
     tensor_of_chunk.insert(tensor_of_chunk.end(), static_cast<std::size_t>(chunks_of(spec.numel)),
@@ -125,10 +163,11 @@ void run(const std::vector<Spec>& specs) {
   std::vector<Sums> sums(tensor_of_chunk.size());
   std::vector<uint32_t> arrivals(specs.size(), 0), rows(specs.size(), 0);
   Scalars s{};
+  const std::vector<Noise> noise(specs.size(), Noise::of(1, 2, 3));
   s.decay = 1.0f, s.denominator = 1.0f, s.coupled = 1, s.confidence_beta = 0.5;
   const TableView table{tensors.data(), tensor_of_chunk.data(), sums.data(), arrivals.data()};
   const auto chunks = static_cast<uint32_t>(tensor_of_chunk.size());
-  concurrent_launch<Rule, statistics>(table, {grads.data(), rows.data(), &s}, chunks);
+  concurrent_launch<Rule, statistics, storage>(table, {grads.data(), noise.data(), rows.data(), &s}, chunks);
   for (const Memory& m : memory)
     if (statistics != Statistics::none && m.exp_avg_std != 0.25) {
       std::printf("FAILED: a deviation was moved other than once: %g\n", m.exp_avg_std);
@@ -149,9 +188,26 @@ int main() {
       {16384 + 9, Format::fp16, Format::fp16, 5, 2},
       {4099, Format::fp32, Format::fp32, 3, 3},
   };
-  run<SignAdam, Statistics::none>(specs);
-  run<SignAdamPP, Statistics::gather>(specs);
-  run<SignAdamPP, Statistics::only>(specs);
+  run<SignAdam, Statistics::none, Storage::plain>(specs);
+  run<SignAdamPP, Statistics::gather, Storage::plain>(specs);
+  run<SignAdamPP, Statistics::only, Storage::plain>(specs);
+
+  // Neighbours in a byte, in a word, and under an exponent.
+  std::vector<Spec> bounded, unbounded;
+  const Format codes[] = {Format::int2, Format::int4, Format::int8, Format::bf16, Format::fp32};
+  const Weights weights[] = {Weights::split8, Weights::split16, Weights::master, Weights::stochastic, Weights::as_is};
+  for (int i = 0; i < 5; ++i)
+    for (const int64_t numel : {20, 2049, 16384 + 9}) {
+      const int offset = i * static_cast<int>(numel) % 8;
+      bounded.push_back(
+          {numel, Format::bf16, Format::bf16, offset, i, codes[i], Format::bf16, weights[(i + numel) % 5]});
+      unbounded.push_back(bounded.back());
+      unbounded.back().exp_avg = i < 3 ? Format::block8 : codes[i];
+    }
+  run<SignAdam, Statistics::none, Storage::any>(bounded);
+  run<Signum, Statistics::none, Storage::any>(unbounded);
+  run<SignAdamPP, Statistics::gather, Storage::any>(bounded);
+  run<SignAdamPP, Statistics::only, Storage::any>(bounded);
   std::printf("no races\n");
   return 0;
 }

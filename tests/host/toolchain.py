@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 HERE = Path(__file__).resolve().parent
-# : As setup.py compiles the arithmetic : one rounding per operation.
+#: As setup.py compiles the arithmetic: one rounding per operation.
 ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 WARNINGS = ("-Wall", "-Wextra")
 
@@ -31,10 +31,23 @@ def compiler() -> str:
 
 def build(source: str, target: Path, *flags: str) -> Path:
     """Compiles ``tests/host/<source>`` to ``target``; a failure to compile is a failure of the test."""
-    command = [compiler(), "-std=c++17", *ARITHMETIC, *WARNINGS, *flags, str(HERE / source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    compile_with("-std=c++17", *ARITHMETIC, *WARNINGS, *flags, str(HERE / source), "-o", str(target))
     return target
+
+
+def build_traced(source: str, target: Path) -> Path:
+    """The same with a call at every access, which the program itself takes."""
+    # Instrumented for ThreadSanitizer, but linked without it.
+    object_file = target.with_suffix(".o")
+    build(source, object_file, "-O1", "-DSIGNADAM_TRACED", "-fsanitize=thread", "-Wno-unused-function", "-c")
+    compile_with(str(object_file), "-o", str(target))
+    return target
+
+
+def compile_with(*arguments: str) -> None:
+    command = [compiler(), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
 
 
 def cuobjdump() -> str:
@@ -75,7 +88,7 @@ def resources(text: str) -> tuple[int, int, int] | None:
     return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
 
 
-# : Floating - point arithmetic in PTX, with its modifiers.
+#: Floating-point arithmetic in PTX, with its modifiers.
 PTX_ARITHMETIC = re.compile(r"\b(?:fma|mad|add|sub|mul|div|sqrt|rcp|rsqrt)\.[\w.]*f(?:16x2|16|32x2|32|64)\b")
 
 
@@ -90,6 +103,7 @@ class Rule:
 
     struct: str
     moments: int
+    bounded: bool
     divides: bool  # or takes a root
 
 
@@ -98,8 +112,9 @@ def rules() -> dict[str, Rule]:
     text = re.sub(r"//.*", "", (HERE.parent.parent / "csrc" / "rules.h").read_text(encoding="utf-8"))
     found = {}
     for struct, body in re.findall(r"^struct (\w+) \{(.*?)^\};", text, re.DOTALL | re.MULTILINE):
-        name, moments = re.search(r'name = "(\w+)"', body), re.search(r"moments = (\d)", body)
-        assert name is not None and moments is not None, struct
+        said = dict(re.findall(r"static constexpr [\w *]*?(\w+) = \"?(\w+)", body))
         update = body[body.index("void update(") :]
-        found[name[1]] = Rule(struct, int(moments[1]), "/" in update or "square_root(" in update)
+        divides = "/" in update or "square_root(" in update
+        assert said["divides"] == str(divides).lower(), struct
+        found[said["name"]] = Rule(struct, int(said["moments"]), said["bounded"] == "true", divides)
     return found

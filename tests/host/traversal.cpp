@@ -1,5 +1,8 @@
 // Proves, on the host and under sanitizers, that the traversal of csrc/block.h touches every element of every tensor
 // exactly once and nothing else. Run with the name of a part; prints what it looked at, or what is wrong.
+//
+// With SIGNADAM_TRACED it is compiled for ThreadSanitizer but linked without it: the functions that every access then
+// calls are defined here, and count the accesses to each byte.
 #include <sanitizer/asan_interface.h>
 
 #include <cstdio>
@@ -60,24 +63,79 @@ void set_value(void* base, Format format, int64_t i, float x) {
               static_cast<std::size_t>(size_of(format)));
 }
 
+bool tracing = false;
+
+#if defined(SIGNADAM_TRACED)
+// What happened to a byte since the trace began.
+struct Accesses {
+  uint8_t reads, writes;
+  bool several;           // threads
+  bool read_after_write;  // by whomever
+  uint32_t first;         // thread, counted over all blocks
+};
+
+constexpr std::size_t arena_size = std::size_t{1} << 26;
+alignas(64) unsigned char arena[arena_size];
+Accesses accesses_of[arena_size];
+std::size_t arena_used = 0;
+
+__attribute__((no_sanitize("thread"), noinline)) void trace(const void* address, std::size_t size, bool writes) {
+  const auto at = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(arena);
+  if (!tracing || at >= arena_size) return;
+  const uint32_t thread = running_chunk * threads_per_block + static_cast<uint32_t>(running_thread);
+  for (std::size_t i = at; i < at + size; ++i) {
+    Accesses& byte = accesses_of[i];
+    if (byte.reads + byte.writes == 0) byte.first = thread;
+    byte.several = byte.several || byte.first != thread;
+    byte.read_after_write = byte.read_after_write || (!writes && byte.writes > 0);
+    ++(writes ? byte.writes : byte.reads);
+  }
+}
+
+using Memory = std::unique_ptr<unsigned char, void (*)(void*)>;
+Memory allocate(std::size_t size) {
+  unsigned char* const memory = arena + arena_used;
+  arena_used += (size + 63) / 64 * 64;
+  REQUIRE(arena_used <= arena_size, "%zu", arena_used);
+  return {memory, [](void*) {}};
+}
+#else
+using Memory = std::unique_ptr<unsigned char, void (*)(void*)>;
+Memory allocate(std::size_t size) { return {static_cast<unsigned char*>(std::malloc(size)), std::free}; }
+#endif
+
+// Bytes of a moment, as ALGORITHMS has them: packed codes fill whole runs, and exponents follow them.
+std::size_t bytes_of(Format format, int64_t count) {
+  const auto n = static_cast<std::size_t>(count), runs = (n + 31) / 32;
+  switch (format) {
+    case Format::int8:
+      return 32 * runs;
+    case Format::int4:
+      return 16 * runs;
+    case Format::int2:
+      return 8 * runs;
+    case Format::block8:
+      return 33 * runs;
+    default:
+      return n * static_cast<std::size_t>(size_of(format));
+  }
+}
+
 // A tensor's memory, in an allocation of its own that ends with the last element, so AddressSanitizer sees the first
 // byte beyond. Before the first element lie `offset` bytes and a guard: poisoned in whole granules of 8 bytes, and
 // filled with a pattern where a granule is shared.
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(int64_t count, Format format, int offset)
-      : count_(count),
-        format_(format),
-        front_(guard_bytes + static_cast<std::size_t>(offset)),
-        size_(front_ + bytes()),
-        memory_(static_cast<unsigned char*>(std::malloc(size_)), std::free) {
+  Buffer(int64_t count, Format format, int offset) : Buffer(bytes_of(format, count), offset) { format_ = format; }
+  Buffer(std::size_t bytes, int offset)
+      : front_(guard_bytes + static_cast<std::size_t>(offset)), bytes_(bytes), memory_(allocate(front_ + bytes_)) {
     std::memset(memory_.get(), pattern, front_);
-    std::memset(memory_.get() + front_, 0, bytes());
-    __asan_poison_memory_region(memory_.get(), front_ / 8 * 8);
+    std::memset(memory_.get() + front_, 0, bytes_);
+    ASAN_POISON_MEMORY_REGION(memory_.get(), front_ / 8 * 8);
   }
 
-  std::size_t bytes() const { return static_cast<std::size_t>(count_ * size_of(format_)); }
+  std::size_t bytes() const { return bytes_; }
   unsigned char* begin() const { return memory_ == nullptr ? nullptr : memory_.get() + front_; }
   Format format() const { return format_; }
   void set(int64_t i, float x) { set_value(begin(), format_, i, x); }
@@ -86,20 +144,19 @@ class Buffer {
 
   bool guard_intact() const {
     if (memory_ == nullptr) return true;
-    __asan_unpoison_memory_region(memory_.get(), front_);
+    ASAN_UNPOISON_MEMORY_REGION(memory_.get(), front_);
     bool intact = true;
     for (std::size_t i = 0; i < front_; ++i) intact = intact && memory_.get()[i] == pattern;
-    __asan_poison_memory_region(memory_.get(), front_ / 8 * 8);
+    ASAN_POISON_MEMORY_REGION(memory_.get(), front_ / 8 * 8);
     return intact;
   }
 
  private:
   static constexpr std::size_t guard_bytes = 64;
   static constexpr unsigned char pattern = 0xa5;
-  int64_t count_ = 0;
   Format format_ = Format::fp32;
-  std::size_t front_ = 0, size_ = 0;
-  std::unique_ptr<unsigned char, void (*)(void*)> memory_{nullptr, std::free};
+  std::size_t front_ = 0, bytes_ = 0;
+  Memory memory_{nullptr, std::free};
 };
 
 struct Spec {
@@ -107,14 +164,24 @@ struct Spec {
   Format param, grad;
   int param_offset, grad_offset, moment_offset;  // in elements, from a 16-byte boundary
   bool present;
+  Format exp_avg = Format::fp32, exp_avg_sq = Format::fp32;
+  Weights weights = Weights::as_is;
+  int low_offset = 0;
+  int64_t first = 0;
 };
 
 struct Tensor {
   Spec spec;
-  Buffer param, grad, exp_avg, exp_avg_sq;
+  Buffer param, grad, exp_avg, exp_avg_sq, low;
   std::unique_ptr<double> exp_avg_std;
   uint32_t group;
+
+  std::vector<const Buffer*> buffers() const { return {&param, &grad, &exp_avg, &exp_avg_sq, &low}; }
 };
+
+int low_bytes(Weights weights) {
+  return weights == Weights::split8 ? 1 : weights == Weights::split16 ? 2 : weights == Weights::master ? 4 : 0;
+}
 
 // Tensors of one launch. Moments and deviation exist only where the launch needs them: null otherwise, as in training.
 class Model {
@@ -122,22 +189,29 @@ class Model {
   Model(const std::vector<Spec>& specs, int moments, bool adaptive, uint32_t groups)
       : table_(false), arrivals_(specs.size(), 0) {
     for (const Spec& spec : specs) {
-      Tensor t{spec, {}, {}, {}, {}, nullptr, static_cast<uint32_t>(tensors_.size()) % groups};
+      Tensor t{spec, {}, {}, {}, {}, {}, nullptr, static_cast<uint32_t>(tensors_.size()) % groups};
       t.param = Buffer(spec.numel, spec.param, spec.param_offset * size_of(spec.param));
       if (spec.present) t.grad = Buffer(spec.numel, spec.grad, spec.grad_offset * size_of(spec.grad));
-      if (moments > 0) t.exp_avg = Buffer(spec.numel, Format::fp32, spec.moment_offset * 4);
-      if (moments > 1) t.exp_avg_sq = Buffer(spec.numel, Format::fp32, (spec.moment_offset + 1) % 4 * 4);
+      const auto moment = [&](Format format, int offset) {
+        return Buffer(spec.numel, format, is_packed(format) ? 0 : offset * size_of(format));
+      };
+      if (moments > 0) t.exp_avg = moment(spec.exp_avg, spec.moment_offset);
+      if (moments > 1) t.exp_avg_sq = moment(spec.exp_avg_sq, (spec.moment_offset + 1) % 4);
+      if (const int size = low_bytes(spec.weights); size > 0)
+        t.low = Buffer(static_cast<std::size_t>(spec.numel * size), spec.low_offset * size);
       if (adaptive) t.exp_avg_std = std::make_unique<double>(0.25);
       TensorEntry entry{};
       entry.param = t.param.begin();
-      entry.exp_avg = reinterpret_cast<float*>(t.exp_avg.begin());
-      entry.exp_avg_sq = reinterpret_cast<float*>(t.exp_avg_sq.begin());
+      entry.exp_avg = t.exp_avg.begin();
+      entry.exp_avg_sq = t.exp_avg_sq.begin();
       entry.exp_avg_std = t.exp_avg_std.get();
       entry.numel = spec.numel;
-      entry.param_format = spec.param;
-      entry.grad_format = spec.grad;
-      entry.head = head_of(entry.param, spec.param);
-      table_.add(entry, nullptr, t.group, tensors_.size());
+      entry.formats = {spec.param, spec.grad, moments > 0 ? spec.exp_avg : Format::fp32,
+                       moments > 1 ? spec.exp_avg_sq : Format::fp32, spec.weights};
+      entry.head = entry.formats.packed() ? 0 : head_of(entry.param, spec.param);
+      entry.low = t.low.begin();
+      entry.first = spec.first;
+      table_.add(entry, nullptr, t.group, tensors_.size(), 0x0123456789abcdefu, static_cast<uint32_t>(tensors_.size()));
       tensors_.push_back(std::move(t));
     }
     table_.finish(false);
@@ -148,24 +222,26 @@ class Model {
   std::vector<Tensor>& tensors() { return tensors_; }
 
   // `scalars`: one row per group.
-  template <class Rule, Statistics statistics>
+  template <class Rule, Statistics statistics, Storage storage = Storage::plain>
   void run(const std::vector<Scalars>& scalars, Order order) {
     std::vector<void*> grads;
     for (const Tensor& t : tensors_) grads.push_back(t.grad.begin());
     std::vector<Scalars> rows;
     for (const auto& row : table_.begin(grads)) rows.push_back(scalars.at(row.first));
     constexpr bool sums = statistics != Statistics::none;
-    const TableView view{table_.tensors().data(), table_.tensor_of_chunk().data(), sums ? sums_.data() : nullptr,
+    const std::vector<uint32_t> tensor_of_chunk = table_.tensor_of_chunk();
+    const TableView view{table_.tensors().data(), tensor_of_chunk.data(), sums ? sums_.data() : nullptr,
                          sums ? arrivals_.data() : nullptr};
-    const Step step{table_.grads().data(), table_.rows().data(), rows.data()};
-    launch<Rule, statistics>(view, step, table_.chunks(), order, 7);
+    REQUIRE(table_.storage() == storage, "there are tensors of another kind");
+    const Noise* const noise = storage == Storage::plain ? nullptr : table_.noise().data();
+    const Step step{table_.grads().data(), noise, table_.rows().data(), rows.data()};
+    tracing = true;
+    launch<Rule, statistics, storage>(view, step, table_.chunks(), order, 7);
+    tracing = false;
     for (const uint32_t count : arrivals_) REQUIRE(count == 0, "arrivals must be back at zero");
-    for (std::size_t i = 0; i < tensors_.size(); ++i) {
-      const Tensor& t = tensors_[i];
-      REQUIRE(
-          t.param.guard_intact() && t.grad.guard_intact() && t.exp_avg.guard_intact() && t.exp_avg_sq.guard_intact(),
-          "memory before tensor %zu was written", i);
-    }
+    for (std::size_t i = 0; i < tensors_.size(); ++i)
+      for (const Buffer* buffer : tensors_[i].buffers())
+        REQUIRE(buffer->guard_intact(), "memory before tensor %zu was written", i);
   }
 
  private:
@@ -194,6 +270,38 @@ std::vector<Spec> adversarial(int repetitions, bool large) {
           if (k == 0 && large && offset % 3 == 0)
             for (const int64_t numel : {16383, 16384, 16385, 3 * 16384 + 2057}) add(numel, param, grad, offset);
         }
+  return specs;
+}
+
+// Every form of moments and parameter that a rule of so many moments can have, some plain ones among them, at
+// borders of runs, rows and chunks, and across the index at which random keys change.
+std::vector<Spec> stored_specs(int moments, bool bounded, bool large) {
+  using Forms = std::vector<Format>;
+  const Forms none = {Format::fp32}, wide = {Format::fp32, Format::bf16};
+  const Forms first = moments == 0 ? none
+                      : bounded    ? Forms{Format::fp32, Format::bf16, Format::int8, Format::int4, Format::int2}
+                                   : Forms{Format::fp32, Format::bf16, Format::block8};
+  const std::pair<Format, Weights> params[] = {
+      {Format::fp32, Weights::as_is},      {Format::bf16, Weights::as_is},      {Format::fp16, Weights::as_is},
+      {Format::bf16, Weights::stochastic}, {Format::fp16, Weights::stochastic}, {Format::bf16, Weights::split16},
+      {Format::bf16, Weights::split8},     {Format::bf16, Weights::master},     {Format::fp16, Weights::master},
+  };
+  std::vector<Spec> specs;
+  std::mt19937 random(4);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
+  for (const Format exp_avg : first)
+    for (const Format exp_avg_sq : moments > 1 ? wide : none)
+      for (const auto& [param, weights] : params) {
+        std::vector<int64_t> sizes = {0, 1, 7, 8, 9, 31, 32, 33, 255, 2047, 2049};
+        if (large && below(3) == 0)
+          sizes.push_back(std::vector<int64_t>{16383, 16385, 2 * 16384 + 2057}[specs.size() % 3]);
+        for (const int64_t numel : sizes) {
+          const int offset = below(3) == 0 ? 0 : below(16 / size_of(param));
+          const int64_t index = std::vector<int64_t>{0, 1, 6, (int64_t{1} << 33) - 1001}[specs.size() % 4];
+          specs.push_back({numel, param, formats[below(3)], offset, below(2) * below(8), below(2) * below(4),
+                           specs.size() % 13 != 7, exp_avg, exp_avg_sq, weights, below(3) == 0 ? 0 : below(8), index});
+        }
+      }
   return specs;
 }
 
@@ -291,6 +399,8 @@ void huge() {
   constexpr int64_t numel = 3 * (int64_t{1} << 31) + 5;
   constexpr uint32_t chunks = 3 * (1u << 31 >> 14) + 1;
   static_assert(chunks_of(numel) == chunks);
+  constexpr Format moments[] = {Format::int8, Format::int2, Format::block8};
+  constexpr Weights weights[] = {Weights::as_is, Weights::split8, Weights::master};
   HostTable table(false);
   std::vector<uintptr_t> bases;
   for (std::size_t i = 0; i < 3; ++i) {
@@ -299,29 +409,40 @@ void huge() {
     TensorEntry entry{};
     entry.param = reinterpret_cast<void*>(bases.back());
     entry.numel = numel;
-    entry.param_format = format;
+    entry.formats = {format, Format::fp32, moments[i], Format::fp32, weights[i]};
+    entry.exp_avg = reinterpret_cast<void*>(bases.back() << 1);
+    entry.low = reinterpret_cast<void*>(bases.back() << 2);
     entry.head = head_of(entry.param, format);
-    table.add(entry, nullptr, 0, i);
+    table.add(entry, nullptr, 0, i, 0, 0);
   }
   table.finish(false);
   REQUIRE(table.chunks() == 3 * chunks, "%u", table.chunks());
   std::vector<void*> grads(3, reinterpret_cast<void*>(uintptr_t{4096}));
   table.begin(grads);
-  const TableView view{table.tensors().data(), table.tensor_of_chunk().data(), nullptr, nullptr};
-  const Step step{table.grads().data(), table.rows().data(), nullptr};
+  const std::vector<uint32_t> tensor_of_chunk = table.tensor_of_chunk();
+  const TableView view{table.tensors().data(), tensor_of_chunk.data(), nullptr, nullptr};
+  const Step step{table.grads().data(), table.noise().data(), table.rows().data(), nullptr};
 
   int64_t covered = 0;
   for (uint32_t chunk = 0; chunk < table.chunks(); ++chunk) {
     const Slice slice = slice_of(view, step, chunk);
     const uint32_t tensor = chunk / chunks, own = chunk % chunks;
-    REQUIRE(table.tensor_of_chunk()[chunk] == tensor, "chunk %u", chunk);
+    REQUIRE(tensor_of_chunk[chunk] == tensor, "chunk %u", chunk);
     REQUIRE(slice.begin == static_cast<int64_t>(own) * 16384, "chunk %u", chunk);
     REQUIRE(slice.count == (own == chunks - 1 ? 5 : 16384), "chunk %u: %d", chunk, slice.count);
-    const Format format = slice.tensor.param_format;
+    const Format format = slice.tensor.formats.param;
     const Operand operand = Operand::of(slice.tensor.param, format, slice);
     const uintptr_t expected =
         bases[tensor] + static_cast<uintptr_t>(own) * 16384 * static_cast<uintptr_t>(size_of(format));
     REQUIRE(reinterpret_cast<uintptr_t>(operand.begin) == expected && operand.aligned, "chunk %u", chunk);
+    const auto moment = StoredMoment::of(slice.tensor.exp_avg, slice.tensor.formats.exp_avg, slice);
+    const uintptr_t codes = (bases[tensor] << 1) + uintptr_t{own} * (tensor == 1 ? 4096 : 16384);
+    REQUIRE(reinterpret_cast<uintptr_t>(moment.codes) == codes, "chunk %u", chunk);
+    // Exponents follow the codes of all runs, of which the last holds 5.
+    const uintptr_t exponents = (bases[tensor] << 1) + numel - 5 + 32 + uintptr_t{own} * 512;
+    if (tensor == 2) REQUIRE(reinterpret_cast<uintptr_t>(moment.exponents) == exponents, "chunk %u", chunk);
+    const uintptr_t low = (bases[tensor] << 2) + uintptr_t{own} * 16384 * (tensor == 1 ? 1 : 4);
+    if (tensor > 0) REQUIRE(reinterpret_cast<uintptr_t>(StoredParam::of(slice).low) == low, "chunk %u", chunk);
     covered += slice.count;
   }
   REQUIRE(covered == 3 * numel, "%lld", static_cast<long long>(covered));
@@ -329,7 +450,7 @@ void huge() {
   TensorEntry beyond{};
   beyond.numel = (int64_t{1} << 31) * chunk_size;
   try {
-    HostTable(false).add(beyond, nullptr, 0, 0);
+    HostTable(false).add(beyond, nullptr, 0, 0, 0, 0);
     fail("2^31 chunks were accepted");
   } catch (const std::length_error&) {
   }
@@ -342,6 +463,7 @@ void huge() {
 template <int count>
 struct Count {
   static constexpr int moments = count;
+  static constexpr bool bounded = true, divides = false;
   static void update(const Scalars&, float, float& p, float, float& m, float& v) {
     p += 1.0f;
     if constexpr (count > 0) m += 1.0f;
@@ -544,6 +666,176 @@ void rules() {
   std::printf("%lld elements as by hand\n", static_cast<long long>(elements));
 }
 
+// ---------------------------------------------------------------------------------------------------------- stored
+
+// Scalars under which codes of any number of levels stay within them.
+Scalars gentle(bool coupled, bool maximize) {
+  Scalars s = scalars_of(coupled, maximize, 0.5);
+  s.beta1 = s.one_minus_beta1 = 0.5f;
+  return s;
+}
+
+// Numbers that each form may hold.
+void fill(Model& model) {
+  std::mt19937 random(12);
+  std::normal_distribution<float> normal;
+  for (Tensor& t : model.tensors()) {
+    const int64_t n = t.spec.numel;
+    const auto fill_codes = [&](Buffer& moment) {
+      const int bits = bits_of(moment.format());
+      const int levels = (1 << (bits - 1)) - 1;
+      for (int64_t i = 0; i < n; ++i) {
+        const int code = static_cast<int>(random() % static_cast<uint32_t>(2 * levels + 1)) - levels;
+        const int64_t at = i * bits / 8, shift = i * bits % 8;
+        moment.begin()[at] = static_cast<unsigned char>(moment.begin()[at] | (code & ((1 << bits) - 1)) << shift);
+      }
+      if (moment.format() == Format::block8)
+        for (std::size_t i = bytes_of(Format::int8, n); i < moment.bytes(); ++i)
+          moment.begin()[i] = static_cast<unsigned char>(random() % 247 - 126);
+    };
+    for (int64_t i = 0; i < n; ++i) {
+      t.param.set(i, normal(random));
+      if (t.spec.present) t.grad.set(i, random() % 5 == 0 ? 0.0f : normal(random));
+      if (t.exp_avg.bytes() > 0 && !is_packed(t.exp_avg.format())) t.exp_avg.set(i, normal(random));
+      if (t.exp_avg_sq.bytes() > 0) t.exp_avg_sq.set(i, std::abs(normal(random)));
+    }
+    if (t.exp_avg.bytes() > 0 && is_packed(t.exp_avg.format())) fill_codes(t.exp_avg);
+    if (t.spec.weights == Weights::master)
+      for (int64_t i = 0; i < n; ++i) set_value(t.low.begin(), Format::fp32, i, t.param.get(i) * 1.0001f);
+    else
+      for (std::size_t i = 0; i < t.low.bytes(); ++i) t.low.begin()[i] = static_cast<unsigned char>(random());
+  }
+}
+
+template <class Rule, Statistics statistics>
+std::vector<std::vector<unsigned char>> after_step(const std::vector<Spec>& specs, Order order) {
+  Model model(specs, Rule::moments, statistics != Statistics::none, 2);
+  fill(model);
+  const std::vector<Scalars> scalars = {gentle(false, false), gentle(true, true)};
+  if constexpr (statistics == Statistics::only) {
+    model.run<SignAdamPP, Statistics::only, Storage::any>(scalars, order);
+    model.run<Rule, Statistics::none, Storage::any>(scalars, order);
+  } else {
+    model.run<Rule, statistics, Storage::any>(scalars, order);
+  }
+  std::vector<std::vector<unsigned char>> bytes;
+  for (const Tensor& t : model.tensors()) {
+    for (const Buffer* buffer : t.buffers()) bytes.emplace_back(buffer->begin(), buffer->begin() + buffer->bytes());
+    if (t.exp_avg_std != nullptr) {
+      const auto* const x = reinterpret_cast<const unsigned char*>(t.exp_avg_std.get());
+      bytes.emplace_back(x, x + sizeof(double));
+    }
+  }
+  return bytes;
+}
+
+// Any order of blocks and threads leaves the same bytes. What they must be is compared outside, with the reference.
+template <class Rule, Statistics statistics>
+std::size_t compare_orders(bool large) {
+  const auto specs = stored_specs(Rule::moments, Rule::bounded, large);
+  const auto expected = after_step<Rule, statistics>(specs, Order::forward);
+  for (const Order order : {Order::reversed, Order::shuffled}) {
+    const auto actual = after_step<Rule, statistics>(specs, order);
+    for (std::size_t i = 0; i < expected.size(); ++i)
+      REQUIRE(actual[i] == expected[i], "%s: operand %zu in order %d", Rule::name, i, static_cast<int>(order));
+  }
+  return specs.size();
+}
+
+void stored() {
+  std::size_t tensors = 0;
+#define SIGNADAM_COMPARE(Rule) tensors += compare_orders<Rule, Statistics::none>(true);
+  SIGNADAM_RULES(SIGNADAM_COMPARE)
+#undef SIGNADAM_COMPARE
+  tensors += compare_orders<SignAdamPP, Statistics::gather>(false);
+  tensors += compare_orders<SignAdamPP, Statistics::only>(false);
+  std::printf("%zu tensors in any order\n", tensors);
+}
+
+// -------------------------------------------------------------------------------------------------------- accesses
+
+#if defined(SIGNADAM_TRACED)
+struct Times {
+  int reads, writes;
+};
+
+// Each byte of `buffer` from `begin` on, `count` of them, so many times and by one thread.
+void expect(const Buffer& buffer, std::size_t begin, std::size_t count, Times times, const char* what, std::size_t k) {
+  for (std::size_t i = begin; i < begin + count; ++i) {
+    Accesses& byte = accesses_of[static_cast<std::size_t>(buffer.begin() - arena) + i];
+    REQUIRE(byte.reads == times.reads && byte.writes == times.writes, "byte %zu of %s of tensor %zu: %d and %d", i,
+            what, k, byte.reads, byte.writes);
+    REQUIRE(!byte.several && !byte.read_after_write, "byte %zu of %s of tensor %zu", i, what, k);
+    byte = {};
+  }
+}
+
+// An exponent is read by all threads that have codes under it, and then written by one of them.
+void expect_exponents(const Buffer& buffer, int64_t numel, Times once, std::size_t k) {
+  const int64_t runs = (numel + 31) / 32;
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t left = numel - 32 * run;
+    const int pieces = static_cast<int>(left < 32 ? (left + 7) / 8 : 4);
+    Accesses& byte = accesses_of[buffer.begin() - arena + 32 * runs + run];
+    REQUIRE(byte.reads == pieces * once.reads && byte.writes == once.writes && !byte.read_after_write,
+            "exponent %lld of tensor %zu: %d and %d", static_cast<long long>(run), k, byte.reads, byte.writes);
+    byte = {};
+  }
+}
+
+template <class Rule, Statistics statistics, Storage storage>
+std::size_t count_accesses(const std::vector<Spec>& specs, Order order, bool coupled) {
+  constexpr bool updates = statistics != Statistics::only;
+  arena_used = 0;
+  Model model(specs, Rule::moments, statistics != Statistics::none, 1);
+  fill(model);
+  model.run<Rule, statistics, storage>({gentle(coupled, false)}, order);
+  std::size_t bytes = 0;
+  for (std::size_t k = 0; k < model.tensors().size(); ++k) {
+    const Tensor& t = model.tensors()[k];
+    const int64_t numel = t.spec.numel;
+    const Times once = t.spec.present && updates ? Times{1, 1} : Times{0, 0};
+    const Times param = t.spec.present && !updates && coupled ? Times{1, 0} : once;
+    expect(t.param, 0, t.param.bytes(), param, "param", k);
+    expect(t.low, 0, t.low.bytes(), param, "low", k);
+    expect(t.grad, 0, t.grad.bytes(), {1, 0}, "gradient", k);
+    for (const Buffer* moment : {&t.exp_avg, &t.exp_avg_sq}) {
+      // Codes by whole pieces of 8, of which the last run may have fewer than it has room for.
+      const bool packed = moment->bytes() > 0 && is_packed(moment->format());
+      const auto pieces = static_cast<std::size_t>((numel + 7) / 8);
+      const std::size_t used = packed ? pieces * static_cast<std::size_t>(bits_of(moment->format())) : moment->bytes();
+      expect(*moment, 0, used, once, "moment", k);
+      if (packed && moment->format() == Format::block8) expect_exponents(*moment, numel, once, k);
+    }
+    for (const Buffer* buffer : t.buffers()) bytes += buffer->bytes();
+  }
+  // All that was expected is cleared: of what is left nothing may have been touched, guards and paddings included.
+  for (std::size_t i = 0; i < arena_used; ++i)
+    REQUIRE(accesses_of[i].reads == 0 && accesses_of[i].writes == 0, "byte %zu of the arena", i);
+  return bytes;
+}
+
+template <class Rule, Statistics statistics>
+std::size_t count_all_accesses(Order order) {
+  const bool coupled = order != Order::forward;
+  const auto specs = stored_specs(Rule::moments, Rule::bounded, true);
+  return count_accesses<Rule, statistics, Storage::any>(specs, order, coupled) +
+         count_accesses<Rule, statistics, Storage::plain>(adversarial(1, Rule::moments != 1), order, coupled);
+}
+
+void accesses() {
+  std::size_t bytes = 0;
+#define SIGNADAM_COUNT(Rule) bytes += count_all_accesses<Rule, Statistics::none>(Order::shuffled);
+  SIGNADAM_RULES(SIGNADAM_COUNT)
+#undef SIGNADAM_COUNT
+  bytes += count_all_accesses<SignAdamPP, Statistics::gather>(Order::reversed);
+  bytes += count_all_accesses<SignAdamPP, Statistics::only>(Order::forward);
+  bytes += count_all_accesses<SignAdamPP, Statistics::only>(Order::reversed);
+  REQUIRE(bytes > 10'000'000, "%zu", bytes);
+  std::printf("%zu bytes as often as they must be, each by one thread\n", bytes);
+}
+#endif
+
 // ---------------------------------------------------------------------------------------------------------- levels
 
 // finish_statistics on more chunk sums than one chunk holds, which no test has the memory to make from gradients.
@@ -578,10 +870,38 @@ void levels() {
 }  // namespace
 }  // namespace signadam::host
 
+#if defined(SIGNADAM_TRACED)
+// What a compiler calls for ThreadSanitizer. Nothing here may be instrumented itself.
+#define SIGNADAM_HOOK __attribute__((no_sanitize("thread"))) void
+extern "C" {
+#define SIGNADAM_TRACE(size)                                                                            \
+  SIGNADAM_HOOK __tsan_read##size(void* at) { signadam::host::trace(at, size, false); }                 \
+  SIGNADAM_HOOK __tsan_write##size(void* at) { signadam::host::trace(at, size, true); }                 \
+  SIGNADAM_HOOK __tsan_unaligned_read##size(const void* at) { signadam::host::trace(at, size, false); } \
+  SIGNADAM_HOOK __tsan_unaligned_write##size(void* at) { signadam::host::trace(at, size, true); }
+SIGNADAM_TRACE(1)
+SIGNADAM_TRACE(2)
+SIGNADAM_TRACE(4)
+SIGNADAM_TRACE(8)
+SIGNADAM_TRACE(16)
+SIGNADAM_HOOK __tsan_read_range(void* at, std::size_t size) { signadam::host::trace(at, size, false); }
+SIGNADAM_HOOK __tsan_write_range(void* at, std::size_t size) { signadam::host::trace(at, size, true); }
+SIGNADAM_HOOK __tsan_init() {}
+SIGNADAM_HOOK __tsan_func_entry(void*) {}
+SIGNADAM_HOOK __tsan_func_exit() {}
+SIGNADAM_HOOK __tsan_vptr_update(void**, void*) {}
+SIGNADAM_HOOK __tsan_vptr_read(void**) {}
+}
+#endif
+
 int main(int argc, char** argv) {
   using namespace signadam::host;
-  const std::map<std::string, void (*)()> parts = {
-      {"arithmetic", arithmetic}, {"huge", huge}, {"counts", counts}, {"rules", rules}, {"levels", levels}};
+#if defined(SIGNADAM_TRACED)
+  const std::map<std::string, void (*)()> parts = {{"accesses", accesses}};
+#else
+  const std::map<std::string, void (*)()> parts = {{"arithmetic", arithmetic}, {"huge", huge},     {"counts", counts},
+                                                   {"rules", rules},           {"stored", stored}, {"levels", levels}};
+#endif
   const auto found = argc == 2 ? parts.find(argv[1]) : parts.end();
   if (found == parts.end()) {
     for (const auto& part : parts) std::printf("%s\n", part.first.c_str());
