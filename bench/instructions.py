@@ -56,12 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name in ("as_is", "stochastic", "split8", "split16", "master"):
                 count = per_element(program, 0, form.number, WEIGHTS[name])
                 draws = form.number != 0 or name != "as_is"
-                rows.append({
-                    "state": state,
-                    "weights": name,
-                    "per_16_elements": round(16 * count, 1),
-                    "share_random_bits": round(bits / count, 3) if draws else 0.0,
-                })
+                rows.append(
+                    {
+                        "state": state,
+                        "weights": name,
+                        "per_16_elements": round(16 * count, 1),
+                        "share_random_bits": round(bits / count, 3) if draws else 0.0,
+                    }
+                )
                 print(rows[-1], flush=True)
     report = {
         **machine.facts(),
