@@ -105,6 +105,10 @@ struct StoredSlice {
   SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, KeepM keep_m) const {
     const Piece piece = this->piece(index);
     const bool reads_param = updates || s.coupled;
+    // Random bits are drawn before the loads and the parameter is stored before m, but beside the sums later and after
+    // it: an order in which 128 registers suffice on every architecture.
+    RandomHalves r;
+    if constexpr (updates && !sums) r = noise.at(piece);
     const Raw raw_g = grad.load(piece);
     ParamRaw raw_p;
     Raw raw_m, raw_v;
@@ -125,9 +129,10 @@ struct StoredSlice {
       if constexpr (updates) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
     }
     if constexpr (updates) {
-      const RandomHalves r = noise.at(piece);
-      if constexpr (moments > 0) keep_m(m, r);
+      if constexpr (sums) r = noise.at(piece);
+      if constexpr (moments > 0 && sums) keep_m(m, r);
       param.store(piece, p, r);
+      if constexpr (moments > 0 && !sums) keep_m(m, r);
       if constexpr (moments > 1) exp_avg_sq.store(piece, index, v, [&](int i) { return bits_for_v(r.of(i)); });
     }
   }

@@ -433,8 +433,8 @@ def every_form(rule: str) -> Iterator[TensorCase]:
                 group=count // 2 % 2,
                 seed=count * 0x9E3779B97F4A7C15 % 2**64,
                 number=count,
-                # In the middle of a chunk the keys change, at an odd index.
-                first=2**33 * (1 + i % 3) - 8191 if size > 16000 else FIRSTS[count % len(FIRSTS)],
+                # In the middle of a chunk the keys change, at an odd or an even index.
+                first=2**33 * (1 + i % 3) - 8190 - i % 2 if size > 16000 else FIRSTS[count % len(FIRSTS)],
                 steps_taken=i % 5 * 2**31,
             )
 

@@ -29,14 +29,6 @@ KERNELS = [
     for storage in STORAGE
     for rule, statistics in [*((name, "none") for name in RULES), ("sign_adam_pp", "gather"), ("sign_adam_pp", "only")]
 ]
-#: Bytes of stack, by architecture and kernel, for registers that do not fit in 128: the correctly rounded division and
-#: root of sign_adam are calls with registers of their own, beside which a piece of four operands and its random bits
-#: stay; the sums of 8 lanes are 32 registers. A few loads of them are nothing beside the 128 bytes that a piece moves.
-SPILLS = {
-    ("sm_80", "sign_adam", "none", "any"): 24,
-    ("sm_90", "sign_adam", "none", "any"): 24,
-    ("sm_80", "sign_adam_pp", "gather", "plain"): 8,
-}
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 each_kernel = pytest.mark.parametrize(
     ("rule", "statistics", "storage"), KERNELS, ids=["-".join(kernel) for kernel in KERNELS]
@@ -147,10 +139,17 @@ def test_wide_streaming_accesses(architecture: str, rule: str, statistics: str, 
 def test_no_spills(architecture: str, rule: str, statistics: str, storage: str) -> None:
     kernel = kernel_of(architecture, rule, statistics, storage)
     assert 0 < kernel.registers <= 128  # two blocks of 256 threads on a multiprocessor
-    spilled = SPILLS.get((architecture, rule, statistics, storage), 0)
-    assert kernel.stack <= spilled and kernel.local == 0
-    if not spilled:
-        assert not kernel.of("LDL") and not kernel.of("STL")
+    assert kernel.stack == kernel.local == 0
+    assert not kernel.of("LDL") and not kernel.of("STL")
+
+
+@each_architecture
+@each_kernel
+def test_only_exponents_take_neighbours(architecture: str, rule: str, statistics: str, storage: str) -> None:
+    """Four threads find the largest magnitude of their block in two exchanges, without a word of shared memory."""
+    scaled = storage == "any" and RULES[rule].moments > 0 and not RULES[rule].bounded
+    exchanges = kernel_of(architecture, rule, statistics, storage).of("SHFL")
+    assert len(exchanges) == (2 if scaled else 0)
 
 
 @each_architecture

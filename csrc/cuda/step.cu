@@ -52,15 +52,14 @@ struct DeviceBlock {
 
   // True in all threads of the block that is the last of `expected` to come here; resets the counter.
   __device__ bool arrives_last(uint32_t* counter, uint32_t expected) {
-    __shared__ bool last;
+    int last = 0;
     if (threadIdx.x == 0) {
       __threadfence();
       last = atomicAdd(counter, 1u) == expected - 1;
       if (last) *counter = 0;
       __threadfence();
     }
-    __syncthreads();
-    return last;
+    return __syncthreads_or(last);
   }
 };
 
