@@ -1,6 +1,6 @@
 """Instructions per element of the few-bit forms, counted by callgrind, which no other program disturbs:
 
-python -m bench.instructions --out bench/results/instructions.json
+python -m bench.instructions --out bench/results/instructions/cpu-amd-epyc.json
 
 The AVX2 kernels of SignAdamPP over bf16 parameters and gradients: callgrind does not know AVX-512. Needs g++ and
 valgrind.

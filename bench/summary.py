@@ -118,6 +118,23 @@ def memory(folder: Path = RESULTS / "memory") -> str:
     return "\n\n".join(parts) or f"Bytes per parameter: {present.NOT_MEASURED}."
 
 
+def instructions(folder: Path = RESULTS / "instructions") -> str:
+    """Instructions of the few-bit forms, which bound them where memory does not."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        counts = [
+            f"{row['per_16_elements']:.0f} for {row['state']} ({row['share_random_bits']:.0%} of them random bits)"
+            for row in report["rows"]
+            if row["weights"] == "stochastic" and row["state"] != "fp32"
+        ]
+        parts.append(
+            "Few-bit steps are bound by arithmetic as much as by memory. AVX2 instructions for 16 elements with "
+            f"stochastic bf16 weights, by callgrind: {', '.join(counts)} ([all]({_link(path)}))."
+        )
+    return "\n\n".join(parts) or f"Instructions per element: {present.NOT_MEASURED}."
+
+
 def _resident(row: present.Row) -> float:
     return float(sum(row["per_parameter"][part] for part in ("weights", "state", "gradients")))
 
@@ -207,6 +224,7 @@ def replaced(text: str, name: str, block: str) -> str:
 #: What stands between the markers of each name.
 BLOCKS: dict[str, Callable[[], str]] = {
     "bench": block,
+    "instructions": instructions,
     "memory": memory,
     "7b": large_model,
     "convergence": convergence,
