@@ -21,7 +21,8 @@ fit that, a run on "gpt" sees 154 thousand bytes only, most methods have 3 seeds
 Every finished run is one JSON file in `--runs`, named by what distinguishes it and written whole or not at all; what is
 there with the very configuration is not run again. So the program may be killed, stopped and started at will, also
 several times at once, and loses only the runs in progress. `--collect` makes of them the files in
-bench/results/convergence.
+bench/results/convergence. What was finished when those were made lies there in runs.tar.gz: unpack it into
+bench/out/convergence to go on from it.
 
 python -m bench.convergence                      run what is missing, then collect
 python -m bench.convergence --workers 2          two processes of one thread each
