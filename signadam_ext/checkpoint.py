@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import checks, storage
-from .random_bits import bits_for_m, bits_for_v, random_bits
+from .random_bits import MOMENT_BITS, random_bits
 from .storage import BF16, BLOCK8, FORMS, FP32, Form
 
 #: What may lie beside a parameter, by its name in the state.
@@ -101,43 +101,32 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
             _check_moment(f"state {name!r} of {label}", name, form, saved, param)
     for name, dtypes in BESIDE_DTYPES.items():
         if name in saved:
-            _check_tensor(f"state {name!r} of {label}", saved[name], param, dtypes)
+            checks.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
     if layout.adaptive and "exp_avg_std" in saved:
         checks.deviation(label, saved["exp_avg_std"])
     checks.step_count(label, saved.get("step", 0))
 
 
-def _check_tensor(label: str, value: Any, param: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    expected = f"a {names} tensor of shape {tuple(param.shape)}"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{label} is {value!r}: must be {expected}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{label} has dtype {value.dtype}: must be {expected}")
-    if value.shape != param.shape:
-        raise ValueError(f"{label} has shape {tuple(value.shape)}: must be {expected}")
-
-
 def _check_moment(label: str, name: str, form: Form, saved: Mapping[str, Any], param: Tensor) -> None:
     kind = saved.get(kind_key(name))
     if kind is None:
-        _check_tensor(label, saved[name], param, (torch.float32, torch.bfloat16))
+        checks.state_tensor(label, saved[name], param.shape, (torch.float32, torch.bfloat16))
         value = saved[name]
         # A momentum of signs exceeds 1 by rounding errors at the most.
         if form.levels is not None and value.numel() and not bool((value.abs().amax() <= 1.0001).item()):
             raise ValueError(f"{label} has entries beyond 1 or NaN: no momentum of signs has, and codes cannot hold it")
         return
     source = FORMS[checks.one_of(f"{kind_key(name)} of {label}", kind, FORMS)]
-    if (form.levels is None) and source.levels is not None and form is BLOCK8:
+    if form is BLOCK8 and source.levels is not None:
         raise ValueError(f"{label} is {kind}, codes of a bounded momentum: must be fp32, bf16 or {BLOCK8.kind}")
     if source is BLOCK8:
-        _check_tensor(label, saved[name], param, (torch.bfloat16,))
+        checks.state_tensor(label, saved[name], param.shape, (torch.bfloat16,))
         if bool(saved[name].isinf().any()):
             raise ValueError(f"{label} has infinite entries: its exponents are corrupted")
         return
     if not source.packed:
         raise ValueError(f"{kind_key(name)} of {label} is {kind!r}: that kind is said by the dtype alone")
-    _check_tensor(label, saved[name], param, (torch.int8,))
+    checks.state_tensor(label, saved[name], param.shape, (torch.int8,))
     levels = saved.get(levels_key(name), source.levels)
     if levels != source.levels:
         raise ValueError(f"{levels_key(name)} of {label} is {levels!r}: must be {source.levels} for {kind}")
@@ -163,7 +152,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> t
             value = value.detach().to("cpu" if name == "step" else param.device, copy=True)
         adopted[name] = value
     t = int(float(saved.get("step", 0)))
-    for (name, form), own_bits in zip(layout.moments.items(), (bits_for_m, bits_for_v), strict=False):
+    for (name, form), own_bits in zip(layout.moments.items(), MOMENT_BITS, strict=False):
         if name not in saved:
             continue
         value = saved[name].detach().to(param.device)
@@ -224,16 +213,14 @@ def _adopt_weights(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, 
 def _flat(value: Tensor, param: Tensor) -> Tensor:
     """The elements of a tensor of the parameter's shape, in the parameter's memory order."""
     like = torch.empty_like(param, device="meta")
-    if not checks.same_strides(value, like.stride()):
-        value = torch.empty_strided(param.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)
-    return value.as_strided((value.numel(),), (1,))
+    return storage.flat(value if checks.same_strides(value, like.stride()) else storage.restrided(value, param))
 
 
 def _shaped(flat: Tensor, param: Tensor) -> Tensor:
     """The reverse, as a tensor of its own."""
     like = torch.empty_like(param, device="meta")
     shaped = torch.empty_strided(param.shape, like.stride(), dtype=flat.dtype, device=flat.device)
-    shaped.as_strided((flat.numel(),), (1,)).copy_(flat)
+    storage.flat(shaped).copy_(flat)
     return shaped
 
 

@@ -126,35 +126,37 @@ def gradient(label: str, grad: Tensor, param: Tensor) -> None:
         raise ValueError(f"the gradient of {label} is on {grad.device}: must be on {param.device}, like the parameter")
 
 
-def moment(label: str, name: str, value: Any, param: Tensor, form: Form = FP32) -> None:
-    """Raises unless ``value`` is a state tensor on the parameter's device: of its shape, or a packed buffer."""
-    shape = (form.nbytes(param.numel()),) if form.packed else tuple(param.shape)
-    dtype = str(form.dtype).removeprefix("torch.")
-    expected = f"a {dtype} tensor of shape {shape} on {param.device}"
-    if form.packed:
-        expected += f", {form.kind} codes of {param.numel()} elements"
+def state_tensor(
+    label: str,
+    value: Any,
+    shape: Sequence[int],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+    content: str = "",
+) -> None:
+    """Raises unless ``value`` is a tensor of that shape, of one of the dtypes, on the device (None: on any).
+
+    ``content`` says in the error what the tensor holds.
+    """
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    place = "" if device is None else f" on {device}"
+    expected = f"a {names} tensor of shape {tuple(shape)}{place}{content}"
     if not isinstance(value, Tensor):
-        raise TypeError(f"state {name!r} of {label} is {value!r}: must be {expected}")
-    if value.dtype != form.dtype:
-        raise TypeError(f"state {name!r} of {label} has dtype {value.dtype}: must be {expected}")
-    if value.shape != shape or value.device != param.device:
-        raise ValueError(
-            f"state {name!r} of {label} has shape {tuple(value.shape)} on {value.device}: must be {expected}"
-        )
-    allocated(f"state {name!r} of {label}", value)
+        raise TypeError(f"{label} is {value!r}: must be {expected}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{label} has dtype {value.dtype}: must be {expected}")
+    if value.shape != torch.Size(shape) or (device is not None and value.device != device):
+        raise ValueError(f"{label} has shape {tuple(value.shape)} on {value.device}: must be {expected}")
+    allocated(label, value)
 
 
-def beside(label: str, name: str, value: Any, param: Tensor, dtype: torch.dtype) -> None:
-    """Raises unless ``value`` can lie beside ``param``: low bits or a master copy."""
-    expected = f"a {str(dtype).removeprefix('torch.')} tensor of shape {tuple(param.shape)} on {param.device}"
-    if not isinstance(value, Tensor) or value.dtype != dtype:
-        what = value.dtype if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"state {name!r} of {label} is {what}: must be {expected}")
-    if value.shape != param.shape or value.device != param.device:
-        raise ValueError(
-            f"state {name!r} of {label} has shape {tuple(value.shape)} on {value.device}: must be {expected}"
-        )
-    allocated(f"state {name!r} of {label}", value)
+def moment(label: str, name: str, value: Any, param: Tensor, form: Form = FP32) -> None:
+    """Raises unless ``value`` is a moment on the parameter's device: of its shape, or a packed buffer."""
+    shape, content = param.shape, ""
+    if form.packed:
+        shape = torch.Size((form.nbytes(param.numel()),))
+        content = f", {form.kind} codes of {param.numel()} elements"
+    state_tensor(f"state {name!r} of {label}", value, shape, (form.dtype,), param.device, content)
 
 
 def weights(label: str, value: str, dtype: torch.dtype) -> None:

@@ -32,7 +32,7 @@ from .checkpoint import (
 from .dtypes import FORMATS
 from .plan import Item, Plan, State
 from .rule import Rule
-from .storage import BESIDE, WEIGHTS, allocate, effective_weights, make_beside
+from .storage import BESIDE, WEIGHTS, allocate, effective_weights, make_beside, restrided
 
 if TYPE_CHECKING:
     from .release import GradientRelease
@@ -42,7 +42,7 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 #: Group entries that stay the constructor's when a checkpoint is loaded.
 CONSTRUCTORS = ("backend", "state_dtype", "weights")
 
-#: Largest beta, by levels of a momentum's codes, up to which rounding adds little to its variance.
+#: Largest beta, by levels of a momentum's codes, that goes without a warning of the variance that rounding adds.
 VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
 
 
@@ -287,14 +287,14 @@ class SignOptimizer(Optimizer):
                 if not state[name].is_contiguous() or state[name].data_ptr() % 16 != 0:
                     state[name] = state[name].clone(memory_format=torch.contiguous_format)
             elif not checks.same_strides(state[name], strides):
-                state[name] = _restrided(state[name], param)
+                state[name] = restrided(state[name], param)
         beside = None
         if layout.weights in BESIDE:
             name, _ = BESIDE[layout.weights]
             if name not in state:
                 state[name] = make_beside(layout.weights, param, state.pop("param_low", None))
             elif not checks.same_strides(state[name], strides):
-                state[name] = _restrided(state[name], param)
+                state[name] = restrided(state[name], param)
             beside = state[name]
         deviation = None
         if layout.adaptive:
@@ -313,8 +313,8 @@ class SignOptimizer(Optimizer):
             self._has_warned = True
             assert form is not None
             warnings.warn(
-                f"{form.kind} momentum with beta = {group['betas'][0]}: beyond {limit} the variance that rounding adds "
-                "is many times that of the momentum itself; more bits or a smaller beta train better",
+                f"{form.kind} momentum with beta = {group['betas'][0]}: the longer a momentum remembers, the more "
+                f"variance rounding adds to it; beyond {limit} take more bits, or a smaller beta",
                 stacklevel=6,  # past the constructors
             )
 
@@ -333,9 +333,7 @@ class SignOptimizer(Optimizer):
         for number, layout in self._layouts():
             if number in state_dict["state"]:
                 state_dict["state"][number] = export(layout, state_dict["state"][number])
-        for group in state_dict["param_groups"]:
-            for name in CONSTRUCTORS:
-                group.pop(name, None)
+        _drop_constructors(state_dict["param_groups"])
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -349,27 +347,18 @@ class SignOptimizer(Optimizer):
                 then.
         """
         loaded: dict[str, Any] = {}
+        changes: list[str] = []
 
         def take(_: Optimizer, incoming: dict[str, Any]) -> None:
             loaded.update(incoming)
-            layouts = self._check_groups(incoming["param_groups"])
-            for number, layout in layouts:
+            for number, layout in self._check_groups(incoming["param_groups"]):
                 if number in incoming["state"]:
                     check(layout, incoming["state"][number])
 
         def restore(_: Optimizer) -> None:
             # Optimizer.load_state_dict has cast state tensors to their parameter's dtype, shares the step counts, and
             # made generators of strings.
-            self._restore_groups(kept)
-            changes: dict[str, None] = {}
-            seeds = [group["seed"] for group in self.param_groups for _ in group["params"]]
-            for own, (saved, layout) in enumerate(_paired(loaded["param_groups"], self._layouts())):
-                if saved in loaded["state"]:
-                    state, changed = adopt(layout, loaded["state"][saved], seeds[own], own)
-                    changes.update(dict.fromkeys(changed))
-                    self._own_state[layout.param] = state
-            self._forget_plans()
-            _warn_of_changes(changes)
+            changes.extend(self._restore(kept, loaded["param_groups"], lambda number: loaded["state"].get(number)))
 
         kept = self._constructors()
         before = self.register_load_state_dict_pre_hook(take)
@@ -379,6 +368,7 @@ class SignOptimizer(Optimizer):
         finally:
             before.remove()
             after.remove()
+        _warn_of_changes(changes)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Writes what :meth:`state_dict` holds, one tensor at a time, to a file that appears when it is complete.
@@ -388,9 +378,7 @@ class SignOptimizer(Optimizer):
                 readable by ``torch.load(weights_only=True)``.
         """
         groups = Optimizer.state_dict(self)["param_groups"]
-        for group in groups:
-            for name in CONSTRUCTORS:
-                group.pop(name, None)
+        _drop_constructors(groups)
         with writer(path) as archive:
             write_head(archive, {"param_groups": groups})
             for number, layout in self._layouts():
@@ -418,16 +406,7 @@ class SignOptimizer(Optimizer):
             kept = self._constructors()
             for group, saved in zip(self.param_groups, groups, strict=True):
                 group.update({name: value for name, value in saved.items() if name != "params"})
-            self._restore_groups(kept)
-            changes: dict[str, None] = {}
-            seeds = [group["seed"] for group in self.param_groups for _ in group["params"]]
-            for own_number, (number, layout) in enumerate(_paired(groups, self._layouts())):
-                self._own_state.pop(layout.param, None)
-                if saved := read_entries(archive, number):
-                    state, changed = adopt(layout, saved, seeds[own_number], own_number)
-                    changes.update(dict.fromkeys(changed))
-                    self._own_state[layout.param] = state
-        self._forget_plans()
+            changes = self._restore(kept, groups, lambda number: read_entries(archive, number))
         _warn_of_changes(changes)
 
     def _layouts(self) -> list[tuple[int, Layout]]:
@@ -441,13 +420,43 @@ class SignOptimizer(Optimizer):
     def _constructors(self) -> list[dict[str, Any]]:
         return [{name: group[name] for name in CONSTRUCTORS if name in group} for group in self.param_groups]
 
-    def _restore_groups(self, kept: list[dict[str, Any]]) -> None:
+    def _restore(
+        self,
+        kept: list[dict[str, Any]],
+        saved_groups: list[dict[str, Any]],
+        entries: Callable[[int], dict[str, Any] | None],
+    ) -> list[str]:
+        """Puts checked state in place, once the groups have the checkpoint's hyperparameters.
+
+        Args:
+            kept: what stays this optimizer's, by group.
+            saved_groups: the checkpoint's, for its numbers.
+            entries: a parameter's state by its number in the checkpoint, or nothing.
+
+        Returns:
+            What changed its precision, each change once.
+        """
         for group, own in zip(self.param_groups, kept, strict=True):
             group.update(own)
+        self._complete_groups()
+        seeds = [group["seed"] for group in self.param_groups for _ in group["params"]]
+        changes: dict[str, None] = {}
+        for own_number, (number, layout) in enumerate(_paired(saved_groups, self._layouts())):
+            self._own_state.pop(layout.param, None)
+            if saved := entries(number):
+                state, changed = adopt(layout, saved, seeds[own_number], own_number)
+                changes.update(dict.fromkeys(changed))
+                self._own_state[layout.param] = state
+        self._forget_plans()
+        return list(changes)
+
+    def _complete_groups(self) -> None:
+        """Gives groups of an earlier version, or of another optimizer, the hyperparameters that they lack."""
+        for group in self.param_groups:
+            self._fold_beta(group)
             for name, value in self.defaults.items():
                 if name != "differentiable":  # which torch adds to the defaults, and to them alone
                     group.setdefault(name, value)
-            self._fold_beta(group)
 
     def _check_groups(self, saved_groups: list[dict[str, Any]]) -> list[tuple[int, Layout]]:
         """(number in the checkpoint, layout) of each parameter, with the checkpoint's hyperparameters.
@@ -472,23 +481,13 @@ class SignOptimizer(Optimizer):
         super().__setstate__(state)
         self._forget_plans()
         self._has_warned = True
-        for group in self.param_groups:
-            self._fold_beta(group)
-            for name, value in self.defaults.items():
-                if name != "differentiable":  # which torch adds to the defaults, and to them alone
-                    group.setdefault(name, value)
+        self._complete_groups()
 
 
 def _huge_pages(moment: Tensor) -> Tensor:
     if moment.device.type == "cpu":
         load().advise_huge_pages(moment.data_ptr(), moment.nbytes)
     return moment
-
-
-def _restrided(value: Tensor, param: Tensor) -> Tensor:
-    """``value`` with the strides of what kernels update."""
-    strides = torch.empty_like(param, device="meta").stride()
-    return torch.empty_strided(param.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _label(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -509,14 +508,21 @@ def _check_state(layout: Layout, state: dict[str, Any]) -> None:
     if layout.weights in BESIDE:
         name, dtype = BESIDE[layout.weights]
         if name in state:
-            checks.beside(layout.label, name, state[name], layout.param, dtype)
+            label, param = f"state {name!r} of {layout.label}", layout.param
+            checks.state_tensor(label, state[name], param.shape, (dtype,), param.device)
     if layout.adaptive and "exp_avg_std" in state:
         checks.deviation(layout.label, state["exp_avg_std"])
     checks.step_count(layout.label, state.get("step", 0))
 
 
-def _warn_of_changes(changes: Iterable[str]) -> None:
-    if changes := list(changes):
+def _drop_constructors(groups: list[dict[str, Any]]) -> None:
+    for group in groups:
+        for name in CONSTRUCTORS:
+            group.pop(name, None)
+
+
+def _warn_of_changes(changes: list[str]) -> None:
+    if changes:
         warnings.warn(
             "the loaded state has been converted to this optimizer's storage forms (" + "; ".join(changes) + "): "
             "training goes on, but not bit for bit as it would have",

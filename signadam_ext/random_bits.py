@@ -66,3 +66,7 @@ def bits_for_m(r: Tensor) -> Tensor:
 def bits_for_v(r: Tensor) -> Tensor:
     """What the second moment uses: the complement of the first moment's."""
     return bits_for_m(r) ^ 0xFFFF
+
+
+#: What each moment uses of an element's bits, in the order of the moments.
+MOMENT_BITS = (bits_for_m, bits_for_v)

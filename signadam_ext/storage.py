@@ -73,6 +73,17 @@ BESIDE = {
 }
 
 
+def flat(x: Tensor) -> Tensor:
+    """The elements of a dense tensor in memory order."""
+    return x.as_strided((x.numel(),), (1,))
+
+
+def restrided(value: Tensor, param: Tensor) -> Tensor:
+    """A copy of ``value`` in the memory order of what kernels update."""
+    strides = torch.empty_like(param, device="meta").stride()
+    return torch.empty_strided(param.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
 def effective_weights(weights: str, dtype: torch.dtype) -> str:
     """What ``weights`` means for a parameter of that dtype: an fp32 parameter is its own master."""
     return "as_is" if dtype == torch.float32 and weights in ("stochastic", "master") else weights
@@ -197,10 +208,11 @@ def decode(form: Form, stored: Tensor, numel: int) -> Tensor:
     return torch.where(codes == NAN_CODE, torch.nan, codes.float() * scale[:numel])
 
 
-def encode(form: Form, m: Tensor, r: Tensor) -> Tensor:
-    """fp32 values, in the units of :func:`decode`, stored with 16 random bits for each element."""
+def encode(form: Form, m: Tensor, r: Tensor | None) -> Tensor:
+    """fp32 values, in the units of :func:`decode`, stored with 16 random bits for each element; fp32 needs none."""
     if form is FP32:
         return m
+    assert r is not None
     if form is BF16:
         return narrow_stochastic(m, r, torch.bfloat16)
     if form is not BLOCK8:

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .. import random_bits, reference, storage
+from .. import reference, storage
 from .._extension import load
+from ..random_bits import MOMENT_BITS, random_bits
+from ..storage import flat
 
 if TYPE_CHECKING:
     from ..plan import Bucket, Entry
     from . import Launch, Row
 
 _C = load()
-
-#: What each moment uses of an element's random bits.
-MOMENT_BITS = (random_bits.bits_for_m, random_bits.bits_for_v)
 
 
 class ReferenceBackend:
@@ -49,13 +48,10 @@ def _update(rule: reference.Update, statistics: str, scalars: dict[str, float], 
     p = storage.load_param(entry.weights, param, beside)
     moments = tuple(storage.decode(form, x, numel) for form, x in zip(entry.forms, stored, strict=True))
     p, moments = reference.update(rule, statistics, scalars, p, flat(grad).float(), moments, entry.exp_avg_std)
-    t = 0 if entry.step is None else int(entry.step) + 1
-    r = random_bits.random_bits(entry.seed, entry.number, t, entry.first, numel, param.device)
+    r = None
+    if entry.weights in ("stochastic", "split8") or any(form is not storage.FP32 for form in entry.forms):
+        t = 0 if entry.step is None else int(entry.step) + 1
+        r = random_bits(entry.seed, entry.number, t, entry.first, numel, param.device)
     storage.store_param(entry.weights, p, r, param, beside)
     for form, old, new, own_bits in zip(entry.forms, stored, moments, MOMENT_BITS, strict=False):
-        old.copy_(storage.encode(form, new, own_bits(r)))
-
-
-def flat(x: Tensor) -> Tensor:
-    """The elements of a dense tensor in memory order."""
-    return x.as_strided((x.numel(),), (1,))
+        old.copy_(storage.encode(form, new, None if r is None else own_bits(r)))
