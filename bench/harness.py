@@ -77,24 +77,16 @@ def one_large(size: int = 50_000_000) -> Case:
     return Case("one_large", ((size,),), f"1 x {size}")
 
 
+def gpt2_shapes(width: int, vocabulary: int, positions: int, layers: int) -> tuple[tuple[int, ...], ...]:
+    """The parameter list of GPT-2 (tied embeddings)."""
+    d = width
+    layer = ((d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,))
+    return ((vocabulary, d), (positions, d), *layer * layers, (d,), (d,))
+
+
 def gpt2_small(scale: int = 1) -> Case:
-    """The parameter list of GPT-2 small (tied embeddings), every dimension divided by `scale`."""
-    d, vocabulary, positions = 768 // scale, 50257 // scale, 1024 // scale
-    layer = (
-        (d,),
-        (d,),
-        (d, 3 * d),
-        (3 * d,),
-        (d, d),
-        (d,),
-        (d,),
-        (d,),
-        (d, 4 * d),
-        (4 * d,),
-        (4 * d, d),
-        (d,),
-    )
-    shapes = ((vocabulary, d), (positions, d), *layer * 12, (d,), (d,))
+    """The parameter list of GPT-2 small, every dimension divided by `scale`."""
+    shapes = gpt2_shapes(768 // scale, 50257 // scale, 1024 // scale, 12)
     return Case("gpt2_small", shapes, _scaled("GPT-2 small", scale))
 
 

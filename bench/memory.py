@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import machine, present
+from .harness import gpt2_shapes
 
 Row = dict[str, Any]
 Shapes = tuple[tuple[int, ...], ...]
@@ -51,18 +52,11 @@ PEERS = ("torch-optimi", "lion-pytorch", "torchao", "bitsandbytes", "flashoptim"
 # Models
 
 
-def gpt(width: int, vocabulary: int, positions: int, layers: int) -> Shapes:
-    """The parameter list of GPT-2."""
-    d = width
-    layer = ((d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,))
-    return ((vocabulary, d), (positions, d), *layer * layers, (d,), (d,))
-
-
 def models(quick: bool) -> dict[str, Shapes]:
     """The same number of parameters, near enough, in many tensors and in one."""
     if quick:
-        return {"gpt": gpt(64, 1024, 64, 4), "one": ((1 << 18,),)}
-    return {"gpt": gpt(336, 1024, 256, 12), "one": ((1 << 24,),)}
+        return {"gpt": gpt2_shapes(64, 1024, 64, 4), "one": ((1 << 18,),)}
+    return {"gpt": gpt2_shapes(336, 1024, 256, 12), "one": ((1 << 24,),)}
 
 
 class _Use(torch.autograd.Function):

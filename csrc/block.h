@@ -20,11 +20,24 @@ enum class Statistics {
 template <class Rule, Statistics statistics>
 constexpr int pieces_in_flight = Rule::moments > 1 || Rule::divides || statistics == Statistics::gather ? 1 : 2;
 
+// The elements of a piece in registers: summed into the thread's lanes, updated, or both.
+template <class Rule, Statistics statistics>
+SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece, float* p, const float* g, float* m,
+                              float* v, Sums* lanes) {
+  SIGNADAM_UNROLL
+  for (int i = 0; i < piece_size; ++i) {
+    if constexpr (statistics != Statistics::none) {
+      const int k = i - piece.offset;
+      if (k >= 0 && k < piece.count) add(lanes[i], effective_gradient(s, p[i], g[i]));
+    }
+    if constexpr (statistics != Statistics::only) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
+  }
+}
+
 // All pieces of one thread. `lanes` are the thread's 8 lanes of the statistics.
 template <class Rule, Statistics statistics>
 SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
   constexpr bool updates = statistics != Statistics::only;
-  constexpr bool sums = statistics != Statistics::none;
   constexpr int moments = updates ? Rule::moments : 0;
   constexpr int in_flight = pieces_in_flight<Rule, statistics>;
 
@@ -59,14 +72,7 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
       if (reads_param) param.unpack(raw_p[u], p);
       if constexpr (moments > 0) exp_avg.unpack(raw_m[u], m);
       if constexpr (moments > 1) exp_avg_sq.unpack(raw_v[u], v);
-      SIGNADAM_UNROLL
-      for (int i = 0; i < piece_size; ++i) {
-        if constexpr (sums) {
-          const int k = i - piece.offset;
-          if (k >= 0 && k < piece.count) add(lanes[i], effective_gradient(s, p[i], g[i]));
-        }
-        if constexpr (updates) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
-      }
+      update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, lanes);
       if constexpr (updates) param.store(piece, p);
       if constexpr (moments > 0) exp_avg.store(piece, m);
       if constexpr (moments > 1) exp_avg_sq.store(piece, v);
@@ -120,14 +126,7 @@ struct StoredSlice {
     if (reads_param) param.unpack(raw_p, p);
     if constexpr (moments > 0) exp_avg.unpack(raw_m, m);
     if constexpr (moments > 1) exp_avg_sq.unpack(raw_v, v);
-    SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) {
-      if constexpr (sums) {
-        const int k = i - piece.offset;
-        if (k >= 0 && k < piece.count) add(lanes[i], effective_gradient(s, p[i], g[i]));
-      }
-      if constexpr (updates) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
-    }
+    update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, lanes);
     if constexpr (updates) {
       if constexpr (sums) r = noise.at(piece);
       if constexpr (moments > 0 && sums) keep_m(m, r);

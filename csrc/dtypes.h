@@ -23,6 +23,7 @@ SIGNADAM_HD constexpr int bits_of(Format format) {
 // Whether elements share bytes or a scale, so that storage is padded to whole runs of `packed_run`.
 SIGNADAM_HD constexpr bool is_packed(Format format) { return bits_of(format) <= 8; }
 constexpr int packed_run = 32;
+SIGNADAM_HD constexpr int64_t padded(int64_t count) { return (count + packed_run - 1) / packed_run * packed_run; }
 
 // Bytes before element `index`; of packed formats, `index` must be a multiple of 8.
 SIGNADAM_HD constexpr int64_t bytes_before(Format format, int64_t index) { return index * bits_of(format) / 8; }
@@ -148,6 +149,11 @@ SIGNADAM_HD float power_of_two(int e) { return float_of(static_cast<uint32_t>(e 
 SIGNADAM_HD uint32_t finite_magnitude(float x) {
   const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
   return magnitude < 0x7f800000u ? magnitude : 0u;
+}
+
+// The exponent of the block that begins at element `index`: behind all codes of the tensor.
+SIGNADAM_HD int8_t* exponent_at(void* codes, int64_t numel, int64_t index) {
+  return static_cast<int8_t*>(codes) + padded(numel) + index / packed_run;
 }
 
 constexpr int32_t nan_code = -128;

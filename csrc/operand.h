@@ -22,7 +22,6 @@ SIGNADAM_HD Words load_words(const void* address) { return *static_cast<const Wo
 SIGNADAM_HD void store_words(void* address, Words x) { *static_cast<Words*>(address) = x; }
 #endif
 
-// Reads and writes of a piece of codes: 8, 4 or 2 bytes.
 template <class T>
 SIGNADAM_HD T load_one(const T* address) {
 #if defined(__CUDA_ARCH__)

@@ -167,12 +167,10 @@ struct StoredMoment {
 
   SIGNADAM_HD static StoredMoment of(void* base, Format format, const Slice& slice) {
     if (!is_packed(format)) return {Operand::of(base, format, slice), format, nullptr, nullptr};
-    auto* begin = static_cast<unsigned char*>(base);
-    const int64_t padded = (slice.tensor.numel + packed_run - 1) / packed_run * packed_run;
     return {{nullptr, Format::fp32, false},
             format,
-            begin + bytes_before(format, slice.begin),
-            reinterpret_cast<int8_t*>(begin + padded) + slice.begin / packed_run};
+            static_cast<unsigned char*>(base) + bytes_before(format, slice.begin),
+            exponent_at(base, slice.tensor.numel, slice.begin)};
   }
 
   SIGNADAM_HD Raw load(const Piece& piece, int index) const {

@@ -86,8 +86,6 @@ void store_param(const TensorEntry& tensor, int64_t index, const float* SIGNADAM
   }
 }
 
-constexpr int64_t padded(int64_t count) { return (count + packed_run - 1) / packed_run * packed_run; }
-
 // Four codes in a word of bytes <-> four codes side by side in 16 or 8 bits.
 void unpack_codes(Format format, const unsigned char* SIGNADAM_RESTRICT from, int8_t* SIGNADAM_RESTRICT to, int count) {
   const int words = static_cast<int>(padded(count)) / 4;
@@ -142,7 +140,7 @@ float* load_moment(void* base, Format format, int64_t numel, int64_t index, floa
   if (format == Format::block8) {
     alignas(64) float scales[block_size];
     const int8_t* SIGNADAM_RESTRICT codes = reinterpret_cast<const int8_t*>(from);
-    const int8_t* exponents = static_cast<const int8_t*>(base) + padded(numel) + index / packed_run;
+    const int8_t* exponents = exponent_at(base, numel, index);
     for (int run = 0; run < count; run += packed_run) fill_run(scales + run, power_of_two(exponents[run / packed_run]));
     for (int i = 0; i < count; ++i) to[i] = from_block_code(codes[i], scales[i]);
     return to;
@@ -178,7 +176,7 @@ void store_moment(void* base, Format format, int64_t numel, int64_t index, float
   alignas(64) int8_t codes[block_size];
   if (format == Format::block8) {
     alignas(64) float inverses[block_size];
-    int8_t* exponents = static_cast<int8_t*>(base) + padded(numel) + index / packed_run;
+    int8_t* exponents = exponent_at(base, numel, index);
     for (int i = count; i < whole; ++i) m[i] = 0.0f;
     for (int run = 0; run < whole; run += packed_run) {
       int32_t largest = 0;  // signed, for which AVX2 has a maximum that compilers know
