@@ -157,23 +157,23 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<bool>(), py::arg("rows_by_step"))
       .def(
           "add",
-          [](HostTable& table, uintptr_t param, uintptr_t low, uintptr_t exp_avg, uintptr_t exp_avg_sq,
+          [](HostTable& table, uintptr_t param, uintptr_t low, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t third,
              uintptr_t exp_avg_std, uintptr_t step, int64_t numel, int64_t first, int param_format, int grad_format,
-             int exp_avg_format, int exp_avg_sq_format, int weights, uint32_t group, std::size_t slot, uint64_t seed,
-             uint32_t number) {
+             int exp_avg_format, int exp_avg_sq_format, int third_format, int weights, uint32_t group, std::size_t slot,
+             uint64_t seed, uint32_t number) {
             const auto format = [](int number) { return static_cast<Format>(number); };
-            const Formats formats{format(param_format), format(grad_format), format(exp_avg_format),
-                                  format(exp_avg_sq_format), static_cast<Weights>(weights)};
+            const Formats formats{format(param_format),      format(grad_format),  format(exp_avg_format),
+                                  format(exp_avg_sq_format), format(third_format), static_cast<Weights>(weights)};
             // Packed codes are read and written by whole pieces, which must begin where they do.
             const uint8_t head = formats.packed() ? 0 : head_of(pointer<void>(param), formats.param);
-            table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq),
+            table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(third),
                        pointer<double>(exp_avg_std), numel, 0, formats, head, pointer<void>(low), first},
                       pointer<float>(step), group, slot, seed, number);
           },
-          py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+          py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("third"),
           py::arg("exp_avg_std"), py::arg("step"), py::arg("numel"), py::arg("first"), py::arg("param_format"),
-          py::arg("grad_format"), py::arg("exp_avg_format"), py::arg("exp_avg_sq_format"), py::arg("weights"),
-          py::arg("group"), py::arg("slot"), py::arg("seed"), py::arg("number"))
+          py::arg("grad_format"), py::arg("exp_avg_format"), py::arg("exp_avg_sq_format"), py::arg("third_format"),
+          py::arg("weights"), py::arg("group"), py::arg("slot"), py::arg("seed"), py::arg("number"))
       .def("finish", &HostTable::finish, py::arg("statistics"))
       .def("begin", [](HostTable& table, const Reader& reader) { return table.begin(reader.grads()); })
       .def("begin",

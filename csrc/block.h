@@ -15,6 +15,9 @@ enum class Statistics {
   only,    // sum the gradient for this step's threshold (adaptive, first launch)
 };
 
+// `plain`: tables of plain tensors only, and rules that have no third operand; `any`: all.
+enum class Storage { plain, any };
+
 // Pieces whose loads a thread issues before it uses the first: as many as stay in 128 registers beside the arithmetic.
 // One piece of four operands is 128 bytes under way, 64 KB per multiprocessor with two blocks.
 template <class Rule, Statistics statistics>
@@ -23,20 +26,20 @@ constexpr int pieces_in_flight = Rule::moments > 1 || Rule::divides || statistic
 // The elements of a piece in registers: summed into the thread's lanes, updated, or both.
 template <class Rule, Statistics statistics>
 SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece, float* p, const float* g, float* m,
-                              float* v, Sums* lanes) {
+                              float* v, float* x, Sums* lanes) {
   SIGNADAM_UNROLL
   for (int i = 0; i < piece_size; ++i) {
     if constexpr (statistics != Statistics::none) {
       const int k = i - piece.offset;
       if (k >= 0 && k < piece.count) add(lanes[i], effective_gradient(s, p[i], g[i]));
     }
-    if constexpr (statistics != Statistics::only) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
+    if constexpr (statistics != Statistics::only) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i], x[i]);
   }
 }
 
 // All pieces of one thread. `lanes` are the thread's 8 lanes of the statistics.
 template <class Rule, Statistics statistics>
-SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
+SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
   constexpr bool updates = statistics != Statistics::only;
   constexpr int moments = updates ? Rule::moments : 0;
   constexpr int in_flight = pieces_in_flight<Rule, statistics>;
@@ -67,12 +70,12 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
       // Computed again: two pieces kept in registers would spill.
       const Piece piece = piece_of(index + u * threads_per_block, slice.count, head);
       if (piece.count == 0) continue;
-      float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size];
+      float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size], none[piece_size];
       grad.unpack(raw_g[u], g);
       if (reads_param) param.unpack(raw_p[u], p);
       if constexpr (moments > 0) exp_avg.unpack(raw_m[u], m);
       if constexpr (moments > 1) exp_avg_sq.unpack(raw_v[u], v);
-      update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, lanes);
+      update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, none, lanes);
       if constexpr (updates) param.store(piece, p);
       if constexpr (moments > 0) exp_avg.store(piece, m);
       if constexpr (moments > 1) exp_avg_sq.store(piece, v);
@@ -86,10 +89,11 @@ struct StoredSlice {
   static constexpr bool updates = statistics != Statistics::only;
   static constexpr bool sums = statistics != Statistics::none;
   static constexpr int moments = updates ? Rule::moments : 0;
+  static constexpr bool third = updates && has_third<Rule>;
 
   StoredParam param;
   Operand grad;
-  StoredMoment exp_avg, exp_avg_sq;
+  StoredMoment exp_avg, exp_avg_sq, exp_third;
   PieceNoise noise;
   int count, head;
 
@@ -99,6 +103,7 @@ struct StoredSlice {
             Operand::of(slice.grad, tensor.formats.grad, slice),
             StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
             StoredMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
+            StoredMoment::of(tensor.third, tensor.formats.third, slice),
             PieceNoise::of(slice),
             slice.count,
             tensor.head};
@@ -117,22 +122,25 @@ struct StoredSlice {
     if constexpr (updates && !sums) r = noise.at(piece);
     const Raw raw_g = grad.load(piece);
     ParamRaw raw_p;
-    Raw raw_m, raw_v;
+    Raw raw_m, raw_v, raw_x;
     if (reads_param) raw_p = param.load(piece);
     if constexpr (moments > 0) raw_m = exp_avg.load(piece, index);
     if constexpr (moments > 1) raw_v = exp_avg_sq.load(piece, index);
-    float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size];
+    if constexpr (third) raw_x = exp_third.load(piece, index);
+    float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size], x[piece_size];
     grad.unpack(raw_g, g);
     if (reads_param) param.unpack(raw_p, p);
     if constexpr (moments > 0) exp_avg.unpack(raw_m, m);
     if constexpr (moments > 1) exp_avg_sq.unpack(raw_v, v);
-    update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, lanes);
+    if constexpr (third) exp_third.unpack(raw_x, x);
+    update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, x, lanes);
     if constexpr (updates) {
       if constexpr (sums) r = noise.at(piece);
       if constexpr (moments > 0 && sums) keep_m(m, r);
       param.store(piece, p, r);
       if constexpr (moments > 0 && !sums) keep_m(m, r);
       if constexpr (moments > 1) exp_avg_sq.store(piece, index, v, [&](int i) { return bits_for_v(r.of(i)); });
+      if constexpr (moments > 2) exp_third.store(piece, index, x, [&](int i) { return bits_for_third(r.of(i)); });
     }
   }
 };
@@ -183,12 +191,10 @@ SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalar
         });
 }
 
-enum class Storage { plain, any };
-
 template <class Rule, Statistics statistics, Storage storage>
-SIGNADAM_HD void run_thread_of(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
+SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
   if constexpr (storage == Storage::plain)
-    run_thread<Rule, statistics>(slice, s, alpha, thread, lanes);
+    run_thread_plain<Rule, statistics>(slice, s, alpha, thread, lanes);
   else
     run_thread_stored<Rule, statistics>(slice, s, alpha, thread, lanes);
 }
@@ -229,7 +235,6 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
   });
 }
 
-// `Storage::plain` serves tables of plain tensors only, `Storage::any` all.
 template <class Rule, Statistics statistics, Storage storage, class Block>
 SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& step, uint32_t chunk) {
   const Slice slice = slice_of(table, step, chunk);
@@ -242,12 +247,12 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
     if (slice.tensor.formats.exp_avg == Format::block8) return run_block_scaled<Rule>(block, slice, s, alpha);
 
   if constexpr (statistics == Statistics::none) {
-    block.each([&](int thread) { run_thread_of<Rule, statistics, storage>(slice, s, alpha, thread, nullptr); });
+    block.each([&](int thread) { run_thread<Rule, statistics, storage>(slice, s, alpha, thread, nullptr); });
   } else {
     Sums* const lanes = block.lanes();
     block.each([&](int thread) {
       Sums own[piece_size] = {};
-      run_thread_of<Rule, statistics, storage>(slice, s, alpha, thread, own);
+      run_thread<Rule, statistics, storage>(slice, s, alpha, thread, own);
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) lanes[lane_of(thread, i, slice.tensor.head)] = own[i];
     });

@@ -21,7 +21,7 @@ void HostTable::add(const TensorEntry& entry, float* step, uint32_t group, std::
   groups_.push_back(group);
   slots_.push_back(slot);
   seeds_.emplace_back(seed, number);
-  plain_ = plain_ && entry.formats.plain();
+  plain_ = plain_ && entry.plain();
 }
 
 void HostTable::finish(bool statistics) {

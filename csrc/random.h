@@ -44,8 +44,10 @@ SIGNADAM_HD uint32_t random_word(const Keys& keys, uint32_t pair) {
   return x;
 }
 
-// What the moments use of an element's 16 bits: m the bytes swapped, v the complement of that.
+// What the moments use of an element's 16 bits: m the bytes swapped, v the complement of that, a third the complement
+// of what the parameter uses.
 SIGNADAM_HD uint32_t bits_for_m(uint32_t r) { return ((r << 8) | (r >> 8)) & 0xffffu; }
 SIGNADAM_HD uint32_t bits_for_v(uint32_t r) { return bits_for_m(r) ^ 0xffffu; }
+SIGNADAM_HD uint32_t bits_for_third(uint32_t r) { return r ^ 0xffffu; }
 
 }  // namespace signadam

@@ -1,5 +1,6 @@
-// Every update rule once, on fp32 registers: p parameter, g gradient, m and v moments. F is float, or a vector of
-// floats with the operators that compilers define for them.
+// Every update rule once, on fp32 registers: p parameter, g gradient, m and v moments, x the third moment or, with
+// `reads_variance`, the variance of the gradient. F is float, or a vector of floats with the operators that compilers
+// define for them.
 //
 // Where |m| <= 1 (`bounded`), m may come as L * m, with lr / L and (1 - beta1) * L for lr and 1 - beta1.
 //
@@ -15,6 +16,12 @@ namespace signadam {
 template <class F>
 SIGNADAM_HD F sign(F x) {
   return (x > 0.0f ? 1.0f : 0.0f) - (x < 0.0f ? 1.0f : 0.0f);
+}
+
+// The subtraction makes +0 of both zeros.
+template <class F>
+SIGNADAM_HD F magnitude(F x) {
+  return x > 0.0f ? x : 0.0f - x;
 }
 
 // Confidence gate [SA, Alg. 3]: sign(g) where |g| > alpha, else 0. With alpha >= 0 this needs no absolute value.
@@ -46,39 +53,57 @@ SIGNADAM_HD F effective_gradient(const Scalars& s, F p, F g) {
   return s.coupled ? g + s.weight_decay * p : g;
 }
 
+// x if it is positive, otherwise 0, also for NaN.
+template <class F>
+SIGNADAM_HD F positive(F x) {
+  return x > 0.0f ? x : F{};
+}
+
+// Whatever the numerator: where nothing is known of a gradient, its parameter stays.
+template <class F>
+SIGNADAM_HD F zero_where_zero(F denominator, F x) {
+  return denominator == 0.0f ? F{} : x;
+}
+
+// What a rule is unless it says otherwise.
+struct Traits {
+  static constexpr int moments = 1;
+  static constexpr bool bounded = false;         // |m| <= 1
+  static constexpr bool divides = false;         // by an element
+  static constexpr bool reads_variance = false;  // of the gradient, given from outside
+};
+
+template <class Rule>
+constexpr bool has_third = Rule::moments > 2 || Rule::reads_variance;
+
 // SIGN-SGD [BW], SSD [BH].
-struct SignSGD {
+struct SignSGD : Traits {
   static constexpr const char* name = "sign_sgd";
   static constexpr int moments = 0;
-  static constexpr bool bounded = false;
-  static constexpr bool divides = false;
   template <class F>
-  static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F&, F&) {
+  static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F&, F&, F&) {
     p = p - s.lr * gated_sign(g, alpha);
   }
 };
 
 // SIGNUM [BW], M-SSD [BH, Alg. 2].
-struct Signum {
+struct Signum : Traits {
   static constexpr const char* name = "signum";
-  static constexpr int moments = 1;
-  static constexpr bool bounded = false;
-  static constexpr bool divides = false;
   template <class F>
-  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&) {
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
     m = s.beta1 * m + s.one_minus_beta1 * g;
     p = p - s.lr * sign(m);
   }
 };
 
 // signADAM [SA, Alg. 2].
-struct SignAdam {
+struct SignAdam : Traits {
   static constexpr const char* name = "sign_adam";
   static constexpr int moments = 2;
   static constexpr bool bounded = true;
   static constexpr bool divides = true;
   template <class F>
-  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v) {
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
     const F c = sign(g);
     m = s.beta1 * m + s.one_minus_beta1 * c;
     v = s.beta2 * v + s.one_minus_beta2 * c * c;
@@ -87,28 +112,173 @@ struct SignAdam {
 };
 
 // signADAM with the analytic second moment [SA, Sec. 4]: sqrt(1 - beta2^t) + eps is a scalar, `denominator`.
-struct SignAdamAnalytic {
+struct SignAdamAnalytic : Traits {
   static constexpr const char* name = "sign_adam_analytic";
-  static constexpr int moments = 1;
   static constexpr bool bounded = true;
   static constexpr bool divides = true;
   template <class F>
-  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&) {
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
     m = s.beta1 * m + s.one_minus_beta1 * sign(g);
     p = p - s.lr * m / s.denominator;
   }
 };
 
 // signADAM++ [SA, Alg. 3].
-struct SignAdamPP {
+struct SignAdamPP : Traits {
   static constexpr const char* name = "sign_adam_pp";
-  static constexpr int moments = 1;
   static constexpr bool bounded = true;
-  static constexpr bool divides = false;
   template <class F>
-  static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F& m, F&) {
+  static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F& m, F&, F&) {
     m = s.beta1 * m + s.one_minus_beta1 * gated_sign(g, alpha);
     p = p - s.lr * m;
+  }
+};
+
+// SGD with momentum, not bias-corrected [BH, Sec. 4].
+struct MSGD : Traits {
+  static constexpr const char* name = "msgd";
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - s.lr * m;
+  }
+};
+
+// The moments of [BH, Eq. 9 to 11], bias-corrected: mean, and variance `s` of the gradient.
+template <class F>
+struct Estimate {
+  F mean, variance;
+
+  static SIGNADAM_HD Estimate of(const Scalars& s, F g, F& m, F& v) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta1 * v + s.one_minus_beta1 * g * g;
+    const F mean = m / s.bias_correction, square = v / s.bias_correction;
+    const F excess = positive(square - mean * mean);
+    // With one gradient seen there is no variance; otherwise it is made unbiased, or divided by 1.
+    return {mean, s.one_minus_rho == 0.0f ? F{} : excess / s.one_minus_rho};
+  }
+};
+
+// [BH, Alg. 3].
+struct SVAG : Traits {
+  static constexpr const char* name = "svag";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const auto e = Estimate<F>::of(s, g, m, v);
+    const F square = e.mean * e.mean;
+    const F denominator = square + e.variance;
+    p = p - zero_where_zero(denominator, s.lr * (square / denominator) * g);
+  }
+};
+
+// M-SVAG [BH, Alg. 1].
+struct MSVAG : Traits {
+  static constexpr const char* name = "msvag";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const auto e = Estimate<F>::of(s, g, m, v);
+    const F square = e.mean * e.mean;
+    const F denominator = square + s.rho * e.variance;
+    p = p - zero_where_zero(denominator, s.lr * (square / denominator) * e.mean);
+  }
+};
+
+// ADAM* [BH, Alg. 4].
+struct AdamStar : Traits {
+  static constexpr const char* name = "adam_star";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const auto e = Estimate<F>::of(s, g, m, v);
+    const F denominator = square_root(e.mean * e.mean + s.rho * e.variance);
+    p = p - zero_where_zero(denominator, s.lr * e.mean / denominator);
+  }
+};
+
+// ADAM* without momentum [BH, C.3].
+struct AdamStarPlain : Traits {
+  static constexpr const char* name = "adam_star_plain";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const auto e = Estimate<F>::of(s, g, m, v);
+    const F denominator = square_root(e.mean * e.mean + e.variance);
+    p = p - zero_where_zero(denominator, s.lr * sign(g) * magnitude(e.mean) / denominator);
+  }
+};
+
+// M-SVAG with the variance of the mini-batch [BH0, Alg. 3]: v sums it, x is this step's. beta2 is beta1^2.
+struct MSVAGMinibatch : Traits {
+  static constexpr const char* name = "msvag_minibatch";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  static constexpr bool reads_variance = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F& x) {
+    m = s.beta1 * m + g;
+    v = s.beta2 * v + x;
+    const F square = m * m;
+    const F denominator = square + v;
+    p = p - zero_where_zero(denominator, s.lr * (square / denominator) * m);
+  }
+};
+
+// ADAM* with it [BH0, Alg. 5].
+struct AdamStarMinibatch : Traits {
+  static constexpr const char* name = "adam_star_minibatch";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  static constexpr bool reads_variance = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F& x) {
+    m = s.beta1 * m + g;
+    v = s.beta2 * v + x;
+    const F denominator = square_root(m * m + v);
+    p = p - zero_where_zero(denominator, s.lr * m / denominator);
+  }
+};
+
+// ADAM [KB, Alg. 1]; lr comes divided by 1 - beta1^t, sqrt(1 - beta2^t) is `bias_correction`.
+struct Adam : Traits {
+  static constexpr const char* name = "adam";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    p = p - s.lr * m / (square_root(v) / s.bias_correction + s.eps);
+  }
+};
+
+// AMSGrad, as torch.optim.Adam(amsgrad=True) has it: x is the largest v so far, or NaN after one.
+struct AdamAMSGrad : Traits {
+  static constexpr const char* name = "adam_amsgrad";
+  static constexpr int moments = 3;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F& x) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    x = v > x ? v : v == v ? x : v;
+    p = p - s.lr * m / (square_root(x) / s.bias_correction + s.eps);
+  }
+};
+
+// Lion [LI].
+struct Lion : Traits {
+  static constexpr const char* name = "lion";
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F u = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - s.lr * sign(u);
+    m = s.beta2 * m + s.one_minus_beta2 * g;
   }
 };
 
@@ -118,7 +288,17 @@ struct SignAdamPP {
   X(Signum)               \
   X(SignAdam)             \
   X(SignAdamAnalytic)     \
-  X(SignAdamPP)
+  X(SignAdamPP)           \
+  X(MSGD)                 \
+  X(SVAG)                 \
+  X(MSVAG)                \
+  X(AdamStar)             \
+  X(AdamStarPlain)        \
+  X(MSVAGMinibatch)       \
+  X(AdamStarMinibatch)    \
+  X(Adam)                 \
+  X(AdamAMSGrad)          \
+  X(Lion)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,
@@ -130,10 +310,10 @@ enum RuleIndex {
 // The whole chain for one element: effective gradient, decoupled decay, rule. `decay` is 1 - lr * wd, and 1 where
 // there is none, which changes no bit of p.
 template <class Rule, class F>
-SIGNADAM_HD void apply(const Scalars& s, float alpha, F& p, F g, F& m, F& v) {
+SIGNADAM_HD void apply(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
   g = effective_gradient(s, p, g);
   p = p * s.decay;
-  Rule::update(s, alpha, p, g, m, v);
+  Rule::update(s, alpha, p, g, m, v, x);
 }
 
 }  // namespace signadam

@@ -5,22 +5,36 @@
 
 namespace signadam {
 
-// Every scalar crosses the binding as a double, unrounded, in this order; Python packs a row by these names.
-#define SIGNADAM_SCALARS(X) \
-  X(lr)                     \
-  X(weight_decay)           \
-  X(decay)                  \
-  X(coupled)                \
-  X(maximize)               \
-  X(alpha)                  \
-  X(beta1)                  \
-  X(one_minus_beta1)        \
-  X(beta2)                  \
-  X(one_minus_beta2)        \
-  X(eps)                    \
-  X(denominator)            \
+// Every scalar crosses the binding as a double, unrounded, in this order; Python packs a row by these names. Most meet
+// tensors, and are rounded to fp32 for it.
+#define SIGNADAM_FLOATS(X) \
+  X(lr)                    \
+  X(weight_decay)          \
+  X(decay)                 \
+  X(alpha)                 \
+  X(beta1)                 \
+  X(one_minus_beta1)       \
+  X(beta2)                 \
+  X(one_minus_beta2)       \
+  X(eps)                   \
+  X(denominator)           \
+  X(bias_correction)       \
+  X(rho)                   \
+  X(one_minus_rho)
+
+// What moves the threshold of adaptive confidence is arithmetic of doubles.
+#define SIGNADAM_DOUBLES(X) \
   X(confidence_beta)        \
   X(one_minus_confidence_beta)
+
+#define SIGNADAM_FLAGS(X) \
+  X(coupled)              \
+  X(maximize)
+
+#define SIGNADAM_SCALARS(X) \
+  SIGNADAM_FLOATS(X)        \
+  SIGNADAM_DOUBLES(X)       \
+  SIGNADAM_FLAGS(X)
 
 enum ScalarIndex {
 #define SIGNADAM_INDEX(name) index_##name,
@@ -30,29 +44,29 @@ enum ScalarIndex {
 };
 
 struct Scalars {
-  // Statistics and the adaptive threshold are double arithmetic; everything else meets tensors in fp32.
-  double adaptive_alpha, confidence_beta, one_minus_confidence_beta;
-  float lr, weight_decay, decay, alpha, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, denominator;
-  uint32_t coupled, maximize;
+  double adaptive_alpha;  // alpha before it is rounded
+#define SIGNADAM_FIELD(name) double name;
+  SIGNADAM_DOUBLES(SIGNADAM_FIELD)
+#undef SIGNADAM_FIELD
+#define SIGNADAM_FIELD(name) float name;
+  SIGNADAM_FLOATS(SIGNADAM_FIELD)
+#undef SIGNADAM_FIELD
+#define SIGNADAM_FIELD(name) uint32_t name;
+  SIGNADAM_FLAGS(SIGNADAM_FIELD)
+#undef SIGNADAM_FIELD
 
   static Scalars from_row(const double* row) {
-    auto f = [row](ScalarIndex i) { return static_cast<float>(row[i]); };
     Scalars s{};
     s.adaptive_alpha = row[index_alpha];
-    s.confidence_beta = row[index_confidence_beta];
-    s.one_minus_confidence_beta = row[index_one_minus_confidence_beta];
-    s.lr = f(index_lr);
-    s.weight_decay = f(index_weight_decay);
-    s.decay = f(index_decay);
-    s.alpha = f(index_alpha);
-    s.beta1 = f(index_beta1);
-    s.one_minus_beta1 = f(index_one_minus_beta1);
-    s.beta2 = f(index_beta2);
-    s.one_minus_beta2 = f(index_one_minus_beta2);
-    s.eps = f(index_eps);
-    s.denominator = f(index_denominator);
-    s.coupled = row[index_coupled] != 0;
-    s.maximize = row[index_maximize] != 0;
+#define SIGNADAM_SET(name) s.name = row[index_##name];
+    SIGNADAM_DOUBLES(SIGNADAM_SET)
+#undef SIGNADAM_SET
+#define SIGNADAM_SET(name) s.name = static_cast<float>(row[index_##name]);
+    SIGNADAM_FLOATS(SIGNADAM_SET)
+#undef SIGNADAM_SET
+#define SIGNADAM_SET(name) s.name = row[index_##name] != 0;
+    SIGNADAM_FLAGS(SIGNADAM_SET)
+#undef SIGNADAM_SET
     return s;
   }
 };

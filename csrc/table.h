@@ -23,12 +23,12 @@ struct Sums {
 
 // How a tensor and what goes with it are stored.
 struct Formats {
-  Format param, grad, exp_avg, exp_avg_sq;
+  Format param, grad, exp_avg, exp_avg_sq, third;
   Weights weights;
 
   // fp32 moments and a parameter rounded to nearest: no random bits, nothing packed, nothing beside the parameter.
   SIGNADAM_HD bool plain() const {
-    return exp_avg == Format::fp32 && exp_avg_sq == Format::fp32 && weights == Weights::as_is;
+    return exp_avg == Format::fp32 && exp_avg_sq == Format::fp32 && third == Format::fp32 && weights == Weights::as_is;
   }
   SIGNADAM_HD bool packed() const { return is_packed(exp_avg) || is_packed(exp_avg_sq); }
 };
@@ -37,6 +37,7 @@ struct TensorEntry {
   void* param;
   void* exp_avg;
   void* exp_avg_sq;
+  void* third;          // a third moment, or the variance of the gradient; of rules that have one, otherwise null
   double* exp_avg_std;  // of adaptive confidence, otherwise null
   int64_t numel;
   uint32_t first_chunk;
@@ -44,6 +45,8 @@ struct TensorEntry {
   uint8_t head;   // elements before the first 16-byte boundary
   void* low;      // of split weights: int16 or int8; of master weights: fp32; otherwise null
   int64_t first;  // index of the first element in the unsharded tensor, for random bits
+
+  SIGNADAM_HD bool plain() const { return formats.plain() && third == nullptr; }
 };
 
 // What a step adds. `grads[i] == nullptr`: tensor i takes no part. `rows[i]` numbers its scalars. `noise` is null where

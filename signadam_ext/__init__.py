@@ -1,17 +1,25 @@
 """Sign-based optimizers for PyTorch, fused: one memory pass and one launch per step.
 
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
-:class:`SignAdamPP`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`. ``python -m
+:class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
+:class:`Lion`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`. ``python -m
 signadam_ext`` tells what was built and what is usable.
 """
 
 from . import functional
 from ._version import __version__
-from .optimizers import SignAdam, SignAdamPP, SignSGD, Signum
+from .optimizers import MSGD, MSVAG, SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum
 from .release import GradientRelease, release_gradients
 
 __all__ = [
+    "MSGD",
+    "MSVAG",
+    "SVAG",
+    "Adam",
+    "AdamStar",
+    "AdamW",
     "GradientRelease",
+    "Lion",
     "SignAdam",
     "SignAdamPP",
     "SignSGD",

@@ -159,6 +159,16 @@ def moment(label: str, name: str, value: Any, param: Tensor, form: Form = FP32) 
     state_tensor(f"state {name!r} of {label}", value, shape, (form.dtype,), param.device, content)
 
 
+def variance(label: str, value: Any, param: Tensor) -> None:
+    """Raises unless ``value`` can be the variance of a parameter's gradient."""
+    if value is None:
+        raise ValueError(
+            f"{label} has a gradient and no grad_variance: variance='minibatch' reads the variance of the mini-batch "
+            "mean there; call signadam_ext.per_sample_variance(model, loss_fn, batch) before step()"
+        )
+    state_tensor(f"grad_variance of {label}", value, param.shape, tuple(FORMATS), param.device)
+
+
 def weights(label: str, value: str, dtype: torch.dtype) -> None:
     """Raises unless a parameter of that dtype can be stored that way."""
     if value in ("split16", "split8") and dtype != torch.bfloat16:

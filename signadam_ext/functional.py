@@ -1,5 +1,16 @@
 """The optimizers as functions over lists of tensors, in place: ``sign_adam_pp(params, grads, exp_avgs, lr=...)``."""
 
-from .optimizers import sign_adam, sign_adam_pp, sign_sgd, signum
+from .optimizers import adam, adam_star, lion, msgd, msvag, sign_adam, sign_adam_pp, sign_sgd, signum, svag
 
-__all__ = ["sign_adam", "sign_adam_pp", "sign_sgd", "signum"]
+__all__ = [
+    "adam",
+    "adam_star",
+    "lion",
+    "msgd",
+    "msvag",
+    "sign_adam",
+    "sign_adam_pp",
+    "sign_sgd",
+    "signum",
+    "svag",
+]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .optimizer import SignOptimizer
+from .options import DEFAULTS
 from .plan import Item, Plan, State
+
+T = TypeVar("T")
 
 #: Moments in fp32 and parameters rounded to nearest: what few bits need beside them is the optimizers' affair.
 STORAGE = {"weights": "as_is", "seed": 0}
-COMMON = {"weight_decay": 0.0, "decoupled_weight_decay": True, "maximize": False, "backend": "auto"}
+COMMON = {name: DEFAULTS[name] for name in ("weight_decay", "decoupled_weight_decay", "maximize", "backend")}
 
 
 @torch.no_grad()
@@ -27,6 +30,7 @@ def step_lists(
     *,
     exp_avg_stds: Sequence[Tensor] | None = None,
     state_steps: Sequence[Tensor] | None = None,
+    grad_variances: Sequence[Tensor | None] | None = None,
     **hyperparameters: Any,
 ) -> None:
     """One step of ``optimizer``'s rule, in place on ``params`` and the state lists.
@@ -38,6 +42,7 @@ def step_lists(
         moments: by name, fp32 tensors of the parameters' shapes and strides.
         exp_avg_stds: 0-dim float64 on the parameters' devices, for adaptive confidence.
         state_steps: 0-dim fp32 on the CPU, steps taken so far; counted up.
+        grad_variances: the variances of the gradients, for rules that read them.
         hyperparameters: the group's, each by name.
 
     Raises:
@@ -57,6 +62,8 @@ def step_lists(
         lists["exp_avg_stds"] = exp_avg_stds if exp_avg_stds is not None else ()
     if rule.uses_step or state_steps is not None:
         lists["state_steps"] = state_steps if state_steps is not None else ()
+    if rule.reads_variance:
+        lists["grad_variances"] = grad_variances if grad_variances is not None else ()
     for name, values in lists.items():
         if len(values) != len(params):
             raise ValueError(
@@ -88,6 +95,7 @@ def step_lists(
                 state=_given(State(own, None, deviation, step)),
                 watched_state=lambda: None,
                 forms=rule.forms(group),
+                variance=_given(lists["grad_variances"][i] if "grad_variances" in lists else None),
             )
         )
     plan = Plan(items, [group], grads)
@@ -95,8 +103,8 @@ def step_lists(
     plan.run()
 
 
-def _given(state: State) -> Callable[[], State]:
-    return lambda: state
+def _given(value: T) -> Callable[[], T]:
+    return lambda: value
 
 
 def _check_scalar(label: str, value: Any, dtype: torch.dtype, device: torch.device) -> None:

@@ -6,14 +6,14 @@ import os
 import warnings
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checks
+from . import backends, checks, options
 from ._extension import load
 from .checkpoint import (
     Layout,
@@ -58,18 +58,22 @@ class SignOptimizer(Optimizer):
     #: Set while gradients are released. A copy or a pickle does not take it along.
     _released: GradientRelease | None = None
 
-    def __init__(
-        self,
-        params: Params,
-        defaults: dict[str, Any],
-        *,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        differentiable: bool | None = None,
-    ) -> None:
-        checks.unused_torch_option("foreach", foreach)
-        checks.unused_torch_option("fused", fused, may_be_true=True)
-        checks.unused_torch_option("differentiable", differentiable)
+    #: Defaults of what it shares with the others, see :class:`options.Common`.
+    COMMON: ClassVar[dict[str, Any]] = options.DEFAULTS
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Fills the docstring's placeholders, and spells out ``**common`` in the signature."""
+        super().__init_subclass__(**kwargs)
+        if cls.__doc__ is not None:
+            cls.__doc__ = options.documented(cls.__doc__)
+        if "__init__" in cls.__dict__:
+            options.spell_out(cls.__dict__["__init__"], cls.COMMON)
+
+    def __init__(self, params: Params, own: dict[str, Any], common: Mapping[str, Any]) -> None:
+        defaults = {**own, **options.completed(type(self).__name__, self.COMMON, common)}
+        checks.unused_torch_option("foreach", defaults.pop("foreach"))
+        checks.unused_torch_option("fused", defaults.pop("fused"), may_be_true=True)
+        checks.unused_torch_option("differentiable", defaults.pop("differentiable"))
         self._forget_plans()
         self._state_is_out = False
         self._has_warned = False
@@ -254,6 +258,7 @@ class SignOptimizer(Optimizer):
             state=lambda: self._state_of(layout),
             watched_state=lambda: self._own_state[param],
             forms=tuple(layout.moments.values()),
+            variance=lambda: getattr(param, "grad_variance", None),
             weights=group["weights"],
             seed=group["seed"],
             number=number,

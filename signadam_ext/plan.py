@@ -51,6 +51,8 @@ class Entry:
         grad_dtype: dtype of its gradient.
         forms, moments: how the moments are stored, and the stored tensors.
         weights, beside: how the parameter is stored, and what lies beside it.
+        variance: of the gradient, with the strides of ``work``, for a rule that reads it: ``param.grad_variance``, or a
+            buffer into which every step copies it; None where it has not been asked for yet.
         exp_avg_std, step: as in :class:`State`.
         group: index of its parameter group.
         seed, number, first: what its random bits are made of: the seed, the number under which ``state_dict()`` lists
@@ -65,12 +67,20 @@ class Entry:
     moments: tuple[Tensor, ...]
     weights: str
     beside: Tensor | None
+    variance: Tensor | None
     exp_avg_std: Tensor | None
     step: Tensor | None
     group: int
     seed: int
     number: int
     first: int
+
+    def operands(self) -> list[Tensor | None]:
+        """What kernels call ``m``, ``v`` and ``x``."""
+        found: list[Tensor | None] = [*self.moments, None, None, None][:3]
+        if self.variance is not None:
+            found[2] = self.variance
+        return found
 
 
 @dataclass(slots=True)
@@ -87,13 +97,14 @@ class Bucket:
         self.gappy = [entry for entry in self.entries if entry.work.data_ptr() != entry.param.data_ptr()]
         self.table = _C.Table(rows_by_step=self.rule.uses_step)
         for entry in self.entries:
-            addresses = [moment.data_ptr() for moment in entry.moments] + [0, 0]
-            formats = [form.number for form in entry.forms] + [FORMATS[torch.float32]] * 2
+            addresses = [0 if x is None else x.data_ptr() for x in entry.operands()]
+            formats = [form.number for form in entry.forms] + [FORMATS[torch.float32]] * 3
             self.table.add(
                 param=entry.work.data_ptr(),
                 low=0 if entry.beside is None else entry.beside.data_ptr(),
                 exp_avg=addresses[0],
                 exp_avg_sq=addresses[1],
+                third=addresses[2],
                 exp_avg_std=0 if entry.exp_avg_std is None else entry.exp_avg_std.data_ptr(),
                 step=0 if entry.step is None else entry.step.data_ptr(),
                 numel=entry.work.numel(),
@@ -102,6 +113,7 @@ class Bucket:
                 grad_format=FORMATS[entry.grad_dtype],
                 exp_avg_format=formats[0],
                 exp_avg_sq_format=formats[1],
+                third_format=formats[2],
                 weights=WEIGHTS[entry.weights],
                 group=entry.group,
                 slot=entry.slot,
@@ -116,7 +128,8 @@ class Item:
     """A parameter as it is handed to a plan.
 
     Only where it takes part ``check_state`` is called, which raises on state that does not fit, and then, when all
-    parameters have passed, ``state``, which makes what is missing. The rest is as in :class:`Entry`.
+    parameters have passed, ``state``, which makes what is missing. ``variance`` gives what a rule that reads it finds
+    beside the gradient. The rest is as in :class:`Entry`.
     """
 
     label: str
@@ -129,6 +142,7 @@ class Item:
     state: Callable[[], State]
     watched_state: Callable[[], dict[str, Any] | None]
     forms: tuple[Form, ...]
+    variance: Callable[[], Any] = lambda: None
     weights: str = "as_is"
     seed: int = 0
     number: int = 0
@@ -154,6 +168,7 @@ class Plan:
         "_grad_dtypes",
         "_reader",
         "_strides",
+        "_variances",
         "_versioned",
         "entries",
         "groups",
@@ -178,9 +193,12 @@ class Plan:
                 continue
             checks.parameter(item.label, item.param)
             item.check_state()
+            if item.rule.reads_variance and grad is not None:
+                checks.variance(item.label, item.variance(), item.param)
             chosen.append(backends.choose(item.backend, item.param.device, item.label))
 
         self.entries: list[Entry] = []
+        self._variances: list[tuple[Item, Entry, int | None]] = []  # None: a buffer of ours
         self._strides: list[tuple[int, ...]] = [()] * len(items)
         self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
         waves = _waves([None if backend is None else item.param for item, backend in zip(items, chosen, strict=True)])
@@ -201,6 +219,7 @@ class Plan:
                 state.moments,
                 effective_weights(item.weights, item.param.dtype),
                 state.beside,
+                _variance(item, work, grad is not None) if item.rule.reads_variance else None,
                 state.exp_avg_std,
                 # Should someone swap the tensor's data, the table's address stays valid.
                 None if state.step is None else state.step.detach(),
@@ -209,6 +228,10 @@ class Plan:
                 item.number,
                 item.first,
             )
+            if item.rule.reads_variance:
+                given = item.variance()
+                is_given = given is not None and entry.variance is given
+                self._variances.append((item, entry, given.data_ptr() if is_given else None))
             self._strides[slot] = work.stride()
             self._grad_dtypes[slot] = entry.grad_dtype
             self.entries.append(entry)
@@ -246,7 +269,27 @@ class Plan:
         self._copies.clear()
         self.groups = param_groups
         odd = self._reader.read(param_groups, state)
-        return odd is not None and (not odd or self._adopt(odd))
+        return odd is not None and (not odd or self._adopt(odd)) and self._read_variances()
+
+    @torch.no_grad()
+    def _read_variances(self) -> bool:
+        """Brings the variances of this step's gradients where kernels read them; False where one has moved."""
+        if not self._variances:
+            return True
+        gradients = self._reader.addresses()
+        present = [found for found in self._variances if gradients[found[1].slot]]
+        for item, entry, address in present:
+            given = item.variance()
+            checks.variance(item.label, given, item.param)
+            if entry.variance is None:
+                return False
+            if address is not None and not (_is_readable(given, entry.work) and given.data_ptr() == address):
+                return False
+        for item, entry, address in present:
+            if address is None:
+                assert entry.variance is not None
+                entry.variance.copy_(item.variance())
+        return True
 
     @torch.no_grad()
     def _adopt(self, odd: list[int]) -> bool:
@@ -298,6 +341,18 @@ class Plan:
 
     def _raw_grad(self, slot: int) -> Tensor | None:
         return self.params[slot].grad if self._given is None else self._given[slot]
+
+
+def _variance(item: Item, work: Tensor, present: bool) -> Tensor | None:
+    """What kernels read the variance of the gradient from."""
+    if not present:
+        return None
+    given = item.variance()
+    return given if _is_readable(given, work) else torch.empty_like(work, dtype=torch.float32)
+
+
+def _is_readable(variance: Tensor, work: Tensor) -> bool:
+    return variance.dtype == torch.float32 and checks.same_strides(variance, work.stride()) and not variance.is_neg()
 
 
 def _row(rule: Rule, group: Group, t: int) -> tuple[float, ...]:

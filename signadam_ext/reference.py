@@ -18,7 +18,8 @@ from .rule import Scalars
 CHUNK_ROWS, CHUNK_LANES = 8, 2048
 
 Moments = tuple[Tensor, ...]
-#: (scalars as fp32 tensors, threshold, p, g, moments) -> (p, moments), all fp32.
+#: (scalars as fp32 tensors, threshold, p, g, moments) -> (p, moments), all fp32. A rule that reads the variance of the
+#: gradient gets it behind the moments.
 Update = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor, Moments], tuple[Tensor, Moments]]
 
 
@@ -72,6 +73,98 @@ def sign_adam_pp(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, mome
     (m,) = moments
     m = s["beta1"] * m + s["one_minus_beta1"] * gated_sign(g, alpha)
     return p - s["lr"] * m, (m,)
+
+
+def msgd(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    (m,) = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    return p - s["lr"] * m, (m,)
+
+
+def estimate(s: dict[str, Tensor], g: Tensor, moments: Moments) -> tuple[Tensor, Tensor, Moments]:
+    """The bias-corrected mean of the gradient, its variance, and the moments they come from [BH, Eq. 9 to 11]."""
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta1"] * v + s["one_minus_beta1"] * g * g
+    mean, square = m / s["bias_correction"], v / s["bias_correction"]
+    excess = square - mean * mean
+    excess = torch.where(excess > 0, excess, 0.0)
+    variance = torch.where(s["one_minus_rho"] == 0, 0.0, excess / s["one_minus_rho"])
+    return mean, variance, (m, v)
+
+
+def zero_where_zero(denominator: Tensor, x: Tensor) -> Tensor:
+    return torch.where(denominator == 0, 0.0, x)
+
+
+def svag(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    mean, variance, moments = estimate(s, g, moments)
+    square = mean * mean
+    denominator = square + variance
+    return p - zero_where_zero(denominator, s["lr"] * (square / denominator) * g), moments
+
+
+def msvag(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    mean, variance, moments = estimate(s, g, moments)
+    square = mean * mean
+    denominator = square + s["rho"] * variance
+    return p - zero_where_zero(denominator, s["lr"] * (square / denominator) * mean), moments
+
+
+def adam_star(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    mean, variance, moments = estimate(s, g, moments)
+    denominator = square_root(mean * mean + s["rho"] * variance)
+    return p - zero_where_zero(denominator, s["lr"] * mean / denominator), moments
+
+
+def adam_star_plain(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    mean, variance, moments = estimate(s, g, moments)
+    denominator = square_root(mean * mean + variance)
+    return p - zero_where_zero(denominator, s["lr"] * sign(g) * mean.abs() / denominator), moments
+
+
+def msvag_minibatch(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    m, v, given = moments
+    m = s["beta1"] * m + g
+    v = s["beta2"] * v + given
+    square = m * m
+    denominator = square + v
+    return p - zero_where_zero(denominator, s["lr"] * (square / denominator) * m), (m, v)
+
+
+def adam_star_minibatch(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    m, v, given = moments
+    m = s["beta1"] * m + g
+    v = s["beta2"] * v + given
+    denominator = square_root(m * m + v)
+    return p - zero_where_zero(denominator, s["lr"] * m / denominator), (m, v)
+
+
+def adam(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    return p - s["lr"] * m / (square_root(v) / s["bias_correction"] + s["eps"]), (m, v)
+
+
+def adam_amsgrad(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v, x = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    x = torch.maximum(x, v)
+    return p - s["lr"] * m / (square_root(x) / s["bias_correction"] + s["eps"]), (m, v, x)
+
+
+def lion(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    (m,) = moments
+    u = s["beta1"] * m + s["one_minus_beta1"] * g
+    return p - s["lr"] * sign(u), (s["beta2"] * m + s["one_minus_beta2"] * g,)
 
 
 def update(

@@ -23,10 +23,11 @@ class Rule:
 
     Attributes:
         name: name of the rule on every backend.
-        moments: names of the state tensors, in the order of the kernels' ``m`` and ``v``.
+        moments: names of the state tensors, in the order of the kernels' ``m``, ``v`` and ``x``.
         bounded: whether ``|m| <= 1`` always, so that few bits hold it without a scale.
         scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles.
         uses_step: whether ``scalars`` depends on ``t``.
+        reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
         statistics: one of :data:`STATISTICS`.
     """
 
@@ -35,6 +36,7 @@ class Rule:
     scalars: Callable[[Group, int], Scalars]
     bounded: bool = False
     uses_step: bool = False
+    reads_variance: bool = False
     statistics: str = "NONE"
 
     def forms(self, group: Group) -> tuple[storage.Form, ...]:
@@ -48,6 +50,11 @@ class Rule:
             dtypes = (dtypes,) * len(self.moments)
         elif len(dtypes) != len(self.moments):
             raise ValueError(f"state_dtype={dtypes!r}: must be one name, or {len(self.moments)}, one for each moment")
+        if len(self.moments) > 2 and (few := [x for x in dtypes if x in ("int8", "int4", "int2")]):
+            raise ValueError(
+                f"state_dtype={few[0]!r} with {self.moments[2]}: a largest value cannot be kept in few bits; "
+                "use 'fp32' or 'bf16'"
+            )
         first = storage.BOUNDED if self.bounded else storage.UNBOUNDED
         return tuple(self._form(dtype, first if i == 0 else storage.SECOND) for i, dtype in enumerate(dtypes))
 

@@ -69,3 +69,8 @@ def bits_for_m(r):
 @triton.jit
 def bits_for_v(r):
     return bits_for_m(r) ^ 0xFFFF
+
+
+@triton.jit
+def bits_for_third(r):
+    return r ^ 0xFFFF

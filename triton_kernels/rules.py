@@ -1,4 +1,4 @@
-"""Every update rule's twin: fp32 tensors ``p, g, m, v``, and ``s``, the address of the group's row of scalars.
+"""Every update rule's twin: fp32 tensors ``p, g, m, v, x``, and ``s``, the address of the group's row of scalars.
 
 As in csrc/rules.h: each operation rounds once, in the order written. ``tl.div_rn`` and ``tl.sqrt_rn``, because ``/``
 and ``tl.sqrt`` compile to approximations; ``g * -1.0``, because ``-g`` compiles to ``0 - g`` and loses the sign of
@@ -21,6 +21,9 @@ BETA2 = tl.constexpr(SCALARS.index("beta2"))
 ONE_MINUS_BETA2 = tl.constexpr(SCALARS.index("one_minus_beta2"))
 EPS = tl.constexpr(SCALARS.index("eps"))
 DENOMINATOR = tl.constexpr(SCALARS.index("denominator"))
+BIAS_CORRECTION = tl.constexpr(SCALARS.index("bias_correction"))
+RHO = tl.constexpr(SCALARS.index("rho"))
+ONE_MINUS_RHO = tl.constexpr(SCALARS.index("one_minus_rho"))
 CONFIDENCE_BETA = tl.constexpr(SCALARS.index("confidence_beta"))
 ONE_MINUS_CONFIDENCE_BETA = tl.constexpr(SCALARS.index("one_minus_confidence_beta"))
 SCALAR_COUNT = tl.constexpr(len(SCALARS))
@@ -43,6 +46,18 @@ def gated_sign(g, alpha):
 
 
 @triton.jit
+def divided(x, divisor):
+    """By a scalar."""
+    return tl.div_rn(x, tl.full(x.shape, 0.0, tl.float32) + divisor)
+
+
+@triton.jit
+def zero_where_zero(denominator, x):
+    """Whatever the numerator: where nothing is known of a gradient, its parameter stays."""
+    return tl.where(denominator == 0.0, 0.0, x)
+
+
+@triton.jit
 def effective_gradient(s, p, g):
     if tl.load(s + MAXIMIZE) != 0.0:
         g = g * -1.0
@@ -52,37 +67,136 @@ def effective_gradient(s, p, g):
 
 
 @triton.jit
-def sign_sgd(s, alpha, p, g, m, v):
+def sign_sgd(s, alpha, p, g, m, v, x):
     p = p - scalar(s, LR) * gated_sign(g, alpha)
-    return p, m, v
+    return p, m, v, x
 
 
 @triton.jit
-def signum(s, alpha, p, g, m, v):
+def signum(s, alpha, p, g, m, v, x):
     m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
     p = p - scalar(s, LR) * sign(m)
-    return p, m, v
+    return p, m, v, x
 
 
 @triton.jit
-def sign_adam(s, alpha, p, g, m, v):
+def sign_adam(s, alpha, p, g, m, v, x):
     c = sign(g)
     m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * c
     v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * c * c
     p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(v) + scalar(s, EPS))
-    return p, m, v
+    return p, m, v, x
 
 
 @triton.jit
-def sign_adam_analytic(s, alpha, p, g, m, v):
+def sign_adam_analytic(s, alpha, p, g, m, v, x):
     m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * sign(g)
-    numerator = scalar(s, LR) * m
-    p = p - tl.div_rn(numerator, tl.full(numerator.shape, 0.0, tl.float32) + scalar(s, DENOMINATOR))
-    return p, m, v
+    p = p - divided(scalar(s, LR) * m, scalar(s, DENOMINATOR))
+    return p, m, v, x
 
 
 @triton.jit
-def sign_adam_pp(s, alpha, p, g, m, v):
+def sign_adam_pp(s, alpha, p, g, m, v, x):
     m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * gated_sign(g, alpha)
     p = p - scalar(s, LR) * m
-    return p, m, v
+    return p, m, v, x
+
+
+@triton.jit
+def msgd(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - scalar(s, LR) * m
+    return p, m, v, x
+
+
+@triton.jit
+def estimate(s, g, m, v):
+    """Bias-corrected mean and variance of the gradient, and the moments they come from."""
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA1) * v + scalar(s, ONE_MINUS_BETA1) * g * g
+    mean = divided(m, scalar(s, BIAS_CORRECTION))
+    excess = divided(v, scalar(s, BIAS_CORRECTION)) - mean * mean
+    excess = tl.where(excess > 0.0, excess, 0.0)
+    left = scalar(s, ONE_MINUS_RHO)
+    variance = tl.where(left == 0.0, 0.0, divided(excess, left))
+    return mean, variance, m, v
+
+
+@triton.jit
+def svag(s, alpha, p, g, m, v, x):
+    mean, variance, m, v = estimate(s, g, m, v)
+    square = mean * mean
+    denominator = square + variance
+    p = p - zero_where_zero(denominator, scalar(s, LR) * tl.div_rn(square, denominator) * g)
+    return p, m, v, x
+
+
+@triton.jit
+def msvag(s, alpha, p, g, m, v, x):
+    mean, variance, m, v = estimate(s, g, m, v)
+    square = mean * mean
+    denominator = square + scalar(s, RHO) * variance
+    p = p - zero_where_zero(denominator, scalar(s, LR) * tl.div_rn(square, denominator) * mean)
+    return p, m, v, x
+
+
+@triton.jit
+def adam_star(s, alpha, p, g, m, v, x):
+    mean, variance, m, v = estimate(s, g, m, v)
+    denominator = tl.sqrt_rn(mean * mean + scalar(s, RHO) * variance)
+    p = p - zero_where_zero(denominator, tl.div_rn(scalar(s, LR) * mean, denominator))
+    return p, m, v, x
+
+
+@triton.jit
+def adam_star_plain(s, alpha, p, g, m, v, x):
+    mean, variance, m, v = estimate(s, g, m, v)
+    denominator = tl.sqrt_rn(mean * mean + variance)
+    p = p - zero_where_zero(denominator, tl.div_rn(scalar(s, LR) * sign(g) * tl.abs(mean), denominator))
+    return p, m, v, x
+
+
+@triton.jit
+def msvag_minibatch(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + g
+    v = scalar(s, BETA2) * v + x
+    square = m * m
+    denominator = square + v
+    p = p - zero_where_zero(denominator, scalar(s, LR) * tl.div_rn(square, denominator) * m)
+    return p, m, v, x
+
+
+@triton.jit
+def adam_star_minibatch(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + g
+    v = scalar(s, BETA2) * v + x
+    denominator = tl.sqrt_rn(m * m + v)
+    p = p - zero_where_zero(denominator, tl.div_rn(scalar(s, LR) * m, denominator))
+    return p, m, v, x
+
+
+@triton.jit
+def adam(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    root = divided(tl.sqrt_rn(v), scalar(s, BIAS_CORRECTION))
+    p = p - tl.div_rn(scalar(s, LR) * m, root + scalar(s, EPS))
+    return p, m, v, x
+
+
+@triton.jit
+def adam_amsgrad(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    x = tl.where(v > x, v, tl.where(v == v, x, v))
+    root = divided(tl.sqrt_rn(x), scalar(s, BIAS_CORRECTION))
+    p = p - tl.div_rn(scalar(s, LR) * m, root + scalar(s, EPS))
+    return p, m, v, x
+
+
+@triton.jit
+def lion(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - scalar(s, LR) * sign(u)
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x

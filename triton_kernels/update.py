@@ -4,19 +4,20 @@ import triton
 import triton.language as tl
 
 from .dtypes import FP32, SPLIT8, STOCHASTIC, widen
-from .random_bits import bits_for_m, bits_for_v, has_whole_words, random_halves
+from .random_bits import bits_for_m, bits_for_third, bits_for_v, has_whole_words, random_halves
 from .rules import ALPHA, DECAY, SCALAR_COUNT, effective_gradient, scalar
 from .statistics import CHUNK, LANES, ROWS, finish, halve
 from .stored import RUN, load, load_moment, load_param, low_operand, operand, pointer_to, store_moment, store_param
 
 # Columns of the table of tensors, one int64 each, as in csrc/table.h. ``aligned``: all but the gradient lie on 16-byte
 # boundaries.
-COLUMNS = ("param", "low", "exp_avg", "exp_avg_sq", "exp_avg_std", "numel", "first", "first_chunk", "aligned")
+COLUMNS = ("param", "low", "exp_avg", "exp_avg_sq", "third", "exp_avg_std", "numel", "first", "first_chunk", "aligned")
 COLUMN_COUNT = tl.constexpr(len(COLUMNS))
 PARAM_AT = tl.constexpr(COLUMNS.index("param"))
 LOW_AT = tl.constexpr(COLUMNS.index("low"))
 EXP_AVG_AT = tl.constexpr(COLUMNS.index("exp_avg"))
 EXP_AVG_SQ_AT = tl.constexpr(COLUMNS.index("exp_avg_sq"))
+THIRD_AT = tl.constexpr(COLUMNS.index("third"))
 EXP_AVG_STD_AT = tl.constexpr(COLUMNS.index("exp_avg_std"))
 NUMEL_AT = tl.constexpr(COLUMNS.index("numel"))
 FIRST_AT = tl.constexpr(COLUMNS.index("first"))
@@ -44,6 +45,8 @@ def run_rows(
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,
+    THIRD: tl.constexpr,
+    READS_VARIANCE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DRAWS: tl.constexpr,
     STATISTICS: tl.constexpr,
@@ -56,6 +59,7 @@ def run_rows(
     g_from = operand(grad, begin, GRAD, WIDE)
     exp_avg = operand(tl.load(entry + EXP_AVG_AT), begin, EXP_AVG, WIDE)
     exp_avg_sq = operand(tl.load(entry + EXP_AVG_SQ_AT), begin, EXP_AVG_SQ, WIDE)
+    third = operand(tl.load(entry + THIRD_AT), begin, THIRD, WIDE)
     # Those of block8 follow the codes.
     codes = (tl.load(entry + NUMEL_AT) + RUN - 1) // RUN * RUN
     exponents = pointer_to(tl.load(entry + EXP_AVG_AT) + codes, begin // RUN, tl.int8, WIDE)
@@ -74,18 +78,21 @@ def run_rows(
         p = load_param(param, low, index, count, PARAM, WEIGHTS, WIDE)
         m = p
         v = p
+        x = p
         if MOMENTS > 0:
             m = load_moment(exp_avg, exponents, row, count, EXP_AVG, WIDE)
         if MOMENTS > 1:
             v = load_moment(exp_avg_sq, exponents, row, count, EXP_AVG_SQ, WIDE)
+        if (MOMENTS > 2) | READS_VARIANCE:
+            x = load_moment(third, exponents, row, count, THIRD, WIDE)
         g = effective_gradient(s, p, g)
         if STATISTICS != NONE:
             # Padding is +0 whatever the parameter beside it.
-            x = tl.where(index < count, g, 0.0).to(tl.float64)
-            first += x
-            second += x * x
+            wide_g = tl.where(index < count, g, 0.0).to(tl.float64)
+            first += wide_g
+            second += wide_g * wide_g
         if STATISTICS != ONLY:
-            p, m, v = RULE(s, alpha, p * decay, g, m, v)
+            p, m, v, x = RULE(s, alpha, p * decay, g, m, v, x)
             r = lanes
             if DRAWS:
                 r = random_halves(h0, h1, first_index, row, WIDE)
@@ -94,6 +101,8 @@ def run_rows(
                 store_moment(exp_avg, exponents, row, m, bits_for_m(r), count, EXP_AVG, WIDE)
             if MOMENTS > 1:
                 store_moment(exp_avg_sq, exponents, row, v, bits_for_v(r), count, EXP_AVG_SQ, WIDE)
+            if MOMENTS > 2:
+                store_moment(third, exponents, row, x, bits_for_third(r), count, THIRD, WIDE)
     return first, second
 
 
@@ -113,6 +122,8 @@ def update(
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,
+    THIRD: tl.constexpr,
+    READS_VARIANCE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     STATISTICS: tl.constexpr,
 ):
@@ -128,7 +139,8 @@ def update(
         sums: float64, S1 and S2 of each chunk; unused without statistics.
         arrivals: int32, finished chunks of each tensor, zero between launches; unused without statistics.
         RULE: a function of rules.py; MOMENTS: how many it has.
-        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ: formats, FP32 for a moment that the rule lacks; WEIGHTS: see dtypes.py.
+        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD: formats, FP32 for what the rule lacks; WEIGHTS: see dtypes.py.
+        READS_VARIANCE: whether the third operand is the variance of the gradient, which is only read.
         STATISTICS: NONE, GATHER or ONLY.
     """
     chunk = tl.program_id(0)
@@ -148,18 +160,22 @@ def update(
         first = tl.zeros([LANES], tl.float64)
         second = tl.zeros([LANES], tl.float64)
         wide = (count == CHUNK) & (tl.load(entry + ALIGNED_AT) != 0) & (grad % 16 == 0)
-        DRAWS: tl.constexpr = (WEIGHTS == STOCHASTIC) | (WEIGHTS == SPLIT8) | (EXP_AVG != FP32) | (EXP_AVG_SQ != FP32)
+        DRAWS: tl.constexpr = (
+            (WEIGHTS == STOCHASTIC) | (WEIGHTS == SPLIT8) | (EXP_AVG != FP32) | (EXP_AVG_SQ != FP32) | (THIRD != FP32)
+        )
         if DRAWS & (STATISTICS != ONLY):
             wide = wide & has_whole_words(tl.load(entry + FIRST_AT) + begin)
         if wide:
             first, second = run_rows(
                 entry, grad, noise + 2 * tensor, begin, count, s, alpha,
-                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHTS, DRAWS, STATISTICS, WIDE=True,
+                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD, READS_VARIANCE,
+                WEIGHTS, DRAWS, STATISTICS, WIDE=True,
             )  # fmt: skip
         else:
             first, second = run_rows(
                 entry, grad, noise + 2 * tensor, begin, count, s, alpha,
-                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, WEIGHTS, DRAWS, STATISTICS, WIDE=False,
+                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD, READS_VARIANCE,
+                WEIGHTS, DRAWS, STATISTICS, WIDE=False,
             )  # fmt: skip
         if STATISTICS != NONE:
             tl.store(sums + 2 * chunk, halve(first))

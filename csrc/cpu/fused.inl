@@ -265,6 +265,7 @@ SIGNADAM_HD bool goes_by_groups(const Slice& slice, int moments) {
 // The whole groups of a chunk. Returns how many elements that were.
 template <class Rule>
 int update_groups(const Slice& slice, const Scalars& scalars, float alpha) {
+  static_assert(!has_third<Rule>);
   if (!goes_by_groups(slice, Rule::moments)) return 0;
   // Local copies cannot alias the tensors, so they stay in registers.
   const Scalars s = scalars;
@@ -278,12 +279,12 @@ int update_groups(const Slice& slice, const Scalars& scalars, float alpha) {
   const int whole = slice.count / group * group;
   for (int done = 0; done < whole; done += group) {
     const int64_t index = begin + done;
-    V p[4], g[4], m[4], v[4];
+    V p[4], g[4], m[4], v[4], none{};
     load_group(grad, f.grad, index, g);
     load_group(tensor.param, f.param, index, p);
     if constexpr (Rule::moments > 0) load_moment_group(tensor.exp_avg, f.exp_avg, index, m);
     if constexpr (Rule::moments > 1) load_group(tensor.exp_avg_sq, f.exp_avg_sq, index, v);
-    for (int k = 0; k < 4; ++k) apply<Rule>(s, alpha, p[k], g[k], m[k], v[k]);
+    for (int k = 0; k < 4; ++k) apply<Rule>(s, alpha, p[k], g[k], m[k], v[k], none);
     GroupBits r{};
     if (draws) r = GroupBits::of(keys, static_cast<uint32_t>((first + static_cast<uint64_t>(done)) >> 1));
     if (f.param == Format::fp32)

@@ -44,15 +44,34 @@ void narrow_block(Format format, const float* SIGNADAM_RESTRICT from, uint16_t* 
   for (; i < count; ++i) to[i] = narrow_fp16(from[i]);
 }
 
+// What a rule reads and updates at the same place of a chunk, in fp32; null where it has none.
+struct Arrays {
+  float* p;
+  const float* g;
+  float *m, *v, *x;
+
+  Arrays from(int i) const {
+    const auto moved = [i](auto* array) { return array == nullptr ? nullptr : array + i; };
+    return {moved(p), moved(g), moved(m), moved(v), moved(x)};
+  }
+};
+
 template <class Rule>
-SIGNADAM_HD void update_block(const Scalars& s, float alpha, float* SIGNADAM_RESTRICT p,
-                              const float* SIGNADAM_RESTRICT g, float* SIGNADAM_RESTRICT m, float* SIGNADAM_RESTRICT v,
-                              int count) {
+SIGNADAM_HD void update_block(const Scalars& s, float alpha, const Arrays& arrays, int count) {
+  float* SIGNADAM_RESTRICT const p = arrays.p;
+  const float* SIGNADAM_RESTRICT const g = arrays.g;
+  float* SIGNADAM_RESTRICT const m = arrays.m;
+  float* SIGNADAM_RESTRICT const v = arrays.v;
+  float* SIGNADAM_RESTRICT const x = arrays.x;
   for (int i = 0; i < count; ++i) {
-    float none = 0.0f;
-    if constexpr (Rule::moments == 0) apply<Rule>(s, alpha, p[i], g[i], none, none);
-    if constexpr (Rule::moments == 1) apply<Rule>(s, alpha, p[i], g[i], m[i], none);
-    if constexpr (Rule::moments == 2) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i]);
+    float m_i = 0.0f, v_i = 0.0f, x_i = 0.0f;
+    if constexpr (Rule::moments > 0) m_i = m[i];
+    if constexpr (Rule::moments > 1) v_i = v[i];
+    if constexpr (has_third<Rule>) x_i = x[i];
+    apply<Rule>(s, alpha, p[i], g[i], m_i, v_i, x_i);
+    if constexpr (Rule::moments > 0) m[i] = m_i;
+    if constexpr (Rule::moments > 1) v[i] = v_i;
+    if constexpr (Rule::moments > 2) x[i] = x_i;
   }
 }
 
@@ -80,17 +99,15 @@ constexpr int turn = 64;
 template <class Rule>
 void update_fp32(const Slice& slice, const Scalars& s, float alpha) {
   const TensorEntry& tensor = slice.tensor;
-  float* const p = static_cast<float*>(tensor.param) + slice.begin;
-  const float* const g = static_cast<const float*>(slice.grad) + slice.begin;
-  float* const m = Rule::moments > 0 ? static_cast<float*>(tensor.exp_avg) + slice.begin : nullptr;
-  float* const v = Rule::moments > 1 ? static_cast<float*>(tensor.exp_avg_sq) + slice.begin : nullptr;
-  const auto moment_at = [](float* moment, int i) { return moment == nullptr ? nullptr : moment + i; };
-  if (slice.count < chunk_size) return update_block<Rule>(s, alpha, p, g, m, v, slice.count);
+  const auto array = [&](void* base, bool used) { return used ? static_cast<float*>(base) + slice.begin : nullptr; };
+  const Arrays arrays{array(tensor.param, true), static_cast<const float*>(slice.grad) + slice.begin,
+                      array(tensor.exp_avg, Rule::moments > 0), array(tensor.exp_avg_sq, Rule::moments > 1),
+                      array(tensor.third, has_third<Rule>)};
+  if (slice.count < chunk_size) return update_block<Rule>(s, alpha, arrays, slice.count);
   // The halves of the chunk in turn: twice the streams keep more of the memory's parallelism busy.
   constexpr int half = chunk_size / 2;
   for (int i = 0; i < half; i += turn)
-    for (int at = i; at < chunk_size; at += half)
-      update_block<Rule>(s, alpha, p + at, g + at, moment_at(m, at), moment_at(v, at), turn);
+    for (int at = i; at < chunk_size; at += half) update_block<Rule>(s, alpha, arrays.from(at), turn);
 }
 
 // Any forms, a block at a time by way of scratch, from element `done` of the chunk on: the start of a packed run.
@@ -98,26 +115,31 @@ template <class Rule>
 void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done) {
   const TensorEntry& tensor = slice.tensor;
   const Formats& formats = tensor.formats;
-  alignas(64) float scratch_p[block_size], scratch_g[block_size], scratch_m[block_size], scratch_v[block_size];
+  alignas(64) float scratch_p[block_size], scratch_g[block_size], scratch_m[block_size], scratch_v[block_size],
+      scratch_x[block_size];
   Halves halves;
   const uint16_t* r = nullptr;
   for (; done < slice.count; done += block_size) {
     const int64_t index = slice.begin + done;
     const int count = slice.count - done < block_size ? slice.count - done : block_size;
-    const float* g = widened(slice.grad, formats.grad, index, scratch_g, count);
-    float* p = load_param(tensor, index, scratch_p, count);
-    float* m = Rule::moments > 0 ? load_moment(tensor.exp_avg, formats.exp_avg, tensor.numel, index, scratch_m, count)
-                                 : nullptr;
-    float* v = Rule::moments > 1
-                   ? load_moment(tensor.exp_avg_sq, formats.exp_avg_sq, tensor.numel, index, scratch_v, count)
-                   : nullptr;
-    update_block<Rule>(s, alpha, p, g, m, v, count);
+    const auto load = [&](void* base, Format format, float* scratch, bool used) {
+      return used ? load_moment(base, format, tensor.numel, index, scratch, count) : nullptr;
+    };
+    Arrays arrays;
+    arrays.g = widened(slice.grad, formats.grad, index, scratch_g, count);
+    arrays.p = load_param(tensor, index, scratch_p, count);
+    arrays.m = load(tensor.exp_avg, formats.exp_avg, scratch_m, Rule::moments > 0);
+    arrays.v = load(tensor.exp_avg_sq, formats.exp_avg_sq, scratch_v, Rule::moments > 1);
+    arrays.x = load(tensor.third, formats.third, scratch_x, has_third<Rule>);
+    update_block<Rule>(s, alpha, arrays, count);
     if (!formats.plain()) r = draw(slice.noise, tensor.first + index, count, halves);
-    store_param(tensor, index, p, r, count);
+    store_param(tensor, index, arrays.p, r, count);
     if constexpr (Rule::moments > 0)
-      store_moment<false>(tensor.exp_avg, formats.exp_avg, tensor.numel, index, m, r, count);
+      store_moment<0>(tensor.exp_avg, formats.exp_avg, tensor.numel, index, arrays.m, r, count);
     if constexpr (Rule::moments > 1)
-      store_moment<true>(tensor.exp_avg_sq, formats.exp_avg_sq, tensor.numel, index, v, r, count);
+      store_moment<1>(tensor.exp_avg_sq, formats.exp_avg_sq, tensor.numel, index, arrays.v, r, count);
+    if constexpr (Rule::moments > 2)
+      store_moment<2>(tensor.third, formats.third, tensor.numel, index, arrays.x, r, count);
   }
 }
 
@@ -129,7 +151,7 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
     return update_fp32<Rule>(slice, s, alpha);
   int done = 0;
 #if defined(__AVX2__)
-  done = update_groups<Rule>(slice, s, alpha);
+  if constexpr (!has_third<Rule>) done = update_groups<Rule>(slice, s, alpha);
 #endif
   update_blocks<Rule>(slice, s, alpha, done);
 }

@@ -58,6 +58,7 @@ void fetch_ahead(const Slice& slice) {
   fetch(slice.grad, formats.grad);
   fetch(slice.tensor.exp_avg, formats.exp_avg);
   fetch(slice.tensor.exp_avg_sq, formats.exp_avg_sq);
+  fetch(slice.tensor.third, formats.third);
 }
 
 // The tensor that a chunk is of: the last to begin at it or before. A tensor without elements begins where the next

@@ -156,19 +156,19 @@ float* load_moment(void* base, Format format, int64_t numel, int64_t index, floa
 }
 
 // `second`: the bits that v uses, not those of m.
-template <bool second>
+template <int which>
 SIGNADAM_HD uint32_t moment_bits(uint16_t r) {
-  return second ? bits_for_v(r) : bits_for_m(r);
+  return which == 0 ? bits_for_m(r) : which == 1 ? bits_for_v(r) : bits_for_third(r);
 }
 
-template <bool second>
+template <int which>
 void store_moment(void* base, Format format, int64_t numel, int64_t index, float* SIGNADAM_RESTRICT m,
                   const uint16_t* SIGNADAM_RESTRICT r, int count) {
   auto* const to = static_cast<unsigned char*>(base) + bytes_before(format, index);
   if (format == Format::fp32) return;
   if (format == Format::bf16) {
     uint16_t* SIGNADAM_RESTRICT bf16 = reinterpret_cast<uint16_t*>(to);
-    for (int i = 0; i < count; ++i) bf16[i] = narrow_bf16(m[i], moment_bits<second>(r[i]));
+    for (int i = 0; i < count; ++i) bf16[i] = narrow_bf16(m[i], moment_bits<which>(r[i]));
     return;
   }
   // Packed storage ends with a whole run: what lies beyond the tensor in it is zero.
@@ -189,11 +189,11 @@ void store_moment(void* base, Format format, int64_t numel, int64_t index, float
       fill_run(inverses + run, power_of_two(-e));
     }
     for (int i = 0; i < whole; ++i)
-      codes[i] = static_cast<int8_t>(block_code(m[i], inverses[i], moment_bits<second>(r[i])));
+      codes[i] = static_cast<int8_t>(block_code(m[i], inverses[i], moment_bits<which>(r[i])));
     std::memcpy(to, codes, static_cast<std::size_t>(whole));
     return;
   }
-  for (int i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(stochastic_integer(m[i], moment_bits<second>(r[i])));
+  for (int i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(stochastic_integer(m[i], moment_bits<which>(r[i])));
   for (int i = count; i < whole; ++i) codes[i] = 0;
   if (format == Format::int8)
     std::memcpy(to, codes, static_cast<std::size_t>(whole));

@@ -81,6 +81,14 @@ __global__ void __launch_bounds__(threads_per_block, 2) kernel(const __grid_cons
 
 using Kernel = void (*)(LaunchArguments);
 
+template <class Rule, Storage storage>
+Kernel update_kernel() {
+  if constexpr (storage == Storage::plain && has_third<Rule>)
+    return nullptr;
+  else
+    return kernel<Rule, Statistics::none, storage>;
+}
+
 // Only a gated rule gathers statistics; the first launch of the exact form is the same for all of them.
 template <Storage storage>
 Kernel kernel_of(RuleIndex rule, Statistics statistics) {
@@ -90,7 +98,7 @@ Kernel kernel_of(RuleIndex rule, Statistics statistics) {
   switch (rule) {
 #define SIGNADAM_CASE(Rule) \
   case rule_##Rule:         \
-    return kernel<Rule, Statistics::none, storage>;
+    return update_kernel<Rule, storage>();
     SIGNADAM_RULES(SIGNADAM_CASE)
 #undef SIGNADAM_CASE
     default:
@@ -187,6 +195,7 @@ std::vector<KernelInfo> kernel_info(int device) {
   DeviceGuard guard(device);
   std::vector<KernelInfo> infos;
   const auto add = [&infos](std::string name, Kernel function) {
+    if (function == nullptr) return;
     cudaFuncAttributes a{};
     check(cudaFuncGetAttributes(&a, function), "to read kernel attributes");
     int blocks = 0;

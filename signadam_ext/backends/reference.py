@@ -47,6 +47,8 @@ def _update(rule: reference.Update, statistics: str, scalars: dict[str, float], 
     stored = [moment if form.packed else flat(moment) for form, moment in zip(entry.forms, entry.moments, strict=True)]
     p = storage.load_param(entry.weights, param, beside)
     moments = tuple(storage.decode(form, x, numel) for form, x in zip(entry.forms, stored, strict=True))
+    if entry.variance is not None:
+        moments = (*moments, flat(entry.variance))
     p, moments = reference.update(rule, statistics, scalars, p, flat(grad).float(), moments, entry.exp_avg_std)
     r = None
     if entry.weights in ("stochastic", "split8") or any(form is not storage.FP32 for form in entry.forms):

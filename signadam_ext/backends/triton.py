@@ -26,7 +26,7 @@ def launch_options(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]:
     """How a kernel with these constants is compiled."""
     options: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
     # What ptxas takes by itself would leave some of the large ones one block for each multiprocessor.
-    is_stored = any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "WEIGHTS"))
+    is_stored = any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "THIRD", "WEIGHTS"))
     is_large = constants["STATISTICS"] == _C.Statistics.GATHER.value or constants["MOMENTS"] > 1
     if nvidia and is_stored and is_large:
         options["maxnreg"] = 128
@@ -69,7 +69,7 @@ class TritonBackend:
         made = Resident(device, resident, chunk_map, sums, arrivals)
         ring = PinnedRing(device)
         sample = entries[0]  # all are stored alike
-        forms = [form.number for form in sample.forms] + [FORMATS[torch.float32]] * 2
+        forms = [form.number for form in sample.forms] + [FORMATS[torch.float32]] * 3
         constants: dict[str, Any] = {
             "RULE": getattr(rules, bucket.rule.name),
             "MOMENTS": len(bucket.rule.moments),
@@ -77,6 +77,8 @@ class TritonBackend:
             "GRAD": FORMATS[sample.grad_dtype],
             "EXP_AVG": forms[0],
             "EXP_AVG_SQ": forms[1],
+            "THIRD": forms[2],
+            "READS_VARIANCE": bucket.rule.reads_variance,
             "WEIGHTS": WEIGHTS[sample.weights],
         }
         passes = []
@@ -116,19 +118,20 @@ def _table(entries: Sequence[Entry]) -> Tensor:
 
     rows, first_chunk = [], 0
     for entry in entries:
-        moments = [moment.data_ptr() for moment in entry.moments]
+        operands = [0 if x is None else x.data_ptr() for x in entry.operands()]
         low = 0 if entry.beside is None else entry.beside.data_ptr()
         numel = entry.work.numel()
         row = {
             "param": entry.work.data_ptr(),
             "low": low,
-            "exp_avg": moments[0] if moments else 0,
-            "exp_avg_sq": moments[1] if moments[1:] else 0,
+            "exp_avg": operands[0],
+            "exp_avg_sq": operands[1],
+            "third": operands[2],
             "exp_avg_std": 0 if entry.exp_avg_std is None else entry.exp_avg_std.data_ptr(),
             "numel": numel,
             "first": entry.first,
             "first_chunk": first_chunk,
-            "aligned": all(address % 16 == 0 for address in (entry.work.data_ptr(), low, *moments)),
+            "aligned": all(address % 16 == 0 for address in (entry.work.data_ptr(), low, *operands)),
         }
         rows.append([int(row[name]) for name in COLUMNS])
         first_chunk += -(-numel // _C.CHUNK_SIZE)

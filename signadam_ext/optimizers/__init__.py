@@ -1,8 +1,34 @@
-"""One module per rule: its scalars, its class, its functional form."""
+"""One module per rule or family: its scalars, its classes, their functional forms."""
 
+from .adam import Adam, AdamW, adam
+from .lion import Lion, lion
+from .msgd import MSGD, msgd
 from .sign_adam import SignAdam, sign_adam
 from .sign_adam_pp import SignAdamPP, sign_adam_pp
 from .sign_sgd import SignSGD, sign_sgd
 from .signum import Signum, signum
+from .variance_adaptation import MSVAG, SVAG, AdamStar, adam_star, msvag, svag
 
-__all__ = ["SignAdam", "SignAdamPP", "SignSGD", "Signum", "sign_adam", "sign_adam_pp", "sign_sgd", "signum"]
+__all__ = [
+    "MSGD",
+    "MSVAG",
+    "SVAG",
+    "Adam",
+    "AdamStar",
+    "AdamW",
+    "Lion",
+    "SignAdam",
+    "SignAdamPP",
+    "SignSGD",
+    "Signum",
+    "adam",
+    "adam_star",
+    "lion",
+    "msgd",
+    "msvag",
+    "sign_adam",
+    "sign_adam_pp",
+    "sign_sgd",
+    "signum",
+    "svag",
+]

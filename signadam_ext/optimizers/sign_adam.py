@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .. import checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
+from ..options import Common
 from ..rule import Group, Rule, Scalars, power
 
 
@@ -58,38 +60,18 @@ class SignAdam(SignOptimizer):
     ``lr`` at t = 1, 2, 5, 10 with the default betas, at most 6.6 at t = 12, and 3.2 at t = 100. Warm up.
 
     Args:
-        params: parameters, named parameters, or groups; fp32, bf16 or fp16, any shape.
+        {params}
         lr: learning rate, at least 0. A float or a CPU tensor of one element. The default is Adam's, and [SA]'s for
             MNIST; [SA] gives none for signADAM itself.
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment, at least 0.
         second_moment: "exact" or "analytic".
-        weight_decay: at least 0.
-        decoupled_weight_decay: ``p *= 1 - lr * weight_decay`` before the update (True), or
-            ``g += weight_decay * p`` before the sign is taken (False).
-        maximize: ascend instead of descend.
-        state_dtype: how the momentum is stored: "fp32", "bf16" (rounded stochastically), or as "int8", "int4" or
-            "int2" codes q that stand for q / 127, q / 7 or q. Since |m| <= 1 they need no scale; rounding is
-            stochastic, so the stored momentum is right on average, and its variance grows: see the README for what
-            beta allows. A tuple gives each moment its own; with codes for m alone, v is bf16.
-        weights: how a bf16 or fp16 parameter keeps what its dtype cannot hold. "as_is": rounded to nearest, so that
-            steps below half its last place are lost. "stochastic": rounded up or down at random, right on average.
-            "split16", "split8" (bf16 only): the low 16 bits of fp32, which makes it exact fp32 training in 4 bytes,
-            or the next 8 and the rest stochastically, are kept beside it. "master": an fp32 copy is. An fp32
-            parameter is its own master under "stochastic" and "master". A parameter set from outside wins over its
-            copy.
-        seed: of the random bits, in [0, 2^64). They are a function of seed, parameter, step and element, so they are
-            the same on every backend and in a resumed run; no global generator is touched.
-        backend: "auto", "cpu", "cuda", "triton" or "reference".
-        foreach, fused, differentiable: accepted for torch.optim's sake; the update is always fused.
+        {bounded_state}
+        {common}
 
     State: ``exp_avg`` (m) and, if exact, ``exp_avg_sq`` (v), fp32 or bf16 of the parameter's shape; m also as packed
     codes, with ``exp_avg_kind`` and ``exp_avg_levels`` beside them; ``step``; with split weights ``param_low``, with
     master weights ``master_param``.
-
-    Raises:
-        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
-        RuntimeError: a backend that this installation cannot use.
 
     Source: [SA] Wang et al., arXiv 1907.09008, Alg. 2 and Sec. 4. The paper prints the analytic moment with exponent
     t - 1, which is 0 at the first step and contradicts its Alg. 2: taken as a misprint.
@@ -105,31 +87,15 @@ class SignAdam(SignOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         second_moment: str = "exact",
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
-        maximize: bool = False,
-        state_dtype: str | tuple[str, ...] = "fp32",
-        weights: str = "as_is",
-        seed: int = 0,
-        backend: str = "auto",
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        differentiable: bool | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        defaults = {
+        own = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "second_moment": second_moment,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "state_dtype": state_dtype,
-            "weights": weights,
-            "seed": seed,
-            "backend": backend,
         }
-        super().__init__(params, defaults, foreach=foreach, fused=fused, differentiable=differentiable)
+        super().__init__(params, own, common)
 
     @classmethod
     def _rule(cls, group: dict[str, Any]) -> Rule:

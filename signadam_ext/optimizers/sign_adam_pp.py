@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .. import checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
+from ..options import Common
 from ..rule import Group, Rule, Scalars
 
 #: ``alpha=None`` stands for these: a fixed threshold is in units of the gradient, an adaptive one multiplies a
@@ -58,40 +60,20 @@ class SignAdamPP(SignOptimizer):
     A step whose gradient is not finite leaves ``a`` as it is.
 
     Args:
-        params: parameters, named parameters, or groups; fp32, bf16 or fp16, any shape.
+        {params}
         lr: learning rate, at least 0. A float or a CPU tensor of one element. The default is [SA]'s for MNIST (for
             SIGN-SGD, SIGNUM and ADAM; it gives none for signADAM++).
-        beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers find it.
+        {beta}
         confidence: "fixed", "adaptive" or "adaptive_delayed".
         alpha: at least 0. With "fixed" in units of the gradient, otherwise of its running standard deviation. None:
             0 for "fixed", 0.5 otherwise.
         confidence_beta: decay of the running deviation, in [0, 1).
-        weight_decay: at least 0.
-        decoupled_weight_decay: ``p *= 1 - lr * weight_decay`` before the update (True; with adaptive confidence this
-            is [SA]'s signADAM++-AW), or ``g += weight_decay * p`` before the gate (False).
-        maximize: ascend instead of descend.
-        state_dtype: how the momentum is stored: "fp32", "bf16" (rounded stochastically), or as "int8", "int4" or
-            "int2" codes q that stand for q / 127, q / 7 or q. Since |m| <= 1 they need no scale; rounding is
-            stochastic, so the stored momentum is right on average, and its variance grows: see the README for what
-            beta allows.
-        weights: how a bf16 or fp16 parameter keeps what its dtype cannot hold. "as_is": rounded to nearest, so that
-            steps below half its last place are lost. "stochastic": rounded up or down at random, right on average.
-            "split16", "split8" (bf16 only): the low 16 bits of fp32, which makes it exact fp32 training in 4 bytes,
-            or the next 8 and the rest stochastically, are kept beside it. "master": an fp32 copy is. An fp32
-            parameter is its own master under "stochastic" and "master". A parameter set from outside wins over its
-            copy.
-        seed: of the random bits, in [0, 2^64). They are a function of seed, parameter, step and element, so they are
-            the same on every backend and in a resumed run; no global generator is touched.
-        backend: "auto", "cpu", "cuda", "triton" or "reference".
-        foreach, fused, differentiable: accepted for torch.optim's sake; the update is always fused.
+        {bounded_state}
+        {common}
 
     State: ``exp_avg`` (m), fp32 or bf16 of the parameter's shape or packed codes, with ``exp_avg_kind`` and
     ``exp_avg_levels`` beside them; with adaptive confidence ``exp_avg_std`` (a), 0-dim float64 on the parameter's
     device; ``step``; with split weights ``param_low``, with master weights ``master_param``.
-
-    Raises:
-        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
-        RuntimeError: a backend that this installation cannot use.
 
     Source: [SA] Wang et al., arXiv 1907.09008, Alg. 3 and Sec. 6.3. The authors' released code moves by the gated sign
     and not by the momentum; this class follows the paper, :class:`SignSGD` with ``alpha=5e-4`` the code.
@@ -108,32 +90,16 @@ class SignAdamPP(SignOptimizer):
         confidence: str = "fixed",
         alpha: float | None = None,
         confidence_beta: float = 0.9,
-        weight_decay: float = 0.0,
-        decoupled_weight_decay: bool = True,
-        maximize: bool = False,
-        state_dtype: str | tuple[str, ...] = "fp32",
-        weights: str = "as_is",
-        seed: int = 0,
-        backend: str = "auto",
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        differentiable: bool | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        defaults = {
+        own = {
             "lr": lr,
             "betas": (beta,),
             "confidence": confidence,
             "alpha": alpha,
             "confidence_beta": confidence_beta,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "state_dtype": state_dtype,
-            "weights": weights,
-            "seed": seed,
-            "backend": backend,
         }
-        super().__init__(params, defaults, foreach=foreach, fused=fused, differentiable=differentiable)
+        super().__init__(params, own, common)
 
     @classmethod
     def _rule(cls, group: dict[str, Any]) -> Rule:

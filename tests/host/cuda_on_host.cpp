@@ -16,9 +16,12 @@ Launch launch_of(int rule, Statistics statistics) {
   if (statistics == Statistics::gather)
     return rule == rule_SignAdamPP ? launch<SignAdamPP, Statistics::gather, storage> : nullptr;
   switch (rule) {
-#define SIGNADAM_CASE(Rule) \
-  case rule_##Rule:         \
-    return launch<Rule, Statistics::none, storage>;
+#define SIGNADAM_CASE(Rule)                                     \
+  case rule_##Rule:                                             \
+    if constexpr (storage == Storage::plain && has_third<Rule>) \
+      return nullptr;                                           \
+    else                                                        \
+      return launch<Rule, Statistics::none, storage>;
     SIGNADAM_RULES(SIGNADAM_CASE)
 #undef SIGNADAM_CASE
     default:
@@ -47,8 +50,7 @@ int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks
   std::vector<Scalars> scalars;
   const auto* const rows = reinterpret_cast<const double*>(step_bytes + offsets[3]);
   for (int64_t i = 0; i < scalar_rows; ++i) scalars.push_back(Scalars::from_row(rows + i * scalar_count));
-  const bool plain =
-      std::all_of(entries, entries + tensors, [](const TensorEntry& entry) { return entry.formats.plain(); });
+  const bool plain = std::all_of(entries, entries + tensors, [](const TensorEntry& entry) { return entry.plain(); });
   const Step step{reinterpret_cast<const void* const*>(step_bytes + offsets[0]),
                   plain ? nullptr : reinterpret_cast<const Noise*>(step_bytes + offsets[1]),
                   reinterpret_cast<const uint32_t*>(step_bytes + offsets[2]), scalars.data()};

@@ -1,0 +1,165 @@
+"""Adam, AdamW and AMSGrad: the baselines, fused as everything else here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .. import checks
+from ..lists import step_lists
+from ..optimizer import Params, SignOptimizer
+from ..options import DEFAULTS, Common
+from ..rule import Group, Rule, Scalars, power
+
+
+def _scalars(group: Group, t: int) -> Scalars:
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": float(group["lr"]) / (1 - power(beta1, t)),
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "bias_correction": math.sqrt(1 - power(beta2, t)),
+        "eps": float(group["eps"]),
+    }
+
+
+RULES = {
+    False: Rule("adam", moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True),
+    True: Rule("adam_amsgrad", moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), scalars=_scalars, uses_step=True),
+}
+
+
+class Adam(SignOptimizer):
+    r"""Adam [KB, Alg. 1], with ``amsgrad`` as ``torch.optim.Adam`` has it.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        p_t &= p_{t-1} - \frac{\mathrm{lr}}{1 - \beta_1^t} \cdot
+        \frac{m_t}{\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon}
+
+    Equal to ``torch.optim.Adam`` up to rounding: torch rounds ``lerp`` and ``addcmul`` once where this rounds each
+    operation, so that m and v differ by at most three units in the last place of their largest term in each step.
+
+    Args:
+        {params}
+        lr: learning rate, at least 0. A float or a CPU tensor of one element.
+        betas: decay of the two moments, each in [0, 1).
+        eps: added to the root of the second moment, at least 0.
+        amsgrad: divide by the root of the largest second moment so far.
+        {unbounded_state}
+        {common}
+
+    As in ``torch.optim.Adam``, and unlike the other optimizers here, ``decoupled_weight_decay`` is False unless given.
+    ``amsgrad`` refuses a ``state_dtype`` of few bits.
+
+    State: ``exp_avg`` (m), ``exp_avg_sq`` (v), with amsgrad ``max_exp_avg_sq``, and
+        {common_state}
+
+    Sources: [KB] Kingma and Ba, arXiv 1412.6980, Alg. 1; Reddi et al., arXiv 1904.09237, for amsgrad.
+    """
+
+    HYPERPARAMETERS = ("lr", "betas", "eps", "amsgrad")
+    COMMON: ClassVar[dict[str, Any]] = {**DEFAULTS, "decoupled_weight_decay": False}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        amsgrad: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "amsgrad": amsgrad}, common)
+
+    @classmethod
+    def _rule(cls, group: dict[str, Any]) -> Rule:
+        checks.flag("amsgrad", group["amsgrad"])
+        return RULES[group["amsgrad"]]
+
+    @classmethod
+    def _check_group(cls, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        checks.betas(group["betas"], ("betas[0]", "betas[1]"))
+        checks.number("eps", group["eps"], 0.0)
+
+
+class AdamW(Adam):
+    r"""AdamW [LH]: :class:`Adam` with decoupled weight decay, 0.01 unless given, as ``torch.optim.AdamW``.
+
+    .. math::
+        p_t = (1 - \mathrm{lr} \cdot \lambda)\, p_{t-1} - \text{Adam's step}
+
+    The decay is not rounded by itself, so that it acts on bf16 parameters as well.
+
+    Args:
+        {params}
+        lr, betas, eps, amsgrad: as of :class:`Adam`.
+        {unbounded_state}
+        {common}
+
+    State: as of :class:`Adam`.
+
+    Source: [LH] Loshchilov and Hutter, arXiv 1711.05101, Alg. 2.
+    """
+
+    COMMON: ClassVar[dict[str, Any]] = {**DEFAULTS, "weight_decay": 1e-2}
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        amsgrad: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(params, lr, betas=betas, eps=eps, amsgrad=amsgrad, **common)
+
+
+def adam(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor] = (),
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    amsgrad: bool = False,
+    decoupled_weight_decay: bool = False,
+    **hyperparameters: Any,
+) -> None:
+    """One step of :class:`Adam`, in place on ``params`` and the state lists; of :class:`AdamW` with decoupled decay.
+
+    Args:
+        params, grads: of equal length; a parameter whose gradient is None is left alone.
+        exp_avgs, exp_avg_sqs, max_exp_avg_sqs: fp32, of the parameters' shapes and strides; zeros at first. The last
+            only for ``amsgrad``.
+        state_steps: 0-dim fp32 on the CPU, steps taken so far, counted up.
+        lr, betas, eps, amsgrad, decoupled_weight_decay: as in :class:`Adam`.
+        hyperparameters: ``weight_decay``, ``maximize``, ``backend``, as there.
+    """
+    step_lists(
+        Adam,
+        params,
+        grads,
+        {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs},
+        state_steps=state_steps,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        amsgrad=amsgrad,
+        decoupled_weight_decay=decoupled_weight_decay,
+        **hyperparameters,
+    )

@@ -1,0 +1,365 @@
+"""SVAG, M-SVAG and ADAM*: steps scaled by what the gradient's variance leaves of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .. import checks
+from ..lists import step_lists
+from ..optimizer import Params, SignOptimizer
+from ..options import Common
+from ..rule import Group, Rule, Scalars, power
+
+#: Where the variance comes from: exponential averages of the gradient, or ``param.grad_variance``.
+VARIANCES = ("ema", "minibatch")
+
+
+def variance_share(beta: float, t: int) -> float:
+    """rho of [BH, Eq. 10]: the momentum's variance in units of the gradient's; 1 at t = 1, late (1 - b) / (1 + b)."""
+    left = power(beta, t)
+    return ((1 - beta) * (1 + left)) / ((1 + beta) * (1 - left))
+
+
+def _scalars(group: Group, t: int) -> Scalars:
+    (beta,) = group["betas"]
+    rho = variance_share(beta, t)
+    return {
+        "beta1": beta,
+        "one_minus_beta1": 1 - beta,
+        "bias_correction": 1 - power(beta, t),
+        "rho": rho,
+        # The draft's estimate is not divided; 0 stands for a variance of 0.
+        "one_minus_rho": max(1 - rho, 0.0) if group["bias_correct_variance"] else 1.0,
+    }
+
+
+def _minibatch_scalars(group: Group, t: int) -> Scalars:
+    (mu,) = group["betas"]
+    return {"beta1": mu, "beta2": mu * mu}
+
+
+def _ema(name: str) -> Rule:
+    return Rule(name, moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True)
+
+
+def _minibatch(name: str) -> Rule:
+    return Rule(name, moments=("exp_avg", "exp_avg_var"), scalars=_minibatch_scalars, reads_variance=True)
+
+
+SVAG_RULE = _ema("svag")
+MSVAG_RULES = {"ema": _ema("msvag"), "minibatch": _minibatch("msvag_minibatch")}
+ADAM_STAR_RULES = {"ema": _ema("adam_star"), "minibatch": _minibatch("adam_star_minibatch")}
+ADAM_STAR_PLAIN_RULE = _ema("adam_star_plain")
+
+
+class SVAG(SignOptimizer):
+    r"""SVAG [BH, Alg. 3]: the gradient, each entry scaled by what its variance leaves of it.
+
+    .. math::
+        \tilde m_t &= \beta \tilde m_{t-1} + (1 - \beta) g_t, \quad
+        \tilde v_t = \beta \tilde v_{t-1} + (1 - \beta) g_t^2, \quad
+        m_t = \tilde m_t / (1 - \beta^t), \; v_t = \tilde v_t / (1 - \beta^t) \\
+        \rho_t &= \frac{(1 - \beta)(1 + \beta^t)}{(1 + \beta)(1 - \beta^t)}, \quad
+        s_t = \max(v_t - m_t^2, 0) / (1 - \rho_t) \\
+        p_t &= p_{t-1} - \mathrm{lr} \cdot \frac{m_t^2}{m_t^2 + s_t}\, g_t
+
+    At t = 1, and with ``beta=0``, there is no variance to be seen and s is 0. Where the denominator is 0 the parameter
+    stays. The factor lies in [0, 1] as it is; the authors' released code clips it there, and caps rho at 0.9999.
+
+    Args:
+        {params}
+        lr: learning rate, at least 0. A float or a CPU tensor of one element.
+        {beta}
+        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0].
+        {unbounded_state}
+        {common}
+
+    Moments in few bits add to the variance that this method measures, so that it takes smaller steps.
+
+    State: ``exp_avg`` and ``exp_avg_sq``, before their bias correction, and
+        {common_state}
+
+    Source: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 3 and Sec. 4.
+    """
+
+    HYPERPARAMETERS = ("lr", "betas", "bias_correct_variance")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        *,
+        beta: float = 0.9,
+        bias_correct_variance: bool = True,
+        **common: Unpack[Common],
+    ) -> None:
+        own = {"lr": lr, "betas": (beta,), "bias_correct_variance": bias_correct_variance}
+        super().__init__(params, own, common)
+
+    @classmethod
+    def _rule(cls, group: dict[str, Any]) -> Rule:
+        return SVAG_RULE
+
+    @classmethod
+    def _check_group(cls, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        checks.betas(group["betas"], ("beta",))
+        checks.flag("bias_correct_variance", group["bias_correct_variance"])
+
+
+class MSVAG(SignOptimizer):
+    r"""M-SVAG [BH, Alg. 1]: momentum, each entry scaled by what its variance leaves of it.
+
+    With m, s and rho as in :class:`SVAG`:
+
+    .. math::
+        p_t = p_{t-1} - \mathrm{lr} \cdot \frac{m_t^2}{m_t^2 + \rho_t s_t}\, m_t
+
+    The first step is a gradient step. With ``variance="minibatch"`` [BH0, Alg. 3] the variance is not estimated from
+    the past but read from ``param.grad_variance``, which :func:`signadam_ext.per_sample_variance` fills:
+
+    .. math::
+        m_t = \mu m_{t-1} + g_t, \quad S_t = \mu^2 S_{t-1} + \hat s_t, \quad
+        p_t = p_{t-1} - \mathrm{lr} \cdot \frac{m_t^2}{m_t^2 + S_t}\, m_t
+
+    Where a denominator is 0 the parameter stays. The factor lies in [0, 1] as it is; the authors' released code clips
+    it there, and caps rho at 0.9999 instead of taking s = 0 at t = 1.
+
+    Args:
+        {params}
+        lr: learning rate, at least 0. A float or a CPU tensor of one element. With "minibatch" the momentum sums to
+            1 / (1 - beta) times as much, so that the learning rate is to be smaller by 1 - beta.
+        {beta}
+        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Only for "ema".
+        variance: "ema" or "minibatch".
+        {unbounded_state}
+        {common}
+
+    Moments in few bits add to the variance that this method measures, so that it takes smaller steps. Neither
+    ``maximize`` nor coupled weight decay changes a variance, so ``grad_variance`` is taken as it is.
+
+    State: ``exp_avg`` and ``exp_avg_sq``, before their bias correction, or with "minibatch" ``exp_avg`` (m) and
+    ``exp_avg_var`` (S), and
+        {common_state}
+
+    Sources: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 1; [BH0] its anonymous draft for ICLR 2018, Alg. 3.
+    """
+
+    HYPERPARAMETERS = ("lr", "betas", "bias_correct_variance", "variance")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        *,
+        beta: float = 0.9,
+        bias_correct_variance: bool = True,
+        variance: str = "ema",
+        **common: Unpack[Common],
+    ) -> None:
+        own = {"lr": lr, "betas": (beta,), "bias_correct_variance": bias_correct_variance, "variance": variance}
+        super().__init__(params, own, common)
+
+    @classmethod
+    def _rule(cls, group: dict[str, Any]) -> Rule:
+        return checks.look_up("variance", group["variance"], MSVAG_RULES)
+
+    @classmethod
+    def _check_group(cls, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        checks.betas(group["betas"], ("beta",))
+        checks.flag("bias_correct_variance", group["bias_correct_variance"])
+
+
+class AdamStar(SignOptimizer):
+    r"""ADAM* [BH, Alg. 4]: the sign of the momentum, each entry scaled by what its variance leaves of it.
+
+    With m, s and rho as in :class:`SVAG`:
+
+    .. math::
+        p_t &= p_{t-1} - \mathrm{lr} \cdot m_t / \sqrt{m_t^2 + \rho_t s_t} \\
+        p_t &= p_{t-1} - \mathrm{lr} \cdot \mathrm{sign}(g_t)\, |m_t| / \sqrt{m_t^2 + s_t}
+        \quad \text{with momentum=False [BH, C.3]}
+
+    With ``variance="minibatch"`` [BH0, Alg. 5], m and S as in :class:`MSVAG`:
+
+    .. math::
+        p_t = p_{t-1} - \mathrm{lr} \cdot m_t / \sqrt{m_t^2 + S_t}
+
+    No entry moves by more than ``lr``. Where a denominator is 0 the parameter stays.
+
+    Args:
+        {params}
+        lr: learning rate, at least 0. A float or a CPU tensor of one element.
+        {beta}
+        momentum: whether the step has the sign of the momentum or of the gradient.
+        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Only for "ema".
+        variance: "ema" or "minibatch"; "minibatch" is defined with momentum only.
+        {unbounded_state}
+        {common}
+
+    State: as of :class:`MSVAG`.
+
+    Sources: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 4 and App. C.3; [BH0] its anonymous draft for ICLR 2018,
+    Alg. 5.
+    """
+
+    HYPERPARAMETERS = ("lr", "betas", "momentum", "bias_correct_variance", "variance")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        *,
+        beta: float = 0.9,
+        momentum: bool = True,
+        bias_correct_variance: bool = True,
+        variance: str = "ema",
+        **common: Unpack[Common],
+    ) -> None:
+        own = {
+            "lr": lr,
+            "betas": (beta,),
+            "momentum": momentum,
+            "bias_correct_variance": bias_correct_variance,
+            "variance": variance,
+        }
+        super().__init__(params, own, common)
+
+    @classmethod
+    def _rule(cls, group: dict[str, Any]) -> Rule:
+        rule = checks.look_up("variance", group["variance"], ADAM_STAR_RULES)
+        return rule if group["momentum"] else ADAM_STAR_PLAIN_RULE
+
+    @classmethod
+    def _check_group(cls, group: dict[str, Any]) -> None:
+        checks.flag("momentum", group["momentum"])
+        super()._check_group(group)
+        checks.betas(group["betas"], ("beta",))
+        checks.flag("bias_correct_variance", group["bias_correct_variance"])
+        if not group["momentum"] and group["variance"] != "ema":
+            raise ValueError(
+                f"momentum=False with variance={group['variance']!r}: ADAM* without momentum is defined by exponential "
+                "averages only; use variance='ema'"
+            )
+
+
+def svag(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta: float = 0.9,
+    bias_correct_variance: bool = True,
+    **hyperparameters: Any,
+) -> None:
+    """One step of :class:`SVAG`, in place on ``params`` and the state lists.
+
+    Args:
+        params, grads: of equal length; a parameter whose gradient is None is left alone.
+        exp_avgs, exp_avg_sqs: fp32, of the parameters' shapes and strides; zeros at first.
+        state_steps: 0-dim fp32 on the CPU, steps taken so far, counted up.
+        lr, beta, bias_correct_variance: as in :class:`SVAG`.
+        hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+    """
+    step_lists(
+        SVAG,
+        params,
+        grads,
+        {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs},
+        state_steps=state_steps,
+        lr=lr,
+        betas=(beta,),
+        bias_correct_variance=bias_correct_variance,
+        **hyperparameters,
+    )
+
+
+def msvag(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor] | None = None,
+    grad_variances: Sequence[Tensor | None] | None = None,
+    *,
+    lr: float | Tensor,
+    beta: float = 0.9,
+    bias_correct_variance: bool = True,
+    variance: str = "ema",
+    **hyperparameters: Any,
+) -> None:
+    """One step of :class:`MSVAG`, in place on ``params`` and the state lists.
+
+    Args:
+        params, grads: of equal length; a parameter whose gradient is None is left alone.
+        exp_avgs, exp_avg_sqs: fp32, of the parameters' shapes and strides; zeros at first. With "minibatch" the second
+            is S.
+        state_steps: 0-dim fp32 on the CPU, steps taken so far, counted up; "ema" needs them.
+        grad_variances: the variances of the gradients, for "minibatch".
+        lr, beta, bias_correct_variance, variance: as in :class:`MSVAG`.
+        hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+    """
+    step_lists(
+        MSVAG,
+        params,
+        grads,
+        _moments(exp_avgs, exp_avg_sqs),
+        state_steps=state_steps,
+        grad_variances=grad_variances,
+        lr=lr,
+        betas=(beta,),
+        bias_correct_variance=bias_correct_variance,
+        variance=variance,
+        **hyperparameters,
+    )
+
+
+def adam_star(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor] | None = None,
+    grad_variances: Sequence[Tensor | None] | None = None,
+    *,
+    lr: float | Tensor,
+    beta: float = 0.9,
+    momentum: bool = True,
+    bias_correct_variance: bool = True,
+    variance: str = "ema",
+    **hyperparameters: Any,
+) -> None:
+    """One step of :class:`AdamStar`, in place on ``params`` and the state lists.
+
+    Args:
+        params, grads, exp_avgs, exp_avg_sqs, state_steps, grad_variances: as of :func:`msvag`.
+        lr, beta, momentum, bias_correct_variance, variance: as in :class:`AdamStar`.
+        hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+    """
+    step_lists(
+        AdamStar,
+        params,
+        grads,
+        _moments(exp_avgs, exp_avg_sqs),
+        state_steps=state_steps,
+        grad_variances=grad_variances,
+        lr=lr,
+        betas=(beta,),
+        momentum=momentum,
+        bias_correct_variance=bias_correct_variance,
+        variance=variance,
+        **hyperparameters,
+    )
+
+
+def _moments(first: Sequence[Tensor], second: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
+    """By the names of either form."""
+    return {"exp_avg": first, "exp_avg_sq": second, "exp_avg_var": second}
