@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,7 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
         "betas": st.tuples(unit, unit),
         "eps": st.sampled_from((1e-8, 1e-3, 0.0)),
         "confidence_beta": unit,
+        "bias_correct_variance": st.booleans(),
     }
     common = {
         "lr": st.sampled_from((1e-3, 0.1, 0.0)) | st.floats(0, 1),
@@ -203,6 +204,8 @@ def train(case: RunCase, backend: str, device: str) -> tuple[list[Tensor], torch
         for param, tensor in zip(params, case.tensors, strict=True):
             grad = gradient(tensor, param, generator)
             param.grad = None if step in tensor.absent else grad
+            if case.row.reads_variance:
+                param.grad_variance = gradient(replace(tensor, grad_dtype=torch.float32), param, generator)
         optimizer.step()
     return params, optimizer
 

@@ -67,6 +67,17 @@ class Bounded:
             error = np.fmin(np.sqrt(self.error), self.error / root)
         return Bounded.rounded(root, error)
 
+    def positive(self) -> Bounded:
+        """The larger of it and 0."""
+        return Bounded(np.maximum(self.value, 0.0), self.error)
+
+    def where(self, condition: np.ndarray, other: Bounded) -> Bounded:
+        return Bounded(np.where(condition, self.value, other.value), np.where(condition, self.error, other.error))
+
+    def largest(self, other: Bounded) -> Bounded:
+        """Of the two. Which one fp32 takes does not matter where either is within its error of the other."""
+        return Bounded(np.maximum(self.value, other.value), np.maximum(self.error, other.error))
+
     def sign(self) -> Bounded:
         """Exact where the sign is certain; where it is not, wrong by 2 at the most."""
         certain = (np.abs(self.value) > self.error) | (self.error == 0)
@@ -130,6 +141,90 @@ def sign_adam_pp(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]
     return p - Bounded.scalar(h["lr"]) * state["exp_avg"]
 
 
+def msgd(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[BH] Sec. 6, without bias correction."""
+    beta = h["beta"]
+    state["exp_avg"] = Bounded.scalar(beta) * state["exp_avg"] + Bounded.scalar(1 - beta) * g
+    return p - Bounded.scalar(h["lr"]) * state["exp_avg"]
+
+
+def mean_and_variance(g: Bounded, state: State, t: int, h: dict[str, Any]) -> tuple[Bounded, Bounded, float]:
+    """[BH] Eq. 9 to 11: bias-corrected mean, estimated variance, and rho."""
+    b = h["beta"]
+    for name, x in (("exp_avg", Bounded.exact(1.0)), ("exp_avg_sq", g)):
+        state[name] = Bounded.scalar(b) * state[name] + Bounded.scalar(1 - b) * g * x
+    m, v = (state[name] / Bounded.scalar(1 - b**t) for name in ("exp_avg", "exp_avg_sq"))
+    rho = (1 - b) * (1 + b**t) / ((1 + b) * (1 - b**t))
+    variance = (v - m * m).positive()
+    if h.get("bias_correct_variance", True):
+        variance = variance / Bounded.scalar(1 - rho) if t > 1 and b > 0 else Bounded.exact(np.zeros(g.value.shape))
+    return m, variance, rho
+
+
+def svag(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[BH] Alg. 3."""
+    m, variance, _ = mean_and_variance(g, state, t, h)
+    return p - Bounded.scalar(h["lr"]) * (m * m / (m * m + variance)) * g
+
+
+def msvag(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[BH] Alg. 1."""
+    m, variance, rho = mean_and_variance(g, state, t, h)
+    return p - Bounded.scalar(h["lr"]) * (m * m / (m * m + Bounded.scalar(rho) * variance)) * m
+
+
+def adam_star(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[BH] Alg. 4."""
+    m, variance, rho = mean_and_variance(g, state, t, h)
+    return p - Bounded.scalar(h["lr"]) * m / (m * m + Bounded.scalar(rho) * variance).sqrt()
+
+
+def adam_star_plain(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[BH] App. C.3."""
+    m, variance, _ = mean_and_variance(g, state, t, h)
+    size = Bounded(np.abs(m.value), m.error)
+    return p - Bounded.scalar(h["lr"]) * Bounded.exact(np.sign(g.value)) * size / (m * m + variance).sqrt()
+
+
+def sums_of_minibatch(g: Bounded, state: State, h: dict[str, Any]) -> tuple[Bounded, Bounded]:
+    """[BH0] Alg. 3 and 5: momentum and the sum of variances."""
+    mu = h["beta"]
+    state["exp_avg"] = Bounded.scalar(mu) * state["exp_avg"] + g
+    state["exp_avg_var"] = Bounded.scalar(mu * mu) * state["exp_avg_var"] + h["grad_variance"]
+    return state["exp_avg"], state["exp_avg_var"]
+
+
+def msvag_minibatch(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[BH0] Alg. 3."""
+    m, variance = sums_of_minibatch(g, state, h)
+    return p - Bounded.scalar(h["lr"]) * (m * m / (m * m + variance)) * m
+
+
+def adam_star_minibatch(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[BH0] Alg. 5."""
+    m, variance = sums_of_minibatch(g, state, h)
+    return p - Bounded.scalar(h["lr"]) * m / (m * m + variance).sqrt()
+
+
+def adam(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[KB] Alg. 1; with amsgrad Reddi et al., Alg. 2, bias-corrected as torch does."""
+    b1, b2 = h["betas"]
+    state["exp_avg"] = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * g * g
+    if h.get("amsgrad"):
+        state["max_exp_avg_sq"] = v = state["max_exp_avg_sq"].largest(v)
+    root = v.sqrt() / Bounded.scalar(math.sqrt(1 - b2**t)) + Bounded.scalar(h["eps"])
+    return p - Bounded.scalar(h["lr"] / (1 - b1**t)) * state["exp_avg"] / root
+
+
+def lion(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[LI] Alg. 2."""
+    b1, b2 = h["betas"]
+    u = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    state["exp_avg"] = Bounded.scalar(b2) * state["exp_avg"] + Bounded.scalar(1 - b2) * g
+    return p - Bounded.scalar(h["lr"]) * u.sign()
+
+
 @dataclass(frozen=True)
 class Row:
     """A rule under test: the class, the hyperparameters of its own, the formula."""
@@ -144,7 +239,15 @@ class Row:
         """What the rule's moments can be stored as."""
         if self.optimizer is signadam_ext.SignSGD:
             return ()
-        return ("fp32", "bf16", "int8") if self.optimizer is signadam_ext.Signum else STATE_DTYPES
+        if self.hyperparameters.get("amsgrad"):
+            return ("fp32", "bf16")
+        bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP)
+        return STATE_DTYPES if bounded else ("fp32", "bf16", "int8")
+
+    @property
+    def reads_variance(self) -> bool:
+        """Whether it takes ``param.grad_variance``."""
+        return self.hyperparameters.get("variance") == "minibatch"
 
 
 ADAPTIVE = {"alpha": 0.5, "beta": 0.9, "confidence_beta": 0.8}
@@ -163,4 +266,15 @@ TABLE = [
     Row("sign_adam_pp", signadam_ext.SignAdamPP, {"alpha": 0.25, "beta": 0.9}, sign_adam_pp),
     Row("sign_adam_pp-adaptive", signadam_ext.SignAdamPP, {"confidence": "adaptive", **ADAPTIVE}, sign_adam_pp),
     Row("sign_adam_pp-delayed", signadam_ext.SignAdamPP, {"confidence": "adaptive_delayed", **ADAPTIVE}, sign_adam_pp),
+    Row("msgd", signadam_ext.MSGD, {"beta": 0.9}, msgd),
+    Row("svag", signadam_ext.SVAG, {"beta": 0.9}, svag),
+    Row("msvag", signadam_ext.MSVAG, {"beta": 0.9}, msvag),
+    Row("msvag-draft", signadam_ext.MSVAG, {"beta": 0.9, "bias_correct_variance": False}, msvag),
+    Row("adam_star", signadam_ext.AdamStar, {"beta": 0.9}, adam_star),
+    Row("adam_star_plain", signadam_ext.AdamStar, {"beta": 0.9, "momentum": False}, adam_star_plain),
+    Row("msvag_minibatch", signadam_ext.MSVAG, {"beta": 0.9, "variance": "minibatch"}, msvag_minibatch),
+    Row("adam_star_minibatch", signadam_ext.AdamStar, {"beta": 0.9, "variance": "minibatch"}, adam_star_minibatch),
+    Row("adam", signadam_ext.Adam, {"betas": (0.9, 0.99), "eps": 1e-8}, adam),
+    Row("adam_amsgrad", signadam_ext.AdamW, {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": True}, adam),
+    Row("lion", signadam_ext.Lion, {"betas": (0.9, 0.99)}, lion),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,18 @@ def parameter(*shape: int, seed: int = 0) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
 
 
+def variances(param: torch.Tensor, steps: int = STEPS) -> list[torch.Tensor]:
+    """Of the gradients, for the rules that are given them."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.rand(param.shape, generator=generator) for _ in range(steps)]
+
+
+def zeros(param: torch.Tensor) -> dict[str, Bounded]:
+    """Every moment there is, before the first step."""
+    names = ("exp_avg", "exp_avg_sq", "exp_avg_var", "max_exp_avg_sq")
+    return {name: Bounded.exact(np.zeros(param.shape)) for name in names}
+
+
 def gradients(param: torch.Tensor, steps: int = STEPS, seed: int = 1) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(param.shape, generator=generator) for _ in range(steps)]
@@ -29,14 +43,14 @@ def test_formula(row: Row, maximize: bool, decay: tuple[float, bool]) -> None:
     """Parameters and moments stay within the rounding error that their own formula accumulates."""
     weight_decay, decoupled = decay
     param = parameter(37, 5)
-    h = {"lr": 1e-2, **row.hyperparameters}
+    h: dict[str, Any] = {"lr": 1e-2, **row.hyperparameters}
     optimizer = row.optimizer(
         [param], maximize=maximize, weight_decay=weight_decay, decoupled_weight_decay=decoupled, **h
     )
     p = Bounded.exact(param.detach().numpy())
-    state = {name: Bounded.exact(np.zeros(p.value.shape)) for name in ("exp_avg", "exp_avg_sq")}
-    for t, g in enumerate(gradients(param), start=1):
-        param.grad = g
+    state = zeros(param)
+    for t, (g, variance) in enumerate(zip(gradients(param), variances(param), strict=True), start=1):
+        param.grad, param.grad_variance, h["grad_variance"] = g, variance, Bounded.exact(variance.numpy())
         optimizer.step()
         if weight_decay:
             p = p * Bounded.scalar(1 - h["lr"] * weight_decay)
@@ -54,13 +68,14 @@ def test_formula(row: Row, maximize: bool, decay: tuple[float, bool]) -> None:
 def test_bound_has_teeth(row: Row) -> None:
     """The bound above does not forgive a learning rate that is wrong by one part in a thousand."""
     param = parameter(37, 5)
-    optimizer = row.optimizer([param], lr=1e-2, **row.hyperparameters)
+    optimizer = row.optimizer([param], lr=1e-2, weight_decay=0.0, **row.hyperparameters)
     p = Bounded.exact(param.detach().numpy())
-    state = {name: Bounded.exact(np.zeros(p.value.shape)) for name in ("exp_avg", "exp_avg_sq")}
-    for t, g in enumerate(gradients(param), start=1):
-        param.grad = g
+    state = zeros(param)
+    h = {"lr": 1e-2 * 1.001, **row.hyperparameters}
+    for t, (g, variance) in enumerate(zip(gradients(param), variances(param), strict=True), start=1):
+        param.grad, param.grad_variance, h["grad_variance"] = g, variance, Bounded.exact(variance.numpy())
         optimizer.step()
-        p = row.formula(p, Bounded.exact(g.numpy()), state, t, {"lr": 1e-2 * 1.001, **row.hyperparameters})
+        p = row.formula(p, Bounded.exact(g.numpy()), state, t, h)
     assert (np.abs(param.detach().double().numpy() - p.value) > p.error).mean() > 0.5
 
 
@@ -69,10 +84,10 @@ def test_coupled_decay_is_part_of_the_gradient(row: Row) -> None:
     """Coupled decay equals no decay on gradients to which ``wd * p`` was added: the gate sees it too."""
     coupled, plain = parameter(100), parameter(100)
     a = row.optimizer([coupled], lr=1e-2, weight_decay=0.25, decoupled_weight_decay=False, **row.hyperparameters)
-    b = row.optimizer([plain], lr=1e-2, **row.hyperparameters)
-    for g in gradients(coupled):
-        coupled.grad = g
-        plain.grad = g + 0.25 * plain.detach()
+    b = row.optimizer([plain], lr=1e-2, weight_decay=0.0, **row.hyperparameters)
+    for g, variance in zip(gradients(coupled), variances(coupled), strict=True):
+        coupled.grad, coupled.grad_variance = g, variance
+        plain.grad, plain.grad_variance = g + 0.25 * plain.detach(), variance
         a.step()
         b.step()
         assert torch.equal(coupled, plain)
@@ -106,8 +121,8 @@ def test_zero_gradient_moves_nothing(row: Row) -> None:
     """sign(0) = sign(-0) = 0: unlike in several packages, a zero gradient does not move a weight."""
     param = parameter(10)
     before = param.detach().clone()
-    param.grad = torch.zeros(10) * torch.tensor([1.0, -1.0] * 5)
-    row.optimizer([param], lr=1.0, **row.hyperparameters).step()
+    param.grad, param.grad_variance = torch.zeros(10) * torch.tensor([1.0, -1.0] * 5), torch.zeros(10)
+    row.optimizer([param], lr=1.0, weight_decay=0.0, **row.hyperparameters).step()
     assert torch.equal(param, before)
 
 
