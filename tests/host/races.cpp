@@ -128,7 +128,7 @@ template <class Rule, Statistics statistics, Storage storage>
 void run(const std::vector<Spec>& specs) {
   struct Memory {
     std::vector<unsigned char> param, grad, exp_avg, exp_avg_sq, low;
-    double exp_avg_std = 0.5;
+    double gate = 0.5;
   };
   std::vector<Memory> memory(specs.size());
   std::vector<TensorEntry> tensors;
@@ -148,7 +148,7 @@ void run(const std::vector<Spec>& specs) {
     entry.param = m.param.data() + spec.param_offset * size_of(spec.param);
     entry.exp_avg = m.exp_avg.data();
     entry.exp_avg_sq = m.exp_avg_sq.data();
-    entry.exp_avg_std = statistics == Statistics::none ? nullptr : &m.exp_avg_std;
+    entry.gate = statistics == Statistics::none ? nullptr : &m.gate;
     entry.numel = spec.numel;
     entry.first_chunk = static_cast<uint32_t>(tensor_of_chunk.size());
     entry.formats = {spec.param, spec.grad, spec.exp_avg, spec.exp_avg_sq, spec.weights};
@@ -169,8 +169,8 @@ void run(const std::vector<Spec>& specs) {
   const auto chunks = static_cast<uint32_t>(tensor_of_chunk.size());
   concurrent_launch<Rule, statistics, storage>(table, {grads.data(), noise.data(), rows.data(), &s}, chunks);
   for (const Memory& m : memory)
-    if (statistics != Statistics::none && m.exp_avg_std != 0.25) {
-      std::printf("FAILED: a deviation was moved other than once: %g\n", m.exp_avg_std);
+    if (statistics != Statistics::none && m.gate != 0.25) {
+      std::printf("FAILED: a deviation was moved other than once: %g\n", m.gate);
       std::exit(1);
     }
 }

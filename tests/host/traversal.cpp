@@ -173,7 +173,7 @@ struct Spec {
 struct Tensor {
   Spec spec;
   Buffer param, grad, exp_avg, exp_avg_sq, low;
-  std::unique_ptr<double> exp_avg_std;
+  std::unique_ptr<double> gate;
   uint32_t group;
 
   std::vector<const Buffer*> buffers() const { return {&param, &grad, &exp_avg, &exp_avg_sq, &low}; }
@@ -199,12 +199,12 @@ class Model {
       if (moments > 1) t.exp_avg_sq = moment(spec.exp_avg_sq, (spec.moment_offset + 1) % 4);
       if (const int size = low_bytes(spec.weights); size > 0)
         t.low = Buffer(static_cast<std::size_t>(spec.numel * size), spec.low_offset * size);
-      if (adaptive) t.exp_avg_std = std::make_unique<double>(0.25);
+      if (adaptive) t.gate = std::make_unique<double>(0.25);
       TensorEntry entry{};
       entry.param = t.param.begin();
       entry.exp_avg = t.exp_avg.begin();
       entry.exp_avg_sq = t.exp_avg_sq.begin();
-      entry.exp_avg_std = t.exp_avg_std.get();
+      entry.gate = t.gate.get();
       entry.numel = spec.numel;
       entry.formats = {spec.param, spec.grad, moments > 0 ? spec.exp_avg : Format::fp32,
                        moments > 1 ? spec.exp_avg_sq : Format::fp32, spec.weights};
@@ -505,7 +505,7 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
       const auto g = static_cast<int64_t>(grad_value(i));
       first += g, second += g * g;
     }
-    if (t.exp_avg_std != nullptr) {
+    if (t.gate != nullptr) {
       double deviation = 0.25;
       if (t.spec.present && t.spec.numel > 0) {
         const auto n = static_cast<double>(t.spec.numel);
@@ -513,7 +513,7 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
         const double variance = static_cast<double>(second) / n - mean * mean;
         deviation = 0.5 * 0.25 + 0.5 * std::sqrt(std::max(variance, 0.0));
       }
-      REQUIRE(*t.exp_avg_std == deviation, "tensor %zu: %.17g, not %.17g", k, *t.exp_avg_std, deviation);
+      REQUIRE(*t.gate == deviation, "tensor %zu: %.17g, not %.17g", k, *t.gate, deviation);
     }
     elements += t.spec.numel;
   }
@@ -580,25 +580,24 @@ Scalars scalars_of(bool coupled, bool maximize, double alpha) {
 
 struct Expected {
   std::vector<uint32_t> p, m, v;
-  double exp_avg_std;
+  double gate;
 };
 
 // The rule on every element in turn, without any traversal. `first` of an exact launch: only the deviation moves.
 template <class Rule>
 Expected by_hand(const Tensor& t, const Scalars& s, Statistics statistics) {
-  Expected expected{{}, {}, {}, t.exp_avg_std == nullptr ? 0.0 : *t.exp_avg_std};
+  Expected expected{{}, {}, {}, t.gate == nullptr ? 0.0 : *t.gate};
   std::vector<double> first, second;
   for (int64_t i = 0; i < t.spec.numel; ++i) {
     first.push_back(effective_gradient(s, t.param.get(i), t.grad.get(i)));
     second.push_back(first.back() * first.back());
   }
   const auto move = [&] {
-    if (t.exp_avg_std != nullptr && t.spec.numel > 0)
-      expected.exp_avg_std =
-          next_deviation(expected.exp_avg_std, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
+    if (t.gate != nullptr && t.spec.numel > 0)
+      expected.gate = next_deviation(expected.gate, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
   };
   if (statistics == Statistics::only) move();
-  const float alpha = t.exp_avg_std == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * expected.exp_avg_std);
+  const float alpha = t.gate == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * expected.gate);
   if (statistics == Statistics::gather) move();
   for (int64_t i = 0; i < t.spec.numel; ++i) {
     float p = t.param.get(i), m = 0, v = 0;
@@ -647,9 +646,7 @@ int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
       if (Rule::moments > 0) REQUIRE(t.exp_avg.bits(i) == expected.m[j], "tensor %zu m[%zu]", k, j);
       if (Rule::moments > 1) REQUIRE(t.exp_avg_sq.bits(i) == expected.v[j], "tensor %zu v[%zu]", k, j);
     }
-    if (t.exp_avg_std != nullptr)
-      REQUIRE(*t.exp_avg_std == expected.exp_avg_std, "tensor %zu: %.17g, not %.17g", k, *t.exp_avg_std,
-              expected.exp_avg_std);
+    if (t.gate != nullptr) REQUIRE(*t.gate == expected.gate, "tensor %zu: %.17g, not %.17g", k, *t.gate, expected.gate);
     elements += t.spec.numel;
   }
   return elements;
@@ -721,8 +718,8 @@ std::vector<std::vector<unsigned char>> after_step(const std::vector<Spec>& spec
   std::vector<std::vector<unsigned char>> bytes;
   for (const Tensor& t : model.tensors()) {
     for (const Buffer* buffer : t.buffers()) bytes.emplace_back(buffer->begin(), buffer->begin() + buffer->bytes());
-    if (t.exp_avg_std != nullptr) {
-      const auto* const x = reinterpret_cast<const unsigned char*>(t.exp_avg_std.get());
+    if (t.gate != nullptr) {
+      const auto* const x = reinterpret_cast<const unsigned char*>(t.gate.get());
       bytes.emplace_back(x, x + sizeof(double));
     }
   }
@@ -849,17 +846,17 @@ void levels() {
     for (Sums& x : sums) x = {normal(random), 1e5 * std::abs(normal(random))};
     for (int64_t i = 0; i < chunks; ++i) first.push_back(sums[i + 1].first), second.push_back(sums[i + 1].second);
     const Sums before = sums.front(), after = sums.back();
-    double exp_avg_std = 0.75;
+    double gate = 0.75;
     TensorEntry tensor{};
-    tensor.exp_avg_std = &exp_avg_std;
+    tensor.gate = &gate;
     tensor.numel = (chunks - 1) * chunk_size + 3;
     tensor.first_chunk = 1;
-    const double expected = next_deviation(exp_avg_std, {ordered_sum(first), ordered_sum(second)}, tensor.numel, s);
+    const double expected = next_deviation(gate, {ordered_sum(first), ordered_sum(second)}, tensor.numel, s);
     HostBlock block(Order::shuffled, 9);
     block.start();
     finish_statistics(block, TableView{nullptr, nullptr, sums.data(), nullptr}, tensor, s);
-    REQUIRE(exp_avg_std == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g",
-            static_cast<long long>(chunks), exp_avg_std, expected);
+    REQUIRE(gate == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g", static_cast<long long>(chunks), gate,
+            expected);
     REQUIRE(
         std::memcmp(&sums.front(), &before, sizeof before) == 0 && std::memcmp(&sums.back(), &after, sizeof after) == 0,
         "sums of a neighbour were written at %lld chunks", static_cast<long long>(chunks));
