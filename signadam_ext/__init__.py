@@ -9,6 +9,7 @@ from . import functional
 from ._version import __version__
 from .optimizers import SignAdam, SignAdamPP, SignSGD, Signum
 from .release import GradientRelease, release_gradients
+from .variance import per_sample_variance
 
 __all__ = [
     "GradientRelease",
@@ -18,5 +19,6 @@ __all__ = [
     "Signum",
     "__version__",
     "functional",
+    "per_sample_variance",
     "release_gradients",
 ]
