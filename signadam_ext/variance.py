@@ -48,6 +48,7 @@ def per_sample_variance(
     place, so that its address stays; anything else is replaced. Parameters that the loss does not reach get zeros.
     Frozen parameters are left alone, whatever they hold. So are ``p.grad``, the batch, buffers, and the model's
     attributes and mode: what a forward writes to buffers and inputs goes to copies, and what it assigns is undone.
+    Only what it or a hook puts into containers of its own stays, as tensors of ``torch.func`` that are dead.
 
     Each sample is run as a batch of one, and its loss is ``loss_fn`` of that. Hence:
 

@@ -329,18 +329,24 @@ def test_low_precision(dtype: torch.dtype, chunk_size: int | None) -> None:
 
 def test_half_precision_scalar() -> None:
     """A tensor without dimensions must not take the gradients' dtype for its own: the mean is fp32."""
-    spread = variance._Spread(torch.tensor(256.0, dtype=torch.bfloat16))
-    spread.add(torch.tensor([256.0, 258.0, 260.0], dtype=torch.bfloat16))
-    assert spread.mean.dtype == torch.float32 and spread.mean.item() == 258.0
-    assert spread.variance_of_mean().item() == torch.tensor(8 / 6).item()
+    grads = torch.tensor([1 + 2.0**-7, 256.0], dtype=torch.bfloat16)  # their difference has 15 bits
+    spread = variance._Spread(grads[0])
+    spread.add(grads)
+    assert spread.mean.dtype == torch.float32 and spread.mean.item() == 128.50390625
+    assert spread.variance_of_mean().item() == torch.tensor(127.49609375**2).item()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_autocast(chunk_size: int) -> None:
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        assert torch.is_autocast_enabled("cpu")
+        assert not torch.is_autocast_cache_enabled()  # it would keep casts of every sample's weights
+        return F.cross_entropy(outputs, targets)
+
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     batch = torch.randn(B, 4), torch.randint(3, (B,))
     with torch.autocast("cpu", torch.bfloat16):
-        per_sample_variance(model, F.cross_entropy, batch, chunk_size=chunk_size)
+        per_sample_variance(model, loss_fn, batch, chunk_size=chunk_size)
         assert torch.is_autocast_cache_enabled()
         F.cross_entropy(model(batch[0]), batch[1]).backward()  # with no cast that torch.func has left
     grads = loop(model, F.cross_entropy, batch, torch.float64)
@@ -573,6 +579,21 @@ def test_inputs_with_a_graph(chunk_size: int) -> None:
     inputs = torch.randn(4, 3, requires_grad=True)
     run(model, (inputs.exp(), torch.randn(4, 2)), chunk_size=chunk_size)
     assert inputs.grad is None and not model.weight.grad_variance.requires_grad
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_trainable_loss(chunk_size: int) -> None:
+    """Its parameters are not the model's: no gradient for them, and no graph that leads to them."""
+
+    class Loss(nn.Linear):
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return F.mse_loss(super().forward(outputs), targets)
+
+    model, loss_fn = nn.Linear(3, 2), Loss(2, 2)
+    batch = torch.randn(4, 3), torch.randn(4, 2)
+    per_sample_variance(model, loss_fn, batch, chunk_size=chunk_size)
+    assert not model.weight.grad_variance.requires_grad
+    assert loss_fn.weight.grad is None and not hasattr(loss_fn.weight, "grad_variance")
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2])
