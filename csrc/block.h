@@ -284,6 +284,7 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
 // The threads' shares of what is observed become the chunk's.
 template <class Block>
 SIGNADAM_HD void finish_observed(Block& block, Observed* shares, float alpha, Observed* to) {
+  block.each([](int) {});  // neighbours of four have waited for each other only
   for (int h = threads_per_block / 2; h >= 1; h /= 2)
     block.each([=](int thread) {
       if (thread < h) add(shares[thread], shares[thread + h]);
