@@ -1,6 +1,6 @@
 """Who is compared: torch's optimizers, the plain stream and copy, and ours; and on which workloads."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,17 @@ def _torch(optimizer: type[torch.optim.Optimizer], options: dict[str, Any], work
     return optimizer(work.params, **options).step
 
 
-def _ours(name: str, options: dict[str, Any], work: Workload) -> Step:
+def _ours(name: str, options: dict[str, Any], observes: bool, work: Workload) -> Step:
     import signadam_ext  # not at the top: the references must work where the package does not
 
-    return getattr(signadam_ext, name)(work.params, **options).step
+    if options.get("variance") == "minibatch":
+        for param in work.params:
+            assert param.grad is not None
+            param.grad_variance = param.grad.float().square()  # type: ignore[attr-defined]
+    optimizer = getattr(signadam_ext, name)(work.params, **options)
+    if observes:
+        optimizer.observe()
+    return optimizer.step
 
 
 def _adamw(label: str, **options: Any) -> Candidate:
@@ -67,19 +74,45 @@ _RULES: tuple[tuple[str, str, dict[str, Any], int, int], ...] = (
     ("Signum", "Signum", {}, 1, 2),
     ("SignSGD", "SignSGD", {}, 1, 0),
 )
+#: The methods they are compared with; the state of a minibatch form includes the variance that it reads.
+_FIELD: tuple[tuple[str, str, dict[str, Any], int, int], ...] = (
+    ("SignAdamPP sparsity", "SignAdamPP", {"confidence": "sparsity", "target": 0.1}, 1, 2),
+    ("MSGD", "MSGD", {}, 1, 2),
+    ("SVAG", "SVAG", {}, 1, 4),
+    ("MSVAG", "MSVAG", {}, 1, 4),
+    ("MSVAG minibatch", "MSVAG", {"variance": "minibatch"}, 1, 5),
+    ("AdamStar", "AdamStar", {}, 1, 4),
+    ("AdamStar without momentum", "AdamStar", {"momentum": False}, 1, 4),
+    ("AdamStar minibatch", "AdamStar", {"variance": "minibatch"}, 1, 5),
+    ("AdamW", "AdamW", {}, 1, 4),
+    ("AdamW amsgrad", "AdamW", {"amsgrad": True}, 1, 6),
+    ("Lion", "Lion", {}, 1, 2),
+)
+OBSERVED = ", with statistics()"
 
 
 def ours(backend: str, *labels: str) -> list[Candidate]:
-    """Our optimizers on `backend`; all rules when none is named."""
+    """Our sign-based optimizers on `backend`; all of them when none is named."""
+    return _candidates(backend, [rule for rule in _RULES if not labels or rule[0] in labels])
+
+
+def field(backend: str, *labels: str) -> list[Candidate]:
+    """The methods they are compared with, and what statistics() costs; all when none is named."""
+    found = [*_candidates(backend, _FIELD), *_candidates(backend, _RULES[:1], observes=True)]
+    return [candidate for candidate in found if not labels or candidate.optimizer in labels]
+
+
+def _candidates(
+    backend: str, rules: Sequence[tuple[str, str, dict[str, Any], int, int]], observes: bool = False
+) -> list[Candidate]:
     return [
         Candidate(
-            label,
+            label + (OBSERVED if observes else ""),
             backend,
             Traffic(grad=grad, state=state, state_bits=32),
-            partial(_ours, name, options | {"backend": backend}),
+            partial(_ours, name, options | {"backend": backend}, observes),
         )
-        for label, name, options, grad, state in _RULES
-        if not labels or label in labels
+        for label, name, options, grad, state in rules
     ]
 
 
@@ -100,7 +133,7 @@ def stored(backend: str, *labels: str) -> list[Candidate]:
             label,
             backend,
             Traffic(state=2, state_bits=bits),
-            partial(_ours, name, {"state_dtype": state, "weights": "stochastic", "backend": backend}),
+            partial(_ours, name, {"state_dtype": state, "weights": "stochastic", "backend": backend}, False),
         )
         for label, name, state, bits in _STORED
         if not labels or label in labels
@@ -131,7 +164,7 @@ def _cpu_plan(quick: bool) -> Plan:
     large, small, gpt2, llama = _cases(quick, gpu=False)
     kernels = ours("cpu")
     everyone = [*kernels, FUSED, FOREACH, LOOP, *SGD, COPY, STREAM]
-    yield large, torch.float32, everyone
+    yield large, torch.float32, [*kernels, *field("cpu"), *everyone[len(kernels) :]]
     yield small, torch.float32, [*everyone, *ours("reference", "SignAdamPP")]
     yield gpt2, torch.float32, everyone
     yield llama, torch.float32, everyone
@@ -143,7 +176,8 @@ def _cpu_plan(quick: bool) -> Plan:
 def _gpu_plan(quick: bool) -> Plan:
     large, small, gpt2, llama = _cases(quick, gpu=True)
     kernels = [*ours("cuda"), *ours("triton")]
-    yield large, torch.float32, [*kernels, FUSED, FOREACH, LOOP, *SGD, COPY, STREAM]
+    others = [*field("cuda"), *field("triton")]
+    yield large, torch.float32, [*kernels, *others, FUSED, FOREACH, LOOP, *SGD, COPY, STREAM]
     yield small, torch.float32, [*kernels, FUSED, FOREACH, LOOP, *SGD]
     for case, dtype in (
         (large, torch.bfloat16),

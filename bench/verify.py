@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .candidates import ours, stored
+from .candidates import field, ours, stored
 from .harness import Case, Workload
 
 # one element, one short of a vector, one past a chunk, several dimensions, many at once
@@ -32,7 +32,7 @@ def after_steps(optimizer: str, backend: str, dtype: torch.dtype, steps: int = 3
     work.params = [torch.nn.Parameter(p) for p, _ in start]
     for parameter, (_, grad) in zip(work.params, start, strict=True):
         parameter.grad = grad
-    (candidate,) = [*ours(backend, optimizer), *stored(backend, optimizer)]
+    (candidate,) = [*ours(backend, optimizer), *field(backend, optimizer), *stored(backend, optimizer)]
     step = candidate.make(work)
     for _ in range(steps):
         step()
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backend", choices=("cpu", "cuda", "triton"), default="cpu")
     backend = parser.parse_args(arguments).backend
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for candidate in [*ours(backend), *stored(backend)]:
+        for candidate in [*ours(backend), *field(backend), *stored(backend)]:
             verify(candidate.optimizer, backend, dtype)
             print(f"{candidate.optimizer} {backend} {dtype}: equal", flush=True)
 

@@ -29,12 +29,21 @@ constexpr int pieces_in_flight = Rule::moments > 1 || Rule::divides || statistic
 template <class Rule, Statistics statistics>
 SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece, float* p, const float* g, float* m,
                               float* v, float* x, Sums* lanes) {
+  if constexpr (statistics != Statistics::none) {
+    const auto sum = [&](bool steers) {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; ++i) {
+        const int k = i - piece.offset;
+        if (k >= 0 && k < piece.count) add(lanes[i], steers, alpha, effective_gradient(s, p[i], g[i]));
+      }
+    };
+    if (s.steers)
+      sum(true);
+    else
+      sum(false);
+  }
   SIGNADAM_UNROLL
   for (int i = 0; i < piece_size; ++i) {
-    if constexpr (statistics != Statistics::none) {
-      const int k = i - piece.offset;
-      if (k >= 0 && k < piece.count) add(lanes[i], s, alpha, effective_gradient(s, p[i], g[i]));
-    }
     if constexpr (statistics != Statistics::only) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i], x[i]);
   }
 }
@@ -89,14 +98,13 @@ SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float al
 SIGNADAM_HD Observed* share_of(Observed* shares, int thread) { return shares == nullptr ? nullptr : shares + thread; }
 
 // A thread's share of what is observed, piece by piece.
-template <bool observes, bool has_momentum>
+template <bool has_momentum>
 struct Observer {
   Observed found{};
   uint32_t negative = 0, positive = 0;  // entries of the momentum before the step, a bit each
 
   SIGNADAM_HD void before(const Scalars& s, float alpha, const Piece& piece, const float* p, const float* g,
                           const float* m) {
-    if constexpr (!observes) return;
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i) {
       const int k = i - piece.offset;
@@ -110,7 +118,6 @@ struct Observer {
   }
 
   SIGNADAM_HD void after(const Piece& piece, const float* m, Observed* own) {
-    if constexpr (!observes) return;
     if constexpr (has_momentum) {
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) {
@@ -131,10 +138,12 @@ struct StoredSlice {
   static constexpr bool sums = statistics != Statistics::none;
   static constexpr int moments = updates ? Rule::moments : 0;
   static constexpr bool third = updates && has_third<Rule>;
+  static constexpr bool observes = updates && storage == Storage::observed;
 
   StoredParam param;
   Operand grad;
-  StoredMoment exp_avg, exp_avg_sq, exp_third;
+  StoredMoment exp_avg;
+  WideMoment exp_avg_sq, exp_third;
   PieceNoise noise;
   int count, head;
 
@@ -143,8 +152,8 @@ struct StoredSlice {
     return {StoredParam::of(slice),
             Operand::of(slice.grad, tensor.formats.grad, slice),
             StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
-            StoredMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
-            StoredMoment::of(tensor.third, tensor.formats.third, slice),
+            WideMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
+            WideMoment::of(tensor.third, tensor.formats.third, slice),
             PieceNoise::of(slice),
             slice.count,
             tensor.head};
@@ -166,25 +175,25 @@ struct StoredSlice {
     Raw raw_m, raw_v, raw_x;
     if (reads_param) raw_p = param.load(piece);
     if constexpr (moments > 0) raw_m = exp_avg.load(piece, index);
-    if constexpr (moments > 1) raw_v = exp_avg_sq.load(piece, index);
-    if constexpr (third) raw_x = exp_third.load(piece, index);
+    if constexpr (moments > 1) raw_v = exp_avg_sq.load(piece);
+    if constexpr (third) raw_x = exp_third.load(piece);
     float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size], x[piece_size];
     grad.unpack(raw_g, g);
     if (reads_param) param.unpack(raw_p, p);
     if constexpr (moments > 0) exp_avg.unpack(raw_m, m);
     if constexpr (moments > 1) exp_avg_sq.unpack(raw_v, v);
     if constexpr (third) exp_third.unpack(raw_x, x);
-    Observer<storage == Storage::observed && updates, (moments > 0)> observer;
-    observer.before(s, alpha, piece, p, g, m);
+    Observer<(moments > 0)> observer;
+    if constexpr (observes) observer.before(s, alpha, piece, p, g, m);
     update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, x, lanes);
-    observer.after(piece, m, own);
+    if constexpr (observes) observer.after(piece, m, own);
     if constexpr (updates) {
       if constexpr (sums) r = noise.at(piece);
       if constexpr (moments > 0 && sums) keep_m(m, r);
       param.store(piece, p, r);
       if constexpr (moments > 0 && !sums) keep_m(m, r);
-      if constexpr (moments > 1) exp_avg_sq.store(piece, index, v, [&](int i) { return bits_for_v(r.of(i)); });
-      if constexpr (moments > 2) exp_third.store(piece, index, x, [&](int i) { return bits_for_third(r.of(i)); });
+      if constexpr (moments > 1) exp_avg_sq.store(piece, v, [&](int i) { return bits_for_v(r.of(i)); });
+      if constexpr (moments > 2) exp_third.store(piece, x, [&](int i) { return bits_for_third(r.of(i)); });
     }
   }
 };

@@ -22,10 +22,10 @@ SIGNADAM_HD void add(Sums& to, const Sums& x) {
 }
 
 // Products of two fp32 are exact in double.
-SIGNADAM_HD void add(Sums& to, const Scalars& s, float alpha, float g) {
+SIGNADAM_HD void add(Sums& to, bool steers, float alpha, float g) {
   const double x = g;
   const double passes = g > alpha || g < -alpha ? 1.0 : 0.0;
-  to.first += s.steers ? passes : x;
+  to.first += steers ? passes : x;
   to.second += x * x;
 }
 

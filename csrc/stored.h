@@ -158,16 +158,38 @@ struct StoredParam {
   }
 };
 
-// One moment. Codes lie in storage that is padded to whole runs, so their pieces are always whole.
+// A moment in fp32 or bf16, as all but the first are.
+struct WideMoment {
+  Operand at;
+
+  SIGNADAM_HD static WideMoment of(void* base, Format format, const Slice& slice) {
+    return {Operand::of(base, format, slice)};
+  }
+  SIGNADAM_HD Raw load(const Piece& piece) const { return at.load(piece); }
+  SIGNADAM_HD void unpack(const Raw& raw, float* x) const { at.unpack(raw, x); }
+
+  // `random(i)`: 16 bits for element i.
+  template <class Random>
+  SIGNADAM_HD void store(const Piece& piece, const float* x, Random random) const {
+    if (at.format == Format::fp32) return at.store(piece, x);
+    Raw raw{};
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i)
+      raw.word[i / 2] |= static_cast<uint32_t>(narrow_bf16(x[i], random(i))) << (16 * (i % 2));
+    at.write(piece, raw);
+  }
+};
+
+// The first moment, in any form. Codes lie in storage that is padded to whole runs, so their pieces are always whole.
 struct StoredMoment {
-  Operand wide;  // of fp32 and bf16
+  WideMoment wide;  // of fp32 and bf16
   Format format;
   unsigned char* codes;  // of the chunk
   int8_t* exponents;     // of the chunk, with block8
 
   SIGNADAM_HD static StoredMoment of(void* base, Format format, const Slice& slice) {
-    if (!is_packed(format)) return {Operand::of(base, format, slice), format, nullptr, nullptr};
-    return {{nullptr, Format::fp32, false},
+    if (!is_packed(format)) return {WideMoment::of(base, format, slice), format, nullptr, nullptr};
+    return {{{nullptr, Format::fp32, false}},
             format,
             static_cast<unsigned char*>(base) + bytes_before(format, slice.begin),
             exponent_at(base, slice.tensor.numel, slice.begin)};
@@ -207,14 +229,8 @@ struct StoredMoment {
   // `random(i)`: 16 bits for element i.
   template <class Random>
   SIGNADAM_HD void store(const Piece& piece, int index, const float* x, Random random) const {
-    if (format == Format::fp32) return wide.store(piece, x);
+    if (!is_packed(format)) return wide.store(piece, x, random);
     Raw raw{};
-    if (format == Format::bf16) {
-      SIGNADAM_UNROLL
-      for (int i = 0; i < piece_size; ++i)
-        raw.word[i / 2] |= static_cast<uint32_t>(narrow_bf16(x[i], random(i))) << (16 * (i % 2));
-      return wide.write(piece, raw);
-    }
     const int bits = bits_of(format);
     const uint32_t mask = (1u << bits) - 1;
     SIGNADAM_UNROLL

@@ -140,8 +140,9 @@ def test_wide_streaming_accesses(architecture: str, rule: str, statistics: str, 
 @each_kernel
 def test_no_spills(architecture: str, rule: str, statistics: str, storage: str) -> None:
     kernel = kernel_of(architecture, rule, statistics, storage)
-    # Two blocks of 256 threads on a multiprocessor; one where it observes.
-    assert 0 < kernel.registers <= (255 if storage == "observed" else 128)
+    # Two blocks of 256 threads on a multiprocessor, or one: see blocks_at_once.
+    alone = storage == "any" and RULES[rule].moments > 1 and not RULES[rule].bounded
+    assert 0 < kernel.registers <= (255 if alone or storage == "observed" else 128)
     assert kernel.stack == kernel.local == 0
     assert not kernel.of("LDL") and not kernel.of("STL")
 

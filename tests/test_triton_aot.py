@@ -1,7 +1,7 @@
 """The Triton kernels compiled ahead of time for NVIDIA and AMD: no approximation, no contraction, wide accesses.
 
-Every kernel that the backend can launch in fp32, and every storage form in one kernel or another, for each target; some
-mixtures of dtypes, with a rule of one moment and one of two, for one target of each maker.
+Every kernel that the backend can launch in fp32, and every storage form in one kernel or another, for one target of
+each maker, most of them for the others; some mixtures of dtypes, with a rule of one moment and one of two.
 """
 
 from __future__ import annotations
@@ -81,7 +81,14 @@ STORED = [
     ("sign_adam_pp", "gather", "fp32", "fp32", "fp32", "fp32", "as_is", "observed"),
     ("msvag_minibatch", "none", "bf16", "fp32", "fp32", "fp32", "as_is", "observed"),
 ]
-NVIDIA_JOBS = [Job(target, *kernel) for target in NVIDIA for kernel in (*KERNELS, *STORED)]
+#: What is compiled for one architecture of NVIDIA only: rules of the same operations as others, mixed dtypes.
+LIKE_OTHERS = ("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion")
+NVIDIA_JOBS = [
+    Job(target, *kernel)
+    for target in NVIDIA
+    for kernel in (*KERNELS, *STORED)
+    if target == "sm_90" or kernel[0] not in LIKE_OTHERS
+]
 NVIDIA_JOBS += [Job("sm_90", *mixture) for mixture in MIXTURES]
 AMD_JOBS = [Job(AMD, *kernel) for kernel in (*KERNELS, *STORED, *MIXTURES)]
 

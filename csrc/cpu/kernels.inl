@@ -221,7 +221,7 @@ Sums sum_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
         const float* p = s.coupled ? load_param(tensor, index, scratch_p, count) : g;
         for (int i = 0; i < count; ++i) {
           Sums one{0.0, 0.0};
-          add(one, s, alpha, effective_gradient(s, p[i], g[i]));
+          add(one, s.steers != 0, alpha, effective_gradient(s, p[i], g[i]));
           a[i] += one.first;
           b[i] += one.second;
         }

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(threads_per_block, storage == Storage::observe
   const unsigned char* bytes = header.step == nullptr ? arguments.step : header.step;
   const Noise* noise = nullptr;
   if constexpr (storage != Storage::plain)
-    noise = header.noise == 0 ? nullptr : reinterpret_cast<const Noise*>(bytes + header.noise);
+    if (storage == Storage::any || header.noise != 0) noise = reinterpret_cast<const Noise*>(bytes + header.noise);
   const Step step{reinterpret_cast<const void* const*>(bytes + header.grads), noise,
                   reinterpret_cast<const uint32_t*>(bytes + header.rows), reinterpret_cast<const Scalars*>(bytes)};
   DeviceBlock block{nullptr, nullptr};

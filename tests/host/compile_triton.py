@@ -23,7 +23,7 @@ TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx94
 POINTERS = {
     **dict.fromkeys(("entries", "grads"), "*i64"),
     **dict.fromkeys(("tensor_of_chunk", "noise", "rows", "arrivals"), "*i32"),
-    **dict.fromkeys(("scalars", "sums"), "*fp64"),
+    **dict.fromkeys(("scalars", "sums", "observed"), "*fp64"),
 }
 
 

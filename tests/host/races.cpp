@@ -170,8 +170,7 @@ void run(const std::vector<Spec>& specs) {
   Scalars s{};
   const std::vector<Noise> noise(specs.size(), Noise::of(1, 2, 3));
   s.decay = 1.0f, s.denominator = 1.0f, s.coupled = 1, s.confidence_beta = 0.5;
-  const TableView table{tensors.data(), tensor_of_chunk.data(), sums.data(), arrivals.data(),
-                        observed.data()};
+  const TableView table{tensors.data(), tensor_of_chunk.data(), sums.data(), arrivals.data(), observed.data()};
   const auto chunks = static_cast<uint32_t>(tensor_of_chunk.size());
   concurrent_launch<Rule, statistics, storage>(table, {grads.data(), noise.data(), rows.data(), &s}, chunks);
   for (const Memory& m : memory)

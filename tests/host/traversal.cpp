@@ -257,8 +257,7 @@ class Model {
     constexpr bool sums = statistics != Statistics::none;
     const std::vector<uint32_t> tensor_of_chunk = table_.tensor_of_chunk();
     const TableView view{table_.tensors().data(), tensor_of_chunk.data(), sums ? sums_.data() : nullptr,
-                         sums ? arrivals_.data() : nullptr,
-                         storage == Storage::observed ? observed_.data() : nullptr};
+                         sums ? arrivals_.data() : nullptr, storage == Storage::observed ? observed_.data() : nullptr};
     REQUIRE(table_.storage() == storage || storage == Storage::observed, "there are tensors of another kind");
     const Noise* const noise = table_.noise().empty() ? nullptr : table_.noise().data();
     const Step step{table_.grads().data(), noise, table_.rows().data(), rows.data()};
@@ -826,7 +825,8 @@ std::size_t compare_observed(const std::vector<Spec>& specs, Order order) {
         expected.passed += passes, expected.squares += g * g, expected.passed_squares += passes ? g * g : 0.0;
         expected.flips += m * after < 0.0, expected.magnitude += std::abs(after);
       }
-      const Observed& found = model.observed()[model.entries()[k].first_chunk + static_cast<uint32_t>(begin / chunk_size)];
+      const Observed& found =
+          model.observed()[model.entries()[k].first_chunk + static_cast<uint32_t>(begin / chunk_size)];
       const auto near = [](double a, double b) { return std::abs(a - b) <= 1e-10 * std::abs(b); };
       REQUIRE(found.passed == expected.passed && found.flips == expected.flips, "%s: tensor %zu", Rule::name, k);
       REQUIRE(near(found.squares, expected.squares) && near(found.passed_squares, expected.passed_squares) &&
@@ -996,8 +996,9 @@ int main(int argc, char** argv) {
 #if defined(SIGNADAM_TRACED)
   const std::map<std::string, void (*)()> parts = {{"accesses", accesses}};
 #else
-  const std::map<std::string, void (*)()> parts = {{"arithmetic", arithmetic}, {"huge", huge},     {"counts", counts},
-                                                   {"rules", rules}, {"stored", stored}, {"observed", observed}, {"levels", levels}};
+  const std::map<std::string, void (*)()> parts = {
+      {"arithmetic", arithmetic}, {"huge", huge},         {"counts", counts}, {"rules", rules},
+      {"stored", stored},         {"observed", observed}, {"levels", levels}};
 #endif
   const auto found = argc == 2 ? parts.find(argv[1]) : parts.end();
   if (found == parts.end()) {
