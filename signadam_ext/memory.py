@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from . import checks
+from . import checks, optimizers
 from .optimizer import SignOptimizer
-from .optimizers import MSGD, MSVAG, SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum
 from .storage import BESIDE, BF16, BOUNDED, FP32, WEIGHTS, Form, effective_weights
 
 OPTIMIZERS: dict[str, type[SignOptimizer]] = {
-    cls.__name__: cls for cls in (SignAdamPP, SignAdam, Signum, SignSGD, MSGD, SVAG, MSVAG, AdamStar, Adam, AdamW, Lion)
+    name: found for name, found in vars(optimizers).items() if isinstance(found, type) and name in optimizers.__all__
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GRADIENTS = ("all", "released")
