@@ -16,7 +16,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -172,6 +173,17 @@ def progress(total: int, what: str) -> Any:
     return tqdm(total=total, desc=what, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order, however many cores there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def load(name: str, folder: Path = RESULTS) -> Result | None:
     path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
@@ -195,20 +207,21 @@ def main(
     parser.add_argument("--plot", action="store_true", help="only draw again what is in the results")
     options = parser.parse_args(arguments)
     folder = options.results or (OUT if options.quick else RESULTS)
-    torch.set_num_threads(1)  # sums in one order, on every machine
     if not options.plot:
-        start = time.perf_counter()
-        result = run(options.quick)
-        shown = machine.command(f"experiments.{name}", ["--quick"] if options.quick else [])
-        header = {"name": name, "command": shown, "quick": options.quick, "seconds": time.perf_counter() - start}
-        save(name, {**header, **machine.facts(), **result}, folder)
+        with one_thread():
+            start = time.perf_counter()
+            result = run(options.quick)
+            seconds = time.perf_counter() - start
+            shown = machine.command(f"experiments.{name}", ["--quick"] if options.quick else [])
+            header = {"name": name, "command": shown, "quick": options.quick, "seconds": seconds}
+            save(name, {**header, **machine.facts(), **result}, folder)
     # The picture shows what the file says.
     stored = load(name, folder)
     if stored is None:
         parser.error(f"{folder} has no {name}.json")
     plt = pyplot()
     figure = draw(stored, plt)
-    figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
+    figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
     plt.close(figure)
     for key, values in stored.get("claims", {}).items():
         print(f"{'yes' if values['holds'] else 'NO ':3} {key}")

@@ -402,13 +402,13 @@ CLAIMS = (
     Claim(
         "aligned_helps_ssd_ill",
         DRAFT,
-        "There SSD benefits drastically from an axis-aligned eigenbasis,",
+        "There SSD benefits drastically from an axis-aligned eigenbasis, ...",
         "log10(rotated / axis-aligned): " + _three("log10_rotated_over_aligned"),
     ),
     Claim(
         "ssd_wins_aligned_ill",
         DRAFT,
-        "where it clearly outperforms SGD.",
+        "... where it clearly outperforms SGD.",
         "log10(SSD / SGD): " + _three("log10_ssd_over_sgd"),
     ),
     Claim(
@@ -483,8 +483,8 @@ def remarks(result: Result) -> str:
     return "\n".join(
         [
             "- Without noise, SSD on the axis-aligned ill-conditioned problem goes one of two ways, hence its wide "
-            f"band: {sum(log < -10 for log in stalled)} of {len(stalled)} seeds reach 1e-10, the others end between 1e"
-            f"{min(log for log in stalled if log >= -10):+.1f} and 1e{max(stalled):+.1f}.",
+            f"band: {sum(log < -10 for log in stalled)} of {len(stalled)} seeds get below 10^-10, the "
+            f"others end between 10^{min(log for log in stalled if log >= -10):.1f} and 10^{max(stalled):.1f}.",
             "- At nu = 4 the sign's advantage on the axis-aligned ill-conditioned problem is small, "
             f"{wins['log10_ssd_over_sgd']['nu 4']['mean']:+.2f} decades, where the draft says it is clear. The draft "
             "does not say where it starts, and on a quadratic only the noise relative to the starting distance counts: "
@@ -497,7 +497,7 @@ def remarks(result: Result) -> str:
             f"{share['ill']['mean'] / share['predicted']:.1f} (ill) times pi / (2 d). The paper gets that value from "
             "an upper bound on the sum of |q_ij|, so it is a lower bound of p_diag rather than its average: the "
             "off-diagonal elements come from the spread of the eigenvalues; what all eigenvalues have in common adds "
-            "to the diagonal only.",
+            "to the diagonal only. So turned problems are nearer to axis-aligned than the paper's figure has it.",
             "- The step matters: with the step of the bound sum |q_ij| in place of the exact one, SSD on the rotated "
             f"ill-conditioned noise-free problem ends at {bound[BOUND]['log10_loss']['mean'][-1]:.2f} instead of "
             f"{bound['SSD']['log10_loss']['mean'][-1]:.2f} (SGD {bound['SGD']['log10_loss']['mean'][-1]:.2f}). Roughly "
