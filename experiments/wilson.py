@@ -362,8 +362,8 @@ def judge(measured: list[Row], chosen: dict[str, dict[str, float]], settings: Se
             **succeed("full batch"),
         },
         "msvag_is_not_least_norm": {
-            "criterion": "M-SGD ends within 0.001 of the solution of least norm (relative distance) in every run, M-SVAG "
-            "does not",
+            "criterion": "M-SGD ends within 0.001 of the solution of least norm (relative distance) in every run, "
+            "M-SVAG does not",
             "distance": distances,
             "holds": bool(distances["M-SGD"] and distances["M-SVAG"])
             and distances["M-SGD"][1] <= 1e-3
@@ -507,8 +507,8 @@ def remarks(result: Result) -> str:
     share = result["settings"]["batch"] / result["settings"]["train"]
     return "\n".join(
         [
-            "- An unseen sample's prediction is its label times the first weight, plus the second and third weight, so it "
-            "is right for both labels when the first exceeds the sum of the others. Full batch, p = "
+            "- An unseen sample's prediction is its label times the first weight, plus the second and third weight, so "
+            "it is right for both labels when the first exceeds the sum of the others. They are, full batch and p = "
             f"{middle}: {weights('full batch', 'M-SSD', 'Adam', 'M-SGD', 'M-SVAG')}.",
             "- With mini-batches, to which the paper does not extend its argument, the sign alone does not decide: "
             f"{weights('mini-batch', 'SSD', 'M-SSD', 'Adam', 'Adam*', 'Adam*, no momentum')}. A sample's own features "
