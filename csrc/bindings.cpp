@@ -88,8 +88,8 @@ std::size_t cuda_step_bytes(const HostTable& table, std::size_t rows) {
 }
 
 void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const std::vector<ScalarRow>& rows,
-                 uintptr_t device_table, uintptr_t sums, uintptr_t arrivals, uintptr_t pinned, uintptr_t device_step,
-                 int device, uintptr_t stream) {
+                 uintptr_t device_table, uintptr_t sums, uintptr_t arrivals, uintptr_t observed, uintptr_t pinned,
+                 uintptr_t device_step, int device, uintptr_t stream) {
   const auto scalars = to_scalars(rows);
   const auto rule = static_cast<RuleIndex>(rule_index);
   const auto layout = cuda::StepLayout::of(scalars.size(), table.size(), table.noise().size());
@@ -105,15 +105,16 @@ void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const 
   std::memcpy(step + layout.rows, table.rows().data(), table.size() * sizeof(uint32_t));
   const auto* entries = pointer<const TensorEntry>(device_table);
   const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
-                       pointer<uint32_t>(arrivals)};
+                       pointer<uint32_t>(arrivals), pointer<Observed>(observed)};
+  const Storage storage = observed == 0 ? table.storage() : Storage::observed;
   py::gil_scoped_release release;
   if (statistics == Statistics::only) {
     cuda::launch(rule, Statistics::only, table.storage(), view, table.chunks(), layout, step,
                  pointer<void>(device_step), device, pointer<void>(stream));
     statistics = Statistics::none;
   }
-  cuda::launch(rule, statistics, table.storage(), view, table.chunks(), layout, step, pointer<void>(device_step),
-               device, pointer<void>(stream));
+  cuda::launch(rule, statistics, storage, view, table.chunks(), layout, step, pointer<void>(device_step), device,
+               pointer<void>(stream));
 }
 #endif
 
@@ -158,7 +159,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "add",
           [](HostTable& table, uintptr_t param, uintptr_t low, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t third,
-             uintptr_t exp_avg_std, uintptr_t step, int64_t numel, int64_t first, int param_format, int grad_format,
+             uintptr_t gate, uintptr_t step, int64_t numel, int64_t first, int param_format, int grad_format,
              int exp_avg_format, int exp_avg_sq_format, int third_format, int weights, uint32_t group, std::size_t slot,
              uint64_t seed, uint32_t number) {
             const auto format = [](int number) { return static_cast<Format>(number); };
@@ -167,11 +168,11 @@ PYBIND11_MODULE(_C, m) {
             // Packed codes are read and written by whole pieces, which must begin where they do.
             const uint8_t head = formats.packed() ? 0 : head_of(pointer<void>(param), formats.param);
             table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(third),
-                       pointer<double>(exp_avg_std), numel, 0, formats, head, pointer<void>(low), first},
+                       pointer<double>(gate), numel, 0, formats, head, pointer<void>(low), first},
                       pointer<float>(step), group, slot, seed, number);
           },
           py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("third"),
-          py::arg("exp_avg_std"), py::arg("step"), py::arg("numel"), py::arg("first"), py::arg("param_format"),
+          py::arg("gate"), py::arg("step"), py::arg("numel"), py::arg("first"), py::arg("param_format"),
           py::arg("grad_format"), py::arg("exp_avg_format"), py::arg("exp_avg_sq_format"), py::arg("third_format"),
           py::arg("weights"), py::arg("group"), py::arg("slot"), py::arg("seed"), py::arg("number"))
       .def("finish", &HostTable::finish, py::arg("statistics"))
@@ -199,17 +200,18 @@ PYBIND11_MODULE(_C, m) {
 #if defined(SIGNADAM_CUDA)
       .def("cuda_step_bytes", &cuda_step_bytes, py::arg("rows"))
       .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::kw_only(),
-           py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("pinned"), py::arg("device_step"),
-           py::arg("device"), py::arg("stream"))
+           py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("observed"), py::arg("pinned"),
+           py::arg("device_step"), py::arg("device"), py::arg("stream"))
 #endif
       .def(
           "run_cpu",
-          [](HostTable& table, int rule, Statistics statistics, const std::vector<ScalarRow>& rows, int threads) {
+          [](HostTable& table, int rule, Statistics statistics, const std::vector<ScalarRow>& rows, int threads,
+             uintptr_t observed) {
             const auto scalars = to_scalars(rows);
             py::gil_scoped_release release;
-            table.run_cpu(static_cast<RuleIndex>(rule), statistics, scalars, threads);
+            table.run_cpu(static_cast<RuleIndex>(rule), statistics, scalars, threads, pointer<Observed>(observed));
           },
-          py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::arg("threads"));
+          py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::arg("threads"), py::arg("observed"));
 
   py::enum_<Statistics>(m, "Statistics")
       .value("NONE", Statistics::none)

@@ -2,6 +2,7 @@
 // waits for them, so the very text that a GPU executes also runs on the host, thread by thread, under sanitizers.
 #pragma once
 
+#include "observed.h"
 #include "operand.h"
 #include "rules.h"
 #include "statistics.h"
@@ -15,8 +16,9 @@ enum class Statistics {
   only,    // sum the gradient for this step's threshold (adaptive, first launch)
 };
 
-// `plain`: tables of plain tensors only, and rules that have no third operand; `any`: all.
-enum class Storage { plain, any };
+// `plain`: tables of plain tensors only, and rules that have no third operand; `any`: all; `observed`: all, and gathers
+// what the table wants observed.
+enum class Storage { plain, any, observed };
 
 // Pieces whose loads a thread issues before it uses the first: as many as stay in 128 registers beside the arithmetic.
 // One piece of four operands is 128 bytes under way, 64 KB per multiprocessor with two blocks.
@@ -31,7 +33,7 @@ SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece,
   for (int i = 0; i < piece_size; ++i) {
     if constexpr (statistics != Statistics::none) {
       const int k = i - piece.offset;
-      if (k >= 0 && k < piece.count) add(lanes[i], effective_gradient(s, p[i], g[i]));
+      if (k >= 0 && k < piece.count) add(lanes[i], s, alpha, effective_gradient(s, p[i], g[i]));
     }
     if constexpr (statistics != Statistics::only) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i], x[i]);
   }
@@ -83,8 +85,47 @@ SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float al
   }
 }
 
+// Null where nothing is observed.
+SIGNADAM_HD Observed* share_of(Observed* shares, int thread) { return shares == nullptr ? nullptr : shares + thread; }
+
+// A thread's share of what is observed, piece by piece.
+template <bool observes, bool has_momentum>
+struct Observer {
+  Observed found{};
+  uint32_t negative = 0, positive = 0;  // entries of the momentum before the step, a bit each
+
+  SIGNADAM_HD void before(const Scalars& s, float alpha, const Piece& piece, const float* p, const float* g,
+                          const float* m) {
+    if constexpr (!observes) return;
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      const int k = i - piece.offset;
+      if (k < 0 || k >= piece.count) continue;
+      observe_gradient(found, effective_gradient(s, p[i], g[i]), alpha);
+      if constexpr (has_momentum) {
+        negative |= (m[i] < 0.0f ? 1u : 0u) << i;
+        positive |= (m[i] > 0.0f ? 1u : 0u) << i;
+      }
+    }
+  }
+
+  SIGNADAM_HD void after(const Piece& piece, const float* m, Observed* own) {
+    if constexpr (!observes) return;
+    if constexpr (has_momentum) {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; ++i) {
+        const int k = i - piece.offset;
+        if (k < 0 || k >= piece.count) continue;
+        const float before = (negative >> i & 1u) != 0 ? -1.0f : (positive >> i & 1u) != 0 ? 1.0f : 0.0f;
+        observe_momentum(found, before, m[i]);
+      }
+    }
+    add(*own, found);
+  }
+};
+
 // The operands of a slice in any storage form. Forms are uniform over the chunk, so branches on them do not diverge.
-template <class Rule, Statistics statistics>
+template <class Rule, Statistics statistics, Storage storage>
 struct StoredSlice {
   static constexpr bool updates = statistics != Statistics::only;
   static constexpr bool sums = statistics != Statistics::none;
@@ -113,7 +154,7 @@ struct StoredSlice {
 
   // `keep_m(m, r)` stores the new m or keeps it for later, with the random bits for it.
   template <class KeepM>
-  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, KeepM keep_m) const {
+  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, Observed* own, KeepM keep_m) const {
     const Piece piece = this->piece(index);
     const bool reads_param = updates || s.coupled;
     // Random bits are drawn before the loads and the parameter is stored before m, but beside the sums later and after
@@ -133,7 +174,10 @@ struct StoredSlice {
     if constexpr (moments > 0) exp_avg.unpack(raw_m, m);
     if constexpr (moments > 1) exp_avg_sq.unpack(raw_v, v);
     if constexpr (third) exp_third.unpack(raw_x, x);
+    Observer<storage == Storage::observed && updates, (moments > 0)> observer;
+    observer.before(s, alpha, piece, p, g, m);
     update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, x, lanes);
+    observer.after(piece, m, own);
     if constexpr (updates) {
       if constexpr (sums) r = noise.at(piece);
       if constexpr (moments > 0 && sums) keep_m(m, r);
@@ -145,15 +189,16 @@ struct StoredSlice {
   }
 };
 
-template <class Rule, Statistics statistics>
-SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
-  const auto stored = StoredSlice<Rule, statistics>::of(slice);
+template <class Rule, Statistics statistics, Storage storage>
+SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes,
+                                   Observed* own) {
+  const auto stored = StoredSlice<Rule, statistics, storage>::of(slice);
   const int pieces = pieces_of(slice.count, slice.tensor.head);
   SIGNADAM_ROLLED
   for (int index = thread; index < pieces; index += threads_per_block) {
     const Piece piece = stored.piece(index);
     if (piece.count == 0) continue;
-    stored.update(s, alpha, index, lanes, [&](const float* m, const RandomHalves& r) {
+    stored.update(s, alpha, index, lanes, own, [&](const float* m, const RandomHalves& r) {
       stored.exp_avg.store(piece, index, m, [&](int i) { return bits_for_m(r.of(i)); });
     });
   }
@@ -166,24 +211,25 @@ struct PendingMoment {
 };
 
 // Block-scaled moments: four neighbouring threads have the pieces of one exponent.
-template <class Rule, class Block>
-SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha) {
-  const auto stored = StoredSlice<Rule, Statistics::none>::of(slice);
+template <class Rule, Storage storage, class Block>
+SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha, Observed* observed) {
+  const auto stored = StoredSlice<Rule, Statistics::none, storage>::of(slice);
   const int pieces = pieces_of(slice.count, 0);
   for (int first = 0; first < pieces; first += threads_per_block)
     block.template in_fours<PendingMoment>(
         [&](int thread, PendingMoment& pending) {
           uint32_t largest = 0;
           if (first + thread >= pieces) return largest;
-          stored.update(s, alpha, first + thread, nullptr, [&](const float* m, const RandomHalves& r) {
-            pending.r = r;
-            SIGNADAM_UNROLL
-            for (int i = 0; i < piece_size; ++i) {
-              pending.m[i] = m[i];
-              const uint32_t magnitude = finite_magnitude(m[i]);
-              largest = magnitude > largest ? magnitude : largest;
-            }
-          });
+          stored.update(s, alpha, first + thread, nullptr, share_of(observed, thread),
+                        [&](const float* m, const RandomHalves& r) {
+                          pending.r = r;
+                          SIGNADAM_UNROLL
+                          for (int i = 0; i < piece_size; ++i) {
+                            pending.m[i] = m[i];
+                            const uint32_t magnitude = finite_magnitude(m[i]);
+                            largest = magnitude > largest ? magnitude : largest;
+                          }
+                        });
           return largest;
         },
         [&](int thread, const PendingMoment& pending, uint32_t largest) {
@@ -192,11 +238,11 @@ SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalar
 }
 
 template <class Rule, Statistics statistics, Storage storage>
-SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
+SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes, Observed* own) {
   if constexpr (storage == Storage::plain)
     run_thread_plain<Rule, statistics>(slice, s, alpha, thread, lanes);
   else
-    run_thread_stored<Rule, statistics>(slice, s, alpha, thread, lanes);
+    run_thread_stored<Rule, statistics, storage>(slice, s, alpha, thread, lanes, own);
 }
 
 // lanes[0] becomes the sum of all lanes: x[:h] + x[h:] for h = 1024, 512, ..., 1.
@@ -208,7 +254,7 @@ SIGNADAM_HD void halve(Block& block, Sums* lanes) {
     });
 }
 
-// The chunk sums of a tensor go through the chunk procedure until one is left, which moves the deviation.
+// The chunk sums of a tensor go through the chunk procedure until one is left, which moves the gate.
 template <class Block>
 SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const TensorEntry& tensor, const Scalars& s) {
   Sums* const sums = table.sums + tensor.first_chunk;
@@ -231,7 +277,33 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
     count = next;
   }
   block.each([=](int thread) {
-    if (thread == 0) *tensor.exp_avg_std = next_deviation(*tensor.exp_avg_std, sums[0], tensor.numel, s);
+    if (thread == 0) *tensor.gate = next_gate(*tensor.gate, sums[0], tensor.numel, s);
+  });
+}
+
+// The threads' shares of what is observed become the chunk's.
+template <class Block>
+SIGNADAM_HD void finish_observed(Block& block, Observed* shares, float alpha, Observed* to) {
+  block.each([](int) {});  // neighbours of four have waited for each other only
+  for (int h = threads_per_block / 2; h >= 1; h /= 2)
+    block.each([=](int thread) {
+      if (thread < h) add(shares[thread], shares[thread + h]);
+    });
+  block.each([=](int thread) {
+    if (thread != 0) return;
+    shares[0].threshold = alpha;
+    *to = shares[0];
+  });
+}
+
+// The update of one chunk, without statistics for the gate.
+template <class Rule, Storage storage, class Block>
+SIGNADAM_HD void update_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha, Observed* shares) {
+  if constexpr (storage != Storage::plain && Rule::moments > 0 && !Rule::bounded)
+    if (slice.tensor.formats.exp_avg == Format::block8)
+      return run_block_scaled<Rule, storage>(block, slice, s, alpha, shares);
+  block.each([&](int thread) {
+    run_thread<Rule, Statistics::none, storage>(slice, s, alpha, thread, nullptr, share_of(shares, thread));
   });
 }
 
@@ -243,16 +315,19 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
   const Scalars& s = step.scalars[step.rows[index]];
   const float alpha = statistics == Statistics::only ? 0.0f : threshold(slice.tensor, s);
 
-  if constexpr (storage == Storage::any && Rule::moments > 0 && !Rule::bounded)
-    if (slice.tensor.formats.exp_avg == Format::block8) return run_block_scaled<Rule>(block, slice, s, alpha);
-
+  Observed* shares = nullptr;
+  if constexpr (storage == Storage::observed) {
+    shares = block.observed();
+    block.each([=](int thread) { shares[thread] = Observed{}; });
+  }
   if constexpr (statistics == Statistics::none) {
-    block.each([&](int thread) { run_thread<Rule, statistics, storage>(slice, s, alpha, thread, nullptr); });
+    update_chunk<Rule, storage>(block, slice, s, alpha, shares);
+    if constexpr (storage == Storage::observed) finish_observed(block, shares, alpha, table.observed + chunk);
   } else {
     Sums* const lanes = block.lanes();
     block.each([&](int thread) {
       Sums own[piece_size] = {};
-      run_thread<Rule, statistics, storage>(slice, s, alpha, thread, own);
+      run_thread<Rule, statistics, storage>(slice, s, alpha, thread, own, share_of(shares, thread));
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) lanes[lane_of(thread, i, slice.tensor.head)] = own[i];
     });
@@ -260,7 +335,8 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
     block.each([&](int thread) {
       if (thread == 0) table.sums[chunk] = lanes[0];
     });
-    // The last block of a tensor to finish has every other's threshold read behind it, so it may move the deviation.
+    if constexpr (storage == Storage::observed) finish_observed(block, shares, alpha, table.observed + chunk);
+    // The last block of a tensor to finish has every other's threshold read behind it, so it may move the gate.
     // Read again: kept in registers over the update, it would be spilled.
     const TensorEntry& tensor = table.tensors[index];
     if (block.arrives_last(table.arrivals + index, static_cast<uint32_t>(chunks_of(tensor.numel))))

@@ -29,7 +29,7 @@ void HostTable::finish(bool statistics) {
   rows_.assign(tensors_.size(), 0);
   if (!plain_) noise_.assign(tensors_.size(), Noise{0, 0});
   if (statistics) sums_.resize(chunks_);
-  units_ = cpu::make_units(view(), static_cast<uint32_t>(tensors_.size()), chunks());
+  units_ = cpu::make_units(view(nullptr), static_cast<uint32_t>(tensors_.size()), chunks());
   // Nothing grows any more.
   tensors_.shrink_to_fit();
   steps_.shrink_to_fit();
@@ -74,8 +74,9 @@ void HostTable::commit() {
     if (grads_[i] != nullptr && steps_[i] != nullptr) *steps_[i] += 1.0f;
 }
 
-void HostTable::run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads) {
-  cpu::run(rule, statistics, view(), static_cast<uint32_t>(tensors_.size()),
+void HostTable::run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads,
+                        Observed* observed) {
+  cpu::run(rule, statistics, view(observed), static_cast<uint32_t>(tensors_.size()),
            {grads_.data(), plain_ ? nullptr : noise_.data(), rows_.data(), scalars.data()}, units_, threads);
 }
 

@@ -36,10 +36,11 @@ class HostTable {
   Storage storage() const { return plain_ ? Storage::plain : Storage::any; }
   const std::vector<uint32_t>& rows() const { return rows_; }
 
-  void run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads);
+  void run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads,
+               Observed* observed);
 
  private:
-  TableView view() { return {tensors_.data(), nullptr, sums_.data(), nullptr}; }
+  TableView view(Observed* observed) { return {tensors_.data(), nullptr, sums_.data(), nullptr, observed}; }
 
   bool rows_by_step_;
   std::vector<TensorEntry> tensors_;

@@ -22,14 +22,18 @@ namespace signadam {
   X(rho)                   \
   X(one_minus_rho)
 
-// What moves the threshold of adaptive confidence is arithmetic of doubles.
-#define SIGNADAM_DOUBLES(X) \
-  X(confidence_beta)        \
-  X(one_minus_confidence_beta)
+// What moves the threshold of adaptive or steered confidence is arithmetic of doubles.
+#define SIGNADAM_DOUBLES(X)    \
+  X(confidence_beta)           \
+  X(one_minus_confidence_beta) \
+  X(target)                    \
+  X(gain)                      \
+  X(quantile)
 
 #define SIGNADAM_FLAGS(X) \
   X(coupled)              \
-  X(maximize)
+  X(maximize)             \
+  X(steers)
 
 #define SIGNADAM_SCALARS(X) \
   SIGNADAM_FLOATS(X)        \

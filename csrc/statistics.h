@@ -1,5 +1,5 @@
-// The standard deviation of a gradient in an order of additions that every backend shares (ALGORITHMS, adaptive
-// confidence): lanes add their rows in order, lanes are halved, chunk sums go through the same procedure.
+// What moves the threshold of adaptive or steered confidence: sums over a gradient, in an order of additions that every
+// backend shares: lanes add their rows in order, lanes are halved, chunk sums go through the same procedure.
 #pragma once
 
 #include "table.h"
@@ -22,9 +22,10 @@ SIGNADAM_HD void add(Sums& to, const Sums& x) {
 }
 
 // Products of two fp32 are exact in double.
-SIGNADAM_HD void add(Sums& to, float g) {
+SIGNADAM_HD void add(Sums& to, const Scalars& s, float alpha, float g) {
   const double x = g;
-  to.first += x;
+  const double passes = g > alpha || g < -alpha ? 1.0 : 0.0;
+  to.first += s.steers ? passes : x;
   to.second += x * x;
 }
 
@@ -35,14 +36,33 @@ SIGNADAM_HD Sums lane_of_sums(const Sums* x, int64_t count, int64_t lane) {
   return sum;
 }
 
-// a = b1 * a + (1 - b1) * std. One gradient that is not finite must not close the gate for ever: `a` then stays.
-SIGNADAM_HD double next_deviation(double a, const Sums& sums, int64_t numel, const Scalars& s) {
-  if (!is_finite(sums.first) || !is_finite(sums.second)) return a;
-  const double n = static_cast<double>(numel);
+// a = b1 * a + (1 - b1) * std.
+SIGNADAM_HD double next_deviation(double a, const Sums& sums, double n, const Scalars& s) {
   const double mean = sums.first / n;
   const double variance = sums.second / n - mean * mean;
   const double deviation = double_root(variance > 0.0 ? variance : 0.0);
   return s.confidence_beta * a + s.one_minus_confidence_beta * deviation;
+}
+
+// e^x for |x| <= 1: its series, since the libraries' exponentials differ in their last bits.
+SIGNADAM_HD double exponential(double x) {
+  double sum = 1.0;
+  for (int k = 18; k > 0; --k) sum = 1.0 + x * sum / static_cast<double>(k);
+  return sum;
+}
+
+// a *= e^(gain * (share - target)). At first there is no scale: the quantile of a normal distribution gives one.
+SIGNADAM_HD double next_threshold(double a, const Sums& sums, double n, const Scalars& s) {
+  if (sums.second == 0.0) return a;
+  if (a == 0.0) return double_root(sums.second / n) * s.quantile;
+  return a * exponential(s.gain * (sums.first / n - s.target));
+}
+
+// One gradient that is not finite must not close the gate for ever: what there is then stays.
+SIGNADAM_HD double next_gate(double a, const Sums& sums, int64_t numel, const Scalars& s) {
+  if (!is_finite(sums.first) || !is_finite(sums.second)) return a;
+  const double n = static_cast<double>(numel);
+  return s.steers ? next_threshold(a, sums, n, s) : next_deviation(a, sums, n, s);
 }
 
 }  // namespace signadam

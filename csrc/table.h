@@ -16,9 +16,15 @@ constexpr int64_t chunk_size = lane_count * row_count;
 
 SIGNADAM_HD constexpr int64_t chunks_of(int64_t count) { return (count + chunk_size - 1) / chunk_size; }
 
-// S1 and S2 of a chunk.
+// S1 and S2 of a chunk's gradient; where a threshold is steered, S1 counts the entries that pass it.
 struct Sums {
   double first, second;
+};
+
+// Of a chunk, or of some of its elements: entries that pass the gate, the sum of all squares and of theirs, entries of
+// the momentum that change their sign, the sum of its magnitudes; and the threshold.
+struct Observed {
+  double passed, squares, passed_squares, flips, magnitude, threshold;
 };
 
 // How a tensor and what goes with it are stored.
@@ -37,8 +43,8 @@ struct TensorEntry {
   void* param;
   void* exp_avg;
   void* exp_avg_sq;
-  void* third;          // a third moment, or the variance of the gradient; of rules that have one, otherwise null
-  double* exp_avg_std;  // of adaptive confidence, otherwise null
+  void* third;   // a third moment, or the variance of the gradient; of rules that have one, otherwise null
+  double* gate;  // the deviation or threshold that confidence keeps between steps, otherwise null
   int64_t numel;
   uint32_t first_chunk;
   Formats formats;
@@ -64,6 +70,7 @@ struct TableView {
   const uint32_t* tensor_of_chunk;  // null on the host, which goes through chunks in order
   Sums* sums;                       // one per chunk; null without statistics
   uint32_t* arrivals;               // one per tensor, zero between launches; the device counts finished chunks with it
+  Observed* observed;               // one per chunk; null unless they are asked for
 };
 
 // The part of a tensor that one chunk covers.
@@ -90,9 +97,10 @@ SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t ch
   return slice_of(table, step, chunk, table.tensor_of_chunk[chunk]);
 }
 
-// The gate of this step [SA, Sec. 6.3]: fixed, or alpha times the running deviation in double, rounded once.
+// The gate of this step: fixed, or alpha times the running deviation [SA, Sec. 6.3] or 1 times the threshold that is
+// steered, in double, rounded once.
 SIGNADAM_HD float threshold(const TensorEntry& tensor, const Scalars& s) {
-  return tensor.exp_avg_std == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * *tensor.exp_avg_std);
+  return tensor.gate == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * *tensor.gate);
 }
 
 }  // namespace signadam

@@ -10,6 +10,7 @@ from . import functional
 from ._version import __version__
 from .optimizers import MSGD, MSVAG, SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum
 from .release import GradientRelease, release_gradients
+from .variance import per_sample_variance
 
 __all__ = [
     "MSGD",
@@ -26,5 +27,6 @@ __all__ = [
     "Signum",
     "__version__",
     "functional",
+    "per_sample_variance",
     "release_gradients",
 ]

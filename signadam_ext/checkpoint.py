@@ -42,14 +42,14 @@ class Layout:
         param: the parameter.
         moments: form of each moment, by name.
         weights: form of the parameter, as :func:`storage.effective_weights` gives it.
-        adaptive: whether there is a running deviation.
+        gate: name of what the threshold is made of, or None.
     """
 
     label: str
     param: Tensor
     moments: Mapping[str, Form]
     weights: str
-    adaptive: bool
+    gate: str | None
 
 
 @functools.cache  # one string for all parameters
@@ -102,8 +102,8 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
     for name, dtypes in BESIDE_DTYPES.items():
         if name in saved:
             checks.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
-    if layout.adaptive and "exp_avg_std" in saved:
-        checks.deviation(label, saved["exp_avg_std"])
+    if layout.gate is not None and layout.gate in saved:
+        checks.gate(label, layout.gate, saved[layout.gate])
     checks.step_count(label, saved.get("step", 0))
 
 

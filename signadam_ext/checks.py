@@ -80,6 +80,13 @@ def look_up(name: str, value: Any, table: Mapping[str, T]) -> T:
         raise
 
 
+def share(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a number strictly between 0 and 1."""
+    number(name, value, 0.0, 1.0)
+    if value == 0:
+        raise ValueError(f"{name}={value!r}: must be in (0, 1)")
+
+
 def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: must be True or False")
@@ -186,10 +193,10 @@ def seed(value: Any) -> None:
         raise ValueError(f"seed={value!r}: must be in [0, 2^64)")
 
 
-def deviation(label: str, value: Any) -> None:
-    """Raises unless ``value`` can be the running deviation of adaptive confidence."""
+def gate(label: str, name: str, value: Any) -> None:
+    """Raises unless ``value`` can be what a threshold is made of."""
     if not isinstance(value, Tensor) or value.dtype != torch.float64 or value.dim() > 0:
-        raise TypeError(f"state 'exp_avg_std' of {label} is {value!r}: must be a 0-dim float64 tensor")
+        raise TypeError(f"state {name!r} of {label} is {value!r}: must be a 0-dim float64 tensor")
 
 
 def step_count(label: str, value: Any) -> None:

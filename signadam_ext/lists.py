@@ -28,7 +28,7 @@ def step_lists(
     grads: Sequence[Tensor | None],
     moments: Mapping[str, Sequence[Tensor]],
     *,
-    exp_avg_stds: Sequence[Tensor] | None = None,
+    gates: Sequence[Tensor] | None = None,
     state_steps: Sequence[Tensor] | None = None,
     grad_variances: Sequence[Tensor | None] | None = None,
     **hyperparameters: Any,
@@ -40,7 +40,7 @@ def step_lists(
         params: parameters, fp32, bf16 or fp16.
         grads: their gradients; a parameter whose gradient is None is left alone.
         moments: by name, fp32 tensors of the parameters' shapes and strides.
-        exp_avg_stds: 0-dim float64 on the parameters' devices, for adaptive confidence.
+        gates: 0-dim float64 on the parameters' devices, for a threshold that is not fixed.
         state_steps: 0-dim fp32 on the CPU, steps taken so far; counted up.
         grad_variances: the variances of the gradients, for rules that read them.
         hyperparameters: the group's, each by name.
@@ -58,8 +58,9 @@ def step_lists(
     rule = optimizer._rule(group)
 
     lists = {"grads": grads, **{f"{name}s": moments[name] for name in rule.moments}}
-    if rule.statistics != "NONE":
-        lists["exp_avg_stds"] = exp_avg_stds if exp_avg_stds is not None else ()
+    gate_list = f"{rule.gate}s"
+    if rule.gate is not None:
+        lists[gate_list] = gates if gates is not None else ()
     if rule.uses_step or state_steps is not None:
         lists["state_steps"] = state_steps if state_steps is not None else ()
     if rule.reads_variance:
@@ -75,12 +76,12 @@ def step_lists(
         label = f"params[{i}]"
         checks.strided(label, param)
         own = tuple(moments[name][i] for name in rule.moments)
-        deviation = lists["exp_avg_stds"][i] if "exp_avg_stds" in lists else None
+        gate = lists[gate_list][i] if rule.gate is not None else None
         step = lists["state_steps"][i] if "state_steps" in lists else None
         for name, moment in zip(rule.moments, own, strict=True):
             _check_layout(label, name, moment, param)
-        if "exp_avg_stds" in lists:
-            _check_scalar(f"exp_avg_stds[{i}]", deviation, torch.float64, param.device)
+        if rule.gate is not None:
+            _check_scalar(f"{gate_list}[{i}]", gate, torch.float64, param.device)
         if "state_steps" in lists:
             _check_scalar(f"state_steps[{i}]", step, torch.float32, torch.device("cpu"))
         items.append(
@@ -92,7 +93,7 @@ def step_lists(
                 group["backend"],
                 takes_part=False,
                 check_state=lambda: None,
-                state=_given(State(own, None, deviation, step)),
+                state=_given(State(own, None, gate, step)),
                 watched_state=lambda: None,
                 forms=rule.forms(group),
                 variance=_given(lists["grad_variances"][i] if "grad_variances" in lists else None),

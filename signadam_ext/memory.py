@@ -42,7 +42,7 @@ class Estimate:
         weights: the parameters themselves.
         beside: low bits or master copies of them.
         moments: the optimizer's.
-        scalars: step counts and, with adaptive confidence, running deviations; one for each tensor.
+        scalars: step counts, and what thresholds are made of; one for each tensor.
         gradients: those that exist at the same time.
     """
 
@@ -209,8 +209,8 @@ def _kept(
     checks.weights("a parameter", weights, param)
     rule = cls._rule(group)
     effective = effective_weights(weights, param)
-    # The step count, and the running deviation of adaptive confidence.
-    scalars = torch.float32.itemsize + (torch.float64.itemsize if rule.statistics != "NONE" else 0)
+    # The step count, and what a threshold is made of.
+    scalars = torch.float32.itemsize + (torch.float64.itemsize if rule.gate is not None else 0)
     return _Kept(param, BESIDE[effective][1] if effective in BESIDE else None, rule.forms(group), scalars, grad)
 
 

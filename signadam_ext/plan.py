@@ -15,7 +15,9 @@ from torch import Tensor
 
 from . import backends, checks
 from ._extension import load
+from .confidence import backend_for
 from .dtypes import FORMATS
+from .observed import COLUMNS
 from .reader import ListReader, make_reader
 from .rule import Group, Rule
 from .storage import WEIGHTS, Form, effective_weights
@@ -30,13 +32,13 @@ class State:
     Attributes:
         moments: in the forms of its item.
         beside: low bits or master copy of the parameter, with its strides, or None.
-        exp_avg_std: 0-dim float64 on the parameter's device, with adaptive confidence.
+        gate: 0-dim float64 on the parameter's device, what the threshold is made of, or None.
         step: 0-dim fp32 on the CPU, the number of steps taken; None where nobody counts.
     """
 
     moments: tuple[Tensor, ...]
     beside: Tensor | None = None
-    exp_avg_std: Tensor | None = None
+    gate: Tensor | None = None
     step: Tensor | None = None
 
 
@@ -53,7 +55,7 @@ class Entry:
         weights, beside: how the parameter is stored, and what lies beside it.
         variance: of the gradient, with the strides of ``work``, for a rule that reads it: ``param.grad_variance``, or a
             buffer into which every step copies it; None where it has not been asked for yet.
-        exp_avg_std, step: as in :class:`State`.
+        gate, step: as in :class:`State`.
         group: index of its parameter group.
         seed, number, first: what its random bits are made of: the seed, the number under which ``state_dict()`` lists
             the parameter, and the index of the first element in the unsharded tensor.
@@ -68,7 +70,7 @@ class Entry:
     weights: str
     beside: Tensor | None
     variance: Tensor | None
-    exp_avg_std: Tensor | None
+    gate: Tensor | None
     step: Tensor | None
     group: int
     seed: int
@@ -85,13 +87,18 @@ class Entry:
 
 @dataclass(slots=True)
 class Bucket:
-    """Entries of one launch, with their table in C++; ``gappy`` are those whose ``work`` is a copy."""
+    """Entries of one launch, with their table in C++; ``gappy`` are those whose ``work`` is a copy.
+
+    ``observed``, where it is wanted, holds a row of :data:`signadam_ext.observed.COLUMNS` for each chunk.
+    """
 
     rule: Rule
     device: torch.device
     entries: list[Entry]
+    observes: bool
     gappy: list[Entry] = field(init=False)
     table: Any = field(init=False)
+    observed: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.gappy = [entry for entry in self.entries if entry.work.data_ptr() != entry.param.data_ptr()]
@@ -105,7 +112,7 @@ class Bucket:
                 exp_avg=addresses[0],
                 exp_avg_sq=addresses[1],
                 third=addresses[2],
-                exp_avg_std=0 if entry.exp_avg_std is None else entry.exp_avg_std.data_ptr(),
+                gate=0 if entry.gate is None else entry.gate.data_ptr(),
                 step=0 if entry.step is None else entry.step.data_ptr(),
                 numel=entry.work.numel(),
                 first=entry.first,
@@ -121,6 +128,12 @@ class Bucket:
                 number=entry.number,
             )
         self.table.finish(statistics=self.rule.statistics != "NONE")
+        if self.observes:
+            shape = (self.table.chunks, len(COLUMNS))
+            self.observed = torch.zeros(shape, dtype=torch.float64, device=self.device)
+
+    def observations(self) -> tuple[Tensor, ...]:
+        return () if self.observed is None else (self.observed,)
 
 
 @dataclass(slots=True)
@@ -156,6 +169,7 @@ class Plan:
         items: every parameter, in order.
         groups: the parameter groups, read anew each step.
         grads: gradients beside the parameters, for the functional forms; None reads ``param.grad``.
+        observes: whether steps gather what ``optimizer.statistics()`` tells.
 
     Raises:
         TypeError, ValueError: a tensor that cannot be served; nothing has been written then.
@@ -177,7 +191,13 @@ class Plan:
         "params",
     )
 
-    def __init__(self, items: Sequence[Item], groups: Sequence[Group], grads: Sequence[Tensor | None] | None = None):
+    def __init__(
+        self,
+        items: Sequence[Item],
+        groups: Sequence[Group],
+        grads: Sequence[Tensor | None] | None = None,
+        observes: bool = False,
+    ):
         self.groups = groups
         self.labels = [item.label for item in items]
         self.params = [item.param for item in items]
@@ -195,7 +215,9 @@ class Plan:
             item.check_state()
             if item.rule.reads_variance and grad is not None:
                 checks.variance(item.label, item.variance(), item.param)
-            chosen.append(backends.choose(item.backend, item.param.device, item.label))
+            confidence = item.rule.confidence
+            wanted = item.backend if confidence is None else backend_for(confidence, item.backend)
+            chosen.append(backends.choose(wanted, item.param.device, item.label))
 
         self.entries: list[Entry] = []
         self._variances: list[tuple[Item, Entry, int | None]] = []  # None: a buffer of ours
@@ -220,7 +242,7 @@ class Plan:
                 effective_weights(item.weights, item.param.dtype),
                 state.beside,
                 _variance(item, work, grad is not None) if item.rule.reads_variance else None,
-                state.exp_avg_std,
+                state.gate,
                 # Should someone swap the tensor's data, the table's address stays valid.
                 None if state.step is None else state.step.detach(),
                 item.group,
@@ -242,7 +264,7 @@ class Plan:
         ordered = sorted(buckets.items(), key=lambda keyed: keyed[0][3])
         self.launches = []
         for (backend, device, rule, *_), entries in ordered:
-            bucket = Bucket(rule, device, entries)
+            bucket = Bucket(rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
         self._versioned = [entry.param for entry in self.entries if not entry.param.is_inference()]
         self._reader = make_reader() if grads is None else ListReader(grads)
@@ -314,6 +336,9 @@ class Plan:
             rows = [_row(bucket.rule, self.groups[group], t) for group, t in bucket.table.begin(source)]
             if rows:
                 prepared.append((bucket, launch, rows))
+        for _, launch, rows in prepared:
+            if isinstance(launch, backends.CheckedLaunch):
+                launch.check(rows)
         for bucket, launch, rows in prepared:
             # Around each launch by itself: a parameter may share memory with one of an earlier launch.
             gappy = self._present(bucket.gappy)

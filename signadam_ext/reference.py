@@ -167,6 +167,15 @@ def lion(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Mom
     return p - s["lr"] * sign(u), (s["beta2"] * m + s["one_minus_beta2"] * g,)
 
 
+def effective_gradient(scalars: Scalars, p: Tensor, g: Tensor) -> Tensor:
+    """The gradient as rules, gates and statistics see it."""
+    if scalars["maximize"]:
+        g = -g
+    if scalars["coupled"]:
+        g = g + torch.full((), scalars["weight_decay"], dtype=torch.float32, device=p.device) * p
+    return g
+
+
 def update(
     rule: Update,
     statistics: str,
@@ -174,44 +183,72 @@ def update(
     p: Tensor,
     g: Tensor,
     moments: Moments,
-    exp_avg_std: Tensor | None,
-) -> tuple[Tensor, Moments]:
-    """One step of one tensor: the new ``p`` and moments; in place on ``exp_avg_std``.
+    gate: Tensor | None,
+    confidence: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Moments, Tensor]:
+    """One step of one tensor: the new ``p`` and moments, and the threshold in force; in place on ``gate``.
 
     Args:
         rule: one of the functions above.
         statistics: ``"NONE"``, ``"GATHER"`` or ``"ONLY"``, as in :class:`signadam_ext.rule.Rule`.
         scalars: unrounded doubles; each is rounded to fp32 once.
         p: parameter, flat, fp32.
-        g: gradient, flat, fp32, in the same memory order.
+        g: effective gradient, flat, fp32, in the same memory order.
         moments: flat, fp32.
-        exp_avg_std: 0-dim float64, the running deviation of adaptive confidence, or None.
+        gate: 0-dim float64, what the threshold is made of, or None.
+        confidence: what takes the gradient's place, as a function of it and the threshold.
     """
     s = {name: torch.full((), value, dtype=torch.float32, device=p.device) for name, value in scalars.items()}
-    if scalars["maximize"]:
-        g = -g
-    if scalars["coupled"]:
-        g = g + s["weight_decay"] * p
-    if statistics == "ONLY" and exp_avg_std is not None:
-        exp_avg_std.copy_(next_deviation(exp_avg_std, g, scalars))
+    if statistics == "ONLY" and gate is not None:
+        gate.copy_(next_gate(gate, g, torch.zeros((), device=p.device), scalars))
     alpha = s.get("alpha", torch.zeros((), device=p.device))
-    if exp_avg_std is not None:
-        alpha = (scalars["alpha"] * exp_avg_std).float()
-    p, moments = rule(s, alpha, p * s["decay"], g, moments)
-    if statistics == "GATHER" and exp_avg_std is not None:
-        exp_avg_std.copy_(next_deviation(exp_avg_std, g, scalars))
-    return p, moments
+    if gate is not None:
+        alpha = (scalars["alpha"] * gate).float()
+    if confidence is not None:
+        p, moments = rule(s, alpha, p * s["decay"], confidence(g, alpha), moments)
+    else:
+        p, moments = rule(s, alpha, p * s["decay"], g, moments)
+    if statistics == "GATHER" and gate is not None:
+        gate.copy_(next_gate(gate, g, alpha, scalars))
+    return p, moments, alpha
 
 
-def next_deviation(a: Tensor, g: Tensor, scalars: Scalars) -> Tensor:
-    """The running standard deviation after gradient ``g`` [SA, Sec. 6.3], in double, additions in the shared order."""
+def passes(g: Tensor, alpha: Tensor) -> Tensor:
+    """The entries that the gate lets through."""
+    return (g > alpha) | (g < -alpha)
+
+
+def next_gate(a: Tensor, g: Tensor, alpha: Tensor, scalars: Scalars) -> Tensor:
+    """What the next threshold is made of, after gradient ``g``, in double, additions in the shared order."""
     flat = g.double()
-    first, second = ordered_sum(flat), ordered_sum(flat * flat)
-    mean = first / g.numel()
-    variance = second / g.numel() - mean * mean
-    deviation = double_root(torch.where(variance > 0, variance, 0.0))
-    moved = scalars["confidence_beta"] * a + scalars["one_minus_confidence_beta"] * deviation
+    first = ordered_sum(passes(g, alpha).double() if scalars["steers"] else flat)
+    second = ordered_sum(flat * flat)
+    n = torch.full_like(a, g.numel())  # CUDA divides by a number by way of its reciprocal
+    moved = (next_threshold if scalars["steers"] else next_deviation)(a, first, second, n, scalars)
     return torch.where(torch.isfinite(first) & torch.isfinite(second), moved, a)
+
+
+def next_deviation(a: Tensor, first: Tensor, second: Tensor, n: Tensor, scalars: Scalars) -> Tensor:
+    """The running standard deviation [SA, Sec. 6.3]."""
+    mean = first / n
+    variance = second / n - mean * mean
+    deviation = double_root(torch.where(variance > 0, variance, 0.0))
+    return scalars["confidence_beta"] * a + scalars["one_minus_confidence_beta"] * deviation
+
+
+def next_threshold(a: Tensor, first: Tensor, second: Tensor, n: Tensor, scalars: Scalars) -> Tensor:
+    """The threshold after ``first`` of ``n`` entries have passed it."""
+    start = double_root(second / n) * scalars["quantile"]
+    moved = a * exponential(scalars["gain"] * (first / n - scalars["target"]))
+    return torch.where(second == 0, a, torch.where(a == 0, start, moved))
+
+
+def exponential(x: Tensor) -> Tensor:
+    """``e ** x`` for ``|x| <= 1``: its series, since the libraries' exponentials differ in their last bits."""
+    total = torch.ones_like(x)
+    for k in range(18, 0, -1):
+        total = 1.0 + x * total / torch.full_like(x, k)
+    return total
 
 
 def ordered_sum(x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ Group = Mapping[str, Any]
 Scalars = dict[str, float]
 
 #: How a gated rule obtains its threshold; the names of ``signadam_ext._C.Statistics``.
-#: NONE: a scalar. GATHER: last step's deviation, this step's is summed in the same pass. ONLY: this step's, in a
-#: launch of its own before the update.
+#: NONE: a scalar. GATHER: from what earlier steps left, this step's sums are taken in the same pass. ONLY: from this
+#: step's, in a launch of its own before the update.
 STATISTICS = ("NONE", "GATHER", "ONLY")
 
 
@@ -29,6 +29,8 @@ class Rule:
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
         statistics: one of :data:`STATISTICS`.
+        gate: name of the state that keeps what the threshold is made of, unless ``statistics`` is "NONE".
+        confidence: a function of the user's that gives the rule its gradient, or None.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Rule:
     uses_step: bool = False
     reads_variance: bool = False
     statistics: str = "NONE"
+    gate: str | None = None
+    confidence: Callable[..., Any] | None = None
 
     def forms(self, group: Group) -> tuple[storage.Form, ...]:
         """How each moment is stored.

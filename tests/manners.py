@@ -102,8 +102,9 @@ def assert_same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
         assert same_bits(p, q), f"parameter {i} differs"
         state, other = a.state.get(p, {}), b.state.get(q, {})
         assert state.keys() == other.keys()
-        for name in state:
-            assert same_bits(state[name], other[name]), f"{name} of parameter {i} differs"
+        for name, value in state.items():
+            same = same_bits(value, other[name]) if isinstance(value, Tensor) else value == other[name]
+            assert same, f"{name} of parameter {i} differs"
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> list[Any]:

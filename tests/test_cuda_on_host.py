@@ -138,15 +138,24 @@ class Case:
 
 def rule_of(name: str, statistics: str) -> Rule:
     """The rule with scalars that a group names itself."""
-    moments = ("exp_avg", "exp_avg_sq")[: FUNCTORS[name].moments]
-    bounded = FUNCTORS[name].bounded
-    return Rule(name, moments, lambda group, t: group["scalars"], bounded=bounded, statistics=statistics)
+    functor = FUNCTORS[name]
+    return Rule(
+        name,
+        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: functor.moments],
+        lambda group, t: group["scalars"],
+        bounded=functor.bounded,
+        reads_variance=functor.reads_variance,
+        statistics=statistics,
+        gate=None if statistics == "NONE" else "gate",
+    )
 
 
 def state_dtypes(rule: str) -> list[tuple[str, ...]]:
     """Every combination that the rule allows."""
-    first = BOUNDED if FUNCTORS[rule].bounded else UNBOUNDED
-    return list(itertools.product(*(first, ("fp32", "bf16"))[: FUNCTORS[rule].moments]))
+    wide = ("fp32", "bf16")
+    few = BOUNDED if FUNCTORS[rule].bounded else UNBOUNDED
+    first = wide if FUNCTORS[rule].moments > 2 else few
+    return list(itertools.product(*(first, wide, wide)[: FUNCTORS[rule].moments]))
 
 
 def scalars_of(beta1: float, beta2: float, confidence_beta: float, **others: float) -> Scalars:
@@ -157,6 +166,7 @@ def scalars_of(beta1: float, beta2: float, confidence_beta: float, **others: flo
         "one_minus_beta2": 1 - beta2,
         "confidence_beta": confidence_beta,
         "one_minus_confidence_beta": 1 - confidence_beta,
+        "steers": 0.0,
         **others,
     }
 
@@ -174,6 +184,13 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
             alpha=draw(st.sampled_from((0.0, 0.5, 1.0, 1e-40)) | st.floats(0, 3)),
             eps=draw(st.sampled_from((0.0, 1e-8, 1e-3))),
             denominator=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 2)),
+            bias_correction=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
+            rho=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
+            one_minus_rho=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
+            steers=float(draw(st.booleans())),
+            target=draw(st.floats(1e-6, 1 - 1e-6)),
+            gain=draw(st.floats(1e-6, 1)),
+            quantile=draw(st.floats(1e-3, 5)),
         ),
     }
 
@@ -260,23 +277,26 @@ class State:
     param: Operand
     beside: Operand | None
     moments: list[Operand]
-    exp_avg_std: Tensor | None
+    gate: Tensor | None
     step: Tensor
+    variance: Operand | None = None
 
     def clone(self) -> State:
         beside = None if self.beside is None else self.beside.clone()
-        deviation = None if self.exp_avg_std is None else self.exp_avg_std.clone()
-        return State(
-            self.param.clone(), beside, [moment.clone() for moment in self.moments], deviation, self.step.clone()
-        )
+        deviation = None if self.gate is None else self.gate.clone()
+        variance = None if self.variance is None else self.variance.clone()
+        moments = [moment.clone() for moment in self.moments]
+        return State(self.param.clone(), beside, moments, deviation, self.step.clone(), variance)
 
     def differences(self, other: State) -> list[str]:
         found = [] if self.param.equals(other.param) else ["param"]
         if self.beside is not None and not self.beside.equals(other.beside):
             found.append("beside")
         found += [f"moment {i}" for i, moment in enumerate(self.moments) if not moment.equals(other.moments[i])]
-        if self.exp_avg_std is not None and not same_bits(self.exp_avg_std, other.exp_avg_std):
-            found.append(f"deviation {self.exp_avg_std} {other.exp_avg_std}")
+        if self.gate is not None and not same_bits(self.gate, other.gate):
+            found.append(f"deviation {self.gate} {other.gate}")
+        if self.variance is not None and not self.variance.equals(other.variance):
+            found.append("variance")
         if not torch.equal(self.step, other.step):
             found.append("step")
         return found
@@ -297,7 +317,7 @@ def stored_moment(case: TensorCase, form: Form, second: bool, generator: torch.G
 
 def initial_state(case: TensorCase, rule: Rule, forms: tuple[Form, ...], generator: torch.Generator) -> State:
     x = values(case, generator)
-    moments = [stored_moment(case, form, i == 1, generator) for i, form in enumerate(forms)]
+    moments = [stored_moment(case, form, i > 0, generator) for i, form in enumerate(forms)]
     weights = effective_weights(case.weights, case.dtype)
     exact = case.dtype == torch.bfloat16 and weights in ("stochastic", "split16", "split8")
     param = Operand(x, case.dtype, case.offsets[0], exact)
@@ -316,7 +336,10 @@ def initial_state(case: TensorCase, rule: Rule, forms: tuple[Form, ...], generat
     deviation = None
     if rule.statistics != "NONE":
         deviation = torch.rand((), dtype=torch.float64, generator=generator)
-    return State(param, beside, moments, deviation, torch.tensor(float(case.steps_taken)))
+    variance = None
+    if rule.reads_variance:
+        variance = Operand(values(case, generator).abs(), torch.float32, case.offsets[2])
+    return State(param, beside, moments, deviation, torch.tensor(float(case.steps_taken)), variance)
 
 
 def take_step(
@@ -333,7 +356,8 @@ def take_step(
             moments=tuple(moment.view for moment in state.moments),
             weights=effective_weights(tensor.weights, tensor.dtype),
             beside=None if state.beside is None else state.beside.view,
-            exp_avg_std=state.exp_avg_std,
+            variance=None if state.variance is None else state.variance.view,
+            gate=state.gate,
             step=state.step,
             group=i,
             seed=tensor.seed,
@@ -342,7 +366,7 @@ def take_step(
         )
         for i, (tensor, state) in enumerate(zip(case.tensors, states, strict=True))
     ]
-    bucket = Bucket(rule, torch.device("cpu"), entries)
+    bucket = Bucket(rule, torch.device("cpu"), entries, observes=False)
     launch = backend.prepare(bucket, grads.__getitem__)
     addresses = [
         (grad.data_ptr() or 1) if tensor.present else 0 for tensor, grad in zip(case.tensors, grads, strict=True)
@@ -368,7 +392,7 @@ def check(library: ctypes.CDLL, name: str, statistics: str, case: Case) -> None:
     for step in range(case.steps):
         grads = []
         for tensor, group, state in zip(case.tensors, own, expected, strict=True):
-            deviation = 1.0 if state.exp_avg_std is None else state.exp_avg_std.item()
+            deviation = 1.0 if state.gate is None else state.gate.item()
             threshold = group["scalars"]["alpha"] * deviation
             grads.append(Operand(values(tensor, generator, threshold), tensor.grad_dtype, tensor.offsets[1]))
         untouched = [grad.clone() for grad in grads]
@@ -399,14 +423,22 @@ GROUPS = (
         "weight_decay": 0.1,
         "decoupled_weight_decay": False,
         "maximize": True,
-        "scalars": scalars_of(0.9, 0.99, 0.8, alpha=0.25, eps=1e-8, denominator=0.37),
+        "scalars": scalars_of(
+            *(0.9, 0.99, 0.8),
+            **{"alpha": 0.25, "eps": 1e-8, "denominator": 0.37, "bias_correction": 0.19, "rho": 0.5},
+            **{"one_minus_rho": 0.5, "steers": 1.0, "target": 0.3, "gain": 0.7, "quantile": 1.3},
+        ),
     },
     {
         "lr": 1e-3,
         "weight_decay": 0.3,
         "decoupled_weight_decay": True,
         "maximize": False,
-        "scalars": scalars_of(0.4, 0.9, 0.0, alpha=0.5, eps=1e-3, denominator=1.7),
+        "scalars": scalars_of(
+            *(0.4, 0.9, 0.0),
+            **{"alpha": 0.5, "eps": 1e-3, "denominator": 1.7, "bias_correction": 1.0, "rho": 1.0},
+            **{"one_minus_rho": 0.0, "steers": 0.0},
+        ),
     },
 )
 

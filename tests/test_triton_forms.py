@@ -63,7 +63,8 @@ def combinations(row: Row) -> list[Combination]:
     optimizer = row.optimizer([torch.zeros(1)], **row.hyperparameters)
     rule = optimizer._rule(optimizer.param_groups[0])
     first = storage.BOUNDED if rule.bounded else storage.UNBOUNDED
-    forms = itertools.product(*(first, ("fp32", "bf16"))[: len(rule.moments)])
+    wide = ("fp32", "bf16")
+    forms = itertools.product(*(wide if len(rule.moments) > 2 else first, wide, wide)[: len(rule.moments)])
     weights = {
         torch.float32: ("as_is",),
         torch.bfloat16: tuple(storage.WEIGHTS),
@@ -117,6 +118,7 @@ def train(
         for param, (size, offset, _) in zip(params, tensors, strict=True):
             # Aligned only where the parameter is, and not always then.
             param.grad = values.tensor(size, 0 if offset == 0 else step % 2)
+            param.grad_variance = values.tensor(size, 0).float().abs()
         items = [optimizer._item(str(i), param, group, 0, number=i) for i, param in enumerate(params)]
         for item, (_, _, first) in zip(items, tensors, strict=True):
             item.first = first

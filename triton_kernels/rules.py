@@ -26,6 +26,10 @@ RHO = tl.constexpr(SCALARS.index("rho"))
 ONE_MINUS_RHO = tl.constexpr(SCALARS.index("one_minus_rho"))
 CONFIDENCE_BETA = tl.constexpr(SCALARS.index("confidence_beta"))
 ONE_MINUS_CONFIDENCE_BETA = tl.constexpr(SCALARS.index("one_minus_confidence_beta"))
+STEERS = tl.constexpr(SCALARS.index("steers"))
+TARGET = tl.constexpr(SCALARS.index("target"))
+GAIN = tl.constexpr(SCALARS.index("gain"))
+QUANTILE = tl.constexpr(SCALARS.index("quantile"))
 SCALAR_COUNT = tl.constexpr(len(SCALARS))
 
 
@@ -38,6 +42,12 @@ def scalar(s, INDEX: tl.constexpr):
 @triton.jit
 def sign(x):
     return tl.where(x > 0.0, 1.0, 0.0) - tl.where(x < 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def passes(g, alpha):
+    """Whether the gate lets an entry through."""
+    return (g > alpha) | (g < -alpha)
 
 
 @triton.jit

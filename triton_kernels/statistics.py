@@ -1,9 +1,9 @@
-"""The standard deviation of a gradient, in the order of additions that all backends share (csrc/statistics.h)."""
+"""What moves a threshold: sums over a gradient, in the order of additions that all backends share."""
 
 import triton
 import triton.language as tl
 
-from .rules import CONFIDENCE_BETA, ONE_MINUS_CONFIDENCE_BETA
+from .rules import CONFIDENCE_BETA, GAIN, ONE_MINUS_CONFIDENCE_BETA, QUANTILE, STEERS, TARGET
 
 LANES = tl.constexpr(2048)
 ROWS = tl.constexpr(8)
@@ -24,8 +24,17 @@ def is_finite(x):
 
 
 @triton.jit
-def finish(sums, count, numel, exp_avg_std, s):
-    """The chunk sums at ``sums`` go through the chunk procedure until one is left, which moves the deviation."""
+def exponential(x):
+    """e^x for |x| <= 1: its series, since the libraries' exponentials differ in their last bits."""
+    total = x * 0.0 + 1.0
+    for i in tl.static_range(18):
+        total = 1.0 + x * total / (total * 0.0 + (18.0 - i))
+    return total
+
+
+@triton.jit
+def finish(sums, count, numel, gate, s):
+    """The chunk sums at ``sums`` go through the chunk procedure until one is left, which moves the gate."""
     lanes = tl.arange(0, LANES)
     while count > 1:
         following = (count + CHUNK - 1) // CHUNK
@@ -48,8 +57,13 @@ def finish(sums, count, numel, exp_avg_std, s):
     second_sum = tl.load(sums + 1, cache_modifier=".cg")
     if is_finite(first_sum) and is_finite(second_sum):
         n = numel.to(tl.float64)
-        mean = first_sum / n
-        variance = second_sum / n - mean * mean
-        deviation = tl.sqrt(tl.where(variance > 0.0, variance, 0.0))
-        moved = tl.load(s + CONFIDENCE_BETA) * tl.load(exp_avg_std) + tl.load(s + ONE_MINUS_CONFIDENCE_BETA) * deviation
-        tl.store(exp_avg_std, moved)
+        a = tl.load(gate)
+        if tl.load(s + STEERS) != 0.0:
+            if second_sum != 0.0:
+                moved = a * exponential(tl.load(s + GAIN) * (first_sum / n - tl.load(s + TARGET)))
+                tl.store(gate, tl.where(a == 0.0, tl.sqrt(second_sum / n) * tl.load(s + QUANTILE), moved))
+        else:
+            mean = first_sum / n
+            variance = second_sum / n - mean * mean
+            deviation = tl.sqrt(tl.where(variance > 0.0, variance, 0.0))
+            tl.store(gate, tl.load(s + CONFIDENCE_BETA) * a + tl.load(s + ONE_MINUS_CONFIDENCE_BETA) * deviation)

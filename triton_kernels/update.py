@@ -5,20 +5,20 @@ import triton.language as tl
 
 from .dtypes import FP32, SPLIT8, STOCHASTIC, widen
 from .random_bits import bits_for_m, bits_for_third, bits_for_v, has_whole_words, random_halves
-from .rules import ALPHA, DECAY, SCALAR_COUNT, effective_gradient, scalar
+from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, sign
 from .statistics import CHUNK, LANES, ROWS, finish, halve
 from .stored import RUN, load, load_moment, load_param, low_operand, operand, pointer_to, store_moment, store_param
 
 # Columns of the table of tensors, one int64 each, as in csrc/table.h. ``aligned``: all but the gradient lie on 16-byte
 # boundaries.
-COLUMNS = ("param", "low", "exp_avg", "exp_avg_sq", "third", "exp_avg_std", "numel", "first", "first_chunk", "aligned")
+COLUMNS = ("param", "low", "exp_avg", "exp_avg_sq", "third", "gate", "numel", "first", "first_chunk", "aligned")
 COLUMN_COUNT = tl.constexpr(len(COLUMNS))
 PARAM_AT = tl.constexpr(COLUMNS.index("param"))
 LOW_AT = tl.constexpr(COLUMNS.index("low"))
 EXP_AVG_AT = tl.constexpr(COLUMNS.index("exp_avg"))
 EXP_AVG_SQ_AT = tl.constexpr(COLUMNS.index("exp_avg_sq"))
 THIRD_AT = tl.constexpr(COLUMNS.index("third"))
-EXP_AVG_STD_AT = tl.constexpr(COLUMNS.index("exp_avg_std"))
+GATE_AT = tl.constexpr(COLUMNS.index("gate"))
 NUMEL_AT = tl.constexpr(COLUMNS.index("numel"))
 FIRST_AT = tl.constexpr(COLUMNS.index("first"))
 FIRST_CHUNK_AT = tl.constexpr(COLUMNS.index("first_chunk"))
@@ -39,6 +39,7 @@ def run_rows(
     count,
     s,
     alpha,
+    observed,
     RULE: tl.constexpr,
     MOMENTS: tl.constexpr,
     PARAM: tl.constexpr,
@@ -50,6 +51,8 @@ def run_rows(
     WEIGHTS: tl.constexpr,
     DRAWS: tl.constexpr,
     STATISTICS: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    OBSERVES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The rows of one chunk. ``WIDE``: every operand lies on a 16-byte boundary, the chunk is full, and, where random
@@ -68,8 +71,15 @@ def run_rows(
     first_index = tl.load(entry + FIRST_AT) + begin
     first = tl.zeros([LANES], tl.float64)
     second = tl.zeros([LANES], tl.float64)
+    steers = tl.load(s + STEERS) != 0.0
     lanes = tl.arange(0, LANES)
     decay = scalar(s, DECAY)
+    if OBSERVES:
+        passed = tl.zeros([LANES], tl.float64)
+        squares = tl.zeros([LANES], tl.float64)
+        passed_squares = tl.zeros([LANES], tl.float64)
+        flips = tl.zeros([LANES], tl.float64)
+        magnitude = tl.zeros([LANES], tl.float64)
     # Rows beyond the end would add +0 to lanes that are never -0.
     row_count = ROWS if WIDE else (count + LANES - 1) // LANES
     for row in range(row_count):
@@ -88,11 +98,27 @@ def run_rows(
         g = effective_gradient(s, p, g)
         if STATISTICS != NONE:
             # Padding is +0 whatever the parameter beside it.
-            wide_g = tl.where(index < count, g, 0.0).to(tl.float64)
-            first += wide_g
+            inside = tl.where(index < count, g, 0.0)
+            wide_g = inside.to(tl.float64)
+            first += tl.where(steers, passes(inside, alpha).to(tl.float64), wide_g)
             second += wide_g * wide_g
         if STATISTICS != ONLY:
+            if OBSERVES:
+                inside = tl.where(index < count, g, 0.0)
+                square = inside.to(tl.float64) * inside.to(tl.float64)
+                through = passes(inside, alpha)
+                before = sign(m)
+                passed += through.to(tl.float64)
+                squares += square
+                passed_squares += tl.where(through, square, 0.0)
+            if CONFIDENCE is not None:
+                g = CONFIDENCE(g, alpha)
             p, m, v, x = RULE(s, alpha, p * decay, g, m, v, x)
+            if OBSERVES:
+                if MOMENTS > 0:
+                    after = tl.where(index < count, m, 0.0)
+                    flips += tl.where(before * sign(after) < 0.0, 1.0, 0.0).to(tl.float64)
+                    magnitude += tl.abs(after).to(tl.float64)
             r = lanes
             if DRAWS:
                 r = random_halves(h0, h1, first_index, row, WIDE)
@@ -103,6 +129,13 @@ def run_rows(
                 store_moment(exp_avg_sq, exponents, row, v, bits_for_v(r), count, EXP_AVG_SQ, WIDE)
             if MOMENTS > 2:
                 store_moment(third, exponents, row, x, bits_for_third(r), count, THIRD, WIDE)
+    if OBSERVES:
+        tl.store(observed, tl.sum(passed, axis=0))
+        tl.store(observed + 1, tl.sum(squares, axis=0))
+        tl.store(observed + 2, tl.sum(passed_squares, axis=0))
+        tl.store(observed + 3, tl.sum(flips, axis=0))
+        tl.store(observed + 4, tl.sum(magnitude, axis=0))
+        tl.store(observed + 5, alpha.to(tl.float64))
     return first, second
 
 
@@ -116,6 +149,7 @@ def update(
     scalars,
     sums,
     arrivals,
+    observed,
     RULE: tl.constexpr,
     MOMENTS: tl.constexpr,
     PARAM: tl.constexpr,
@@ -126,6 +160,8 @@ def update(
     READS_VARIANCE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     STATISTICS: tl.constexpr,
+    CONFIDENCE: tl.constexpr,
+    OBSERVES: tl.constexpr,
 ):
     """All chunks of a table.
 
@@ -137,11 +173,14 @@ def update(
         rows: int32, each tensor's row of ``scalars``.
         scalars: float64 ``[rows, SCALAR_COUNT]``.
         sums: float64, S1 and S2 of each chunk; unused without statistics.
+        observed: float64 ``[chunks, 6]``, as in csrc/table.h; unused unless OBSERVES.
         arrivals: int32, finished chunks of each tensor, zero between launches; unused without statistics.
         RULE: a function of rules.py; MOMENTS: how many it has.
         PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD: formats, FP32 for what the rule lacks; WEIGHTS: see dtypes.py.
         READS_VARIANCE: whether the third operand is the variance of the gradient, which is only read.
         STATISTICS: NONE, GATHER or ONLY.
+        CONFIDENCE: a function of the gradient and the threshold that takes the gradient's place, or None.
+        OBSERVES: whether what optimizer.statistics() tells is gathered.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(tensor_of_chunk + chunk)
@@ -152,7 +191,7 @@ def update(
         numel = tl.load(entry + NUMEL_AT)
         begin = (chunk - tl.load(entry + FIRST_CHUNK_AT)).to(tl.int64) * CHUNK
         count = tl.minimum(numel - begin, CHUNK).to(tl.int32)
-        deviation = tl.load(entry + EXP_AVG_STD_AT)
+        deviation = tl.load(entry + GATE_AT)
         alpha = scalar(s, ALPHA)
         if STATISTICS != ONLY:
             if deviation != 0:
@@ -167,15 +206,15 @@ def update(
             wide = wide & has_whole_words(tl.load(entry + FIRST_AT) + begin)
         if wide:
             first, second = run_rows(
-                entry, grad, noise + 2 * tensor, begin, count, s, alpha,
+                entry, grad, noise + 2 * tensor, begin, count, s, alpha, observed + 6 * chunk,
                 RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD, READS_VARIANCE,
-                WEIGHTS, DRAWS, STATISTICS, WIDE=True,
+                WEIGHTS, DRAWS, STATISTICS, CONFIDENCE, OBSERVES, WIDE=True,
             )  # fmt: skip
         else:
             first, second = run_rows(
-                entry, grad, noise + 2 * tensor, begin, count, s, alpha,
+                entry, grad, noise + 2 * tensor, begin, count, s, alpha, observed + 6 * chunk,
                 RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD, READS_VARIANCE,
-                WEIGHTS, DRAWS, STATISTICS, WIDE=False,
+                WEIGHTS, DRAWS, STATISTICS, CONFIDENCE, OBSERVES, WIDE=False,
             )  # fmt: skip
         if STATISTICS != NONE:
             tl.store(sums + 2 * chunk, halve(first))
@@ -188,3 +227,14 @@ def update(
                 tl.store(arrivals + tensor, 0)
                 own = sums + 2 * tl.load(entry + FIRST_CHUNK_AT)
                 finish(own, chunks.to(tl.int64), numel, deviation.to(tl.pointer_type(tl.float64)), s)
+
+
+@triton.jit
+def probe(at, alpha, result, CONFIDENCE: tl.constexpr):
+    """A confidence function at ``LANES`` gradients."""
+    index = tl.arange(0, LANES)
+    g = tl.load(at + index)
+    c = CONFIDENCE(g, tl.load(alpha))
+    tl.static_assert(c.dtype == g.dtype, "must return float32")
+    tl.static_assert(c.shape == g.shape, "must return a block of the gradient's shape")
+    tl.store(result + index, c)

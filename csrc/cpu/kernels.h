@@ -1,18 +1,20 @@
 // The CPU kernels, compiled once per instruction set from kernels.inl.
 #pragma once
 
+#include "../observed.h"
 #include "../rules.h"
-#include "../table.h"
+#include "../statistics.h"
 
 namespace signadam::cpu {
 
-using ChunkUpdate = void (*)(const Slice& slice, const Scalars& s, float alpha);
+// `observed`: where what is observed of the chunk goes, or null.
+using ChunkUpdate = void (*)(const Slice& slice, const Scalars& s, float alpha, Observed* observed);
 
 struct Kernels {
   const char* name;
   ChunkUpdate update[rule_count];
   // S1 and S2 of a chunk's effective gradient, as yet unreduced over chunks.
-  Sums (*sum)(const Slice& slice, const Scalars& s);
+  Sums (*sum)(const Slice& slice, const Scalars& s, float alpha);
 };
 
 extern const Kernels portable_kernels;

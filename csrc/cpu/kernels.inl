@@ -92,6 +92,30 @@ const float* widened(const void* base, Format format, int64_t index, float* scra
 #include "fused.inl"
 #endif
 
+// What is observed of a block: the gradient as the gate sees it, and the momentum before and after the step. Sums of
+// every 16th element are independent, so that compilers make vectors of them.
+void observe_block(const float* SIGNADAM_RESTRICT g, float alpha, const float* SIGNADAM_RESTRICT before,
+                   const float* SIGNADAM_RESTRICT after, int count, Observed& to) {
+  constexpr int lanes = 16;
+  double passed[lanes] = {}, squares[lanes] = {}, passed_squares[lanes] = {}, flips[lanes] = {}, magnitudes[lanes] = {};
+  const auto observe = [&](int i, int lane) {
+    Observed one{};
+    observe_gradient(one, g[i], alpha);
+    if (after != nullptr) observe_momentum(one, before[i], after[i]);
+    passed[lane] += one.passed;
+    squares[lane] += one.squares;
+    passed_squares[lane] += one.passed_squares;
+    flips[lane] += one.flips;
+    magnitudes[lane] += one.magnitude;
+  };
+  int i = 0;
+  for (; i + lanes <= count; i += lanes)
+    for (int lane = 0; lane < lanes; ++lane) observe(i + lane, lane);
+  for (; i < count; ++i) observe(i, 0);
+  for (int lane = 0; lane < lanes; ++lane)
+    add(to, Observed{passed[lane], squares[lane], passed_squares[lane], flips[lane], magnitudes[lane], 0.0});
+}
+
 // Elements of a full chunk that are updated in one half before the other has its turn.
 constexpr int turn = 64;
 
@@ -112,7 +136,7 @@ void update_fp32(const Slice& slice, const Scalars& s, float alpha) {
 
 // Any forms, a block at a time by way of scratch, from element `done` of the chunk on: the start of a packed run.
 template <class Rule>
-void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done) {
+void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, Observed* observed) {
   const TensorEntry& tensor = slice.tensor;
   const Formats& formats = tensor.formats;
   alignas(64) float scratch_p[block_size], scratch_g[block_size], scratch_m[block_size], scratch_v[block_size],
@@ -131,7 +155,13 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done) 
     arrays.m = load(tensor.exp_avg, formats.exp_avg, scratch_m, Rule::moments > 0);
     arrays.v = load(tensor.exp_avg_sq, formats.exp_avg_sq, scratch_v, Rule::moments > 1);
     arrays.x = load(tensor.third, formats.third, scratch_x, has_third<Rule>);
+    alignas(64) float effective[block_size], before[block_size];
+    if (observed != nullptr) {
+      for (int i = 0; i < count; ++i) effective[i] = effective_gradient(s, arrays.p[i], arrays.g[i]);
+      if (Rule::moments > 0) std::memcpy(before, arrays.m, sizeof(float) * static_cast<std::size_t>(count));
+    }
     update_block<Rule>(s, alpha, arrays, count);
+    if (observed != nullptr) observe_block(effective, alpha, before, arrays.m, count, *observed);
     if (!formats.plain()) r = draw(slice.noise, tensor.first + index, count, halves);
     store_param(tensor, index, arrays.p, r, count);
     if constexpr (Rule::moments > 0)
@@ -144,8 +174,12 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done) 
 }
 
 template <class Rule>
-void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
+void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, Observed* observed) {
   const Scalars s = scalars;  // a local copy cannot alias the tensors
+  if (observed != nullptr) {
+    *observed = Observed{0.0, 0.0, 0.0, 0.0, 0.0, alpha};
+    return update_blocks<Rule>(slice, s, alpha, 0, observed);
+  }
   const Formats& formats = slice.tensor.formats;
   if (formats.plain() && formats.param == Format::fp32 && formats.grad == Format::fp32)
     return update_fp32<Rule>(slice, s, alpha);
@@ -153,7 +187,7 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
 #if defined(__AVX2__)
   if constexpr (!has_third<Rule>) done = update_groups<Rule>(slice, s, alpha);
 #endif
-  update_blocks<Rule>(slice, s, alpha, done);
+  update_blocks<Rule>(slice, s, alpha, done, nullptr);
 }
 
 // x[:h] + x[h:] for h = size / 2, ..., 2, 1.
@@ -168,7 +202,7 @@ double halve(double* SIGNADAM_RESTRICT lanes, int size) {
 // Lanes that are summed together: their sums stay in registers over all rows of the chunk.
 constexpr int lanes_together = 32;
 
-Sums sum_chunk(const Slice& slice, const Scalars& scalars) {
+Sums sum_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
   const Scalars s = scalars;
   const TensorEntry& tensor = slice.tensor;
   const Format grad_format = tensor.formats.grad;
@@ -186,9 +220,10 @@ Sums sum_chunk(const Slice& slice, const Scalars& scalars) {
         const float* g = widened(slice.grad, grad_format, index, scratch_g, count);
         const float* p = s.coupled ? load_param(tensor, index, scratch_p, count) : g;
         for (int i = 0; i < count; ++i) {
-          const double x = effective_gradient(s, p[i], g[i]);
-          a[i] += x;
-          b[i] += x * x;
+          Sums one{0.0, 0.0};
+          add(one, s, alpha, effective_gradient(s, p[i], g[i]));
+          a[i] += one.first;
+          b[i] += one.second;
         }
       };
       if (left >= lanes_together)

@@ -81,7 +81,7 @@ void finish_statistics(const TableView& table, const TensorEntry& tensor, const 
       sums[k] = lanes[0];
     }
   }
-  *tensor.exp_avg_std = next_deviation(*tensor.exp_avg_std, sums[0], tensor.numel, s);
+  *tensor.gate = next_gate(*tensor.gate, sums[0], tensor.numel, s);
 }
 
 }  // namespace
@@ -138,13 +138,15 @@ void run(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t
   };
 
   if (statistics == Statistics::only) {
-    for_chunks([&](uint32_t chunk, const Slice& slice, const Scalars& s) { table.sums[chunk] = isa.sum(slice, s); });
+    for_chunks(
+        [&](uint32_t chunk, const Slice& slice, const Scalars& s) { table.sums[chunk] = isa.sum(slice, s, 0.0f); });
     finish();
   }
   for_chunks([&](uint32_t chunk, const Slice& slice, const Scalars& s) {
     // The sums come first: they need the old parameter, and leave the chunk in the cache for the update.
-    if (statistics == Statistics::gather) table.sums[chunk] = isa.sum(slice, s);
-    isa.update[rule](slice, s, threshold(slice.tensor, s));
+    const float alpha = threshold(slice.tensor, s);
+    if (statistics == Statistics::gather) table.sums[chunk] = isa.sum(slice, s, alpha);
+    isa.update[rule](slice, s, alpha, table.observed == nullptr ? nullptr : table.observed + chunk);
   });
   if (statistics == Statistics::gather) finish();
 }

@@ -17,7 +17,7 @@ constexpr std::size_t parameter_bytes = 4096;
 struct alignas(16) LaunchHeader {
   TableView table;
   const unsigned char* step;    // device memory, or null: then the bytes below
-  uint32_t grads, noise, rows;  // offsets of StepLayout
+  uint32_t grads, noise, rows;  // offsets of StepLayout; no noise: 0
 };
 
 constexpr std::size_t inline_bytes = (parameter_bytes - sizeof(LaunchHeader)) / 16 * 16;
@@ -29,9 +29,11 @@ struct LaunchArguments {
 static_assert(sizeof(LaunchArguments) <= parameter_bytes);
 
 struct DeviceBlock {
-  Sums* shared;
+  Sums* shared_lanes;
+  Observed* shared_observed;
 
-  __device__ Sums* lanes() const { return shared; }
+  __device__ Sums* lanes() const { return shared_lanes; }
+  __device__ Observed* observed() const { return shared_observed; }
 
   template <class Phase>
   __device__ void each(Phase phase) {
@@ -63,18 +65,25 @@ struct DeviceBlock {
   }
 };
 
+// Observing takes registers, and is not for everyday's speed.
 template <class Rule, Statistics statistics, Storage storage>
-__global__ void __launch_bounds__(threads_per_block, 2) kernel(const __grid_constant__ LaunchArguments arguments) {
+__global__ void __launch_bounds__(threads_per_block, storage == Storage::observed ? 1 : 2)
+    kernel(const __grid_constant__ LaunchArguments arguments) {
   const LaunchHeader& header = arguments.header;
   const unsigned char* bytes = header.step == nullptr ? arguments.step : header.step;
   const Noise* noise = nullptr;
-  if constexpr (storage == Storage::any) noise = reinterpret_cast<const Noise*>(bytes + header.noise);
+  if constexpr (storage != Storage::plain)
+    noise = header.noise == 0 ? nullptr : reinterpret_cast<const Noise*>(bytes + header.noise);
   const Step step{reinterpret_cast<const void* const*>(bytes + header.grads), noise,
                   reinterpret_cast<const uint32_t*>(bytes + header.rows), reinterpret_cast<const Scalars*>(bytes)};
-  DeviceBlock block{nullptr};
+  DeviceBlock block{nullptr, nullptr};
   if constexpr (statistics != Statistics::none) {
     __shared__ Sums lanes[lane_count];
-    block.shared = lanes;
+    block.shared_lanes = lanes;
+  }
+  if constexpr (storage == Storage::observed) {
+    __shared__ Observed observed[threads_per_block];
+    block.shared_observed = observed;
   }
   run_block<Rule, statistics, storage>(block, header.table, step, blockIdx.x);
 }
@@ -92,7 +101,8 @@ Kernel update_kernel() {
 // Only a gated rule gathers statistics; the first launch of the exact form is the same for all of them.
 template <Storage storage>
 Kernel kernel_of(RuleIndex rule, Statistics statistics) {
-  if (statistics == Statistics::only) return kernel<SignAdamPP, Statistics::only, storage>;
+  if (statistics == Statistics::only)
+    return kernel < SignAdamPP, Statistics::only, storage == Storage::plain ? Storage::plain : Storage::any > ;
   if (statistics == Statistics::gather)
     return rule == rule_SignAdamPP ? kernel<SignAdamPP, Statistics::gather, storage> : nullptr;
   switch (rule) {
@@ -107,8 +117,14 @@ Kernel kernel_of(RuleIndex rule, Statistics statistics) {
 }
 
 Kernel kernel_of(RuleIndex rule, Statistics statistics, Storage storage) {
-  return storage == Storage::plain ? kernel_of<Storage::plain>(rule, statistics)
-                                   : kernel_of<Storage::any>(rule, statistics);
+  switch (storage) {
+    case Storage::plain:
+      return kernel_of<Storage::plain>(rule, statistics);
+    case Storage::any:
+      return kernel_of<Storage::any>(rule, statistics);
+    default:
+      return kernel_of<Storage::observed>(rule, statistics);
+  }
 }
 
 void check(cudaError_t status, const char* doing) {
@@ -148,7 +164,8 @@ void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableV
   const auto on = static_cast<cudaStream_t>(stream);
   LaunchArguments arguments;
   const auto offset = [](std::size_t bytes) { return static_cast<uint32_t>(bytes); };
-  arguments.header = {table, nullptr, offset(layout.grads), offset(layout.noise), offset(layout.rows)};
+  arguments.header = {table, nullptr, offset(layout.grads), layout.noise == layout.rows ? 0 : offset(layout.noise),
+                      offset(layout.rows)};
   if (layout.size <= inline_bytes) {
     std::memcpy(arguments.step, host_step, layout.size);
   } else {
@@ -203,13 +220,13 @@ std::vector<KernelInfo> kernel_info(int device) {
     infos.push_back({std::move(name), a.numRegs, static_cast<int>(a.sharedSizeBytes),
                      static_cast<int>(a.localSizeBytes), threads_per_block, blocks});
   };
-  for (const Storage storage : {Storage::plain, Storage::any}) {
-    const std::string suffix = storage == Storage::plain ? "" : "+stored";
+  for (const Storage storage : {Storage::plain, Storage::any, Storage::observed}) {
+    const std::string suffix = storage == Storage::plain ? "" : storage == Storage::any ? "+stored" : "+observed";
 #define SIGNADAM_ADD(Rule) add(Rule::name + suffix, kernel_of(rule_##Rule, Statistics::none, storage));
     SIGNADAM_RULES(SIGNADAM_ADD)
 #undef SIGNADAM_ADD
     add("sign_adam_pp+gather" + suffix, kernel_of(rule_SignAdamPP, Statistics::gather, storage));
-    add("statistics" + suffix, kernel_of(rule_SignAdamPP, Statistics::only, storage));
+    if (storage != Storage::observed) add("statistics" + suffix, kernel_of(rule_SignAdamPP, Statistics::only, storage));
   }
   return infos;
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 Row = tuple[float, ...]
 #: Updates a bucket whose table has begun a step, given one row of scalars per row of the table.
 Launch = Callable[[Sequence[Row]], None]
+
+
+@runtime_checkable
+class CheckedLaunch(Protocol):
+    """A launch that can find only at a step, before anything is written, that it cannot be made."""
+
+    def check(self, rows: Sequence[Row]) -> None: ...
+    def __call__(self, rows: Sequence[Row]) -> None: ...
 
 
 class Backend(Protocol):

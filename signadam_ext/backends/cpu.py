@@ -28,8 +28,9 @@ class CpuBackend:
         rule = _C.RULES.index(bucket.rule.name)
         statistics = getattr(_C.Statistics, bucket.rule.statistics)
         table = bucket.table
+        observed = 0 if bucket.observed is None else bucket.observed.data_ptr()
 
         def launch(rows: Sequence[Row]) -> None:
-            table.run_cpu(rule, statistics, rows, torch.get_num_threads())
+            table.run_cpu(rule, statistics, rows, torch.get_num_threads(), observed)
 
         return launch

@@ -47,7 +47,8 @@ class CudaBackend:
         # S1 and S2 of each chunk, and a count of finished chunks per tensor that the kernel leaves at zero.
         sums = torch.empty(2 * table.chunks if gathers else 0, dtype=torch.float64, device=device)
         arrivals = torch.zeros(len(table) if gathers else 0, dtype=torch.int32, device=device)
-        made = Resident(device, resident, sums, arrivals)
+        made = Resident(device, resident, sums, arrivals, *bucket.observations())
+        observed = 0 if bucket.observed is None else bucket.observed.data_ptr()
         ring = PinnedRing(device)
         capacity = _C.cuda_inline_capacity()
 
@@ -64,6 +65,7 @@ class CudaBackend:
                     device_table=resident.data_ptr(),
                     sums=sums.data_ptr(),
                     arrivals=arrivals.data_ptr(),
+                    observed=observed,
                     pinned=host.data_ptr(),
                     device_step=step.data_ptr(),
                     device=stream.device_index,

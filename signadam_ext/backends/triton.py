@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._extension import load
+from ..confidence import Confidence, check_result, name_of
 from ..dtypes import FORMATS
 from ..storage import WEIGHTS
 from .device import PinnedRing, Resident, refuse_capture, to_device
@@ -27,6 +28,8 @@ def launch_options(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
     # What ptxas takes by itself would leave some of the large ones one block for each multiprocessor.
     is_stored = any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "THIRD", "WEIGHTS"))
+    if constants["OBSERVES"]:
+        return options  # more registers than that
     is_large = constants["STATISTICS"] == _C.Statistics.GATHER.value or constants["MOMENTS"] > 1
     if nvidia and is_stored and is_large:
         options["maxnreg"] = 128
@@ -66,7 +69,7 @@ class TritonBackend:
         gathers = statistics != NONE.value
         sums = torch.empty(2 * table.chunks if gathers else 1, dtype=torch.float64, device=device)
         arrivals = torch.zeros(len(table) if gathers else 1, dtype=torch.int32, device=device)
-        made = Resident(device, resident, chunk_map, sums, arrivals)
+        made = Resident(device, resident, chunk_map, sums, arrivals, *bucket.observations())
         ring = PinnedRing(device)
         sample = entries[0]  # all are stored alike
         forms = [form.number for form in sample.forms] + [FORMATS[torch.float32]] * 3
@@ -80,10 +83,15 @@ class TritonBackend:
             "THIRD": forms[2],
             "READS_VARIANCE": bucket.rule.reads_variance,
             "WEIGHTS": WEIGHTS[sample.weights],
+            "CONFIDENCE": bucket.rule.confidence,
         }
+        observed = sums if bucket.observed is None else bucket.observed
+        if bucket.rule.confidence is not None:
+            _probe(bucket.rule.confidence, device)
         passes = []
         for each in [ONLY.value, NONE.value] if statistics == ONLY.value else [statistics]:
-            own = constants | {"STATISTICS": each}
+            observes = bucket.observed is not None and each != ONLY.value
+            own = constants | {"STATISTICS": each, "OBSERVES": observes}
             passes.append(own | launch_options(own, nvidia=torch.version.hip is None))
 
         def launch(rows: Sequence[Row]) -> None:
@@ -104,12 +112,34 @@ class TritonBackend:
                     step[scalars_at:size].view(torch.float64),
                     sums,
                     arrivals,
+                    observed,
                 )
                 with torch.cuda.device(device) if stream is not None else contextlib.nullcontext():
                     for own in passes:
                         update[(table.chunks,)](*arguments, **own)
 
         return launch
+
+
+def _probe(confidence: Confidence, device: torch.device) -> None:
+    """Raises where a confidence function does not compile, or makes NaN of a number."""
+    from ..triton_kernels.statistics import LANES
+    from ..triton_kernels.update import probe
+
+    half = LANES.value // 2
+    sizes = torch.logspace(-45, 38, half - 1, dtype=torch.float64).float()
+    at = torch.cat([torch.zeros(2), sizes, -sizes]).to(device)
+    for alpha in (0.0, 0.5):
+        result = torch.empty_like(at)
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                probe[(1,)](at, torch.full((1,), alpha, device=device), result, confidence, enable_fp_fusion=False)
+        except Exception as error:
+            raise ValueError(
+                f"confidence={name_of(confidence)} does not compile: must be a function of a block of gradients and "
+                "the threshold, both float32, that returns a block of the same shape"
+            ) from error
+        check_result(confidence, at, result)
 
 
 def _table(entries: Sequence[Entry]) -> Tensor:
@@ -127,7 +157,7 @@ def _table(entries: Sequence[Entry]) -> Tensor:
             "exp_avg": operands[0],
             "exp_avg_sq": operands[1],
             "third": operands[2],
-            "exp_avg_std": 0 if entry.exp_avg_std is None else entry.exp_avg_std.data_ptr(),
+            "gate": 0 if entry.gate is None else entry.gate.data_ptr(),
             "numel": numel,
             "first": entry.first,
             "first_chunk": first_chunk,

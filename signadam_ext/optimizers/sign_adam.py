@@ -69,9 +69,8 @@ class SignAdam(SignOptimizer):
         {bounded_state}
         {common}
 
-    State: ``exp_avg`` (m) and, if exact, ``exp_avg_sq`` (v), fp32 or bf16 of the parameter's shape; m also as packed
-    codes, with ``exp_avg_kind`` and ``exp_avg_levels`` beside them; ``step``; with split weights ``param_low``, with
-    master weights ``master_param``.
+    State: ``exp_avg`` (m), if exact ``exp_avg_sq`` (v), and
+        {common_state}
 
     Source: [SA] Wang et al., arXiv 1907.09008, Alg. 2 and Sec. 4. The paper prints the analytic moment with exponent
     t - 1, which is 0 at the first step and contradicts its Alg. 2: taken as a misprint.

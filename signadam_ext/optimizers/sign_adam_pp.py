@@ -4,40 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import checks
+from ..confidence import Confidence, backend_for
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
 from ..rule import Group, Rule, Scalars
 
 #: ``alpha=None`` stands for these: a fixed threshold is in units of the gradient, an adaptive one multiplies a
-#: deviation.
+#: deviation. A steered one has no alpha.
 DEFAULT_ALPHA = {"fixed": 0.0, "adaptive": 0.5, "adaptive_delayed": 0.5}
 
 
-def _scalars(group: Group, t: int) -> Scalars:
+def _momentum(group: Group) -> Scalars:
     (beta,) = group["betas"]
+    return {"beta1": beta, "one_minus_beta1": 1 - beta}
+
+
+def _scalars(group: Group, t: int) -> Scalars:
     alpha, confidence_beta = group["alpha"], group["confidence_beta"]
     return {
-        "alpha": float(DEFAULT_ALPHA[group["confidence"]] if alpha is None else alpha),
-        "beta1": beta,
-        "one_minus_beta1": 1 - beta,
+        **_momentum(group),
+        "alpha": float(DEFAULT_ALPHA.get(group["confidence"], 0.0) if alpha is None else alpha),
         "confidence_beta": confidence_beta,
         "one_minus_confidence_beta": 1 - confidence_beta,
+    }
+
+
+def _sparsity_scalars(group: Group, t: int) -> Scalars:
+    target = group["target"]
+    return {
+        **_momentum(group),
+        "alpha": 1.0,  # of what is steered, which is the threshold itself
+        "steers": 1.0,
+        "target": target,
+        "gain": float(group["gain"]),
+        # Of a normal distribution of deviation 1, the magnitude that a share `target` exceeds.
+        "quantile": NormalDist().inv_cdf(1 - target / 2),
     }
 
 
 _FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars, bounded=True)
 RULES = {
     "fixed": _FIXED,
-    "adaptive": replace(_FIXED, statistics="ONLY"),
-    "adaptive_delayed": replace(_FIXED, statistics="GATHER"),
+    "adaptive": replace(_FIXED, statistics="ONLY", gate="exp_avg_std"),
+    "adaptive_delayed": replace(_FIXED, statistics="GATHER", gate="exp_avg_std"),
+    "sparsity": replace(_FIXED, statistics="GATHER", gate="threshold", scalars=_sparsity_scalars),
 }
+#: Momentum of what a function makes of the gradient [SA, Alg. 1].
+_OWN = Rule("msgd", moments=("exp_avg",), scalars=_scalars)
 
 
 class SignAdamPP(SignOptimizer):
@@ -56,30 +77,46 @@ class SignAdamPP(SignOptimizer):
       for each tensor, b being ``confidence_beta``. Reads the gradient twice, in two launches.
     - "adaptive_delayed": :math:`\alpha_t = \alpha a_{t-1}`, so that the deviation is gathered in the same single
       pass; at t = 1 the threshold is 0.
+    - "sparsity": the threshold is steered, for each tensor, so that a share ``target`` of the entries passes:
+      :math:`\alpha_{t+1} = \alpha_t \exp(\gamma (q_t - \mathrm{target}))`, q being the share that passed and
+      :math:`\gamma` the ``gain``. At t = 1 everything passes, and :math:`\alpha_2` is what would be right for normal
+      gradients of the same root mean square. Over T steps the mean share differs from the target by
+      :math:`|\ln(\alpha_{T+2} / \alpha_2)| / (\gamma T)`, so by as little as one likes, whatever the gradients are. If
+      the density of \|g\| does not rise with \|g\|, thresholds approach the right one from one side, for any gain up
+      to 1. One pass, no history but the threshold.
+    - a function ``c(g, alpha)`` of your own in the gate's place [SA, Alg. 1]: :math:`m_t = \beta m_{t-1} + (1 -
+      \beta)\, c(g_t, \alpha)`. A Python function of torch operations gets g as a flat fp32 tensor and alpha as a 0-dim
+      one, and runs on the reference backend, on any device; it is called twice a step, once to be checked. A
+      ``@triton.jit`` function gets a block of g and alpha in fp32, and is compiled into the Triton kernel. Either
+      works element by element and returns fp32 of g's shape. Such a momentum has no bound, so that ``state_dtype``
+      is "fp32", "bf16" or "int8" in blocks. The function is not part of a checkpoint.
 
-    A step whose gradient is not finite leaves ``a`` as it is.
+    A step whose gradient is not finite leaves ``a`` and a steered threshold as they are. Decoupled weight decay with
+    adaptive confidence is [SA]'s signADAM++-AW.
 
     Args:
         {params}
         lr: learning rate, at least 0. A float or a CPU tensor of one element. The default is [SA]'s for MNIST (for
             SIGN-SGD, SIGNUM and ADAM; it gives none for signADAM++).
         {beta}
-        confidence: "fixed", "adaptive" or "adaptive_delayed".
-        alpha: at least 0. With "fixed" in units of the gradient, otherwise of its running standard deviation. None:
-            0 for "fixed", 0.5 otherwise.
+        confidence: "fixed", "adaptive", "adaptive_delayed", "sparsity", or a function.
+        alpha: at least 0. With "fixed" and a function in units of the gradient, with adaptive confidence of its running
+            standard deviation. None: 0.5 for adaptive confidence, otherwise 0. Not for "sparsity".
         confidence_beta: decay of the running deviation, in [0, 1).
+        target: share of the entries that "sparsity" lets pass, in (0, 1).
+        gain: how fast "sparsity" steers, in (0, 1].
         {bounded_state}
         {common}
 
-    State: ``exp_avg`` (m), fp32 or bf16 of the parameter's shape or packed codes, with ``exp_avg_kind`` and
-    ``exp_avg_levels`` beside them; with adaptive confidence ``exp_avg_std`` (a), 0-dim float64 on the parameter's
-    device; ``step``; with split weights ``param_low``, with master weights ``master_param``.
+    State: ``exp_avg`` (m), with adaptive confidence ``exp_avg_std`` (a), with "sparsity" ``threshold``, both 0-dim
+    float64 on the parameter's device, and
+        {common_state}
 
     Source: [SA] Wang et al., arXiv 1907.09008, Alg. 3 and Sec. 6.3. The authors' released code moves by the gated sign
     and not by the momentum; this class follows the paper, :class:`SignSGD` with ``alpha=5e-4`` the code.
     """
 
-    HYPERPARAMETERS = ("lr", "betas", "confidence", "alpha", "confidence_beta")
+    HYPERPARAMETERS = ("lr", "betas", "confidence", "alpha", "confidence_beta", "target", "gain")
 
     def __init__(
         self,
@@ -87,9 +124,11 @@ class SignAdamPP(SignOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         beta: float = 0.9,
-        confidence: str = "fixed",
+        confidence: str | Confidence = "fixed",
         alpha: float | None = None,
         confidence_beta: float = 0.9,
+        target: float | None = None,
+        gain: float = 1.0,
         **common: Unpack[Common],
     ) -> None:
         own = {
@@ -98,21 +137,39 @@ class SignAdamPP(SignOptimizer):
             "confidence": confidence,
             "alpha": alpha,
             "confidence_beta": confidence_beta,
+            "target": target,
+            "gain": gain,
         }
         super().__init__(params, own, common)
 
     @classmethod
     def _rule(cls, group: dict[str, Any]) -> Rule:
-        return checks.look_up("confidence", group["confidence"], RULES)
+        confidence = group["confidence"]
+        if callable(confidence):
+            return replace(_OWN, confidence=confidence)
+        return checks.look_up("confidence", confidence, RULES)
 
     @classmethod
     def _check_group(cls, group: dict[str, Any]) -> None:
         super()._check_group(group)
         checks.betas(group["betas"], ("beta",))
-        checks.one_of("confidence", group["confidence"], RULES)
         checks.beta("confidence_beta", group["confidence_beta"])
         if group["alpha"] is not None:
             checks.number("alpha", group["alpha"], 0.0)
+        steers = group["confidence"] == "sparsity"
+        if steers and group["alpha"] is not None:
+            raise ValueError(f"alpha={group['alpha']!r} with confidence='sparsity': the threshold is found, not given")
+        if steers and group["target"] is None:
+            raise ValueError("target=None with confidence='sparsity': give the share of the entries that may pass")
+        if group["target"] is not None:
+            checks.share("target", group["target"])
+            if not steers:
+                raise ValueError(f"target={group['target']!r}: only for confidence='sparsity'")
+        checks.number("gain", group["gain"], 0.0, 1.0, open_high=False)
+        if group["gain"] == 0:
+            raise ValueError("gain=0: must be in (0, 1], or the threshold never moves")
+        if callable(group["confidence"]):
+            backend_for(group["confidence"], group["backend"])
 
 
 def sign_adam_pp(
@@ -120,12 +177,15 @@ def sign_adam_pp(
     grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
     exp_avg_stds: Sequence[Tensor] | None = None,
+    thresholds: Sequence[Tensor] | None = None,
     *,
     lr: float | Tensor,
     beta: float = 0.9,
-    confidence: str = "fixed",
+    confidence: str | Confidence = "fixed",
     alpha: float | None = None,
     confidence_beta: float = 0.9,
+    target: float | None = None,
+    gain: float = 1.0,
     **hyperparameters: Any,
 ) -> None:
     """One step of :class:`SignAdamPP`, in place on ``params`` and the state lists.
@@ -134,7 +194,8 @@ def sign_adam_pp(
         params, grads: of equal length; a parameter whose gradient is None is left alone.
         exp_avgs: fp32, of the parameters' shapes and strides; zeros at first.
         exp_avg_stds: 0-dim float64 on the parameters' devices; zeros at first. Only for adaptive confidence.
-        lr, beta, confidence, alpha, confidence_beta: as in :class:`SignAdamPP`.
+        thresholds: the same for "sparsity".
+        lr, beta, confidence, alpha, confidence_beta, target, gain: as in :class:`SignAdamPP`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
     """
     step_lists(
@@ -142,11 +203,13 @@ def sign_adam_pp(
         params,
         grads,
         {"exp_avg": exp_avgs},
-        exp_avg_stds=exp_avg_stds,
+        gates=thresholds if confidence == "sparsity" else exp_avg_stds,
         lr=lr,
         betas=(beta,),
         confidence=confidence,
         alpha=alpha,
         confidence_beta=confidence_beta,
+        target=target,
+        gain=gain,
         **hyperparameters,
     )

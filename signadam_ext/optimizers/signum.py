@@ -41,8 +41,8 @@ class Signum(SignOptimizer):
         {unbounded_state}
         {common}
 
-    State: ``exp_avg`` (m), fp32 or bf16 of the parameter's shape or packed codes, with ``exp_avg_kind`` beside them;
-    ``step``; with split weights ``param_low``, with master weights ``master_param``.
+    State: ``exp_avg`` (m) and
+        {common_state}
 
     Sources: [BW] Bernstein et al., arXiv 1802.04434, Alg. 2; [BH] Balles and Hennig, arXiv 1705.07774, Alg. 2;
     [SA] Wang et al., arXiv 1907.09008, Sec. 6.

@@ -32,15 +32,18 @@ inline int running_thread = 0;
 // A block whose threads run one after another; a new order for every phase.
 class HostBlock {
  public:
-  HostBlock(Order order, uint32_t seed) : order_(order), random_(seed), lanes_(lane_count) {}
+  HostBlock(Order order, uint32_t seed)
+      : order_(order), random_(seed), lanes_(lane_count), observed_(threads_per_block) {}
 
   // Shared memory holds anything when a block starts; a lane that is read before it is written gives NaN.
   void start() {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     std::fill(lanes_.begin(), lanes_.end(), Sums{nan, nan});
+    std::fill(observed_.begin(), observed_.end(), Observed{nan, nan, nan, nan, nan, nan});
   }
 
   Sums* lanes() { return lanes_.data(); }
+  Observed* observed() { return observed_.data(); }
 
   template <class Phase>
   void each(Phase phase) {
@@ -75,6 +78,7 @@ class HostBlock {
   Order order_;
   std::mt19937 random_;
   std::vector<Sums> lanes_;
+  std::vector<Observed> observed_;
   std::vector<uint32_t> threads_;
 };
 
@@ -85,7 +89,7 @@ void launch(const TableView& table, const Step& step, uint32_t chunks, Order ord
   HostBlock block(order, seed + 1);
   for (const uint32_t chunk : ordered(chunks, order, random)) {
     running_chunk = chunk;
-    if constexpr (statistics != Statistics::none) block.start();
+    block.start();
     run_block<Rule, statistics, storage>(block, table, step, chunk);
   }
 }

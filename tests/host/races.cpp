@@ -41,6 +41,7 @@ class Barrier {
 struct Shared {
   Barrier barrier;
   std::vector<Sums> lanes = std::vector<Sums>(lane_count);
+  std::vector<Observed> observed = std::vector<Observed>(threads_per_block);
   bool last = false;
   // Of each round of four neighbours in a chunk: how often a thread of theirs has arrived, and what it brought.
   static constexpr uint32_t rounds = chunk_size / lane_count;
@@ -57,6 +58,7 @@ struct WorkerBlock {
   WorkerBlock(Shared& block, uint32_t number) : shared(block), worker(number) {}
 
   Sums* lanes() const { return shared.lanes.data(); }
+  Observed* observed() const { return shared.observed.data(); }
 
   template <class Phase>
   void each(Phase phase) {
@@ -127,8 +129,8 @@ struct Spec {
 template <class Rule, Statistics statistics, Storage storage>
 void run(const std::vector<Spec>& specs) {
   struct Memory {
-    std::vector<unsigned char> param, grad, exp_avg, exp_avg_sq, low;
-    double exp_avg_std = 0.5;
+    std::vector<unsigned char> param, grad, exp_avg, exp_avg_sq, third, low;
+    double gate = 0.5;
   };
   std::vector<Memory> memory(specs.size());
   std::vector<TensorEntry> tensors;
@@ -143,15 +145,17 @@ void run(const std::vector<Spec>& specs) {
     const auto padded = static_cast<std::size_t>((spec.numel + packed_run - 1) / packed_run * packed_run);
     m.exp_avg.resize(4 * padded + padded / packed_run);
     m.exp_avg_sq.resize(4 * padded);
+    m.third.resize(4 * padded);
     m.low.resize(4 * padded);
     TensorEntry entry{};
     entry.param = m.param.data() + spec.param_offset * size_of(spec.param);
     entry.exp_avg = m.exp_avg.data();
     entry.exp_avg_sq = m.exp_avg_sq.data();
-    entry.exp_avg_std = statistics == Statistics::none ? nullptr : &m.exp_avg_std;
+    entry.third = has_third<Rule> ? m.third.data() : nullptr;
+    entry.gate = statistics == Statistics::none ? nullptr : &m.gate;
     entry.numel = spec.numel;
     entry.first_chunk = static_cast<uint32_t>(tensor_of_chunk.size());
-    entry.formats = {spec.param, spec.grad, spec.exp_avg, spec.exp_avg_sq, spec.weights};
+    entry.formats = {spec.param, spec.grad, spec.exp_avg, spec.exp_avg_sq, Format::fp32, spec.weights};
     entry.head = entry.formats.packed() ? 0 : head_of(entry.param, spec.param);
     entry.low = m.low.data();
     entry.first = 5;
@@ -161,16 +165,18 @@ void run(const std::vector<Spec>& specs) {
                            static_cast<uint32_t>(i));
   }
   std::vector<Sums> sums(tensor_of_chunk.size());
+  std::vector<Observed> observed(tensor_of_chunk.size());
   std::vector<uint32_t> arrivals(specs.size(), 0), rows(specs.size(), 0);
   Scalars s{};
   const std::vector<Noise> noise(specs.size(), Noise::of(1, 2, 3));
   s.decay = 1.0f, s.denominator = 1.0f, s.coupled = 1, s.confidence_beta = 0.5;
-  const TableView table{tensors.data(), tensor_of_chunk.data(), sums.data(), arrivals.data()};
+  const TableView table{tensors.data(), tensor_of_chunk.data(), sums.data(), arrivals.data(),
+                        observed.data()};
   const auto chunks = static_cast<uint32_t>(tensor_of_chunk.size());
   concurrent_launch<Rule, statistics, storage>(table, {grads.data(), noise.data(), rows.data(), &s}, chunks);
   for (const Memory& m : memory)
-    if (statistics != Statistics::none && m.exp_avg_std != 0.25) {
-      std::printf("FAILED: a deviation was moved other than once: %g\n", m.exp_avg_std);
+    if (statistics != Statistics::none && m.gate != 0.25) {
+      std::printf("FAILED: a deviation was moved other than once: %g\n", m.gate);
       std::exit(1);
     }
 }
@@ -208,6 +214,9 @@ int main() {
   run<Signum, Statistics::none, Storage::any>(unbounded);
   run<SignAdamPP, Statistics::gather, Storage::any>(bounded);
   run<SignAdamPP, Statistics::only, Storage::any>(bounded);
+  run<AdamAMSGrad, Statistics::none, Storage::any>(specs);
+  run<SignAdamPP, Statistics::gather, Storage::observed>(bounded);
+  run<Signum, Statistics::none, Storage::observed>(unbounded);
   std::printf("no races\n");
   return 0;
 }

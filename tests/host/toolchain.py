@@ -104,17 +104,32 @@ class Rule:
     struct: str
     moments: int
     bounded: bool
-    divides: bool  # or takes a root
+    divides: bool  # by an element or by a scalar
+    roots: bool
+    reads_variance: bool
+
+    @property
+    def third(self) -> bool:
+        """Whether it has a third operand, which only kernels for any storage serve."""
+        return self.moments > 2 or self.reads_variance
 
 
 def rules() -> dict[str, Rule]:
     """All rules by name, in order."""
     text = re.sub(r"//.*", "", (HERE.parent.parent / "csrc" / "rules.h").read_text(encoding="utf-8"))
+    structs = dict(re.findall(r"^struct (\w+)[ \w:<>]* \{(.*?)^\};", text, re.DOTALL | re.MULTILINE))
+    said = {
+        name: dict(re.findall(r"static constexpr [\w *]*?(\w+) = \"?(\w+)", body)) for name, body in structs.items()
+    }
+    listed = re.search(r"#define SIGNADAM_RULES\(X\)(.*?)\n\n", text, re.DOTALL)
+    assert listed is not None
     found = {}
-    for struct, body in re.findall(r"^struct (\w+) \{(.*?)^\};", text, re.DOTALL | re.MULTILINE):
-        said = dict(re.findall(r"static constexpr [\w *]*?(\w+) = \"?(\w+)", body))
-        update = body[body.index("void update(") :]
-        divides = "/" in update or "square_root(" in update
-        assert said["divides"] == str(divides).lower(), struct
-        found[said["name"]] = Rule(struct, int(said["moments"]), said["bounded"] == "true", divides)
+    for struct in re.findall(r"X\((\w+)\)", listed[1]):
+        own = said["Traits"] | said[struct]
+        update = structs[struct][structs[struct].index("void update(") :]
+        divides = "/" in update
+        assert own["divides"] == str(divides).lower(), struct
+        roots = "square_root(" in update
+        flags = (own["bounded"] == "true", divides, roots, own["reads_variance"] == "true")
+        found[own["name"]] = Rule(struct, int(own["moments"]), *flags)
     return found

@@ -172,12 +172,28 @@ struct Spec {
 
 struct Tensor {
   Spec spec;
-  Buffer param, grad, exp_avg, exp_avg_sq, low;
-  std::unique_ptr<double> exp_avg_std;
+  Buffer param, grad, exp_avg, exp_avg_sq, third, low;
+  std::unique_ptr<double> gate;
   uint32_t group;
 
-  std::vector<const Buffer*> buffers() const { return {&param, &grad, &exp_avg, &exp_avg_sq, &low}; }
+  std::vector<const Buffer*> buffers() const { return {&param, &grad, &exp_avg, &exp_avg_sq, &third, &low}; }
 };
+
+// Which operands a rule has beside parameter and gradient.
+struct Uses {
+  int moments;
+  bool variance;
+
+  template <class Rule>
+  static Uses of() {
+    return {Rule::moments, Rule::reads_variance};
+  }
+  bool third() const { return moments > 2 || variance; }
+};
+
+// The storage of tables of plain tensors.
+template <class Rule>
+constexpr Storage plain_for = has_third<Rule> ? Storage::any : Storage::plain;
 
 int low_bytes(Weights weights) {
   return weights == Weights::split8 ? 1 : weights == Weights::split16 ? 2 : weights == Weights::master ? 4 : 0;
@@ -186,28 +202,35 @@ int low_bytes(Weights weights) {
 // Tensors of one launch. Moments and deviation exist only where the launch needs them: null otherwise, as in training.
 class Model {
  public:
-  Model(const std::vector<Spec>& specs, int moments, bool adaptive, uint32_t groups)
+  Model(const std::vector<Spec>& specs, Uses uses, bool adaptive, uint32_t groups)
       : table_(false), arrivals_(specs.size(), 0) {
     for (const Spec& spec : specs) {
-      Tensor t{spec, {}, {}, {}, {}, {}, nullptr, static_cast<uint32_t>(tensors_.size()) % groups};
+      Tensor t{spec, {}, {}, {}, {}, {}, {}, nullptr, static_cast<uint32_t>(tensors_.size()) % groups};
       t.param = Buffer(spec.numel, spec.param, spec.param_offset * size_of(spec.param));
       if (spec.present) t.grad = Buffer(spec.numel, spec.grad, spec.grad_offset * size_of(spec.grad));
       const auto moment = [&](Format format, int offset) {
         return Buffer(spec.numel, format, is_packed(format) ? 0 : offset * size_of(format));
       };
-      if (moments > 0) t.exp_avg = moment(spec.exp_avg, spec.moment_offset);
-      if (moments > 1) t.exp_avg_sq = moment(spec.exp_avg_sq, (spec.moment_offset + 1) % 4);
+      const Format third = uses.moments > 2 ? spec.exp_avg_sq : Format::fp32;
+      if (uses.moments > 0) t.exp_avg = moment(spec.exp_avg, spec.moment_offset);
+      if (uses.moments > 1) t.exp_avg_sq = moment(spec.exp_avg_sq, (spec.moment_offset + 1) % 4);
+      if (uses.third()) t.third = moment(third, (spec.moment_offset + 2) % 4);
       if (const int size = low_bytes(spec.weights); size > 0)
         t.low = Buffer(static_cast<std::size_t>(spec.numel * size), spec.low_offset * size);
-      if (adaptive) t.exp_avg_std = std::make_unique<double>(0.25);
+      if (adaptive) t.gate = std::make_unique<double>(0.25);
       TensorEntry entry{};
       entry.param = t.param.begin();
       entry.exp_avg = t.exp_avg.begin();
       entry.exp_avg_sq = t.exp_avg_sq.begin();
-      entry.exp_avg_std = t.exp_avg_std.get();
+      entry.third = t.third.begin();
+      entry.gate = t.gate.get();
       entry.numel = spec.numel;
-      entry.formats = {spec.param, spec.grad, moments > 0 ? spec.exp_avg : Format::fp32,
-                       moments > 1 ? spec.exp_avg_sq : Format::fp32, spec.weights};
+      entry.formats = {spec.param,
+                       spec.grad,
+                       uses.moments > 0 ? spec.exp_avg : Format::fp32,
+                       uses.moments > 1 ? spec.exp_avg_sq : Format::fp32,
+                       third,
+                       spec.weights};
       entry.head = entry.formats.packed() ? 0 : head_of(entry.param, spec.param);
       entry.low = t.low.begin();
       entry.first = spec.first;
@@ -217,12 +240,15 @@ class Model {
     table_.finish(false);
     const double nan = std::numeric_limits<double>::quiet_NaN();
     sums_.assign(table_.chunks(), {nan, nan});
+    observed_.assign(table_.chunks(), {nan, nan, nan, nan, nan, nan});
   }
 
   std::vector<Tensor>& tensors() { return tensors_; }
+  const std::vector<Observed>& observed() const { return observed_; }
+  const std::vector<TensorEntry>& entries() const { return table_.tensors(); }
 
   // `scalars`: one row per group.
-  template <class Rule, Statistics statistics, Storage storage = Storage::plain>
+  template <class Rule, Statistics statistics, Storage storage = plain_for<Rule>>
   void run(const std::vector<Scalars>& scalars, Order order) {
     std::vector<void*> grads;
     for (const Tensor& t : tensors_) grads.push_back(t.grad.begin());
@@ -231,9 +257,10 @@ class Model {
     constexpr bool sums = statistics != Statistics::none;
     const std::vector<uint32_t> tensor_of_chunk = table_.tensor_of_chunk();
     const TableView view{table_.tensors().data(), tensor_of_chunk.data(), sums ? sums_.data() : nullptr,
-                         sums ? arrivals_.data() : nullptr};
-    REQUIRE(table_.storage() == storage, "there are tensors of another kind");
-    const Noise* const noise = storage == Storage::plain ? nullptr : table_.noise().data();
+                         sums ? arrivals_.data() : nullptr,
+                         storage == Storage::observed ? observed_.data() : nullptr};
+    REQUIRE(table_.storage() == storage || storage == Storage::observed, "there are tensors of another kind");
+    const Noise* const noise = table_.noise().empty() ? nullptr : table_.noise().data();
     const Step step{table_.grads().data(), noise, table_.rows().data(), rows.data()};
     tracing = true;
     launch<Rule, statistics, storage>(view, step, table_.chunks(), order, 7);
@@ -248,6 +275,7 @@ class Model {
   std::vector<Tensor> tensors_;
   HostTable table_;
   std::vector<Sums> sums_;
+  std::vector<Observed> observed_;
   std::vector<uint32_t> arrivals_;
 };
 
@@ -409,7 +437,7 @@ void huge() {
     TensorEntry entry{};
     entry.param = reinterpret_cast<void*>(bases.back());
     entry.numel = numel;
-    entry.formats = {format, Format::fp32, moments[i], Format::fp32, weights[i]};
+    entry.formats = {format, Format::fp32, moments[i], Format::fp32, Format::fp32, weights[i]};
     entry.exp_avg = reinterpret_cast<void*>(bases.back() << 1);
     entry.low = reinterpret_cast<void*>(bases.back() << 2);
     entry.head = head_of(entry.param, format);
@@ -420,7 +448,7 @@ void huge() {
   std::vector<void*> grads(3, reinterpret_cast<void*>(uintptr_t{4096}));
   table.begin(grads);
   const std::vector<uint32_t> tensor_of_chunk = table.tensor_of_chunk();
-  const TableView view{table.tensors().data(), tensor_of_chunk.data(), nullptr, nullptr};
+  const TableView view{table.tensors().data(), tensor_of_chunk.data(), nullptr, nullptr, nullptr};
   const Step step{table.grads().data(), table.noise().data(), table.rows().data(), nullptr};
 
   int64_t covered = 0;
@@ -463,11 +491,12 @@ void huge() {
 template <int count>
 struct Count {
   static constexpr int moments = count;
-  static constexpr bool bounded = true, divides = false;
-  static void update(const Scalars&, float, float& p, float, float& m, float& v) {
+  static constexpr bool bounded = true, divides = false, reads_variance = false;
+  static void update(const Scalars&, float, float& p, float, float& m, float& v, float& x) {
     p += 1.0f;
     if constexpr (count > 0) m += 1.0f;
     if constexpr (count > 1) v += 1.0f;
+    if constexpr (count > 2) x += 1.0f;
   }
 };
 
@@ -476,7 +505,7 @@ float grad_value(int64_t i) { return static_cast<float>(i * 7 % 251 - 100); }
 
 template <int moments, Statistics statistics>
 int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) {
-  Model model(specs, moments, statistics != Statistics::none, 1);
+  Model model(specs, {moments, false}, statistics != Statistics::none, 1);
   for (Tensor& t : model.tensors())
     if (t.spec.present)
       for (int64_t i = 0; i < t.spec.numel; ++i) t.grad.set(i, grad_value(i));
@@ -500,12 +529,14 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
       if (moments > 1)
         REQUIRE(t.exp_avg_sq.get(i) == expected, "tensor %zu v[%lld] = %g", k, static_cast<long long>(i),
                 t.exp_avg_sq.get(i));
+      if (moments > 2)
+        REQUIRE(t.third.get(i) == expected, "tensor %zu x[%lld] = %g", k, static_cast<long long>(i), t.third.get(i));
       if (t.spec.present)
         REQUIRE(t.grad.get(i) == grad_value(i), "tensor %zu g[%lld] was written", k, static_cast<long long>(i));
       const auto g = static_cast<int64_t>(grad_value(i));
       first += g, second += g * g;
     }
-    if (t.exp_avg_std != nullptr) {
+    if (t.gate != nullptr) {
       double deviation = 0.25;
       if (t.spec.present && t.spec.numel > 0) {
         const auto n = static_cast<double>(t.spec.numel);
@@ -513,7 +544,7 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
         const double variance = static_cast<double>(second) / n - mean * mean;
         deviation = 0.5 * 0.25 + 0.5 * std::sqrt(std::max(variance, 0.0));
       }
-      REQUIRE(*t.exp_avg_std == deviation, "tensor %zu: %.17g, not %.17g", k, *t.exp_avg_std, deviation);
+      REQUIRE(*t.gate == deviation, "tensor %zu: %.17g, not %.17g", k, *t.gate, deviation);
     }
     elements += t.spec.numel;
   }
@@ -527,6 +558,7 @@ void counts() {
   elements += count_writes<2, Statistics::none>(many, Order::forward, false);
   elements += count_writes<0, Statistics::none>(few, Order::reversed, true);
   elements += count_writes<1, Statistics::none>(few, Order::shuffled, false);
+  elements += count_writes<3, Statistics::none>(few, Order::reversed, true);
   elements += count_writes<0, Statistics::gather>(few, Order::forward, true);
   elements += count_writes<1, Statistics::gather>(many, Order::shuffled, false);
   elements += count_writes<2, Statistics::gather>(few, Order::reversed, true);
@@ -574,47 +606,50 @@ Scalars scalars_of(bool coupled, bool maximize, double alpha) {
   row[index_beta2] = 0.999, row[index_one_minus_beta2] = 1 - 0.999;
   row[index_eps] = 1e-8;
   row[index_denominator] = 0.1;
+  row[index_bias_correction] = 0.5;
+  row[index_rho] = 0.25, row[index_one_minus_rho] = 0.75;
   row[index_confidence_beta] = 0.9, row[index_one_minus_confidence_beta] = 1 - 0.9;
   return Scalars::from_row(row);
 }
 
 struct Expected {
-  std::vector<uint32_t> p, m, v;
-  double exp_avg_std;
+  std::vector<uint32_t> p, m, v, x;
+  double gate;
 };
 
 // The rule on every element in turn, without any traversal. `first` of an exact launch: only the deviation moves.
 template <class Rule>
 Expected by_hand(const Tensor& t, const Scalars& s, Statistics statistics) {
-  Expected expected{{}, {}, {}, t.exp_avg_std == nullptr ? 0.0 : *t.exp_avg_std};
+  Expected expected{{}, {}, {}, {}, t.gate == nullptr ? 0.0 : *t.gate};
   std::vector<double> first, second;
   for (int64_t i = 0; i < t.spec.numel; ++i) {
     first.push_back(effective_gradient(s, t.param.get(i), t.grad.get(i)));
     second.push_back(first.back() * first.back());
   }
   const auto move = [&] {
-    if (t.exp_avg_std != nullptr && t.spec.numel > 0)
-      expected.exp_avg_std =
-          next_deviation(expected.exp_avg_std, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
+    if (t.gate != nullptr && t.spec.numel > 0)
+      expected.gate = next_gate(expected.gate, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
   };
   if (statistics == Statistics::only) move();
-  const float alpha = t.exp_avg_std == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * expected.exp_avg_std);
+  const float alpha = t.gate == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * expected.gate);
   if (statistics == Statistics::gather) move();
   for (int64_t i = 0; i < t.spec.numel; ++i) {
-    float p = t.param.get(i), m = 0, v = 0;
+    float p = t.param.get(i), m = 0, v = 0, x = 0;
     if (Rule::moments > 0) m = t.exp_avg.get(i);
     if (Rule::moments > 1) v = t.exp_avg_sq.get(i);
-    apply<Rule>(s, alpha, p, t.grad.get(i), m, v);
+    if (has_third<Rule>) x = t.third.get(i);
+    apply<Rule>(s, alpha, p, t.grad.get(i), m, v, x);
     expected.p.push_back(stored_bits(t.spec.param, p));
     expected.m.push_back(bits_of(m));
     expected.v.push_back(bits_of(v));
+    expected.x.push_back(bits_of(x));
   }
   return expected;
 }
 
 template <class Rule, Statistics statistics>
 int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
-  Model model(specs, Rule::moments, statistics != Statistics::none, 2);
+  Model model(specs, Uses::of<Rule>(), statistics != Statistics::none, 2);
   const std::vector<Scalars> scalars = {scalars_of(false, false, 0.5), scalars_of(true, true, 0.25)};
   std::mt19937 random(11);
   std::normal_distribution<float> normal;
@@ -624,6 +659,7 @@ int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
       if (t.spec.present) t.grad.set(i, random() % 5 == 0 ? 0.0f : normal(random));
       if (Rule::moments > 0) t.exp_avg.set(i, normal(random));
       if (Rule::moments > 1) t.exp_avg_sq.set(i, std::abs(normal(random)));
+      if (has_third<Rule>) t.third.set(i, std::abs(normal(random)));
     }
   std::vector<Expected> all;
   for (const Tensor& t : model.tensors())
@@ -646,10 +682,9 @@ int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
       REQUIRE(t.param.bits(i) == expected.p[j], "tensor %zu p[%zu]", k, j);
       if (Rule::moments > 0) REQUIRE(t.exp_avg.bits(i) == expected.m[j], "tensor %zu m[%zu]", k, j);
       if (Rule::moments > 1) REQUIRE(t.exp_avg_sq.bits(i) == expected.v[j], "tensor %zu v[%zu]", k, j);
+      if (has_third<Rule>) REQUIRE(t.third.bits(i) == expected.x[j], "tensor %zu x[%zu]", k, j);
     }
-    if (t.exp_avg_std != nullptr)
-      REQUIRE(*t.exp_avg_std == expected.exp_avg_std, "tensor %zu: %.17g, not %.17g", k, *t.exp_avg_std,
-              expected.exp_avg_std);
+    if (t.gate != nullptr) REQUIRE(*t.gate == expected.gate, "tensor %zu: %.17g, not %.17g", k, *t.gate, expected.gate);
     elements += t.spec.numel;
   }
   return elements;
@@ -698,6 +733,7 @@ void fill(Model& model) {
       if (t.spec.present) t.grad.set(i, random() % 5 == 0 ? 0.0f : normal(random));
       if (t.exp_avg.bytes() > 0 && !is_packed(t.exp_avg.format())) t.exp_avg.set(i, normal(random));
       if (t.exp_avg_sq.bytes() > 0) t.exp_avg_sq.set(i, std::abs(normal(random)));
+      if (t.third.bytes() > 0) t.third.set(i, std::abs(normal(random)));
     }
     if (t.exp_avg.bytes() > 0 && is_packed(t.exp_avg.format())) fill_codes(t.exp_avg);
     if (t.spec.weights == Weights::master)
@@ -709,7 +745,7 @@ void fill(Model& model) {
 
 template <class Rule, Statistics statistics>
 std::vector<std::vector<unsigned char>> after_step(const std::vector<Spec>& specs, Order order) {
-  Model model(specs, Rule::moments, statistics != Statistics::none, 2);
+  Model model(specs, Uses::of<Rule>(), statistics != Statistics::none, 2);
   fill(model);
   const std::vector<Scalars> scalars = {gentle(false, false), gentle(true, true)};
   if constexpr (statistics == Statistics::only) {
@@ -721,8 +757,8 @@ std::vector<std::vector<unsigned char>> after_step(const std::vector<Spec>& spec
   std::vector<std::vector<unsigned char>> bytes;
   for (const Tensor& t : model.tensors()) {
     for (const Buffer* buffer : t.buffers()) bytes.emplace_back(buffer->begin(), buffer->begin() + buffer->bytes());
-    if (t.exp_avg_std != nullptr) {
-      const auto* const x = reinterpret_cast<const unsigned char*>(t.exp_avg_std.get());
+    if (t.gate != nullptr) {
+      const auto* const x = reinterpret_cast<const unsigned char*>(t.gate.get());
       bytes.emplace_back(x, x + sizeof(double));
     }
   }
@@ -750,6 +786,66 @@ void stored() {
   tensors += compare_orders<SignAdamPP, Statistics::gather>(false);
   tensors += compare_orders<SignAdamPP, Statistics::only>(false);
   std::printf("%zu tensors in any order\n", tensors);
+}
+
+// -------------------------------------------------------------------------------------------------------- observed
+
+// What is observed of each chunk, against a sum over its elements in turn; and the update is that of a table that is
+// not observed. Sums of doubles in another order differ by their roundings, counts do not.
+template <class Rule, Statistics statistics>
+std::size_t compare_observed(const std::vector<Spec>& specs, Order order) {
+  constexpr bool adaptive = statistics != Statistics::none;
+  Model model(specs, Uses::of<Rule>(), adaptive, 1), plain(specs, Uses::of<Rule>(), adaptive, 1);
+  fill(model), fill(plain);
+  const Scalars s = gentle(true, true);
+  std::vector<std::vector<float>> before(specs.size()), gradients(specs.size());
+  for (std::size_t k = 0; k < specs.size(); ++k) {
+    const Tensor& t = model.tensors()[k];
+    for (int64_t i = 0; i < t.spec.numel && t.spec.present; ++i) {
+      gradients[k].push_back(effective_gradient(s, t.param.get(i), t.grad.get(i)));
+      before[k].push_back(Rule::moments > 0 ? t.exp_avg.get(i) : 0.0f);
+    }
+  }
+  model.run<Rule, statistics, Storage::observed>({s}, order);
+  plain.run<Rule, statistics, plain_for<Rule>>({s}, order);
+  std::size_t chunks = 0;
+  for (std::size_t k = 0; k < specs.size(); ++k) {
+    const Tensor& t = model.tensors()[k];
+    const auto now = t.buffers(), then = plain.tensors()[k].buffers();
+    for (std::size_t b = 0; b < now.size(); ++b)
+      REQUIRE(now[b]->bytes() == 0 || std::memcmp(now[b]->begin(), then[b]->begin(), now[b]->bytes()) == 0,
+              "%s: operand %zu of tensor %zu", Rule::name, b, k);
+    if (!t.spec.present) continue;
+    const float alpha = t.gate == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * 0.25);
+    for (int64_t begin = 0; begin < t.spec.numel; begin += chunk_size, ++chunks) {
+      Observed expected{};
+      for (int64_t i = begin; i < t.spec.numel && i < begin + chunk_size; ++i) {
+        const auto j = static_cast<std::size_t>(i);
+        const double g = gradients[k][j], m = before[k][j], after = Rule::moments > 0 ? t.exp_avg.get(i) : 0.0f;
+        const bool passes = std::abs(g) > alpha;
+        expected.passed += passes, expected.squares += g * g, expected.passed_squares += passes ? g * g : 0.0;
+        expected.flips += m * after < 0.0, expected.magnitude += std::abs(after);
+      }
+      const Observed& found = model.observed()[model.entries()[k].first_chunk + static_cast<uint32_t>(begin / chunk_size)];
+      const auto near = [](double a, double b) { return std::abs(a - b) <= 1e-10 * std::abs(b); };
+      REQUIRE(found.passed == expected.passed && found.flips == expected.flips, "%s: tensor %zu", Rule::name, k);
+      REQUIRE(near(found.squares, expected.squares) && near(found.passed_squares, expected.passed_squares) &&
+                  near(found.magnitude, expected.magnitude),
+              "%s: tensor %zu", Rule::name, k);
+      REQUIRE(found.threshold == alpha, "%s: tensor %zu: %g", Rule::name, k, found.threshold);
+    }
+  }
+  return chunks;
+}
+
+void observed() {
+  const std::vector<Spec> specs = adversarial(1, true);
+  std::size_t chunks = 0;
+  chunks += compare_observed<SignSGD, Statistics::none>(specs, Order::shuffled);
+  chunks += compare_observed<SignAdamPP, Statistics::none>(specs, Order::reversed);
+  chunks += compare_observed<SignAdamPP, Statistics::gather>(specs, Order::shuffled);
+  chunks += compare_observed<AdamAMSGrad, Statistics::none>(specs, Order::forward);
+  std::printf("%zu chunks observed\n", chunks);
 }
 
 // -------------------------------------------------------------------------------------------------------- accesses
@@ -787,7 +883,7 @@ template <class Rule, Statistics statistics, Storage storage>
 std::size_t count_accesses(const std::vector<Spec>& specs, Order order, bool coupled) {
   constexpr bool updates = statistics != Statistics::only;
   arena_used = 0;
-  Model model(specs, Rule::moments, statistics != Statistics::none, 1);
+  Model model(specs, Uses::of<Rule>(), statistics != Statistics::none, 1);
   fill(model);
   model.run<Rule, statistics, storage>({gentle(coupled, false)}, order);
   std::size_t bytes = 0;
@@ -807,6 +903,7 @@ std::size_t count_accesses(const std::vector<Spec>& specs, Order order, bool cou
       expect(*moment, 0, used, once, "moment", k);
       if (packed && moment->format() == Format::block8) expect_exponents(*moment, numel, once, k);
     }
+    expect(t.third, 0, t.third.bytes(), Rule::reads_variance && once.reads > 0 ? Times{1, 0} : once, "third", k);
     for (const Buffer* buffer : t.buffers()) bytes += buffer->bytes();
   }
   // All that was expected is cleared: of what is left nothing may have been touched, guards and paddings included.
@@ -820,7 +917,7 @@ std::size_t count_all_accesses(Order order) {
   const bool coupled = order != Order::forward;
   const auto specs = stored_specs(Rule::moments, Rule::bounded, true);
   return count_accesses<Rule, statistics, Storage::any>(specs, order, coupled) +
-         count_accesses<Rule, statistics, Storage::plain>(adversarial(1, Rule::moments != 1), order, coupled);
+         count_accesses<Rule, statistics, plain_for<Rule>>(adversarial(1, Rule::moments != 1), order, coupled);
 }
 
 void accesses() {
@@ -849,17 +946,17 @@ void levels() {
     for (Sums& x : sums) x = {normal(random), 1e5 * std::abs(normal(random))};
     for (int64_t i = 0; i < chunks; ++i) first.push_back(sums[i + 1].first), second.push_back(sums[i + 1].second);
     const Sums before = sums.front(), after = sums.back();
-    double exp_avg_std = 0.75;
+    double gate = 0.75;
     TensorEntry tensor{};
-    tensor.exp_avg_std = &exp_avg_std;
+    tensor.gate = &gate;
     tensor.numel = (chunks - 1) * chunk_size + 3;
     tensor.first_chunk = 1;
-    const double expected = next_deviation(exp_avg_std, {ordered_sum(first), ordered_sum(second)}, tensor.numel, s);
+    const double expected = next_gate(gate, {ordered_sum(first), ordered_sum(second)}, tensor.numel, s);
     HostBlock block(Order::shuffled, 9);
     block.start();
-    finish_statistics(block, TableView{nullptr, nullptr, sums.data(), nullptr}, tensor, s);
-    REQUIRE(exp_avg_std == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g",
-            static_cast<long long>(chunks), exp_avg_std, expected);
+    finish_statistics(block, TableView{nullptr, nullptr, sums.data(), nullptr, nullptr}, tensor, s);
+    REQUIRE(gate == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g", static_cast<long long>(chunks), gate,
+            expected);
     REQUIRE(
         std::memcmp(&sums.front(), &before, sizeof before) == 0 && std::memcmp(&sums.back(), &after, sizeof after) == 0,
         "sums of a neighbour were written at %lld chunks", static_cast<long long>(chunks));
@@ -900,7 +997,7 @@ int main(int argc, char** argv) {
   const std::map<std::string, void (*)()> parts = {{"accesses", accesses}};
 #else
   const std::map<std::string, void (*)()> parts = {{"arithmetic", arithmetic}, {"huge", huge},     {"counts", counts},
-                                                   {"rules", rules},           {"stored", stored}, {"levels", levels}};
+                                                   {"rules", rules}, {"stored", stored}, {"observed", observed}, {"levels", levels}};
 #endif
   const auto found = argc == 2 ? parts.find(argv[1]) : parts.end();
   if (found == parts.end()) {

@@ -1,0 +1,32 @@
+// What optimizer.statistics() tells of a step, gathered in the pass that updates.
+#pragma once
+
+#include "rules.h"
+#include "table.h"
+
+namespace signadam {
+
+// A gradient entry as the gate sees it.
+SIGNADAM_HD void observe_gradient(Observed& to, float g, float alpha) {
+  const double square = static_cast<double>(g) * static_cast<double>(g);
+  const bool passes = g > alpha || g < -alpha;
+  to.squares += square;
+  to.passed += passes ? 1.0 : 0.0;
+  to.passed_squares += passes ? square : 0.0;
+}
+
+// The momentum of an entry before and after the step.
+SIGNADAM_HD void observe_momentum(Observed& to, float before, float after) {
+  to.flips += (before < 0.0f && after > 0.0f) || (before > 0.0f && after < 0.0f) ? 1.0 : 0.0;
+  to.magnitude += magnitude(after);
+}
+
+SIGNADAM_HD void add(Observed& to, const Observed& x) {
+  to.passed += x.passed;
+  to.squares += x.squares;
+  to.passed_squares += x.passed_squares;
+  to.flips += x.flips;
+  to.magnitude += x.magnitude;
+}
+
+}  // namespace signadam

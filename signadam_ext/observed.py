@@ -1,0 +1,123 @@
+"""What a step does to the gradient and the momentum, as ``optimizer.statistics()`` tells it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ._extension import load
+
+if TYPE_CHECKING:
+    from .plan import Plan
+
+_C = load()
+
+#: Of a row for each chunk, in the order of ``Observed`` in csrc/table.h.
+COLUMNS = ("passed", "squares", "passed_squares", "flips", "magnitude", "threshold")
+
+
+@dataclass(frozen=True)
+class TensorStatistics:
+    """What a step did, over one parameter or all.
+
+    The gradient is the effective one: negated with ``maximize``, with coupled weight decay.
+
+    Attributes:
+        name: of the parameter as errors name it, or "all".
+        numel: number of entries.
+        passed: share of the entries with ``|g| > threshold``; without a gate, of those that are not 0.
+        norm_ratio: norm of the gradient's entries that passed, over the norm of all [SA, Fig. 3]; NaN where that is 0.
+        mean_momentum: mean of ``|m|``, unrounded; NaN for a rule without momentum.
+        flipped: share of the entries whose momentum changed its sign, from above 0 to below or the other way; NaN for
+            a rule without momentum.
+        threshold: in force at the step, in units of the gradient; NaN over tensors that had different ones.
+    """
+
+    name: str
+    numel: int
+    passed: float
+    norm_ratio: float
+    mean_momentum: float
+    flipped: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the parameters that took part in the last step: over all of them, and of each."""
+
+    all: TensorStatistics
+    tensors: tuple[TensorStatistics, ...]
+
+
+@dataclass
+class _Sums:
+    numel: int
+    passed: float
+    squares: float
+    passed_squares: float
+    flips: float
+    magnitude: float
+    thresholds: set[float]
+
+    def statistics(self, name: str) -> TensorStatistics:
+        return TensorStatistics(
+            name,
+            self.numel,
+            passed=_ratio(self.passed, self.numel),
+            norm_ratio=math.sqrt(_ratio(self.passed_squares, self.squares)),
+            mean_momentum=_ratio(self.magnitude, self.numel),
+            flipped=_ratio(self.flips, self.numel),
+            threshold=next(iter(self.thresholds)) if len(self.thresholds) == 1 else math.nan,
+        )
+
+
+def collect(plans: Iterable[Plan]) -> Statistics:
+    """What the last steps of these plans have left. Waits for the devices."""
+    found: list[tuple[int, str, _Sums]] = []
+    for plan in plans:
+        for bucket, _ in plan.launches:
+            if bucket.observed is None:
+                continue
+            rows = bucket.observed.cpu()
+            begin = 0
+            for entry, present in zip(bucket.entries, bucket.table.grads(), strict=True):
+                numel = entry.work.numel()
+                end = begin + -(-numel // _C.CHUNK_SIZE)
+                if present and numel > 0:
+                    levels = entry.forms[0].levels if entry.forms else None
+                    sums = _sums(rows[begin:end], numel, levels or 1, bool(entry.forms))
+                    found.append((entry.number, plan.labels[entry.slot], sums))
+                begin = end
+    found.sort(key=lambda item: item[0])
+    every = [sums for _, _, sums in found]
+    return Statistics(_total(every).statistics("all"), tuple(sums.statistics(label) for _, label, sums in found))
+
+
+def _sums(rows: Tensor, numel: int, levels: int, has_momentum: bool) -> _Sums:
+    passed, squares, passed_squares, flips, magnitude = torch.sum(rows[:, :5], dim=0).tolist()
+    if not has_momentum:
+        flips = magnitude = math.nan
+    return _Sums(numel, passed, squares, passed_squares, flips, magnitude / levels, {rows[0, 5].item()})
+
+
+def _total(every: list[_Sums]) -> _Sums:
+    total = _Sums(0, 0.0, 0.0, 0.0, 0.0, 0.0, set())
+    for sums in every:
+        total.numel += sums.numel
+        total.passed += sums.passed
+        total.squares += sums.squares
+        total.passed_squares += sums.passed_squares
+        total.flips += sums.flips
+        total.magnitude += sums.magnitude
+        total.thresholds |= sums.thresholds
+    return total
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole != 0 else math.nan
