@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# What programs write from measurements: a change there is no change of what is measured.
+WRITTEN = ("bench/results", "experiments/results", "README.md", "experiments/README.md")
 
 
 def _output(*command: str) -> str | None:
@@ -64,11 +66,11 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit, marked when files other than results and README differ from it."""
+    """The commit, marked when files other than results and READMEs differ from it."""
     sha = _output("git", "rev-parse", "HEAD")
     if sha is None:
         return os.environ.get("SIGNADAM_COMMIT", "unknown")
-    changed = _output("git", "status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    changed = _output("git", "status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN))
     return sha + ("+changes" if changed else "")
 
 

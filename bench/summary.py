@@ -212,8 +212,11 @@ def _link(path: Path) -> str:
     return path.relative_to(RESULTS.parent.parent).as_posix()
 
 
-def replaced(text: str, name: str, block: str) -> str:
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+def replaced(
+    text: str, name: str, block: str, markers: tuple[str, str] = ("<!-- {}:begin -->", "<!-- {}:end -->")
+) -> str:
+    """The text with `block` between the two lines that mark the place of `name`."""
+    begin, end = (marker.format(name) for marker in markers)
     head, found_begin, rest = text.partition(begin)
     _, found_end, tail = rest.partition(end)
     if not found_begin or not found_end:

@@ -1,0 +1,228 @@
+"""What the experiments share: their command line, their files, intervals, claims, and the look of their pictures.
+
+An experiment is a module with `run(quick) -> dict`, `draw(result, plt) -> Figure`, `section(result) -> str`, and with
+
+    if __name__ == "__main__":
+        raise SystemExit(common.main("name", __doc__, run, draw))
+
+`main` writes what `run` returned, together with the machine's facts, as DIR/name.json and the figure as DIR/name.png.
+`experiments.page` makes the README of the sections.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench import machine
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OUT = RESULTS.with_name("out")  # what --quick writes: never over a full run
+DIGITS = 5  # significant ones, of every float in the results
+
+Result = dict[str, Any]
+
+#: One colour for each method wherever it appears. Methods that take a sign are warm, the others cold; the
+#: variance-adapted form of a method is the lighter one.
+COLORS = {
+    "SGD": "#08519c",
+    "M-SGD": "#08519c",
+    "SVAG": "#4aa3df",
+    "M-SVAG": "#4aa3df",
+    "SSD": "#a50f15",
+    "M-SSD": "#a50f15",
+    "ASSD": "#f58a42",
+    "Adam": "#f58a42",
+    "Adam*": "#d6a800",
+}
+
+
+# Numbers
+
+
+def rounded(value: Any) -> Any:
+    """The same JSON with floats cut to `DIGITS` significant digits; one that is not finite becomes None."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+@cache
+def student_t(degrees: int, confidence: float = 0.95) -> float:
+    """The two-sided quantile of Student's t: the t with P(|T| <= t) = confidence.
+
+    With x = sqrt(degrees) * tan(a), the density is proportional to cos(a)**(degrees - 1), which Simpson's rule on
+    1000 intervals integrates to more digits than are printed anywhere.
+    """
+    full = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+
+    def inside(angle: float) -> float:
+        n = 1000
+        heights = [math.cos(angle * i / n) ** (degrees - 1) for i in range(n + 1)]
+        total = heights[0] + heights[-1] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
+        return 2 * full * total * angle / n / 3
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < confidence else (low, middle)
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+def interval(values: Sequence[float] | Tensor, confidence: float = 0.95) -> dict[str, Any]:
+    """The mean over seeds with its confidence interval (Student's t)."""
+    data = torch.as_tensor(values, dtype=torch.float64)
+    n = data.numel()
+    mean = float(data.mean())
+    if n < 2:
+        return {"n": n, "mean": mean, "low": None, "high": None}
+    half = student_t(n - 1, confidence) * float(data.std()) / math.sqrt(n)
+    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half}
+
+
+def bands(values: Tensor, confidence: float = 0.95) -> dict[str, list[float]]:
+    """`interval` for each column of (seeds, points): lists of means and of both ends."""
+    n = values.shape[0]
+    mean = values.double().mean(dim=0)
+    half = student_t(n - 1, confidence) * values.double().std(dim=0) / math.sqrt(n)
+    return {"mean": mean.tolist(), "low": (mean - half).tolist(), "high": (mean + half).tolist()}
+
+
+# Claims
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of a paper and how to say what came of it: `found` is a format string over the claim's JSON."""
+
+    key: str
+    source: str
+    text: str
+    found: str
+
+
+def claims_table(claims: Iterable[Claim], results: Result) -> str:
+    """One row for each claim: what the paper says, by what it is judged, what was found, whether it came out."""
+    lines = ["| claim | judged by | found | came out |", "|---|---|---|---|"]
+    for claim in claims:
+        values = results[claim.key]
+        verdict = "yes" if values["holds"] else "**no**"
+        if not values["holds"] and any(values.get("holds_at", {}).values()):
+            verdict = "**in part**: " + ", ".join(name for name, held in values["holds_at"].items() if held)
+        found = claim.found.format(**values)
+        lines.append(f"| {claim.text} ({claim.source}) | {values['criterion']} | {found} | {verdict} |")
+    return "\n".join(lines)
+
+
+def provenance(result: Result) -> str:
+    """Where and with what a result was made, in one line."""
+    made = f"torch {result['versions']['torch']}, commit {result['commit'][:12]}, {result['date'][:10]}"
+    return f"{result['machine']['cpu']}, {made}, {result['seconds']:.0f} s: `{result['command']}`"
+
+
+# Pictures
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "font.size": 10,
+        }
+    )
+    return plt
+
+
+def band(axes: Any, x: Sequence[float], values: dict[str, list[float]], **style: Any) -> Any:
+    """A line through the means, with its interval as a band."""
+    axes.fill_between(x, values["low"], values["high"], color=style["color"], alpha=0.2, linewidth=0)
+    return axes.plot(x, values["mean"], **{"linewidth": 1.6, **style})[0]
+
+
+# Command line
+
+
+def progress(total: int, what: str) -> Any:
+    """A progress bar that does not flood a log file."""
+    return tqdm(total=total, desc=what, mininterval=0.1 if sys.stderr.isatty() else 30)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order, however many cores there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def load(name: str, folder: Path = RESULTS) -> Result | None:
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def save(name: str, result: Result, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
+
+
+def main(
+    name: str,
+    description: str | None,
+    run: Callable[[bool], Result],
+    draw: Callable[[Result, Any], Any],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="in small, a test of this program: a few seconds")
+    parser.add_argument("--results", type=Path, help=f"folder to write to (default: {RESULTS.name}, or out if --quick)")
+    parser.add_argument("--plot", action="store_true", help="only draw again what is in the results")
+    options = parser.parse_args(arguments)
+    folder = options.results or (OUT if options.quick else RESULTS)
+    if not options.plot:
+        with one_thread():
+            start = time.perf_counter()
+            result = run(options.quick)
+            seconds = time.perf_counter() - start
+            shown = machine.command(f"experiments.{name}", ["--quick"] if options.quick else [])
+            header = {"name": name, "command": shown, "quick": options.quick, "seconds": seconds}
+            save(name, {**header, **machine.facts(), **result}, folder)
+    # The picture shows what the file says.
+    stored = load(name, folder)
+    if stored is None:
+        parser.error(f"{folder} has no {name}.json")
+    plt = pyplot()
+    figure = draw(stored, plt)
+    figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    for key, values in stored.get("claims", {}).items():
+        print(f"{'yes' if values['holds'] else 'NO ':3} {key}")
+    return 0
