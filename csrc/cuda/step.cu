@@ -65,9 +65,14 @@ struct DeviceBlock {
   }
 };
 
-// Observing takes registers, and is not for everyday's speed.
+// Blocks on a multiprocessor at a time. Two moments beside an exponent that four threads share, and what is observed,
+// do not fit 128 registers: one block without spills.
+template <class Rule, Storage storage>
+constexpr int blocks_at_once =
+    storage == Storage::observed || (storage == Storage::any && Rule::moments > 1 && !Rule::bounded) ? 1 : 2;
+
 template <class Rule, Statistics statistics, Storage storage>
-__global__ void __launch_bounds__(threads_per_block, storage == Storage::observed ? 1 : 2)
+__global__ void __launch_bounds__(threads_per_block, blocks_at_once<Rule, storage>)
     kernel(const __grid_constant__ LaunchArguments arguments) {
   const LaunchHeader& header = arguments.header;
   const unsigned char* bytes = header.step == nullptr ? arguments.step : header.step;
