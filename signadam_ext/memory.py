@@ -28,7 +28,7 @@ GRADIENTS = ("all", "released")
 NOT_COUNTED = (
     "activations and buffers; the objects that torch, Python and this package keep for each tensor, a few KB in all; "
     "copies that a step makes of parameters with gaps between their elements and of gradients with other strides than "
-    "their parameters'"
+    "their parameters'; what per_sample_variance needs"
 )
 
 
@@ -230,7 +230,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--state", metavar="D[,D]", help=f"state_dtype: {', '.join(BOUNDED)}; or one for each moment")
     add("--weights", default="as_is", metavar="W", help=f"{', '.join(WEIGHTS)} (default %(default)s)")
     add("--second-moment", metavar="M", help="of SignAdam: exact or analytic")
-    add("--confidence", metavar="C", help="of SignAdamPP: fixed, adaptive or adaptive_delayed")
+    add("--confidence", metavar="C", help="of SignAdamPP: fixed, adaptive, adaptive_delayed or sparsity")
+    add("--amsgrad", action="store_true", default=None, help="of Adam and AdamW")
+    add("--variance", metavar="V", help="of MSVAG and AdamStar: ema or minibatch")
 
 
 def table(options: argparse.Namespace) -> str:
@@ -240,7 +242,9 @@ def table(options: argparse.Namespace) -> str:
         TypeError, ValueError: arguments that make no sense, or not together.
     """
     shapes = _model(options)
-    others = {name: getattr(options, name) for name in ("second_moment", "confidence")}
+    others = {name: getattr(options, name) for name in ("second_moment", "confidence", "amsgrad", "variance")}
+    if options.confidence == "sparsity":
+        others["target"] = 0.5  # any will do
     found = estimate(
         shapes,
         options.optimizer,

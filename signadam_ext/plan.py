@@ -180,6 +180,7 @@ class Plan:
         "_copies",
         "_given",
         "_grad_dtypes",
+        "_has_checks",
         "_reader",
         "_strides",
         "_variances",
@@ -266,6 +267,7 @@ class Plan:
         for (backend, device, rule, *_), entries in ordered:
             bucket = Bucket(rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
+        self._has_checks = any(isinstance(launch, backends.CheckedLaunch) for _, launch in self.launches)
         self._versioned = [entry.param for entry in self.entries if not entry.param.is_inference()]
         self._reader = make_reader() if grads is None else ListReader(grads)
         for slot, item in enumerate(items):
@@ -291,13 +293,11 @@ class Plan:
         self._copies.clear()
         self.groups = param_groups
         odd = self._reader.read(param_groups, state)
-        return odd is not None and (not odd or self._adopt(odd)) and self._read_variances()
+        return odd is not None and (not odd or self._adopt(odd)) and (not self._variances or self._read_variances())
 
     @torch.no_grad()
     def _read_variances(self) -> bool:
         """Brings the variances of this step's gradients where kernels read them; False where one has moved."""
-        if not self._variances:
-            return True
         gradients = self._reader.addresses()
         present = [found for found in self._variances if gradients[found[1].slot]]
         for item, entry, address in present:
@@ -336,9 +336,10 @@ class Plan:
             rows = [_row(bucket.rule, self.groups[group], t) for group, t in bucket.table.begin(source)]
             if rows:
                 prepared.append((bucket, launch, rows))
-        for _, launch, rows in prepared:
-            if isinstance(launch, backends.CheckedLaunch):
-                launch.check(rows)
+        if self._has_checks:
+            for _, launch, rows in prepared:
+                if isinstance(launch, backends.CheckedLaunch):
+                    launch.check(rows)
         for bucket, launch, rows in prepared:
             # Around each launch by itself: a parameter may share memory with one of an earlier launch.
             gappy = self._present(bucket.gappy)

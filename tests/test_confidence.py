@@ -191,6 +191,21 @@ def test_bad_hyperparameters(options: dict[str, Any], message: str) -> None:
         SignAdamPP([Parameter(torch.zeros(3))], **options)
 
 
+def test_groups_may_differ() -> None:
+    """A group with a fixed gate beside a steered one, whose defaults it inherits and does not use."""
+    fixed, steered_one = Parameter(torch.zeros(50)), Parameter(torch.zeros(50))
+    optimizer = SignAdamPP(
+        [{"params": [fixed], "confidence": "fixed", "alpha": 0.5}, {"params": [steered_one]}],
+        confidence="sparsity",
+        target=0.2,
+    )
+    fixed.grad = steered_one.grad = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert "threshold" not in optimizer.state[fixed] and threshold_of(optimizer, steered_one) > 0
+    with pytest.raises(ValueError, match="target=2"):
+        optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "target": 2.0})
+
+
 # Functions of one's own
 
 

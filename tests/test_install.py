@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +66,45 @@ def test_kernels_have_one_name_each() -> None:
         optimizer = row.optimizer([torch.nn.Parameter(torch.zeros(1))], **row.hyperparameters)
         used.add(optimizer._rule(optimizer.param_groups[0]).name)
     assert used == set(_C.RULES)
+
+
+def test_a_rule_is_five_places() -> None:
+    """What is Lion's own lies in its functor, twin, reference, class and row; beside them only lines that export it."""
+    own = {"csrc/rules.h", "triton_kernels/rules.py", "signadam_ext/reference.py", "tests/table.py"}
+    own.add("signadam_ext/optimizers/lion.py")
+    exports = {"signadam_ext/__init__.py", "signadam_ext/functional.py", "signadam_ext/optimizers/__init__.py"}
+    sources = [path for folder in ("csrc", "triton_kernels", "signadam_ext") for path in (ROOT / folder).rglob("*.*")]
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*sources, ROOT / "tests" / "table.py"]
+        if path.suffix in (".h", ".inl", ".cpp", ".cu", ".py")
+        and re.search(r"\blion\b", path.read_text(), re.IGNORECASE)
+    }
+    assert found == own | exports
+    for path in exports:
+        named = [line for line in (ROOT / path).read_text().splitlines() if re.search(r"\bLion\b|\blion\b", line)]
+        assert len(named) <= 4, (path, named)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in signadam_ext.__all__ if isinstance(getattr(signadam_ext, name), type)]
+)
+def test_documentation_is_complete(name: str) -> None:
+    """No placeholder is left, and every argument is described."""
+    found = getattr(signadam_ext, name)
+    assert not re.search(r"^ *\{\w+\}$", found.__doc__, re.MULTILINE)
+    if issubclass(found, torch.optim.Optimizer):
+        for argument in inspect.signature(found).parameters:
+            assert re.search(rf"^ +(\w+, )*{argument}(, \w+)*:", found.__doc__, re.MULTILINE), argument
+
+
+def test_unknown_argument_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"Signum\(\) got an unexpected keyword argument 'wieghts'; did you mean 'weights'"
+    ):
+        signadam_ext.Signum([torch.nn.Parameter(torch.zeros(1))], wieghts="as_is")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'state_dtype'"):
+        signadam_ext.SignSGD([torch.nn.Parameter(torch.zeros(1))], state_dtype="fp32")
 
 
 def test_triton_kernels_under_their_one_name_only() -> None:

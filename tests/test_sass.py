@@ -125,7 +125,7 @@ def test_wide_streaming_accesses(architecture: str, rule: str, statistics: str, 
     assert len(wide["LDG"]) >= 2 * (2 + reads)
     assert len(wide["STG"]) >= 2 * (1 + moments) if updates else not wide["STG"]
     if storage != "plain":
-        # 8 bytes of the first moment's codes; beside the parameter 8 bytes of split8, and four times as many of a master.
+        # 8 bytes of the first moment's codes; of split8 as many beside the parameter, of a master four times that.
         halves = {name: [x for x in kernel.of(name) if x.operation.endswith(".EF.64")] for name in ("LDG", "STG")}
         assert len(halves["LDG"]) >= 4 + min(moments, 1)
         assert len(halves["STG"]) >= 4 + min(moments, 1) if updates else not halves["STG"]

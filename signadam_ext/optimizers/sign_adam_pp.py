@@ -131,6 +131,11 @@ class SignAdamPP(SignOptimizer):
         gain: float = 1.0,
         **common: Unpack[Common],
     ) -> None:
+        # Groups may differ in their confidence, so these are not asked of a group.
+        if confidence == "sparsity" and alpha is not None:
+            raise ValueError(f"alpha={alpha!r} with confidence='sparsity': the threshold is found, not given")
+        if confidence != "sparsity" and target is not None:
+            raise ValueError(f"target={target!r}: only for confidence='sparsity'")
         own = {
             "lr": lr,
             "betas": (beta,),
@@ -156,15 +161,10 @@ class SignAdamPP(SignOptimizer):
         checks.beta("confidence_beta", group["confidence_beta"])
         if group["alpha"] is not None:
             checks.number("alpha", group["alpha"], 0.0)
-        steers = group["confidence"] == "sparsity"
-        if steers and group["alpha"] is not None:
-            raise ValueError(f"alpha={group['alpha']!r} with confidence='sparsity': the threshold is found, not given")
-        if steers and group["target"] is None:
-            raise ValueError("target=None with confidence='sparsity': give the share of the entries that may pass")
         if group["target"] is not None:
             checks.share("target", group["target"])
-            if not steers:
-                raise ValueError(f"target={group['target']!r}: only for confidence='sparsity'")
+        elif group["confidence"] == "sparsity":
+            raise ValueError("target=None with confidence='sparsity': give the share of the entries that may pass")
         checks.number("gain", group["gain"], 0.0, 1.0, open_high=False)
         if group["gain"] == 0:
             raise ValueError("gain=0: must be in (0, 1], or the threshold never moves")
