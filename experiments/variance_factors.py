@@ -461,6 +461,8 @@ def section(result: Result) -> str:
             "of the paper that the gradient's distribution stands still.",
             "![factors against eta, variance estimates against t, estimated factors](results/variance_factors.png)",
             common.claims_table(CLAIMS, result["claims"]),
+            "- The estimate of eta^2 itself, s / m^2, has no finite mean: a normal m comes arbitrarily near 0. So "
+            "bias is measured of its numerator s and of the factors.\n"
             "- Close means close in value. As a ratio, Adam's factor tends to being "
             f"{closeness['limit_of_ratio'] - 1:.0%} too large where noise prevails; where it prevails everywhere, the "
             "learning rate absorbs that.\n"

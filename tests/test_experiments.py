@@ -19,6 +19,13 @@ from signadam_ext.optimizers.variance_adaptation import variance_share
 DOUBLE = torch.float64
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the experiments run; and matrices this small only wait for a second one."""
+    with common.one_thread():
+        yield
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -82,8 +89,8 @@ def test_rotation_is_orthogonal_and_has_no_preferred_sign():
     basis = stochastic_qp.rotation(50, generator())
     assert torch.allclose(basis @ basis.T, torch.eye(50, dtype=DOUBLE), atol=1e-12)
     # Without the signs of R's diagonal, Householder's QR leaves the first entry negative far too often.
-    first = torch.stack([stochastic_qp.rotation(3, generator(seed))[0, 0] for seed in range(400)])
-    assert abs((first > 0).double().mean() - 0.5) < 0.1
+    first = torch.stack([stochastic_qp.rotation(3, generator(seed))[0, 0] for seed in range(200)])
+    assert abs((first > 0).double().mean() - 0.5) < 0.15
 
 
 def test_the_rotated_problem_is_the_aligned_one_turned():
@@ -125,7 +132,7 @@ def test_the_step_is_optimal_in_expectation(method, orientation):
     """Against the mean over drawn noise of the loss after alpha times the direction: its derivative at alpha is 0."""
     settings = stochastic_qp.Settings(seeds=1, dimension=6, steps=1)
     problem = stochastic_qp.make("ill", settings)[orientation]
-    draws = 200_000
+    draws = 50_000
     gradient = stochastic_qp.times(problem.q, problem.start)
     noise = torch.randn(draws, 6, dtype=DOUBLE, generator=generator(3))
     moved = stochastic_qp.step(method, problem, problem.qq, gradient, 1.5, noise)
