@@ -70,11 +70,21 @@ def make(row: Row, params: Any, backend: str = "cpu", **overrides: Any) -> SignO
 
 def parameters(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[Parameter]:
     generator = torch.Generator().manual_seed(seed)
-    return [Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes or ((5, 7), (3,), ())]
+    values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes or ((5, 7), (3,), ())]
+    return copies(values)
 
 
 def copies(params: Iterable[Tensor]) -> list[Parameter]:
-    return [Parameter(param.detach().clone()) for param in params]
+    """Parameters with these values, and variances of their gradients for the rules that read them."""
+    return with_variances(Parameter(param.detach().clone()) for param in params)
+
+
+def with_variances(params: Iterable[Parameter]) -> list[Parameter]:
+    """The parameters, with a ``grad_variance`` each."""
+    given = list(params)
+    for param in given:
+        param.grad_variance = torch.full_like(param, 0.5, dtype=torch.float32, requires_grad=False)
+    return given
 
 
 def gradient(like: Tensor, step: int, index: int = 0) -> Tensor:

@@ -9,7 +9,21 @@ from manners import ROWS, copies, each_backend, each_row, gradient, hyperparamet
 
 from signadam_ext import functional
 
-FUNCTIONS = {"SignSGD": "sign_sgd", "Signum": "signum", "SignAdam": "sign_adam", "SignAdamPP": "sign_adam_pp"}
+FUNCTIONS = {
+    "SignSGD": "sign_sgd",
+    "Signum": "signum",
+    "SignAdam": "sign_adam",
+    "SignAdamPP": "sign_adam_pp",
+    "MSVAG": "msvag",
+    "AdamW": "adam",
+}
+#: Lists of moments beside the first; one moment unless said here.
+MOMENTS = {
+    "SignSGD": (),
+    "SignAdam": ("exp_avgs", "exp_avg_sqs"),
+    "MSVAG": ("exp_avgs", "exp_avg_sqs"),
+    "AdamW": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"),
+}
 SHAPES = ((5, 7), (3,), (), (0, 2), (4,))
 
 
@@ -20,12 +34,17 @@ class Lists:
         self.function = getattr(functional, FUNCTIONS[row.optimizer.__name__])
         self.hyperparameters = hyperparameters(row)
         self.params = params
-        names = {"SignSGD": (), "SignAdam": ("exp_avgs", "exp_avg_sqs")}.get(row.optimizer.__name__, ("exp_avgs",))
+        name = row.optimizer.__name__
+        names = MOMENTS.get(name, ("exp_avgs",))
         self.state = {name: [torch.zeros_like(p, dtype=torch.float32) for p in params] for name in names}
         if self.hyperparameters.get("second_moment") == "analytic":
             self.state["exp_avg_sqs"] = []  # not needed
-        if row.optimizer.__name__ == "SignAdam":
+        if row.reads_variance:
+            self.state["grad_variances"] = [torch.full_like(p, 0.5, dtype=torch.float32) for p in params]
+        elif name in ("SignAdam", "MSVAG", "AdamW"):
             self.state["state_steps"] = [torch.zeros(()) for _ in params]
+        if name == "AdamW":
+            self.hyperparameters["decoupled_weight_decay"] = True
         if self.hyperparameters.get("confidence", "fixed") != "fixed":
             self.state["exp_avg_stds"] = [torch.zeros((), dtype=torch.float64) for _ in params]
 
@@ -57,7 +76,11 @@ def test_equal_to_the_class(row, backend):
             assert same_bits(param, lists.params[i])
             for name, values in lists.state.items():
                 entry = name.removesuffix("s").removeprefix("state_")
-                assert not values or same_bits(optimizer.state[param][entry], values[i]), name
+                if row.reads_variance:
+                    entry = {"exp_avg_sq": "exp_avg_var"}.get(entry, entry)
+                if values:
+                    kept = param.grad_variance if name == "grad_variances" else optimizer.state[param][entry]
+                    assert same_bits(kept, values[i]), name
 
 
 @each_row

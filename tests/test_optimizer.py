@@ -23,6 +23,7 @@ from manners import (
     params_of,
     train,
     variations,
+    with_variances,
 )
 from torch import nn
 from torch.nn import Parameter
@@ -469,7 +470,8 @@ def test_a_parameter_listed_twice_is_updated_once(backend):
 @each_row
 def test_parameters_that_share_memory_are_updated_in_turn(row, backend):
     def views(base):
-        return [Parameter(view) for view in (base, base[4:9], base[::2], base.view(4, 3).t(), base[9:], base[1::2])]
+        own = (base, base[4:9], base[::2], base.view(4, 3).t(), base[9:], base[1::2])
+        return with_variances(Parameter(view) for view in own)
 
     base = parameters((12,))[0].detach()
     other = base.clone()
@@ -592,7 +594,7 @@ def test_replaced_parameters_start_anew(row, backend, shared):
     optimizer, old = make(row, params, backend), make(row, copies(params), backend)
     train(optimizer, range(2))
     train(old, range(2))
-    new = Parameter(params[1].data) if shared else parameters((2, 2), seed=9)[0]
+    (new,) = with_variances([Parameter(params[1].data)]) if shared else parameters((2, 2), seed=9)
     fresh = make(row, copies([new]), backend)
     optimizer.param_groups[0]["params"][1] = new
     for step in range(2, 5):

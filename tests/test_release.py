@@ -17,7 +17,18 @@ from typing import Any
 
 import pytest
 import torch
-from manners import ROWS, assert_same, assert_unchanged, copies, each_backend, each_row, make, params_of, snapshot
+from manners import (
+    ROWS,
+    assert_same,
+    assert_unchanged,
+    copies,
+    each_backend,
+    each_row,
+    make,
+    params_of,
+    snapshot,
+    with_variances,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -48,6 +59,7 @@ class Tied(nn.Module):
         self.once = nn.Linear(6, 6, bias=False)
         for param in self.parameters():
             param.data = torch.randn(param.shape, generator=generator) / 2
+        with_variances(self.parameters())
         self.use_reentrant = checkpointed
 
     def run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

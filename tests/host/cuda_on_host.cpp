@@ -58,7 +58,8 @@ int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks
   const auto run = [&](Statistics which) {
     const Launch function = plain ? launch_of<Storage::plain>(rule, which) : launch_of<Storage::any>(rule, which);
     if (function != nullptr) function(table, step, static_cast<uint32_t>(chunks), static_cast<Order>(order), seed);
-    return function != nullptr || chunks == 0;  // without elements there is nothing to launch
+    // Without elements there is nothing to launch.
+    return function != nullptr || (which == Statistics::none && chunks == 0);
   };
   if (statistics == Statistics::only) {
     if (!run(Statistics::only)) return 1;
