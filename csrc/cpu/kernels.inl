@@ -127,8 +127,9 @@ void update_fp32(const Slice& slice, const Scalars& s, float alpha) {
   const Arrays arrays{array(tensor.param, true), static_cast<const float*>(slice.grad) + slice.begin,
                       array(tensor.exp_avg, Rule::moments > 0), array(tensor.exp_avg_sq, Rule::moments > 1),
                       array(tensor.third, has_third<Rule>)};
-  if (slice.count < chunk_size) return update_block<Rule>(s, alpha, arrays, slice.count);
-  // The halves of the chunk in turn: twice the streams keep more of the memory's parallelism busy.
+  if (slice.count < chunk_size || has_third<Rule>) return update_block<Rule>(s, alpha, arrays, slice.count);
+  // The halves of the chunk in turn: twice the streams keep more of the memory's parallelism busy. Five operands are
+  // streams enough.
   constexpr int half = chunk_size / 2;
   for (int i = 0; i < half; i += turn)
     for (int at = i; at < chunk_size; at += half) update_block<Rule>(s, alpha, arrays.from(at), turn);
