@@ -51,11 +51,16 @@ SIGNADAM_HD double exponential(double x) {
   return sum;
 }
 
-// a *= e^(gain * (share - target)). At first there is no scale: the quantile of a normal distribution gives one.
+// a *= e^(gain * (share - target)), within 2^20 of the gradient's root mean square either way: a share that cannot be
+// reached, as where most entries are 0, must not carry it off. At first there is no scale: the quantile of a normal
+// distribution gives one.
 SIGNADAM_HD double next_threshold(double a, const Sums& sums, double n, const Scalars& s) {
   if (sums.second == 0.0) return a;
-  if (a == 0.0) return double_root(sums.second / n) * s.quantile;
-  return a * exponential(s.gain * (sums.first / n - s.target));
+  const double size = double_root(sums.second / n);
+  if (a == 0.0) return size * s.quantile;
+  const double moved = a * exponential(s.gain * (sums.first / n - s.target));
+  const double low = size * 0x1p-20, high = size * 0x1p+20;
+  return moved < low ? low : moved > high ? high : moved;
 }
 
 // One gradient that is not finite must not close the gate for ever: what there is then stays.

@@ -2,8 +2,9 @@
 
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
-:class:`Lion`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`. ``python -m
-signadam_ext`` tells what was built and what is usable.
+:class:`Lion`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
+:func:`release_gradients` updates inside backward, :func:`per_sample_variance` measures what the mini-batch forms of
+:class:`MSVAG` and :class:`AdamStar` read. ``python -m signadam_ext`` tells what was built and what is usable.
 """
 
 from . import functional

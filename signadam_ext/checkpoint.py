@@ -104,6 +104,7 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
             checks.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
     if layout.gate is not None and layout.gate in saved:
         checks.gate(label, layout.gate, saved[layout.gate])
+        checks.gate_value(label, layout.gate, saved[layout.gate])
     checks.step_count(label, saved.get("step", 0))
 
 

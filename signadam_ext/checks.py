@@ -82,8 +82,8 @@ def look_up(name: str, value: Any, table: Mapping[str, T]) -> T:
 
 def share(name: str, value: Any) -> None:
     """Raises unless ``value`` is a number strictly between 0 and 1."""
-    number(name, value, 0.0, 1.0)
-    if value == 0:
+    number(name, value, -math.inf)
+    if not 0 < value < 1:
         raise ValueError(f"{name}={value!r}: must be in (0, 1)")
 
 
@@ -173,6 +173,7 @@ def variance(label: str, value: Any, param: Tensor) -> None:
             f"{label} has a gradient and no grad_variance: variance='minibatch' reads the variance of the mini-batch "
             "mean there; call signadam_ext.per_sample_variance(model, loss_fn, batch) before step()"
         )
+    strided(f"grad_variance of {label}", value)
     state_tensor(f"grad_variance of {label}", value, param.shape, tuple(FORMATS), param.device)
 
 
@@ -197,6 +198,12 @@ def gate(label: str, name: str, value: Any) -> None:
     """Raises unless ``value`` can be what a threshold is made of."""
     if not isinstance(value, Tensor) or value.dtype != torch.float64 or value.dim() > 0:
         raise TypeError(f"state {name!r} of {label} is {value!r}: must be a 0-dim float64 tensor")
+
+
+def gate_value(label: str, name: str, value: Tensor) -> None:
+    """Raises unless what a threshold is made of can have that value."""
+    if not 0 <= value.item() < math.inf:
+        raise ValueError(f"state {name!r} of {label} is {value.item()!r}: must be finite and at least 0")
 
 
 def step_count(label: str, value: Any) -> None:

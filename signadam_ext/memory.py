@@ -28,7 +28,7 @@ GRADIENTS = ("all", "released")
 NOT_COUNTED = (
     "activations and buffers; the objects that torch, Python and this package keep for each tensor, a few KB in all; "
     "copies that a step makes of parameters with gaps between their elements and of gradients with other strides than "
-    "their parameters'; what per_sample_variance needs"
+    "their parameters'; grad_variance of the mini-batch forms, 4 bytes for each parameter, and what fills it"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ class TensorStatistics:
     The gradient is the effective one: negated with ``maximize``, with coupled weight decay.
 
     Attributes:
-        name: of the parameter as errors name it, or "all".
+        name: of a named parameter; otherwise as errors name it; or "all".
         numel: number of entries.
         passed: share of the entries with ``|g| > threshold``; without a gate, of those that are not 0.
         norm_ratio: norm of the gradient's entries that passed, over the norm of all [SA, Fig. 3]; NaN where that is 0.
@@ -92,7 +93,9 @@ def collect(plans: Iterable[Plan]) -> Statistics:
                 if present and numel > 0:
                     levels = entry.forms[0].levels if entry.forms else None
                     sums = _sums(rows[begin:end], numel, levels or 1, bool(entry.forms))
-                    found.append((entry.number, plan.labels[entry.slot], sums))
+                    label = plan.labels[entry.slot]
+                    named = re.fullmatch(r"parameter '(.*)'", label)
+                    found.append((entry.number, named[1] if named else label, sums))
                 begin = end
     found.sort(key=lambda item: item[0])
     every = [sums for _, _, sums in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 import zipfile
@@ -77,6 +78,7 @@ class SignOptimizer(Optimizer):
         checks.unused_torch_option("differentiable", defaults.pop("differentiable"))
         self._forget_plans()
         self._observes = False
+        self._round = 0
         self._state_is_out = False
         self._has_warned = False
         self._check_group(defaults)
@@ -160,6 +162,8 @@ class SignOptimizer(Optimizer):
         if plan is None or key != self._plan_key or not plan.read(self.param_groups, state):
             plan = self._make_plan(key)
         plan.run()
+        self._round += 1
+        plan.round = self._round
 
     @torch.no_grad()
     def _step_parameter(self, param: Tensor) -> bool:
@@ -183,19 +187,22 @@ class SignOptimizer(Optimizer):
         plan, plan_key = self._plans_alone.get(id(param), (None, None))
         if plan is None or key != plan_key or not plan.read(alone, state):
             item = self._item(_label(group, index, i), param, group, 0, number)
-            plan = Plan([item], alone, observes=self._observes)
+            with torch.inference_mode(False), torch.no_grad():
+                plan = Plan([item], alone, observes=self._observes)
             if not plan.read(alone, None):
                 raise RuntimeError(
                     "a gradient changed while the step was being planned; is another thread running backward?"
                 )
             self._plans_alone[id(param)] = plan, key
         plan.run()
+        plan.round = self._round
         return True
 
     def observe(self, enabled: bool = True) -> None:
         """Has every step from now on gather what :meth:`statistics` tells, in the pass that updates; or no longer.
 
-        It takes a little time and 48 bytes for each 16384 entries. Nothing of it enters a checkpoint.
+        It takes time (on the CPU about as long again as the step) and 48 bytes for each 16384 entries. Nothing of it
+        enters a checkpoint, and a copy of the optimizer does not observe.
         """
         checks.flag("enabled", enabled)
         if enabled != self._observes:
@@ -210,7 +217,8 @@ class SignOptimizer(Optimizer):
         """
         if not self._observes:
             raise RuntimeError("nothing is observed: call optimizer.observe() before the steps you want to look at")
-        plans = [plan for plan in (self._plan, *(plan for plan, _ in self._plans_alone.values())) if plan is not None]
+        known = (self._plan, *(plan for plan, _ in self._plans_alone.values()))
+        plans = [plan for plan in known if plan is not None and plan.round == self._round > 0]
         if not plans:
             raise RuntimeError("no step has been taken since optimizer.observe(), so there is nothing to tell")
         return collect(plans)
@@ -262,7 +270,9 @@ class SignOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 items.append(self._item(_label(group, index, i), param, group, index, len(items)))
-        plan = Plan(items, self.param_groups, observes=self._observes)
+        # What is made for later steps must not be of one that runs in inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            plan = Plan(items, self.param_groups, observes=self._observes)
         if not plan.read(self.param_groups, None):
             raise RuntimeError(
                 "gradients changed while the step was being planned; is another thread running backward?"
@@ -425,7 +435,13 @@ class SignOptimizer(Optimizer):
             OSError, zipfile.BadZipFile: a file that cannot be read.
         """
         with zipfile.ZipFile(path) as archive:
-            groups = read_head(archive)["param_groups"]
+            try:
+                groups = read_head(archive)["param_groups"]
+            except KeyError as error:
+                raise ValueError(
+                    f"{os.fspath(path)} was not written by save_state: load what torch.save has written by "
+                    "load_state_dict(torch.load(...))"
+                ) from error
             own = [len(group["params"]) for group in self.param_groups]
             if own != [len(group["params"]) for group in groups]:
                 raise ValueError(
@@ -505,11 +521,20 @@ class SignOptimizer(Optimizer):
                 layouts.append((number, self._layout(_label(own, index, i), param, group)))
         return layouts
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SignOptimizer:
+        """As by default, but functions in groups are shared: those of Triton cannot be copied."""
+        for group in (self.defaults, *self.param_groups):
+            memo.update((id(value), value) for value in group.values() if callable(value))
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may share its state with the original.
         self._state_is_out = self.__dict__.get("_state_is_out", True)
         super().__setstate__(state)
-        self._observes = self.__dict__.get("_observes", False)
+        self._observes, self._round = False, 0
         self._forget_plans()
         self._has_warned = True
         self._complete_groups()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backends, checks
 from ._extension import load
-from .confidence import backend_for
+from .confidence import backend_for, name_of
 from .dtypes import FORMATS
 from .observed import COLUMNS
 from .reader import ListReader, make_reader
@@ -190,6 +190,7 @@ class Plan:
         "labels",
         "launches",
         "params",
+        "round",
     )
 
     def __init__(
@@ -200,6 +201,7 @@ class Plan:
         observes: bool = False,
     ):
         self.groups = groups
+        self.round = 0  # the number of the optimizer's step that this plan has last taken
         self.labels = [item.label for item in items]
         self.params = [item.param for item in items]
         self._given = grads
@@ -217,7 +219,14 @@ class Plan:
             if item.rule.reads_variance and grad is not None:
                 checks.variance(item.label, item.variance(), item.param)
             confidence = item.rule.confidence
-            wanted = item.backend if confidence is None else backend_for(confidence, item.backend)
+            wanted = item.backend
+            if confidence is not None:
+                wanted = backend_for(confidence, item.backend)
+                if (reason := backends.get(wanted).unusable(item.param.device)) is not None:
+                    raise RuntimeError(
+                        f"confidence={name_of(confidence)} needs backend={wanted!r}, which cannot serve {item.label} "
+                        f"on {item.param.device}: {reason}; a Python function of torch operations runs everywhere"
+                    )
             chosen.append(backends.choose(wanted, item.param.device, item.label))
 
         self.entries: list[Entry] = []
@@ -330,6 +339,7 @@ class Plan:
 
     def run(self) -> None:
         """Takes the step whose gradients :meth:`read` has found."""
+        self.round = 0  # until it is taken
         source = self._reader.source
         prepared = []
         for bucket, launch in self.launches:

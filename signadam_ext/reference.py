@@ -17,6 +17,9 @@ from .rule import Scalars
 
 CHUNK_ROWS, CHUNK_LANES = 8, 2048
 
+#: How far from the root mean square of the gradient a steered threshold may be, either way.
+THRESHOLD_RANGE = 2.0**20
+
 Moments = tuple[Tensor, ...]
 #: (scalars as fp32 tensors, threshold, p, g, moments) -> (p, moments), all fp32. A rule that reads the variance of the
 #: gradient gets it behind the moments.
@@ -184,7 +187,7 @@ def update(
     g: Tensor,
     moments: Moments,
     gate: Tensor | None,
-    confidence: Callable[[Tensor, Tensor], Tensor] | None = None,
+    confident: Tensor | None = None,
 ) -> tuple[Tensor, Moments, Tensor]:
     """One step of one tensor: the new ``p`` and moments, and the threshold in force; in place on ``gate``.
 
@@ -196,7 +199,7 @@ def update(
         g: effective gradient, flat, fp32, in the same memory order.
         moments: flat, fp32.
         gate: 0-dim float64, what the threshold is made of, or None.
-        confidence: what takes the gradient's place, as a function of it and the threshold.
+        confident: what takes the gradient's place in the rule, or None.
     """
     s = {name: torch.full((), value, dtype=torch.float32, device=p.device) for name, value in scalars.items()}
     if statistics == "ONLY" and gate is not None:
@@ -204,10 +207,7 @@ def update(
     alpha = s.get("alpha", torch.zeros((), device=p.device))
     if gate is not None:
         alpha = (scalars["alpha"] * gate).float()
-    if confidence is not None:
-        p, moments = rule(s, alpha, p * s["decay"], confidence(g, alpha), moments)
-    else:
-        p, moments = rule(s, alpha, p * s["decay"], g, moments)
+    p, moments = rule(s, alpha, p * s["decay"], g if confident is None else confident, moments)
     if statistics == "GATHER" and gate is not None:
         gate.copy_(next_gate(gate, g, alpha, scalars))
     return p, moments, alpha
@@ -238,9 +238,10 @@ def next_deviation(a: Tensor, first: Tensor, second: Tensor, n: Tensor, scalars:
 
 def next_threshold(a: Tensor, first: Tensor, second: Tensor, n: Tensor, scalars: Scalars) -> Tensor:
     """The threshold after ``first`` of ``n`` entries have passed it."""
-    start = double_root(second / n) * scalars["quantile"]
+    size = double_root(second / n)
     moved = a * exponential(scalars["gain"] * (first / n - scalars["target"]))
-    return torch.where(second == 0, a, torch.where(a == 0, start, moved))
+    moved = torch.minimum(torch.maximum(moved, size * THRESHOLD_RANGE**-1), size * THRESHOLD_RANGE)
+    return torch.where(second == 0, a, torch.where(a == 0, size * scalars["quantile"], moved))
 
 
 def exponential(x: Tensor) -> Tensor:

@@ -330,6 +330,7 @@ class GradientRelease:
             self._refuse_ddp([param for param in (slot.param() for slot in self._slots.values()) if param is not None])
             self._searched = True
         # A loop that never calls step() must have nothing left for it to do.
+        optimizer._round += 1
         self._others = not self._step_called and any(
             param.requires_grad and self._slot(param) is None for param in _own_parameters(optimizer)
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import checks, storage
@@ -41,7 +41,7 @@ class Rule:
     reads_variance: bool = False
     statistics: str = "NONE"
     gate: str | None = None
-    confidence: Callable[..., Any] | None = None
+    confidence: Callable[..., Any] | None = field(default=None, hash=False)  # one may have no hash
 
     def forms(self, group: Group) -> tuple[storage.Form, ...]:
         """How each moment is stored.

@@ -189,9 +189,9 @@ def adam_star_plain(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, A
 def sums_of_minibatch(g: Bounded, state: State, h: dict[str, Any]) -> tuple[Bounded, Bounded]:
     """[BH0] Alg. 3 and 5: momentum and the sum of variances."""
     mu = h["beta"]
-    state["exp_avg"] = Bounded.scalar(mu) * state["exp_avg"] + g
+    state["momentum_buffer"] = Bounded.scalar(mu) * state["momentum_buffer"] + g
     state["exp_avg_var"] = Bounded.scalar(mu * mu) * state["exp_avg_var"] + h["grad_variance"]
-    return state["exp_avg"], state["exp_avg_var"]
+    return state["momentum_buffer"], state["exp_avg_var"]
 
 
 def msvag_minibatch(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:

@@ -135,6 +135,57 @@ def test_gradients_that_tell_nothing_leave_it() -> None:
         assert threshold_of(optimizer, param) == kept
 
 
+def test_share_that_cannot_be_reached() -> None:
+    """Nine entries of ten are 0 and nine of ten are to pass: the threshold stops at its bound, and comes back."""
+    param = Parameter(torch.zeros(1000))
+    optimizer = steered(param, 0.9)
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(300):
+        g = torch.randn(1000, generator=generator)
+        g[100:] = 0
+        param.grad = g
+        optimizer.step()
+    rms = math.sqrt(float((g.double() ** 2).mean()))
+    assert threshold_of(optimizer, param) == pytest.approx(rms * 2.0**-20, rel=1e-12)
+    _, shares = run(optimizer, param, [torch.randn(1000, generator=generator) for _ in range(200)])
+    assert shares[0] == 1.0 and abs(sum(shares[-20:]) / 20 - 0.9) < 0.01
+
+
+def test_hyperparameters_set_in_training_are_checked() -> None:
+    param = Parameter(torch.zeros(3))
+    optimizer = SignAdamPP([param])
+    param.grad = torch.ones(3)
+    for change, message in (
+        ({"confidence": "sparsity"}, "target=None"),
+        ({"target": 1.5}, "target=1.5: must be in"),
+        ({"target": 0.5, "gain": 1e300}, "gain=1e"),
+    ):
+        optimizer.param_groups[0].update(change)
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert not param.any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_impossible_thresholds_are_not_loaded(value: float) -> None:
+    param = Parameter(torch.zeros(3))
+    optimizer = steered(param, 0.5)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["threshold"] = torch.tensor(value, dtype=torch.float64)
+    with pytest.raises(ValueError, match="'threshold' of parameter 0 of group 0"):
+        optimizer.load_state_dict(saved)
+
+
+def test_tiny_targets() -> None:
+    param = Parameter(torch.zeros(4))
+    optimizer = steered(param, 1e-30)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    assert 11 < threshold_of(optimizer, param) < 12  # deviations that 1e-30 of a normal distribution exceeds
+
+
 def test_each_tensor_has_its_own() -> None:
     small, large = Parameter(torch.zeros(3000)), Parameter(torch.zeros(3000))
     optimizer = SignAdamPP([small, large], confidence="sparsity", target=0.2)
@@ -182,6 +233,7 @@ def test_resumes_from_a_checkpoint() -> None:
         ({"confidence": "sparsity", "target": math.nan}, "target=nan"),
         ({"confidence": "sparsity", "target": 0.1, "alpha": 0.5}, "alpha=0.5 with confidence='sparsity'"),
         ({"confidence": "sparsity", "target": 0.1, "gain": 0.0}, "gain=0"),
+        ({"gain": 0.5}, "only for confidence='sparsity'"),
         ({"confidence": "sparsity", "target": 0.1, "gain": 1.5}, "gain=1.5"),
         ({"target": 0.1}, "only for confidence='sparsity'"),
     ],
@@ -227,6 +279,70 @@ def test_function_takes_the_gates_place(backend: str) -> None:
         p = p - 0.125 * m
         assert torch.equal(param, p)
         assert torch.equal(optimizer.state[param]["exp_avg"], m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_function_may_work_in_place(dtype: torch.dtype) -> None:
+    """It gets a copy, and runs once: the gradient stays what it is, and statistics are of the gradient."""
+    param = Parameter(torch.zeros(4, dtype=dtype))
+    calls = []
+    optimizer = SignAdamPP([param], lr=1.0, beta=0.0, confidence=lambda g, a: (calls.append(1), g.mul_(2))[1])
+    optimizer.observe()
+    param.grad = torch.ones(4, dtype=dtype)
+    optimizer.step()
+    assert param.tolist() == [-2.0] * 4 and param.grad.tolist() == [1.0] * 4
+    assert len(calls) == 1 and optimizer.statistics().all.norm_ratio == 1.0
+
+
+def test_function_sees_parameters_with_gaps() -> None:
+    param = Parameter(torch.ones(8)[::2])
+    seen = []
+    optimizer = SignAdamPP(
+        [param],
+        confidence=lambda g, a: (seen.append(g.clone()), g)[1],
+        weight_decay=1.0,
+        decoupled_weight_decay=False,
+    )
+    param.grad = torch.ones(4)
+    optimizer.step()
+    assert len(seen) == 1 and torch.equal(seen[0], torch.full((4,), 2.0))
+
+
+def test_function_without_a_hash() -> None:
+    class Clip:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, g: Tensor, alpha: Tensor) -> Tensor:
+            return g.clamp(-0.5, 0.5)
+
+    param = Parameter(torch.zeros(2))
+    param.grad = torch.tensor([3.0, -0.25])
+    SignAdamPP([param], lr=1.0, beta=0.0, confidence=Clip()).step()
+    assert param.tolist() == [-0.5, 0.25]
+
+
+def test_function_that_raises_leaves_all_as_it_was() -> None:
+    count = [0]
+
+    def second_fails(g: Tensor, alpha: Tensor) -> Tensor:
+        count[0] += 1
+        if count[0] == 2:
+            raise RuntimeError("no")
+        return g
+
+    params = [Parameter(torch.zeros(2)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(2)
+    optimizer = SignAdamPP(params, confidence=second_fails)
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.step()
+    assert not any(param.any() for param in params)
+
+
+@pytest.mark.parametrize("value", [5, None, ["fixed"]])
+def test_neither_name_nor_function(value: Any) -> None:
+    with pytest.raises(TypeError, match="must be a name or a function"):
+        SignAdamPP([Parameter(torch.zeros(3))], confidence=value)
 
 
 def test_function_sees_the_effective_gradient() -> None:
@@ -343,6 +459,8 @@ try:
     raise SystemExit("cpu was not refused")
 except ValueError as error:
     assert "@triton.jit" in str(error)
+import copy
+copy.deepcopy(SignAdamPP([torch.nn.Parameter(torch.ones(3))], confidence=soft))
 print("equal")
 """
 

@@ -85,7 +85,7 @@ def test_by_hand() -> None:
     weight.grad, bias.grad = torch.tensor([3.0, -4.0, 1.0, 0.0]), torch.tensor([0.5, -2.0])
     optimizer.step()
     found = optimizer.statistics()
-    assert [tensor.name for tensor in found.tensors] == ["parameter 'weight'", "parameter 'bias'"]
+    assert [tensor.name for tensor in found.tensors] == ["weight", "bias"]
     first, second = found.tensors
     assert (first.numel, first.passed, first.flipped, first.threshold) == (4, 0.5, 0.0, 1.0)
     assert first.norm_ratio == pytest.approx(5 / math.sqrt(26), rel=1e-15)
@@ -97,7 +97,7 @@ def test_by_hand() -> None:
     weight.grad, bias.grad = torch.tensor([-3.0, -4.0, 2.0, 0.0]), None
     optimizer.step()
     found = optimizer.statistics()
-    assert [tensor.name for tensor in found.tensors] == ["parameter 'weight'"]
+    assert [tensor.name for tensor in found.tensors] == ["weight"]
     assert found.tensors[0].flipped == 0.25 and found.all.numel == 4
 
 
@@ -180,6 +180,34 @@ def test_released_gradients() -> None:
     expected = ordinary.statistics()
     assert near(found.all, expected.all)
     assert all(near(a, b) for a, b in zip(found.tensors, expected.tensors, strict=True))
+
+
+def test_only_the_last_step_counts() -> None:
+    """Of released gradients: what took part in the last backward, each parameter once, also after the release."""
+    layers = nn.ModuleList([nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)])
+    optimizer = SignAdamPP(layers.named_parameters())
+    optimizer.observe()
+    release = release_gradients(layers, optimizer)
+    x = torch.ones(3, 2)
+    (layers[0](x).sum() + layers[1](x).sum()).backward()
+    assert [tensor.name for tensor in optimizer.statistics().tensors] == ["0.weight", "1.weight"]
+    layers[0](x).sum().backward()
+    assert [tensor.name for tensor in optimizer.statistics().tensors] == ["0.weight"]
+    release.remove()
+    layers[1](x).sum().backward()
+    optimizer.step()
+    assert [tensor.name for tensor in optimizer.statistics().tensors] == ["1.weight"]
+
+
+def test_failed_step_tells_nothing() -> None:
+    param = Parameter(torch.zeros(3))
+    optimizer = SignAdamPP([param], confidence=lambda g, alpha: g.sqrt())
+    optimizer.observe()
+    param.grad = -torch.ones(3)
+    with pytest.raises(ValueError, match="returned NaN"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="no step has been taken"):
+        optimizer.statistics()
 
 
 def test_is_documented() -> None:

@@ -188,7 +188,7 @@ def test_minibatch_form_sums() -> None:
     assert torch.equal(optimizer.state[param]["exp_avg_var"], torch.tensor([1.0, 0.0, 4.0]))
     assert torch.equal(param.detach(), torch.tensor([-0.25, -1.0, 0.0]))
     optimizer.step()
-    assert torch.equal(optimizer.state[param]["exp_avg"], torch.tensor([1.5, 3.0, 0.0]))
+    assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.tensor([1.5, 3.0, 0.0]))
     assert torch.equal(optimizer.state[param]["exp_avg_var"], torch.tensor([1.25, 0.0, 5.0]))
 
 
@@ -262,6 +262,30 @@ class TestGradVariance:
                 assert torch.equal(param.grad_variance, given)  # only read
             results.append(param.detach())
         assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_the_two_forms_share_no_moment() -> None:
+    """Their momenta are in other units: whoever changes the form in training begins anew, and the old one stays."""
+    param = Parameter(torch.zeros(2))
+    optimizer = MSVAG([param], lr=1.0, beta=0.5)
+    param.grad, param.grad_variance = torch.ones(2), torch.zeros(2)
+    optimizer.step()
+    optimizer.param_groups[0]["variance"] = "minibatch"
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.ones(2))
+    assert torch.equal(optimizer.state[param]["exp_avg"], torch.full((2,), 0.5))
+
+
+def test_wrapper_of_a_variance_is_refused() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    param = Parameter(torch.zeros(4))
+    optimizer = MSVAG([param], variance="minibatch")
+    param.grad = torch.ones(4)
+    for odd in (TwoTensor(torch.ones(4), torch.ones(4)), torch.ones(4).to_sparse()):
+        param.grad_variance = odd
+        with pytest.raises(TypeError, match="grad_variance of parameter 0 of group 0"):
+            optimizer.step()
 
 
 def test_minibatch_without_momentum_is_refused() -> None:

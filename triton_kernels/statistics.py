@@ -60,8 +60,11 @@ def finish(sums, count, numel, gate, s):
         a = tl.load(gate)
         if tl.load(s + STEERS) != 0.0:
             if second_sum != 0.0:
+                size = tl.sqrt(second_sum / n)
                 moved = a * exponential(tl.load(s + GAIN) * (first_sum / n - tl.load(s + TARGET)))
-                tl.store(gate, tl.where(a == 0.0, tl.sqrt(second_sum / n) * tl.load(s + QUANTILE), moved))
+                low, high = size * 9.5367431640625e-07, size * 1048576.0  # 2^-20 and 2^20
+                moved = tl.where(moved < low, low, tl.where(moved > high, high, moved))
+                tl.store(gate, tl.where(a == 0.0, size * tl.load(s + QUANTILE), moved))
         else:
             mean = first_sum / n
             variance = second_sum / n - mean * mean

@@ -39,17 +39,23 @@ class ReferenceLaunch:
     def __init__(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> None:
         self.bucket = bucket
         self.grad = grad
+        self._confident: dict[int, Tensor] = {}  # by slot, what a confidence function made of this step's gradients
 
     @torch.no_grad()
     def check(self, rows: Sequence[Row]) -> None:
-        """Raises, before anything is written, where a confidence function cannot be used."""
+        """Runs a confidence function, and raises before anything is written where its results cannot be used."""
         confidence = self.bucket.rule.confidence
         if confidence is None:
             return
+        self._confident.clear()
         for entry, scalars in self._present(rows):
-            g = reference.effective_gradient(scalars, _param(entry), flat(self.grad(entry.slot)).float())
+            # A copy where kernels update one is not up to date before the launch.
+            param = flat(torch.empty_like(entry.param).copy_(entry.param))
+            g = reference.effective_gradient(scalars, _param(entry, param), flat(self.grad(entry.slot)).float())
             alpha = torch.full((), scalars["alpha"], dtype=torch.float32, device=g.device)
-            check_result(confidence, g, confidence(g, alpha))
+            c = confidence(g.clone(), alpha)  # which may work in place
+            check_result(confidence, g, c)
+            self._confident[entry.slot] = c
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Row]) -> None:
@@ -58,7 +64,8 @@ class ReferenceLaunch:
         for entry in self.bucket.entries:
             if entry.slot in present:
                 observed = None if self.bucket.observed is None else self.bucket.observed[first_chunk]
-                _update(self.bucket.rule, present[entry.slot], entry, self.grad(entry.slot), observed)
+                confident = self._confident.pop(entry.slot, None)
+                _update(self.bucket.rule, present[entry.slot], entry, self.grad(entry.slot), confident, observed)
             first_chunk += -(-entry.work.numel() // _C.CHUNK_SIZE)
 
     def _present(self, rows: Sequence[Row]) -> list[tuple[Entry, dict[str, float]]]:
@@ -71,24 +78,31 @@ class ReferenceLaunch:
         ]
 
 
-def _param(entry: Entry) -> Tensor:
-    """In fp32, flat, in memory order."""
-    return storage.load_param(entry.weights, flat(entry.work), None if entry.beside is None else flat(entry.beside))
+def _param(entry: Entry, param: Tensor) -> Tensor:
+    """What the flat parameter and what lies beside it stand for, in fp32."""
+    return storage.load_param(entry.weights, param, None if entry.beside is None else flat(entry.beside))
 
 
-def _update(rule: Rule, scalars: dict[str, float], entry: Entry, grad: Tensor, observed: Tensor | None) -> None:
+def _update(
+    rule: Rule,
+    scalars: dict[str, float],
+    entry: Entry,
+    grad: Tensor,
+    confident: Tensor | None,
+    observed: Tensor | None,
+) -> None:
     numel = entry.work.numel()
     param = flat(entry.work)
     beside = None if entry.beside is None else flat(entry.beside)
     stored = [moment if form.packed else flat(moment) for form, moment in zip(entry.forms, entry.moments, strict=True)]
-    p = _param(entry)
+    p = _param(entry, param)
     moments = tuple(storage.decode(form, x, numel) for form, x in zip(entry.forms, stored, strict=True))
     before = moments[0] if moments else None
     if entry.variance is not None:
         moments = (*moments, flat(entry.variance))
     g = reference.effective_gradient(scalars, p, flat(grad).float())
     p, moments, alpha = reference.update(
-        getattr(reference, rule.name), rule.statistics, scalars, p, g, moments, entry.gate, rule.confidence
+        getattr(reference, rule.name), rule.statistics, scalars, p, g, moments, entry.gate, confident
     )
     if observed is not None:
         observed.copy_(_observe(g, alpha, before, moments[0] if moments else None))

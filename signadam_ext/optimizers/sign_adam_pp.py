@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import NormalDist
@@ -28,16 +29,19 @@ def _momentum(group: Group) -> Scalars:
 
 
 def _scalars(group: Group, t: int) -> Scalars:
-    alpha, confidence_beta = group["alpha"], group["confidence_beta"]
+    alpha, confidence, confidence_beta = group["alpha"], group["confidence"], group["confidence_beta"]
+    if alpha is None:
+        alpha = 0.0 if callable(confidence) else DEFAULT_ALPHA[confidence]
     return {
         **_momentum(group),
-        "alpha": float(DEFAULT_ALPHA.get(group["confidence"], 0.0) if alpha is None else alpha),
+        "alpha": float(alpha),
         "confidence_beta": confidence_beta,
         "one_minus_confidence_beta": 1 - confidence_beta,
     }
 
 
 def _sparsity_scalars(group: Group, t: int) -> Scalars:
+    _check_steering(group)
     target = group["target"]
     return {
         **_momentum(group),
@@ -46,8 +50,17 @@ def _sparsity_scalars(group: Group, t: int) -> Scalars:
         "target": target,
         "gain": float(group["gain"]),
         # Of a normal distribution of deviation 1, the magnitude that a share `target` exceeds.
-        "quantile": NormalDist().inv_cdf(1 - target / 2),
+        "quantile": -NormalDist().inv_cdf(target / 2),
     }
+
+
+def _check_steering(group: Group) -> None:
+    if group["target"] is None:
+        raise ValueError("target=None with confidence='sparsity': give the share of the entries that may pass")
+    checks.share("target", group["target"])
+    checks.number("gain", group["gain"], -math.inf)
+    if not 0 < group["gain"] <= 1:
+        raise ValueError(f"gain={group['gain']!r}: must be in (0, 1]")
 
 
 _FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars, bounded=True)
@@ -80,15 +93,17 @@ class SignAdamPP(SignOptimizer):
     - "sparsity": the threshold is steered, for each tensor, so that a share ``target`` of the entries passes:
       :math:`\alpha_{t+1} = \alpha_t \exp(\gamma (q_t - \mathrm{target}))`, q being the share that passed and
       :math:`\gamma` the ``gain``. At t = 1 everything passes, and :math:`\alpha_2` is what would be right for normal
-      gradients of the same root mean square. Over T steps the mean share differs from the target by
-      :math:`|\ln(\alpha_{T+2} / \alpha_2)| / (\gamma T)`, so by as little as one likes, whatever the gradients are. If
-      the density of \|g\| does not rise with \|g\|, thresholds approach the right one from one side, for any gain up
-      to 1. One pass, no history but the threshold.
+      gradients of the same root mean square. From the second step on, the mean share over T steps differs from the
+      target by what the threshold has moved in all, :math:`\ln(\alpha_{T+2} / \alpha_2) / (\gamma T)`. It stays
+      within 2^20 of the gradient's root mean square either way, so that a share which cannot be reached (more zeros
+      than the target leaves) does not carry it off. If the density of the magnitudes does not rise with them,
+      thresholds approach the right one from one side, for any gain up to 1. One pass, no history but the threshold.
     - a function ``c(g, alpha)`` of your own in the gate's place [SA, Alg. 1]: :math:`m_t = \beta m_{t-1} + (1 -
       \beta)\, c(g_t, \alpha)`. A Python function of torch operations gets g as a flat fp32 tensor and alpha as a 0-dim
-      one, and runs on the reference backend, on any device; it is called twice a step, once to be checked. A
-      ``@triton.jit`` function gets a block of g and alpha in fp32, and is compiled into the Triton kernel. Either
-      works element by element and returns fp32 of g's shape. Such a momentum has no bound, so that ``state_dtype``
+      one, and runs on the reference backend, on any device, many times slower than a kernel; its results are kept
+      for the step, one more gradient's memory. A ``@triton.jit`` function gets a block of g and alpha in fp32, and is
+      compiled into the Triton kernel. Either works element by element and returns fp32 of g's shape, without NaN
+      where g is a number. Such a momentum has no bound, so that ``state_dtype``
       is "fp32", "bf16" or "int8" in blocks. The function is not part of a checkpoint.
 
     A step whose gradient is not finite leaves ``a`` and a steered threshold as they are. Decoupled weight decay with
@@ -134,8 +149,8 @@ class SignAdamPP(SignOptimizer):
         # Groups may differ in their confidence, so these are not asked of a group.
         if confidence == "sparsity" and alpha is not None:
             raise ValueError(f"alpha={alpha!r} with confidence='sparsity': the threshold is found, not given")
-        if confidence != "sparsity" and target is not None:
-            raise ValueError(f"target={target!r}: only for confidence='sparsity'")
+        if confidence != "sparsity" and (target is not None or gain != 1.0):
+            raise ValueError(f"target={target!r}, gain={gain!r}: only for confidence='sparsity'")
         own = {
             "lr": lr,
             "betas": (beta,),
@@ -152,6 +167,8 @@ class SignAdamPP(SignOptimizer):
         confidence = group["confidence"]
         if callable(confidence):
             return replace(_OWN, confidence=confidence)
+        if not isinstance(confidence, str):
+            raise TypeError(f"confidence={confidence!r}: must be a name or a function of (g, alpha)")
         return checks.look_up("confidence", confidence, RULES)
 
     @classmethod
@@ -161,13 +178,8 @@ class SignAdamPP(SignOptimizer):
         checks.beta("confidence_beta", group["confidence_beta"])
         if group["alpha"] is not None:
             checks.number("alpha", group["alpha"], 0.0)
-        if group["target"] is not None:
-            checks.share("target", group["target"])
-        elif group["confidence"] == "sparsity":
-            raise ValueError("target=None with confidence='sparsity': give the share of the entries that may pass")
-        checks.number("gain", group["gain"], 0.0, 1.0, open_high=False)
-        if group["gain"] == 0:
-            raise ValueError("gain=0: must be in (0, 1], or the threshold never moves")
+        if group["confidence"] == "sparsity":
+            _check_steering(group)
         if callable(group["confidence"]):
             backend_for(group["confidence"], group["backend"])
 

@@ -47,7 +47,7 @@ def _ema(name: str) -> Rule:
 
 
 def _minibatch(name: str) -> Rule:
-    return Rule(name, moments=("exp_avg", "exp_avg_var"), scalars=_minibatch_scalars, reads_variance=True)
+    return Rule(name, moments=("momentum_buffer", "exp_avg_var"), scalars=_minibatch_scalars, reads_variance=True)
 
 
 SVAG_RULE = _ema("svag")
@@ -134,16 +134,20 @@ class MSVAG(SignOptimizer):
         lr: learning rate, at least 0. A float or a CPU tensor of one element. With "minibatch" the momentum sums to
             1 / (1 - beta) times as much, so that the learning rate is to be smaller by 1 - beta.
         {beta}
-        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Only for "ema".
+        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Means nothing for
+            "minibatch".
         variance: "ema" or "minibatch".
         {unbounded_state}
         {common}
 
     Moments in few bits add to the variance that this method measures, so that it takes smaller steps. Neither
-    ``maximize`` nor coupled weight decay changes a variance, so ``grad_variance`` is taken as it is.
+    ``maximize`` nor coupled weight decay changes a variance, so ``grad_variance`` is taken as it is: it must not be
+    negative, and it stays until it is written again, also over a step that forgets to. With
+    :func:`signadam_ext.release_gradients` it must be there before backward. ``m * m`` loses digits below ``|m|`` of
+    1e-19 and overflows above 1.8e19.
 
-    State: ``exp_avg`` and ``exp_avg_sq``, before their bias correction, or with "minibatch" ``exp_avg`` (m) and
-    ``exp_avg_var`` (S), and
+    State: ``exp_avg`` and ``exp_avg_sq``, before their bias correction, or with "minibatch" ``momentum_buffer``
+    (m) and ``exp_avg_var`` (S), and
         {common_state}
 
     Sources: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 1; [BH0] its anonymous draft for ICLR 2018, Alg. 3.
@@ -190,14 +194,16 @@ class AdamStar(SignOptimizer):
     .. math::
         p_t = p_{t-1} - \mathrm{lr} \cdot m_t / \sqrt{m_t^2 + S_t}
 
-    No entry moves by more than ``lr``. Where a denominator is 0 the parameter stays.
+    No entry moves by more than ``lr``, but for roundings, which are large where ``|m|`` is below 1e-19. Where a
+    denominator is 0 the parameter stays.
 
     Args:
         {params}
         lr: learning rate, at least 0. A float or a CPU tensor of one element.
         {beta}
         momentum: whether the step has the sign of the momentum or of the gradient.
-        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Only for "ema".
+        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Means nothing for
+            "minibatch".
         variance: "ema" or "minibatch"; "minibatch" is defined with momentum only.
         {unbounded_state}
         {common}
@@ -300,8 +306,8 @@ def msvag(
 
     Args:
         params, grads: of equal length; a parameter whose gradient is None is left alone.
-        exp_avgs, exp_avg_sqs: fp32, of the parameters' shapes and strides; zeros at first. With "minibatch" the second
-            is S.
+        exp_avgs, exp_avg_sqs: fp32, of the parameters' shapes and strides; zeros at first. With "minibatch"
+            these are the ``momentum_buffers`` and the ``exp_avg_vars``.
         state_steps: 0-dim fp32 on the CPU, steps taken so far, counted up; "ema" needs them.
         grad_variances: the variances of the gradients, for "minibatch".
         lr, beta, bias_correct_variance, variance: as in :class:`MSVAG`.
@@ -362,4 +368,4 @@ def adam_star(
 
 def _moments(first: Sequence[Tensor], second: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
     """By the names of either form."""
-    return {"exp_avg": first, "exp_avg_sq": second, "exp_avg_var": second}
+    return {"exp_avg": first, "momentum_buffer": first, "exp_avg_sq": second, "exp_avg_var": second}
