@@ -181,9 +181,7 @@ def comparisons(store: Store) -> Run:
         entry: Run = {"first": ours.key, "second": theirs.key}
         for metric in training.METRICS:
             first, second = (training.values_of(side[1], metric) for side in (left, right))
-            entry[metric] = training.difference(first, second)
-            if entry[metric] is not None:
-                entry[metric]["verdict"] = training.verdict(entry[metric])
+            entry[metric] = training.judged(training.difference(first, second))
         result[key] = entry
     return result
 

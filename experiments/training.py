@@ -573,8 +573,12 @@ def verdict(interval: Run | None) -> str:
     return "lower" if interval["high"] < 0 else "higher"
 
 
-def describe(store: Store, method: Method) -> Run | None:
-    """All numbers of a method on a problem."""
+def judged(interval: Run | None) -> Run | None:
+    return None if interval is None else interval | {"verdict": verdict(interval)}
+
+
+def describe(store: Store, method: Method, curves: bool = False) -> Run | None:
+    """All numbers of a method on a problem; `curves` of every seed, or only their means."""
     got = finished(store, method)
     if got is None:
         return None
@@ -598,11 +602,16 @@ def describe(store: Store, method: Method) -> Run | None:
         finite = [value for value in values.values() if math.isfinite(value)]
         entry[metric] = (paired(finite) if finite else {"n": 0}) | {"by_seed": list(values.values())}
     complete = [run for run in runs.values() if run["finished"]]
-    entry["curves"] = {
+    lines = {
         "train": [run["train"] for run in complete],
         "test_loss": [[loss for _, loss, _ in run["validation"]] for run in complete],
         "test_error": [[error for _, _, error in run["validation"]] for run in complete],
     }
+    if curves:
+        entry["curves"] = lines
+    else:
+        means = {what: [statistics.fmean(column) for column in zip(*of, strict=True)] for what, of in lines.items()}
+        entry["mean_curves"] = means
     return entry
 
 
