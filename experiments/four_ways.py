@@ -35,6 +35,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bench.runs import Run, band
 from experiments import training
 from experiments.training import DIGITS, GPT_TEXT, LSTM_TEXT, Method, Plan, Problem, Store, Study, rate
