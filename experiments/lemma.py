@@ -4,21 +4,21 @@ Problems and schedule: those of experiments/ablation.py, whose runs these are wh
 
 - Lemma 1: |m| <= 1. The largest |m| of every step of every run, for SignAdamPP with each kind of threshold and for
   SignAdam; 10 seeds each, and the runs of all step sizes that were tried in a search.
-- Figure 5: the share of a layer's gradient entries that the gate drops "rises from 0.6 towards 1" over training. For every
-  layer, averaged over the steps between two evaluations, with thresholds from 1e-5 to 1e-2 and, beside them, the adaptive
-  threshold. It rises if the last interval minus the first, paired by seed, lies above 0 with its 95 % interval. An entry
-  whose gradient is exactly 0 (a dead unit; an embedding of a byte that is not there) is dropped by any gate: the share of
-  those is given too.
-- Figure 3: the remaining ratio ||gated g|| / ||g|| against the threshold falls faster for samples that the model gets right
-  than for those it gets wrong. g is the gradient of one sample held out (an image; the last byte of a window), over all
-  weights. Three looks at each run, after 1/12, 4/12 and all of training ("digits") or 1/20, 7/20 and all of it (texts). The
-  statement is put twice: with the threshold in units of the gradient, as in the paper, and in units of the sample's own
-  root mean square, which takes away that a sample the model gets right has a smaller gradient altogether. The figure's
-  number: the threshold at which the ratio has fallen to one half, right against wrong, as a log10 of their quotient,
-  paired by seed. Below 0, right ones fall faster.
+- Figure 5: the share of a layer's gradient entries that the gate drops "rises from 0.6 towards 1" over training. For
+  every layer, averaged over the steps between two evaluations, with thresholds from 1e-5 to 1e-2 and, beside them, the
+  adaptive threshold. It rises if the last such average minus the first, paired by seed, lies above 0 with its 95 %
+  interval. An entry that is exactly 0 (a dead unit; the embedding of a byte that does not occur) is dropped by any
+  gate: the share of those is given too.
+- Figure 3: the remaining ratio ||gated g|| / ||g|| against the threshold falls faster for samples that the model gets
+  right than for those it gets wrong. g is the gradient of one sample held out (an image; the last byte of a window),
+  over all weights. Three looks at each run, after 1/12, 5/12 and all of training ("digits") or 1/20, 7/20 and all of it
+  (texts). The statement is put twice: with the threshold in units of the gradient, as in the paper, and in units of the
+  sample's own root mean square, which takes away that a sample the model gets right has a smaller gradient altogether.
+  The number for it: the threshold at which the mean ratio has fallen to one half, right against wrong, as the log10 of
+  their quotient, paired by seed. Below 0, the right ones fall faster.
 
-The plan: beside the ablation's runs, 10 runs of 5 s ("digits") and 4 s (texts) with looks, at the rate that the
-ablation's search found: 2 minutes on one core.
+The plan: beside the ablation's runs, 10 runs of about 6 s on each problem with these looks, at the rate that the
+ablation's search found: 3 minutes on one core. Cut to fit that: a text's samples are 128 bytes.
 
 python -m experiments.lemma --workers 2         run what is missing, then collect
 python -m experiments.lemma --collect           JSON and picture from the runs so far
@@ -27,6 +27,7 @@ python -m experiments.lemma --quick             everything once in small: a test
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
@@ -47,7 +48,6 @@ BOUNDED = (*SHOWN, FIXED[0.0], *(method for method in ADAPTIVE.values() if metho
 #: Thresholds of Figure 3: three in each power of ten.
 ABSOLUTE = tuple(10 ** (i / 3) for i in range(-24, 4))
 RELATIVE = tuple(10 ** (i / 6) for i in range(-12, 13))
-LOOKS = 3
 
 
 def look(task: Any) -> Run:
@@ -85,7 +85,7 @@ def look(task: Any) -> Run:
 def half_at(thresholds: Sequence[float], ratios: Sequence[float]) -> float | None:
     """log10 of the threshold at which the ratio passes one half, between two points on a line; None if it does not."""
     points = list(zip(map(math.log10, thresholds), ratios, strict=True))
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y0 >= 0.5 > y1:
             return x0 + (x1 - x0) * (y0 - 0.5) / (y0 - y1)
     return None
@@ -179,13 +179,12 @@ def ratios(looked: Store, jobs: Sequence[Job]) -> list[Run]:
     runs = [run for job in jobs if (run := looked.get(job)) is not None and run["finished"]]
     if not runs:
         return []
-    evaluations = looked.problem.evaluations
     results = []
-    for at in sorted({0, evaluations // 3, evaluations - 1}):
+    for at, step in enumerate(looked.problem.probed):
         looks = [run["probes"][at] for run in runs]
         both = [one for one in looks if "right" in one and "wrong" in one]
         entry: Run = {
-            "step": (at + 1) * looked.problem.every,
+            "step": step,
             "seeds": len(both),
             "without_wrong": sum("wrong" not in one for one in looks),
         }
@@ -229,22 +228,23 @@ def draw(result: Run, plt: Any) -> Any:
         entry, settings = result["by_problem"][name], result["problems"][name]
         every = settings["steps_between_evaluations"]
         row[0].set_ylabel(settings["title"])
-        for color, values in zip(
-            plt.cm.viridis([0, 0.2, 0.4, 0.6, 0.8, 1.0]), entry["sparsity"].values(), strict=False
-        ):
+        colors = plt.cm.viridis([i / len(SHOWN) for i in range(len(SHOWN))])
+        for color, values in zip(colors, entry["sparsity"].values(), strict=False):
             lines = values["layers"]["all"]["by_seed"]
-            band(
-                row[0], [(i + 1) * every for i in range(len(lines[0]))], lines, True, color=color, label=values["label"]
-            )
+            steps = [(i + 1) * every for i in range(len(lines[0]))]
+            band(row[0], steps, lines, True, color=color, label=values["label"])
         row[0].set(title="share dropped by the gate, all layers", xlabel="step", ylim=(-0.02, 1.02))
-        row[0].legend(frameon=False, fontsize=8)
+        if entry["sparsity"]:
+            row[0].legend(frameon=False, fontsize=8)
         layers = entry["sparsity"].get(PAPER.key, {}).get("layers", {})
         weights = [name for name in layers if name != "all" and not name.endswith("bias")]
-        for color, layer in zip(plt.cm.turbo([i / max(1, len(weights) - 1) for i in range(len(weights))]), weights):
+        colors = plt.cm.turbo([i / max(1, len(weights) - 1) for i in range(len(weights))])
+        for color, layer in zip(colors, weights, strict=True):
             mean = layers[layer]["mean"]
             row[1].plot([(i + 1) * every for i in range(len(mean))], mean, color=color, linewidth=1.4, label=layer)
         row[1].set(title=f"by layer, {PAPER.label}", xlabel="step", ylim=(-0.02, 1.02))
-        row[1].legend(frameon=False, fontsize=6 if len(weights) > 8 else 8)
+        if weights:
+            row[1].legend(frameon=False, fontsize=6 if len(weights) > 8 else 8)
         for axes, unit in zip(row[2:], ("absolute", "relative"), strict=True):
             thresholds = result["thresholds"][unit]
             for look, style in zip(entry["ratios"], (":", "--", "-"), strict=False):
@@ -256,7 +256,8 @@ def draw(result: Run, plt: Any) -> Any:
             axes.set_xscale("log")
             units = "of the gradient" if unit == "absolute" else "of the sample's root mean square"
             axes.set(title="remaining ratio of the norm", xlabel=f"threshold, in units {units}", ylim=(-0.02, 1.02))
-            axes.legend(frameon=False, fontsize=8)
+            if axes.lines:
+                axes.legend(frameon=False, fontsize=8)
     figure.suptitle("Inside signADAM++: means of 10 seeds, 95 % intervals")
     return figure
 

@@ -215,7 +215,7 @@ class Problem:
     further: int = FURTHER
     search_seeds: int = 1
     seeds: int = 10
-    #: What else to look at in an evaluation, by name: functions of the task that give JSON.
+    #: What else to look at in the first, the last and one evaluation between: a function of the task that gives JSON.
     probe: Callable[[Any], Any] | None = None
 
     @property
@@ -226,6 +226,11 @@ class Problem:
     def every(self) -> int:
         """Steps between evaluations."""
         return self.steps // self.evaluations
+
+    @property
+    def probed(self) -> list[int]:
+        """After which steps `probe` looks."""
+        return [self.every * (i + 1) for i in sorted({0, self.evaluations // 3, self.evaluations - 1})]
 
     def factor(self, step: int) -> float:
         return next((factor for share, factor in reversed(self.schedule) if step >= share * self.steps), 1.0)
@@ -414,7 +419,7 @@ def train(job: Job) -> Run:
                 validation.append([step + 1, *task.validate()])
             if measure is not None:
                 measure.flush()
-            if problem.probe is not None:
+            if problem.probe is not None and step + 1 in problem.probed:
                 probes.append(problem.probe(task))
     n = problem.every
     run: Run = {
