@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.present import markdown
 from bench.runs import Run, band
 from experiments import training
 from experiments.training import DIGITS, GPT_TEXT, LSTM_TEXT, Method, Plan, Problem, Store, Study, rate
@@ -168,6 +169,148 @@ def collect(stores: Sequence[Store]) -> Run:
         }
         result[store.problem.name] = entry
     return {"draws": DRAWS, "by_problem": result}
+
+
+# The page
+
+CURVES = {"log_train": "log training loss", "test_error": "test error"}
+
+
+def section(result: Run) -> str:
+    first = next(iter(result["problems"].values()))
+    return "\n\n".join(
+        [
+            "## Sign and variance adaptation on real trainings",
+            f"[BH], Sec. 6: M-SGD, Adam, M-SSD (Signum) and M-SVAG, each at the best of at least {first['points']} step "
+            f"sizes, {first['seeds']} seeds. The measure of clusters was set down before the runs: of each way to make "
+            "two pairs of the four methods, its gap is the mean distance of their seed-averaged curves across the pairs "
+            "minus that within. In brackets 95 % intervals: of gaps by bootstrap over seeds, of differences by Student's "
+            "t, paired by seed.",
+            "![losses, errors and gaps](results/four_ways.png)",
+            training.claims(_claims(result)),
+            _gaps(result),
+            _contrasts(result),
+            _table(result),
+            _rates(result),
+            "Nothing is said beyond these three small problems and short trainings. The intervals are not corrected for "
+            "their number; they cover the seeds, not the choice of a step size.",
+            training.cost(result),
+        ]
+    )
+
+
+def _sides(result: Run, names: Sequence[str]) -> dict[str, list[str]]:
+    """Below 0, above 0 and open: which of these contrasts, by problem and metric."""
+    sides: dict[str, list[str]] = {"lower": [], "higher": [], "open": []}
+    for problem, entry in result["by_problem"].items():
+        for name in names:
+            for metric, value in entry["contrasts"].get(name, {}).items():
+                side = "open" if value is None else value["verdict"]
+                sides[side].append(f"{name}, {result['problems'][problem]['title']}, {METRIC_NAMES[metric]}")
+    return sides
+
+
+def _claims(result: Run) -> list[list[str]]:
+    found = {
+        f"{result['problems'][problem]['title']}, {CURVES[what]}": one
+        for problem, entry in result["by_problem"].items()
+        for what, one in entry.get("clusters", {}).items()
+    }
+    clustered = [name for name, one in found.items() if one["by_sign"]]
+    others = [f"{name} (nearest {one['nearest']})" for name, one in found.items() if not one["by_sign"]]
+    adaptation, sign = _sides(result, ADAPTATION), _sides(result, SIGN)
+    total = sum(map(len, adaptation.values()))
+    both = sign["lower"] and sign["higher"]
+    return [
+        [
+            "the methods cluster into sign-based and not",
+            "the gap by sign is above 0, and the largest of the three in 95 % of draws",
+            f"in {len(clustered)} of {len(found)} sets of curves: {'; '.join(clustered) or 'none'}"
+            + (f". Not in: {'; '.join(others)}" if others else ""),
+            "yes" if not others else "in part" if clustered else "**no**",
+        ],
+        [
+            "variance adaptation never hurts its base method",
+            "no interval of (adapted minus base) above 0",
+            f"above 0 in {len(adaptation['higher'])} of {total}: {'; '.join(adaptation['higher']) or 'none'}",
+            "**no**" if adaptation["higher"] else "yes",
+        ],
+        [
+            "... and often helps it",
+            "intervals below 0",
+            f"below 0 in {len(adaptation['lower'])} of {total}, open in {len(adaptation['open'])}",
+            "yes" if adaptation["lower"] else "**no**",
+        ],
+        [
+            "the use of the sign depends on the problem",
+            "intervals of (with sign minus without) on both sides of 0",
+            f"below 0 in {len(sign['lower'])}, above in {len(sign['higher'])}, open in {len(sign['open'])}; see below",
+            "yes" if both else "**no**",
+        ],
+    ]
+
+
+METRIC_NAMES = {"best_error": "best test error", "log_train": "log training loss", "last_loss": "last test loss"}
+
+
+def _gaps(result: Run) -> str:
+    rows = [
+        [
+            f"{result['problems'][problem]['title']}, {CURVES[what]}",
+            *(
+                f"{training.between(gap, 1 if what == 'log_train' else 100)}, {gap['largest_in']:.0%}"
+                for gap in one["gaps"].values()
+            ),
+        ]
+        for problem, entry in result["by_problem"].items()
+        for what, one in entry.get("clusters", {}).items()
+    ]
+    return markdown(["gap (nats or points of %), largest in so many draws", *PAIRINGS], rows)
+
+
+def _contrasts(result: Run) -> str:
+    rows = [
+        [
+            name,
+            result["problems"][problem]["title"],
+            training.between(entry["contrasts"][name]["log_train"]),
+            training.between(entry["contrasts"][name]["last_loss"], form="+.3f"),
+            training.between(entry["contrasts"][name]["best_error"], 100),
+        ]
+        for name in CONTRASTS
+        for problem, entry in result["by_problem"].items()
+        if name in entry["contrasts"]
+    ]
+    return markdown(["below 0 the first is better", "", "log training loss", "last test loss", "test error, %"], rows)
+
+
+def _table(result: Run) -> str:
+    rows = [
+        [
+            result["problems"][problem]["title"],
+            method["label"],
+            f"{method['lr']:g}",
+            training.plus_minus(method["log_train"]),
+            training.plus_minus(method["last_loss"], digits=3),
+            training.plus_minus(method["best_error"], 100),
+            str(method["diverged"]),
+        ]
+        for problem, entry in result["by_problem"].items()
+        for method in entry["methods"].values()
+    ]
+    header = ["", "", "step size", "log training loss", "last test loss", "best test error, %", "diverged seeds"]
+    return markdown(header, rows)
+
+
+def _rates(result: Run) -> str:
+    """The best step sizes beside the paper's order."""
+    rows = []
+    for problem, entry in result["by_problem"].items():
+        if len(entry["methods"]) == len(METHODS):
+            lr = {key: method["lr"] for key, method in entry["methods"].items()}
+            order = lr["m_ssd"] < lr["adam"] < lr["m_sgd"] <= lr["m_svag"]
+            rows.append(f"{result['problems'][problem]['title']} {'yes' if order else 'no'}")
+    return f"[BH]'s best step sizes are in the order M-SSD < Adam < M-SGD <= M-SVAG. Here: {'; '.join(rows)}."
 
 
 # The picture

@@ -40,6 +40,7 @@ import signadam_ext
 from bench import machine
 from bench import runs as kept
 from bench.convergence import GPT, GPTConfig, Preset, digest, load_data, training_batch, windows
+from bench.present import markdown
 from bench.runs import Run, compact_json, paired, rounded, write
 
 FOLDER = Path(__file__).resolve().parent
@@ -667,6 +668,22 @@ def plus_minus(interval: Run, scale: float = 1.0, digits: int = 2) -> str:
     if interval["low"] is None:
         return f"{interval['mean'] * scale:.{digits}f}"
     return f"{interval['mean'] * scale:.{digits}f} ± {(interval['high'] - interval['mean']) * scale:.{digits}f}"
+
+
+def claims(rows: Iterable[Sequence[str]]) -> str:
+    """A table of what a paper says, by what it is judged, what was found and whether it came out."""
+    return markdown(["claim", "judged by", "found", "came out"], rows)
+
+
+def cost(result: Run) -> str:
+    """How many runs and core-minutes, and where."""
+    problems = result["problems"].values()
+    runs, minutes = (sum(problem[key] for problem in problems) for key in ("runs", "core_minutes"))
+    versions = result["versions"]
+    return (
+        f"{runs} runs, {minutes:.0f} core-minutes; {result['machine']['cpu']}, torch {versions['torch']}, commit "
+        f"{result['commit'][:12]}, {result['date'][:10]}: `{result['command']}`"
+    )
 
 
 # Command line
