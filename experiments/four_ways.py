@@ -181,19 +181,20 @@ def section(result: Run) -> str:
     return "\n\n".join(
         [
             "## Sign and variance adaptation on real trainings",
-            f"[BH], Sec. 6: M-SGD, Adam, M-SSD (Signum) and M-SVAG, each at the best of at least {first['points']} step "
-            f"sizes, {first['seeds']} seeds. The measure of clusters was set down before the runs: of each way to make "
-            "two pairs of the four methods, its gap is the mean distance of their seed-averaged curves across the pairs "
-            "minus that within. In brackets 95 % intervals: of gaps by bootstrap over seeds, of differences by Student's "
-            "t, paired by seed.",
+            f"[BH], Sec. 6: M-SGD, Adam, M-SSD (Signum) and M-SVAG, each at the best of at least {first['points']} "
+            f"step sizes, {first['seeds']} seeds. The measure of clusters was set down before the runs: of each way to "
+            "make two pairs of the four methods, its gap is the mean distance of their seed-averaged curves across the "
+            "pairs minus that within. In brackets 95 % intervals: of gaps by bootstrap over seeds, of differences by "
+            "Student's t, paired by seed.",
             "![losses, errors and gaps](results/four_ways.png)",
             training.claims(_claims(result)),
             _gaps(result),
             _contrasts(result),
             _table(result),
             _rates(result),
-            "Nothing is said beyond these three small problems and short trainings. The intervals are not corrected for "
-            "their number; they cover the seeds, not the choice of a step size.",
+            "Nothing is said beyond these three small problems and short trainings. The intervals are not corrected "
+            "for their number: of 18 about one lies off 0 by chance. They cover the seeds, not the choice of a step "
+            "size.",
             training.cost(result),
         ]
     )

@@ -40,7 +40,6 @@ import signadam_ext
 from bench import machine
 from bench import runs as kept
 from bench.convergence import GPT, GPTConfig, Preset, digest, load_data, training_batch, windows
-from bench.present import markdown
 from bench.runs import Run, compact_json, paired, rounded, write
 
 FOLDER = Path(__file__).resolve().parent
@@ -672,7 +671,8 @@ def plus_minus(interval: Run, scale: float = 1.0, digits: int = 2) -> str:
 
 def claims(rows: Iterable[Sequence[str]]) -> str:
     """A table of what a paper says, by what it is judged, what was found and whether it came out."""
-    return markdown(["claim", "judged by", "found", "came out"], rows)
+    lines = ["| claim | judged by | found | came out |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def cost(result: Run) -> str:
