@@ -46,6 +46,9 @@ def _cell(sign: bool, gate: bool, momentum: bool) -> Method:
     """One of the eight combinations."""
     key = "_".join(part if there else f"no{part}" for part, there in zip(PARTS, (sign, gate, momentum), strict=True))
     label = f"{'sign' if sign else 'magnitude'}, {'gate' if gate else 'no gate'}, {'' if momentum else 'no '}momentum"
+    known = {(True, True, True): "signADAM++", (True, True, False): "its code", (True, False, False): "SIGN-SGD"}
+    if (sign, gate, momentum) in known:
+        label += f" ({known[sign, gate, momentum]})"
     alpha = CODE_ALPHA if gate else 0.0
     if sign and momentum:
         return Method(key, label, "SignAdamPP", {"alpha": alpha}, measured=True)
