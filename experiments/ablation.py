@@ -91,6 +91,7 @@ STEERED = {
         f"threshold steered to pass {100 * target:g} %",
         "SignAdamPP",
         {"confidence": "sparsity", "target": target},
+        measured=True,
     )
     for target in (0.3, 0.1, 0.03)
 }
@@ -476,8 +477,6 @@ def _draw_thresholds(axes: Any, data: Run, colors: dict[str, str]) -> None:
                 continue
             if method.key in data["gated"]:
                 points.append((data["gated"][method.key]["mean"], entry["best_error"], value))
-            elif family == "sparsity":
-                points.append((1 - value, entry["best_error"], value))
         points.sort(key=lambda point: point[0])
         xs = [x for x, _, _ in points]
         axes.plot(xs, [100 * error["mean"] for _, error, _ in points], "o-", color=colors[family], label=family)

@@ -336,6 +336,7 @@ class Measure:
 
     def __init__(self, optimizer: torch.optim.Optimizer, params: dict[str, Tensor]) -> None:
         self.optimizer, self.params = optimizer, params
+        self._steered = dict.fromkeys(params.values(), 0.0)  # thresholds of the step to come
         self.max_m: list[float] = []
         self.gated: dict[str, list[float]] = {name: [] for name in params}
         self.zero: dict[str, list[float]] = {name: [] for name in params}
@@ -357,12 +358,22 @@ class Measure:
         for p in self.params.values():
             assert p.grad is not None
             size = p.grad.abs()
-            counts += [(size <= threshold(self.optimizer, p)).sum(), (size == 0).sum()]
-        for i, (p, gated, zero) in enumerate(
-            zip(self.params.values(), *_pairs(torch.stack(counts).tolist()), strict=True)
-        ):
-            self._gated[i] += gated / p.numel()
-            self._zero[i] += zero / p.numel()
+            counts += [(size <= self._threshold(p)).sum(), (size == 0).sum()]
+        values = torch.stack(counts).tolist()
+        for i, p in enumerate(self.params.values()):
+            self._gated[i] += values[2 * i] / p.numel()
+            self._zero[i] += values[2 * i + 1] / p.numel()
+
+    def _threshold(self, p: Tensor) -> float:
+        """That of the step just taken."""
+        group, state = self.optimizer.param_groups[0], self.optimizer.state[p]
+        confidence = group.get("confidence", "fixed")
+        if confidence == "adaptive":
+            return float(group["alpha"] * state["exp_avg_std"])
+        if confidence == "sparsity":
+            used, self._steered[p] = self._steered[p], float(state["threshold"])
+            return used
+        return float(group.get("alpha") or 0.0)
 
     def flush(self) -> None:
         self.max_m.append(self._largest)
@@ -370,21 +381,6 @@ class Measure:
             self.gated[name].append(self._gated[i] / self._steps)
             self.zero[name].append(self._zero[i] / self._steps)
         self._start()
-
-
-def _pairs(values: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    return values[0::2], values[1::2]
-
-
-def threshold(optimizer: torch.optim.Optimizer, p: Tensor) -> float:
-    """The gate's threshold in the step just taken."""
-    group, state = optimizer.param_groups[0], optimizer.state[p]
-    confidence = group.get("confidence", "fixed")
-    if confidence == "adaptive":
-        return float(group["alpha"] * state["exp_avg_std"])
-    if confidence == "fixed":
-        return float(group.get("alpha") or 0.0)
-    raise ValueError(f"no way to know the threshold of confidence {confidence!r}")
 
 
 def train(job: Job) -> Run:
