@@ -55,8 +55,8 @@ def _problem(base: Problem, **changes: Any) -> Problem:
 
 PROBLEMS = (
     _problem(DIGITS, search_seeds=3),
-    _problem(LSTM_TEXT, search_seeds=2, schedule=DROP),
-    _problem(GPT_TEXT, search_seeds=2),
+    _problem(LSTM_TEXT, schedule=DROP),
+    _problem(GPT_TEXT),
 )
 METHODS = (
     Method("m_sgd", "M-SGD", "MSGD", {"beta": 0.9}, signed=False),

@@ -213,7 +213,7 @@ class Problem:
     first_rates: tuple[float, float]  # where the grid begins: with a sign, without
     points: int = 7
     further: int = FURTHER
-    search_seeds: int = 1
+    search_seeds: int = 2
     seeds: int = 10
     #: What else to look at in the first, the last and one evaluation between: a function of the task that gives JSON.
     probe: Callable[[Any], Any] | None = None
@@ -247,7 +247,6 @@ DIGITS = Problem(
     evaluations=12,
     tolerance=0.05,
     first_rates=(1e-3, 3e-2),
-    search_seeds=2,
 )
 LSTM_TEXT = Problem(
     "lstm",
