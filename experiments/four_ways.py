@@ -182,11 +182,11 @@ def section(result: Run) -> str:
     return "\n\n".join(
         [
             "## Sign and variance adaptation on real trainings",
-            f"[BH], Sec. 6: M-SGD, Adam, M-SSD (Signum) and M-SVAG, each at the best of at least {first['points']} "
-            f"step sizes, {first['seeds']} seeds. The measure of clusters was set down before the runs: of each way to "
-            "make two pairs of the four methods, its gap is the mean distance of their seed-averaged curves across the "
-            "pairs minus that within. In brackets 95 % intervals: of gaps by bootstrap over seeds, of differences by "
-            "Student's t, paired by seed.",
+            "[BH], Sec. 6: M-SGD, Adam, M-SSD (Signum) and M-SVAG, each at the best, by test error, of at least "
+            f"{first['points']} step sizes, {first['seeds']} seeds. The measure of clusters was set down before the "
+            "runs: of each way to make two pairs of the four methods, its gap is the mean distance of their "
+            "seed-averaged curves across the pairs minus that within. In brackets 95 % intervals: of gaps by "
+            "bootstrap over seeds, of differences by Student's t, paired by seed.",
             "![losses, errors and gaps](results/four_ways.png)",
             training.claims(_claims(result)),
             _gaps(result),
