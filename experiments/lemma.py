@@ -287,12 +287,12 @@ def _claims(result: Run) -> list[list[str]]:
             ablation.count_of(rises, "higher"),
         ]
     )
-    near = ["near" if low >= 0.95 else "not" for low in ends.values()]
+    near = ["near" if low is not None and low >= 0.95 else "not" for low in ends.values()]
     rows.append(
         [
             "... and comes near 1 (Figure 5)",
             "threshold 5e-4, the last share's interval above 0.95",
-            "; ".join(f"{name} from {low:.2f}" for name, low in ends.items()),
+            "; ".join(f"{name} from {training.number(low)}" for name, low in ends.items()),
             ablation.count_of(near, "near"),
         ]
     )
