@@ -235,6 +235,7 @@ def section(result: Run) -> str:
             "intervals; below 0 the first is better.",
             "![errors, effects of the parts, thresholds](results/ablation.png)",
             training.claims(_claims(result)),
+            _in_short(result),
             "What each part does, averaged over the four pairs that differ in it alone (with minus without):",
             _effects(result),
             "Single pairs:",
@@ -293,6 +294,15 @@ def _claims(result: Run) -> list[list[str]]:
                 count_of(verdicts, "lower"),
             ]
         )
+    text, verdicts = _over_problems(result, "adaptive_minus_adam", "log_train")
+    rows.append(
+        [
+            "with the adaptive threshold it ends with a lower training loss than Adam",
+            "log training loss, deviations chosen in the search: below 0",
+            text,
+            count_of(verdicts, "lower"),
+        ]
+    )
     text, verdicts = _over_problems(result, "sign_adam_minus_signum", "best_error")
     rows.append(["signADAM behaves like Signum", "best test error, points: 0 inside", text, count_of(verdicts, "open")])
     text, verdicts = _over_problems(result, "adaptive_minus_adam", "best_error")
@@ -330,6 +340,24 @@ def _claims(result: Run) -> list[list[str]]:
         ]
     )
     return rows
+
+
+def _in_short(result: Run) -> str:
+    """On how many problems each part helps and hurts, by its main effect on the test error."""
+    parts = []
+    for part in PARTS:
+        verdicts = [
+            training.verdict(entry["effects"].get(part, {}).get("best_error", {}).get("main"))
+            for entry in result["by_problem"].values()
+        ]
+        parts.append(f"the {part} helps on {verdicts.count('lower')} and hurts on {verdicts.count('higher')}")
+    searched = [
+        entry["search_runs"] for problem in result["by_problem"].values() for entry in problem["methods"].values()
+    ]
+    return (
+        f"In short, by the main effect on the best test error on {len(result['by_problem'])} problems: "
+        f"{', '.join(parts)}. A search took {min(searched)} to {max(searched)} runs, most for a best at an edge."
+    )
 
 
 def _speed(result: Run) -> list[str]:
@@ -374,12 +402,14 @@ def _comparisons(result: Run) -> str:
     labels = {method.key: method.label for method in METHODS}
     rows = []
     for name, entry in result["by_problem"].items():
-        for found in entry["comparisons"].values():
-            if found["first"] == found["second"]:
+        # Two names stand for one pair where "no threshold" was chosen.
+        pairs = {(found["first"], found["second"]): found for found in entry["comparisons"].values()}
+        for (first, second), found in pairs.items():
+            if first == second:
                 continue
             rows.append(
                 [
-                    f"{labels[found['first']]} - {labels[found['second']]}",
+                    f"{labels[first]} - {labels[second]}",
                     _titles(result)[name],
                     training.between(found["best_error"], 100),
                     training.between(found["log_train"]),

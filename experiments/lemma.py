@@ -386,7 +386,9 @@ def draw(result: Run, plt: Any) -> Any:
             row[1].plot([(i + 1) * every for i in range(len(mean))], mean, color=color, linewidth=1.4, label=layer)
         row[1].set(title=f"by layer, {label(PAPER)}", xlabel="step", ylim=(-0.02, 1.02))
         if weights:
-            row[1].legend(frameon=False, fontsize=6 if len(weights) > 8 else 8)
+            many = len(weights) > 8
+            row[1].legend(frameon=False, fontsize=6 if many else 8, ncols=2 if many else 1, loc="upper left")
+            row[1].set_ylim(-0.02, 1.4 if many else 1.25)
         for axes, unit in zip(row[2:], ("absolute", "relative"), strict=True):
             thresholds = result["thresholds"][unit]
             for look, style in zip(entry["ratios"], (":", "--", "-"), strict=False):
