@@ -34,20 +34,13 @@ python -m bench.convergence --quick              everything once in small, under
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import inspect
-import json
 import math
-import multiprocessing
-import os
-import signal
 import statistics
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -57,11 +50,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 import signadam_ext
 from bench import machine
 from bench.present import markdown
+from bench.runs import Run, Store, band, compact_json, paired, rounded, write
+from bench.runs import supervise as start_workers
+from bench.runs import work as run_missing
 
 sys.path.insert(0, str(machine.ROOT / "examples"))
 from gpt import GPT, GPTConfig
@@ -75,12 +70,6 @@ GRID = HALF_DECADES[1:-1]  # the outer two are for a best rate at the edge
 SEARCH_SEED = 1000
 CHECK_SEED = 0
 WEIGHT_DECAY = 0.01  # decoupled; torch's default for AdamW
-DIGITS = 5  # significant ones, of a loss in the results
-
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom from 1.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-
-Run = dict[str, Any]
 Weights = dict[str, Tensor]
 
 
@@ -399,85 +388,6 @@ def train(job: Job) -> Run:
     }
 
 
-@cache
-def environment() -> Run:
-    """Where a run was made: the commit is that of the compiled module."""
-    facts = machine.facts()
-    build = facts["versions"].pop("signadam_ext")
-    known = isinstance(build, dict)
-    return {
-        "machine": facts["machine"],
-        "versions": facts["versions"] | {"signadam_ext": build["version"] if known else build},
-        "cpu_kernels": build["cpu_capability"] if known else None,
-        "commit": build["commit"] if known else None,
-    }
-
-
-def rounded(value: Any) -> Any:
-    """The same JSON with floats cut to a few digits, and None for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value
-
-
-def write(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-class Store:
-    """The finished runs of one problem, in one folder."""
-
-    def __init__(self, folder: Path, problem: Problem) -> None:
-        self.folder, self.problem = folder / problem.name, problem
-        self._known: dict[str, Run] = {}
-
-    def get(self, job: Job) -> Run | None:
-        """The run, if it was made with this very configuration."""
-        if job.name not in self._known:
-            try:
-                run = json.loads((self.folder / f"{job.name}.json").read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                return None
-            if run["config"] != json.loads(json.dumps(job.config)):
-                return None
-            self._known[job.name] = run
-        return self._known[job.name]
-
-    def put(self, job: Job, run: Run) -> None:
-        content = {"name": job.name, "config": job.config, **run, "environment": environment(), "date": _now()}
-        write(self.folder / f"{job.name}.json", json.dumps(content) + "\n")
-
-    @contextmanager
-    def claim(self, job: Job) -> Iterator[bool]:
-        """True to one process at a time. The kernel gives the claim back when that process ends, however it ends."""
-        folder = self.folder / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / job.name, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
-
-    def final(self, job: Job, metric: int = 0) -> float | None:
-        """The last validation loss (or error); infinite if the run diverged; None if it is not there."""
-        run = self.get(job)
-        if run is None:
-            return None
-        return float(run["validation"][-1][1 + metric]) if run["finished"] else math.inf
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 # Which runs
 
 
@@ -493,7 +403,7 @@ def extension(losses: dict[float, float]) -> float | None:
     return half_decade(best, 1) if best == max(losses) else None
 
 
-def search(store: Store, method: Method) -> tuple[list[Job], dict[float, float], float | None]:
+def search(store: Store[Problem], method: Method) -> tuple[list[Job], dict[float, float], float | None]:
     """The search's jobs, the losses so far, and the best rate once all of them are there."""
     jobs = [Job(store.problem, method, lr, SEARCH_SEED) for lr in store.problem.grid]
     losses = {job.lr: loss for job in jobs if (loss := store.final(job)) is not None}
@@ -508,11 +418,11 @@ def search(store: Store, method: Method) -> tuple[list[Job], dict[float, float],
     return jobs, losses, min(losses, key=losses.__getitem__)
 
 
-def rate(store: Store, method: Method) -> float | None:
+def rate(store: Store[Problem], method: Method) -> float | None:
     return search(store, BY_KEY[method.lr_of or method.key])[2]
 
 
-def jobs_of(store: Store, method: Method, lr: float, seeds: Sequence[int]) -> list[Job]:
+def jobs_of(store: Store[Problem], method: Method, lr: float, seeds: Sequence[int]) -> list[Job]:
     return [Job(store.problem, method, lr, seed) for seed in seeds]
 
 
@@ -522,7 +432,7 @@ class Plan:
     waiting: int  # whose rate is still being searched
 
 
-def plan(store: Store) -> Plan:
+def plan(store: Store[Problem]) -> Plan:
     """All runs of a problem, those first that make a smaller but whole comparison."""
     ready = [job for method in METHODS if method.lr_of is None for job in search(store, method)[0]]
     rates = {method.key: rate(store, method) for method in METHODS}
@@ -550,88 +460,50 @@ def plan(store: Store) -> Plan:
     return Plan(ready, waiting)
 
 
-def check(store: Store, method: Method, lr: float) -> list[Job]:
+def check(store: Store[Problem], method: Method, lr: float) -> list[Job]:
     """Half a decade to either side of a rate that was found in fp32."""
     rates = sorted({half_decade(lr, -1), half_decade(lr, 1)} - {lr})
     return [Job(store.problem, method, beside, CHECK_SEED) for beside in rates]
 
 
-def work(stores: Sequence[Store]) -> int:
+def work(stores: Sequence[Store[Problem]]) -> int:
     """Run whatever is missing and not under way elsewhere, until there is nothing left; how many runs failed."""
-    torch.set_num_threads(1)
-    failed: set[str] = set()
-    while True:
-        todo = [
-            (store, job)
-            for store in stores
-            for job in plan(store).ready
-            if job.method.runnable and job.name not in failed and store.get(job) is None
-        ]
-        if not todo:
-            return len(failed)
-        for store, job in todo:
-            with store.claim(job) as mine:
-                if not mine or store.get(job) is not None:
-                    continue
-                try:
-                    store.put(job, train(job))
-                except Exception:
-                    traceback.print_exc()
-                    failed.add(job.name)
-                break
-        else:
-            time.sleep(1)  # what is left depends on runs under way elsewhere
+    return run_missing(
+        lambda: [(store, job) for store in stores for job in plan(store).ready if job.method.runnable],
+        train,
+    )
 
 
-def _worker(runs: Path, problems: Sequence[str], small: bool) -> None:
-    sys.exit(min(work(stores_of(runs, problems, small)), 100))
+def _worker(folder: Path, problems: Sequence[str], small: bool) -> None:
+    sys.exit(min(work(stores_of(folder, problems, small)), 100))
 
 
 def supervise(args: argparse.Namespace) -> int:
     """Start the workers and show their progress."""
     stores = stores_of(args.runs, args.problem, args.quick)
-    # For the workers: a run's bits and time must not depend on how many cores are idle.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=_worker, args=(args.runs, args.problem, args.quick), daemon=True)
-        for _ in range(args.workers)
-    ]
-    # Daemons end with this process when it exits, and a signal's default action is no exit.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    for worker in workers:
-        worker.start()
-    with tqdm(desc="runs", smoothing=0.05, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
-        alive = True
-        while alive:
-            alive = any(worker.is_alive() for worker in workers)
-            plans = [(store, plan(store)) for store in stores]
-            bar.total = sum(len(p.ready) + p.waiting for _, p in plans)
-            done = sum(store.get(job) is not None for store, p in plans for job in p.ready)
-            if bar.n == 0 and done and bar.initial == 0:
-                bar.initial = done  # of an earlier start: these say nothing of the speed
-                bar.n = done
-            bar.update(done - bar.n)
-            if alive:
-                time.sleep(0.5 if args.quick else 3)
-    failed = sum(worker.exitcode or 0 for worker in workers)
-    if failed:
-        print(f"{failed} runs failed; see above")
-    skipped = sum(not job.method.runnable for _, p in plans for job in p.ready)
+
+    def progress() -> tuple[int, int]:
+        plans = [(store, plan(store)) for store in stores]
+        done = sum(store.get(job) is not None for store, p in plans for job in p.ready)
+        return done, sum(len(p.ready) + p.waiting for _, p in plans)
+
+    arguments = (args.runs, args.problem, args.quick)
+    failed = start_workers(_worker, arguments, args.workers, progress, every=0.5 if args.quick else 3)
+    skipped = sum(not job.method.runnable for store in stores for job in plan(store).ready)
     if skipped:
         print(f"{skipped} runs wait for a build of signadam_ext with state_dtype and weights")
     return failed
 
 
-def stores_of(runs: Path, problems: Sequence[str], small: bool) -> list[Store]:
+def stores_of(folder: Path, problems: Sequence[str], small: bool) -> list[Store[Problem]]:
     chosen = [problem for problem in (GPT_PROBLEM, DIGITS_PROBLEM) if problem.name in problems]
-    stores = [Store(runs, quick(problem) if small else problem) for problem in chosen]
+    stores = [Store(folder, quick(problem) if small else problem) for problem in chosen]
     for store in stores:
         store.folder.mkdir(parents=True, exist_ok=True)
     return stores
 
 
-def listing(stores: Sequence[Store]) -> str:
+def listing(stores: Sequence[Store[Problem]]) -> str:
     lines = []
     for store in stores:
         p = plan(store)
@@ -648,17 +520,7 @@ def listing(stores: Sequence[Store]) -> str:
 # What came of it
 
 
-def paired(differences: Sequence[float]) -> Run:
-    """The mean of paired differences with its 95 % confidence interval (Student's t)."""
-    n = len(differences)
-    mean = statistics.fmean(differences)
-    if n < 2:
-        return {"n": n, "mean": mean, "low": None, "high": None}
-    half = STUDENT_T[n - 2] * statistics.stdev(differences) / math.sqrt(n)
-    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half}
-
-
-def finals(store: Store, method: Method, metric: int = 0) -> dict[int, float]:
+def finals(store: Store[Problem], method: Method, metric: int = 0) -> dict[int, float]:
     """Final validation losses by seed."""
     lr = rate(store, method)
     if lr is None:
@@ -667,14 +529,14 @@ def finals(store: Store, method: Method, metric: int = 0) -> dict[int, float]:
     return {job.seed: loss for job in jobs if (loss := store.final(job, metric)) is not None}
 
 
-def difference(store: Store, method: Method, reference: str, metric: int = 0) -> Run | None:
+def difference(store: Store[Problem], method: Method, reference: str, metric: int = 0) -> Run | None:
     """Of final validation losses, over the seeds that both have; None without any, or when one of them diverged."""
     ours, theirs = finals(store, method, metric), finals(store, BY_KEY[reference], metric)
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return paired(differences) if differences and all(map(math.isfinite, differences)) else None
 
 
-def summarize(store: Store) -> dict[str, Run]:
+def summarize(store: Store[Problem]) -> dict[str, Run]:
     """By method: its rate and where that comes from, its final losses, its differences to the references."""
     metrics = {"loss": 0} | ({"error": 1} if store.problem.task is Images else {})
     summary = {}
@@ -725,7 +587,7 @@ def interval(difference: Run | None) -> str:
     return f"{difference['mean']:+.4f} ({difference['low']:+.4f} .. {difference['high']:+.4f})"
 
 
-def page(store: Store, summary: dict[str, Run], content: Run) -> str:
+def page(store: Store[Problem], summary: dict[str, Run], content: Run) -> str:
     """The summary as Markdown."""
     problem = store.problem
     parts = [f"# {problem.title}\n"]
@@ -789,7 +651,7 @@ def page(store: Store, summary: dict[str, Run], content: Run) -> str:
     return "\n".join(parts)
 
 
-def collect(store: Store, folder: Path) -> None:
+def collect(store: Store[Problem], folder: Path) -> None:
     """One JSON, one page and the figures from the runs so far."""
     problem = store.problem
     p = plan(store)
@@ -833,18 +695,6 @@ def collect(store: Store, folder: Path) -> None:
     write(folder / f"{problem.name}.md", page(store, summary, content))
     draw(store, summary, folder)
     print(f"{problem.name}: {len(runs)} of {content['expected_runs']} runs are in {folder.name}/{problem.name}.*")
-
-
-def compact_json(content: Run) -> str:
-    """JSON with a line for every entry of the second level, so that a diff shows what changed."""
-    parts = []
-    for key, value in content.items():
-        if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
-            lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
-            parts.append(f" {json.dumps(key)}: {{\n{lines}\n }}")
-        else:
-            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 # Figures
@@ -892,7 +742,7 @@ def smooth(losses: Sequence[float], width: int) -> list[float]:
     return [statistics.fmean(losses[i : i + width]) for i in range(len(losses) - width + 1)]
 
 
-def curves(store: Store, key: str) -> dict[int, list[float]]:
+def curves(store: Store[Problem], key: str) -> dict[int, list[float]]:
     """Training losses by seed, smoothed."""
     lr = rate(store, BY_KEY[key])
     if lr is None:
@@ -903,21 +753,7 @@ def curves(store: Store, key: str) -> dict[int, list[float]]:
     return {seed: smooth(run["train"], width) for seed, run in runs.items()}
 
 
-def band(axes: Any, steps: Sequence[float], lines: Sequence[Sequence[float]], interval: bool, **style: Any) -> None:
-    """The mean over seeds; around it the 95 % interval of that mean, or the standard deviation of the lines."""
-    columns = list(zip(*lines, strict=True))
-    middle = [statistics.fmean(column) for column in columns]
-    axes.plot(steps, middle, linewidth=1.6, **style)
-    if len(lines) < 2:
-        return
-    half = [statistics.stdev(column) for column in columns]
-    if interval:
-        half = [h * STUDENT_T[len(lines) - 2] / math.sqrt(len(lines)) for h in half]
-    low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
-    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def draw(store: Store, summary: dict[str, Run], folder: Path) -> None:
+def draw(store: Store[Problem], summary: dict[str, Run], folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -933,7 +769,7 @@ def draw(store: Store, summary: dict[str, Run], folder: Path) -> None:
         plt.close(figure)
 
 
-def draw_curves(plt: Any, store: Store, summary: dict[str, Run]) -> Any:
+def draw_curves(plt: Any, store: Store[Problem], summary: dict[str, Run]) -> Any:
     """Training losses, and below them their differences to a reference, seed by seed."""
     problem = store.problem
     figure, grid = plt.subplots(2, 2, figsize=(12, 8), layout="constrained", sharex=True)
@@ -982,7 +818,7 @@ def draw_curves(plt: Any, store: Store, summary: dict[str, Run]) -> Any:
     return figure
 
 
-def draw_differences(plt: Any, store: Store, summary: dict[str, Run]) -> Any:
+def draw_differences(plt: Any, store: Store[Problem], summary: dict[str, Run]) -> Any:
     """Every method's final validation loss against the two references."""
     keys = list(summary)
     figure, both = plt.subplots(1, 2, figsize=(12, 1.4 + 0.32 * len(keys)), layout="constrained", sharey=True)
@@ -1012,7 +848,7 @@ def draw_differences(plt: Any, store: Store, summary: dict[str, Run]) -> Any:
     return figure
 
 
-def draw_rates(plt: Any, store: Store, summary: dict[str, Run]) -> Any:
+def draw_rates(plt: Any, store: Store[Problem], summary: dict[str, Run]) -> Any:
     """The searches for a learning rate, the looks beside it, and the momentum's decay in fp32 and in 2 bits."""
     figure, (searches, checks, betas) = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
     for axes, what in ((searches, "search"), (checks, "check")):

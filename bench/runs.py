@@ -1,0 +1,225 @@
+"""Many small runs, each one JSON file: what a comparison of trainings needs whatever it compares.
+
+A finished run is one file, named by what distinguishes it and written whole or not at all; what is there with the very
+configuration is not run again. So a program may be killed, stopped and started at will, also several times at once, and
+loses only the runs in progress.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from bench import machine
+
+DIGITS = 5  # significant ones, of a float in the results
+
+# Two-sided 95 % quantiles of Student's t, by degrees of freedom from 1.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+Run = dict[str, Any]
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+class Job(Named, Protocol):
+    @property
+    def config(self) -> Run:
+        """All that decides the bits of the run, as JSON takes it."""
+        ...
+
+
+P = TypeVar("P", bound=Named)
+J = TypeVar("J", bound=Job)
+
+
+@cache
+def environment() -> Run:
+    """Where a run was made: the commit is that of the compiled module."""
+    facts = machine.facts()
+    build = facts["versions"].pop("signadam_ext")
+    known = isinstance(build, dict)
+    return {
+        "machine": facts["machine"],
+        "versions": facts["versions"] | {"signadam_ext": build["version"] if known else build},
+        "cpu_kernels": build["cpu_capability"] if known else None,
+        "commit": build["commit"] if known else None,
+    }
+
+
+def rounded(value: Any) -> Any:
+    """The same JSON with floats cut to a few digits, and None for what is not finite."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+def compact_json(content: Run) -> str:
+    """JSON with a line for every entry of the second level, so that a diff shows what changed."""
+    parts = []
+    for key, value in content.items():
+        if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+            lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
+            parts.append(f" {json.dumps(key)}: {{\n{lines}\n }}")
+        else:
+            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def write(path: Path, text: str) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Store(Generic[P]):
+    """The finished runs of one problem, in one folder."""
+
+    def __init__(self, folder: Path, problem: P) -> None:
+        self.folder, self.problem = folder / problem.name, problem
+        self._known: dict[str, Run] = {}
+
+    def get(self, job: Job) -> Run | None:
+        """The run, if it was made with this very configuration."""
+        if job.name not in self._known:
+            try:
+                run = json.loads((self.folder / f"{job.name}.json").read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                return None
+            if run["config"] != json.loads(json.dumps(job.config)):
+                return None
+            self._known[job.name] = run
+        return self._known[job.name]
+
+    def put(self, job: Job, run: Run) -> None:
+        content = {"name": job.name, "config": job.config, **run, "environment": environment(), "date": _now()}
+        write(self.folder / f"{job.name}.json", json.dumps(content) + "\n")
+
+    @contextmanager
+    def claim(self, job: Job) -> Iterator[bool]:
+        """True to one process at a time. The kernel gives the claim back when that process ends, however it ends."""
+        folder = self.folder / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / job.name, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def final(self, job: Job, metric: int = 0) -> float | None:
+        """The last validation loss (or error); infinite if the run diverged; None if it is not there."""
+        run = self.get(job)
+        if run is None:
+            return None
+        return float(run["validation"][-1][1 + metric]) if run["finished"] else math.inf
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def work(ready: Callable[[], Iterable[tuple[Store[Any], J]]], train: Callable[[J], Run]) -> int:
+    """Run what of `ready()` is missing and not under way elsewhere, until nothing is left; how many runs failed."""
+    torch.set_num_threads(1)
+    failed: set[str] = set()
+    while True:
+        todo = [(store, job) for store, job in ready() if job.name not in failed and store.get(job) is None]
+        if not todo:
+            return len(failed)
+        for store, job in todo:
+            with store.claim(job) as mine:
+                if not mine or store.get(job) is not None:
+                    continue
+                try:
+                    store.put(job, train(job))
+                except Exception:
+                    traceback.print_exc()
+                    failed.add(job.name)
+                break
+        else:
+            time.sleep(1)  # what is left depends on runs under way elsewhere
+
+
+def supervise(
+    worker: Callable[..., None],
+    arguments: Sequence[Any],
+    workers: int,
+    progress: Callable[[], tuple[int, int]],
+    every: float = 3.0,
+) -> int:
+    """Start so many processes of `worker(*arguments)` and show `progress()`, (done, all); how many runs failed.
+
+    A worker exits with the number of its failed runs.
+    """
+    # For the workers: a run's bits and time must not depend on how many cores are idle.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    started = [context.Process(target=worker, args=arguments, daemon=True) for _ in range(workers)]
+    # Daemons end with this process when it exits, and a signal's default action is no exit.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for process in started:
+        process.start()
+    with tqdm(desc="runs", smoothing=0.05, mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
+        alive = True
+        while alive:
+            alive = any(process.is_alive() for process in started)
+            done, bar.total = progress()
+            if bar.n == 0 and done and bar.initial == 0:
+                bar.initial = done  # of an earlier start: these say nothing of the speed
+                bar.n = done
+            bar.update(done - bar.n)
+            if alive:
+                time.sleep(every)
+    failed = sum(process.exitcode or 0 for process in started)
+    if failed:
+        print(f"{failed} runs failed; see above")
+    return failed
+
+
+def paired(differences: Sequence[float]) -> Run:
+    """The mean of paired differences with its 95 % confidence interval (Student's t)."""
+    n = len(differences)
+    mean = statistics.fmean(differences)
+    if n < 2:
+        return {"n": n, "mean": mean, "low": None, "high": None}
+    half = STUDENT_T[n - 2] * statistics.stdev(differences) / math.sqrt(n)
+    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half}
+
+
+def band(axes: Any, steps: Sequence[float], lines: Sequence[Sequence[float]], interval: bool, **style: Any) -> None:
+    """The mean over seeds; around it the 95 % interval of that mean, or the standard deviation of the lines."""
+    columns = list(zip(*lines, strict=True))
+    middle = [statistics.fmean(column) for column in columns]
+    axes.plot(steps, middle, linewidth=1.6, **style)
+    if len(lines) < 2:
+        return
+    half = [statistics.stdev(column) for column in columns]
+    if interval:
+        half = [h * STUDENT_T[len(lines) - 2] / math.sqrt(len(lines)) for h in half]
+    low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
+    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
