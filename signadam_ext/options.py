@@ -73,7 +73,8 @@ DOCUMENTATION = {
         seed: of the random bits, in [0, 2^64). They are a function of seed, parameter, step and element, so they are
             the same on every backend and in a resumed run; no global generator is touched.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
-        foreach, fused, differentiable: accepted for torch.optim's sake; the update is always fused.
+        foreach, fused, differentiable: accepted for torch.optim's sake where they ask for nothing: None or False, and
+            ``fused=True``; the update is always fused.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.

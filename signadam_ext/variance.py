@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import checks
+from .plan import _waves
 
 #: What the gradients of a chunk's samples may take where no ``chunk_size`` is given, in bytes.
 CHUNK_BYTES = 512 << 20
@@ -296,17 +297,19 @@ def _rows(samples: Any, first: int, count: int) -> Any:
 
 
 def _places(params: list[nn.Parameter]) -> list[Tensor]:
-    """Where the results go: the ``grad_variance`` there is, if it is fit to be written, or else a new tensor."""
+    """Where the results go: the ``grad_variance`` there is, if it is fit to be written, or else a new tensor.
+
+    Not fit is one that shares memory with a parameter, a gradient, or the place of another parameter.
+    """
+    given = [getattr(param, "grad_variance", None) for param in params]
+    fit = [place if _fits(place, param) else None for place, param in zip(given, params, strict=True)]
     others = [param.grad for param in params if param.grad is not None and param.grad.layout == torch.strided]
-    taken = {tensor.data_ptr() for tensor in (*params, *others)}
-    places: list[Tensor] = []
-    for param in params:
-        place: Any = getattr(param, "grad_variance", None)
-        if not _fits(place, param) or (place.numel() and place.data_ptr() in taken):
-            place = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
-        taken.add(place.data_ptr())
-        places.append(place)
-    return places
+    meets = _waves([*params, *others, *fit])[-len(fit) :]
+    # Parameters and gradients come first, and may meet each other: a place is free where it is in the first wave.
+    return [
+        torch.empty_like(param, dtype=torch.float32, requires_grad=False) if place is None or wave > 0 else place
+        for param, place, wave in zip(params, fit, meets, strict=True)
+    ]
 
 
 def _fits(place: Any, param: Tensor) -> bool:

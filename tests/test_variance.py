@@ -433,6 +433,28 @@ def test_written_in_place() -> None:
         assert not torch.equal(tensor, before)
 
 
+def test_places_that_share_memory_are_not_written() -> None:
+    """With a parameter at another offset, with a gradient, with each other."""
+    batch = torch.randn(4, 3), torch.randn(4, 3)
+    expected = nn.Linear(3, 3)
+    model = copy.deepcopy(expected)
+    per_sample_variance(expected, F.mse_loss, batch)
+    model.weight.grad = torch.ones(3, 3)
+    kept = [param.detach().clone() for param in model.parameters()]
+    flat = torch.zeros(12)
+    for weight, bias in (
+        (None, model.weight.data.view(-1)[3:6]),
+        (flat[:9].view(3, 3), flat[7:10]),
+        (None, model.weight.grad.view(-1)[2:5]),
+    ):
+        model.weight.grad_variance, model.bias.grad_variance = weight, bias
+        per_sample_variance(model, F.mse_loss, batch)
+        for param, before, other in zip(model.parameters(), kept, expected.parameters(), strict=True):
+            assert torch.equal(param, before)
+            assert torch.equal(param.grad_variance, other.grad_variance)
+        assert torch.equal(model.weight.grad, torch.ones(3, 3))
+
+
 def test_a_view_of_a_buffer_is_written_in_place() -> None:
     model = nn.Linear(3, 2)
     flat = torch.full((9,), -1.0)
