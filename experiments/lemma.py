@@ -388,7 +388,7 @@ def draw(result: Run, plt: Any) -> Any:
         if weights:
             many = len(weights) > 8
             row[1].legend(frameon=False, fontsize=6 if many else 8, ncols=2 if many else 1, loc="upper left")
-            row[1].set_ylim(-0.02, 1.4 if many else 1.25)
+            row[1].set_ylim(-0.02, 1.4)
         for axes, unit in zip(row[2:], ("absolute", "relative"), strict=True):
             thresholds = result["thresholds"][unit]
             for look, style in zip(entry["ratios"], (":", "--", "-"), strict=False):
