@@ -350,6 +350,28 @@ def test_defaults_are_torchs() -> None:
     assert Adam([Parameter(torch.zeros(1))]).defaults["decoupled_weight_decay"] is False
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_checkpoints_of_torch_go_on(amsgrad: bool) -> None:
+    """A training begun with torch's AdamW, or with its Adam, goes on with ours, the decay decoupled."""
+    for before in (torch.optim.AdamW, torch.optim.Adam):
+        theirs = Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))
+        old = before([theirs], lr=0.01, weight_decay=0.1, amsgrad=amsgrad)
+        steps = gradients(50, steps=8)
+        for g in steps[:4]:
+            theirs.grad = g
+            old.step()
+        ours, expected = Parameter(theirs.detach().clone()), Parameter(theirs.detach().clone())
+        new, torchs = AdamW([ours]), torch.optim.AdamW([expected])
+        new.load_state_dict(old.state_dict())
+        torchs.load_state_dict(old.state_dict())
+        assert new.param_groups[0]["decoupled_weight_decay"] is True
+        for g in steps[4:]:
+            ours.grad = expected.grad = g
+            new.step()
+            torchs.step()
+        assert torch.allclose(ours, expected, rtol=0, atol=16 * UNIT * 4)
+
+
 @pytest.mark.parametrize("state_dtype", ["int8", ("fp32", "int4", "fp32"), "int2"])
 def test_amsgrad_refuses_few_bits(state_dtype: Any) -> None:
     with pytest.raises(ValueError, match="max_exp_avg_sq: a largest value cannot be kept in few bits"):

@@ -125,6 +125,13 @@ class AdamW(Adam):
     ) -> None:
         super().__init__(params, lr, betas=betas, eps=eps, amsgrad=amsgrad, **common)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of :class:`Adam`; the decay of a checkpoint of torch's Adam becomes decoupled, as in torch.optim.AdamW."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if "seed" not in saved:  # which ours have
+                group["decoupled_weight_decay"] = True
+
 
 def adam(
     params: Sequence[Tensor],
