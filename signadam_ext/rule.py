@@ -65,7 +65,7 @@ class Rule:
     def _form(self, dtype: object, allowed: Mapping[str, storage.Form]) -> storage.Form:
         if isinstance(dtype, str) and dtype in storage.BOUNDED and dtype not in allowed:
             raise ValueError(
-                f"state_dtype={dtype!r}: this momentum, not one of signs, has no bound, so it needs a scale; use one of "
+                f"state_dtype={dtype!r}: this momentum has no bound, so it needs a scale; use one of "
                 f"{', '.join(map(repr, allowed))}"
             )
         return allowed[checks.one_of("state_dtype", dtype, storage.BOUNDED)]

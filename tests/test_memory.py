@@ -195,7 +195,7 @@ def test_command_takes_shapes() -> None:
     [
         (
             "--params 1e9 --state int2 --optimizer Signum",
-            "state_dtype='int2': this momentum, not one of signs, has no bound",
+            "state_dtype='int2': this momentum has no bound",
         ),
         ("--params 1e9 --param-dtype fp32 --weights split16", "is its own master: use 'as_is'"),
         ("--params 1e9 --param-dtype fp16 --weights split8", "has other low bits: use 'master'"),
