@@ -8,25 +8,12 @@ from typing import Any
 import pytest
 import torch
 from cases import same_bits
-from table import TABLE, Row
+from table import OF_A_KIND, TABLE, Row
 from torch import Tensor
 from torch.nn import Parameter
 
 from signadam_ext.optimizer import SignOptimizer
 
-#: One of each kind: what others have in state and hyperparameters, one of these has as well.
-OF_A_KIND = (
-    "sign_sgd-gated",
-    "signum",
-    "sign_adam",
-    "sign_adam_analytic",
-    "sign_adam_pp",
-    "sign_adam_pp-adaptive",
-    "sign_adam_pp-delayed",
-    "msvag",
-    "msvag_minibatch",
-    "adam_amsgrad",
-)
 ROWS = {row.id: row for row in TABLE if row.id in OF_A_KIND}
 
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())

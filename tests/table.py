@@ -278,3 +278,17 @@ TABLE = [
     Row("adam_amsgrad", signadam_ext.AdamW, {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": True}, adam),
     Row("lion", signadam_ext.Lion, {"betas": (0.9, 0.99)}, lion),
 ]
+
+#: One of each kind: what others have in state and hyperparameters, one of these has as well.
+OF_A_KIND = (
+    "sign_sgd-gated",
+    "signum",
+    "sign_adam",
+    "sign_adam_analytic",
+    "sign_adam_pp",
+    "sign_adam_pp-adaptive",
+    "sign_adam_pp-delayed",
+    "msvag",
+    "msvag_minibatch",
+    "adam_amsgrad",
+)

@@ -341,7 +341,7 @@ def test_function_that_raises_leaves_all_as_it_was() -> None:
 
 @pytest.mark.parametrize("value", [5, None, ["fixed"]])
 def test_neither_name_nor_function(value: Any) -> None:
-    with pytest.raises(TypeError, match="must be a name or a function"):
+    with pytest.raises(ValueError, match=r"must be one of .*, or a function of \(g, alpha\)"):
         SignAdamPP([Parameter(torch.zeros(3))], confidence=value)
 
 

@@ -408,7 +408,7 @@ def check(library: ctypes.CDLL, name: str, statistics: str, case: Case) -> None:
 @each_kernel
 @pytest.mark.parametrize("stored", [False, True], ids=["plain", "stored"])
 def test_equals_the_reference(library: ctypes.CDLL, rule: str, statistics: str, stored: bool) -> None:
-    @settings(max_examples=settings.default.max_examples // 2)
+    @settings(max_examples=settings.default.max_examples // 4)
     @given(case=cases(rule, stored))
     def run(case: Case) -> None:
         check(library, rule, statistics, case)

@@ -66,7 +66,8 @@ def test_other_backend() -> None:
     if BACKEND != "cpu":
         pytest.skip("this is that process")
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-qx", __file__, "-k", "equals_the_reference"]
+    some = "sign_sgd-gated or sign_adam_pp or msvag_minibatch or amsgrad"
+    command = [sys.executable, "-m", "pytest", "-qx", __file__, "-k", f"equals_the_reference and ({some})"]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1", "SIGNADAM_TEST_BACKEND": "triton"},

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from table import Bounded, adam
 from torch.nn import Parameter
@@ -296,6 +296,7 @@ def test_minibatch_without_momentum_is_refused() -> None:
 # The baselines
 
 
+@settings(max_examples=60)
 @given(
     beta1=st.sampled_from((0.0, 0.5, 0.9)),
     beta2=st.sampled_from((0.0, 0.9, 0.999)),

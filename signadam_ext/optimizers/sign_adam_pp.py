@@ -168,7 +168,8 @@ class SignAdamPP(SignOptimizer):
         if callable(confidence):
             return replace(_OWN, confidence=confidence)
         if not isinstance(confidence, str):
-            raise TypeError(f"confidence={confidence!r}: must be a name or a function of (g, alpha)")
+            names = ", ".join(map(repr, RULES))
+            raise ValueError(f"confidence={confidence!r}: must be one of {names}, or a function of (g, alpha)")
         return checks.look_up("confidence", confidence, RULES)
 
     @classmethod
