@@ -289,8 +289,14 @@ def test_wrapper_of_a_variance_is_refused() -> None:
 
 
 def test_minibatch_without_momentum_is_refused() -> None:
+    param = Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="momentum=False with variance='minibatch'"):
-        AdamStar([Parameter(torch.zeros(1))], momentum=False, variance="minibatch")
+        AdamStar([param], momentum=False, variance="minibatch")
+    optimizer = AdamStar([param], variance="minibatch")
+    optimizer.param_groups[0]["momentum"] = False
+    param.grad = torch.ones(1)
+    with pytest.raises(ValueError, match="momentum=False with variance='minibatch'"):
+        optimizer.step()
 
 
 # The baselines

@@ -239,7 +239,14 @@ class AdamStar(SignOptimizer):
     @classmethod
     def _rule(cls, group: dict[str, Any]) -> Rule:
         rule = checks.look_up("variance", group["variance"], ADAM_STAR_RULES)
-        return rule if group["momentum"] else ADAM_STAR_PLAIN_RULE
+        if group["momentum"]:
+            return rule
+        if rule.reads_variance:
+            raise ValueError(
+                f"momentum=False with variance={group['variance']!r}: ADAM* without momentum is defined by exponential "
+                "averages only; use variance='ema'"
+            )
+        return ADAM_STAR_PLAIN_RULE
 
     @classmethod
     def _check_group(cls, group: dict[str, Any]) -> None:
@@ -247,11 +254,6 @@ class AdamStar(SignOptimizer):
         super()._check_group(group)
         checks.betas(group["betas"], ("beta",))
         checks.flag("bias_correct_variance", group["bias_correct_variance"])
-        if not group["momentum"] and group["variance"] != "ema":
-            raise ValueError(
-                f"momentum=False with variance={group['variance']!r}: ADAM* without momentum is defined by exponential "
-                "averages only; use variance='ema'"
-            )
 
 
 def svag(
