@@ -161,7 +161,7 @@ def test_every_combination(row: Row, device: str) -> None:
     found = combinations(row)
     if row.hyperparameters.get("confidence"):
         found = found[row.id.endswith("delayed") :: 2]
-    # On a GPU each one is compiled: some of them. Of rules like another some are enough: storage is no business of theirs.
+    # On a GPU each one is compiled: some of them. So are some of rules like another: storage is no business of theirs.
     some = (1 if row.id in OF_A_KIND else 5) if INTERPRETED else 10
     for i, combination in enumerate(found[::some]):
         tensor = ((3, 31, 33, 1023, 1025, 2049, 63)[i % 7], i % 4, 0)
