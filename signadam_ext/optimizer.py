@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import warnings
 import zipfile
@@ -62,14 +63,14 @@ class SignOptimizer(Optimizer):
 
     #: Defaults of what it shares with the others, see :class:`options.Common`.
     COMMON: ClassVar[dict[str, Any]] = options.DEFAULTS
+    __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Fills the docstring's placeholders, and spells out ``**common`` in the signature."""
         super().__init_subclass__(**kwargs)
         if cls.__doc__ is not None:
             cls.__doc__ = options.documented(cls.__doc__)
-        if "__init__" in cls.__dict__:
-            options.spell_out(cls.__dict__["__init__"], cls.COMMON)
+        cls.__signature__ = options.signature(cls.__init__, cls.COMMON)
 
     def __init__(self, params: Params, own: dict[str, Any], common: Mapping[str, Any]) -> None:
         defaults = {**own, **options.completed(type(self).__name__, self.COMMON, common)}

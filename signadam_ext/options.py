@@ -108,19 +108,18 @@ def completed(name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) 
     return {**defaults, **given}
 
 
-def spell_out(init: Any, defaults: Mapping[str, Any]) -> None:
-    """Gives a constructor that takes ``**common`` the signature in which each of them has its name and default."""
+def signature(init: Any, defaults: Mapping[str, Any]) -> inspect.Signature:
+    """Of a class with this constructor: each of its ``**common`` by name and default."""
     found = inspect.signature(init)
-    if "common" not in found.parameters:
-        return
-    own = [parameter for name, parameter in found.parameters.items() if name != "common"]
-    common = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=default,
-            annotation=Common.__annotations__[name].__forward_arg__,
-        )
-        for name, default in defaults.items()
-    ]
-    init.__signature__ = found.replace(parameters=[*own, *common])
+    own = list(found.parameters.values())[1:]
+    if own and own[-1].name == "common":
+        own[-1:] = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Common.__annotations__[name].__forward_arg__,
+            )
+            for name, default in defaults.items()
+        ]
+    return found.replace(parameters=own)

@@ -97,6 +97,21 @@ def common_scalars(group: Group) -> Scalars:
     }
 
 
+def decays(group: Group, count: int) -> Scalars:
+    """Each of a group's ``count`` betas, and what is left of 1.
+
+    Raises:
+        ValueError: another number of betas.
+    """
+    betas = group["betas"]
+    if len(betas) != count:
+        raise ValueError(f"betas={betas!r}: must unpack to {count}")
+    scalars: Scalars = {}
+    for i, beta in enumerate(betas, start=1):
+        scalars |= {f"beta{i}": beta, f"one_minus_beta{i}": 1 - beta}
+    return scalars
+
+
 def power(base: float, exponent: int) -> float:
     """``base ** exponent`` by repeated squaring in double: the same bits on every platform, unlike libm's ``pow``."""
     result = 1.0

@@ -13,17 +13,14 @@ from .. import checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import DEFAULTS, Common
-from ..rule import Group, Rule, Scalars, power
+from ..rule import Group, Rule, Scalars, decays, power
 
 
 def _scalars(group: Group, t: int) -> Scalars:
     beta1, beta2 = group["betas"]
     return {
         "lr": float(group["lr"]) / (1 - power(beta1, t)),
-        "beta1": beta1,
-        "one_minus_beta1": 1 - beta1,
-        "beta2": beta2,
-        "one_minus_beta2": 1 - beta2,
+        **decays(group, 2),
         "bias_correction": math.sqrt(1 - power(beta2, t)),
         "eps": float(group["eps"]),
     }
@@ -112,18 +109,6 @@ class AdamW(Adam):
     """
 
     COMMON: ClassVar[dict[str, Any]] = {**DEFAULTS, "weight_decay": 1e-2}
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 1e-3,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        amsgrad: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(params, lr, betas=betas, eps=eps, amsgrad=amsgrad, **common)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of :class:`Adam`; the decay of a checkpoint of torch's Adam becomes decoupled, as in torch.optim.AdamW."""

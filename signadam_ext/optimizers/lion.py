@@ -12,20 +12,9 @@ from .. import checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
-from ..rule import Group, Rule, Scalars
+from ..rule import Rule, decays
 
-
-def _scalars(group: Group, t: int) -> Scalars:
-    beta1, beta2 = group["betas"]
-    return {
-        "beta1": beta1,
-        "one_minus_beta1": 1 - beta1,
-        "beta2": beta2,
-        "one_minus_beta2": 1 - beta2,
-    }
-
-
-RULE = Rule("lion", moments=("exp_avg",), scalars=_scalars)
+RULE = Rule("lion", moments=("exp_avg",), scalars=lambda group, t: decays(group, 2))
 
 
 class Lion(SignOptimizer):

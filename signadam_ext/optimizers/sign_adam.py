@@ -13,27 +13,16 @@ from .. import checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
-from ..rule import Group, Rule, Scalars, power
+from ..rule import Group, Rule, Scalars, decays, power
 
 
 def _exact_scalars(group: Group, t: int) -> Scalars:
-    beta1, beta2 = group["betas"]
-    return {
-        "beta1": beta1,
-        "one_minus_beta1": 1 - beta1,
-        "beta2": beta2,
-        "one_minus_beta2": 1 - beta2,
-        "eps": float(group["eps"]),
-    }
+    return {**decays(group, 2), "eps": float(group["eps"])}
 
 
 def _analytic_scalars(group: Group, t: int) -> Scalars:
-    beta1, beta2 = group["betas"]
-    return {
-        "beta1": beta1,
-        "one_minus_beta1": 1 - beta1,
-        "denominator": math.sqrt(1 - power(beta2, t)) + group["eps"],
-    }
+    _, beta2 = group["betas"]
+    return {**decays(group, 2), "denominator": math.sqrt(1 - power(beta2, t)) + group["eps"]}
 
 
 RULES = {

@@ -16,16 +16,11 @@ from ..confidence import Confidence, backend_for
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
-from ..rule import Group, Rule, Scalars
+from ..rule import Group, Rule, Scalars, decays
 
 #: ``alpha=None`` stands for these: a fixed threshold is in units of the gradient, an adaptive one multiplies a
 #: deviation. A steered one has no alpha.
 DEFAULT_ALPHA = {"fixed": 0.0, "adaptive": 0.5, "adaptive_delayed": 0.5}
-
-
-def _momentum(group: Group) -> Scalars:
-    (beta,) = group["betas"]
-    return {"beta1": beta, "one_minus_beta1": 1 - beta}
 
 
 def _scalars(group: Group, t: int) -> Scalars:
@@ -33,7 +28,7 @@ def _scalars(group: Group, t: int) -> Scalars:
     if alpha is None:
         alpha = 0.0 if callable(confidence) else DEFAULT_ALPHA[confidence]
     return {
-        **_momentum(group),
+        **decays(group, 1),
         "alpha": float(alpha),
         "confidence_beta": confidence_beta,
         "one_minus_confidence_beta": 1 - confidence_beta,
@@ -44,7 +39,7 @@ def _sparsity_scalars(group: Group, t: int) -> Scalars:
     _check_steering(group)
     target = group["target"]
     return {
-        **_momentum(group),
+        **decays(group, 1),
         "alpha": 1.0,  # of what is steered, which is the threshold itself
         "steers": 1.0,
         "target": target,

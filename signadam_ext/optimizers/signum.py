@@ -12,15 +12,9 @@ from .. import checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
-from ..rule import Group, Rule, Scalars
+from ..rule import Rule, decays
 
-
-def _scalars(group: Group, t: int) -> Scalars:
-    (beta,) = group["betas"]
-    return {"beta1": beta, "one_minus_beta1": 1 - beta}
-
-
-RULE = Rule("signum", moments=("exp_avg",), scalars=_scalars)
+RULE = Rule("signum", moments=("exp_avg",), scalars=lambda group, t: decays(group, 1))
 
 
 class Signum(SignOptimizer):

@@ -12,7 +12,7 @@ from .. import checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
-from ..rule import Group, Rule, Scalars, power
+from ..rule import Group, Rule, Scalars, decays, power
 
 #: Where the variance comes from: exponential averages of the gradient, or ``param.grad_variance``.
 VARIANCES = ("ema", "minibatch")
@@ -28,8 +28,7 @@ def _scalars(group: Group, t: int) -> Scalars:
     (beta,) = group["betas"]
     rho = variance_share(beta, t)
     return {
-        "beta1": beta,
-        "one_minus_beta1": 1 - beta,
+        **decays(group, 1),
         "bias_correction": 1 - power(beta, t),
         "rho": rho,
         # The draft's estimate is not divided; 0 stands for a variance of 0.
