@@ -165,7 +165,7 @@ class BuildWithNinja(build_ext):
             extra = X86_FLAGS.get(source.stem, []) if machine in ("x86_64", "amd64") else []
             if source.stem == "bindings":
                 extra = [*includes, *defines]
-            if source.stem == "reader":
+            if source.stem in ("reader", "torch_shim", "commit"):
                 extra = includes
             objects.append(obj)
             lines.append(f"build {obj}: {'device' if source.suffix == '.cu' else 'host'} {ninja_path(ROOT / source)}")

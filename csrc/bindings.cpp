@@ -4,6 +4,7 @@
 
 #include <array>
 
+#include "commit.h"
 #include "cpu/float_environment.h"
 #include "cpu/kernels.h"
 #include "cpu/pages.h"
@@ -123,6 +124,15 @@ void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const 
 
 PYBIND11_MODULE(_C, m) {
   using namespace signadam;
+  // As ValueError with the two numbers in `args`.
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const BadStepCount& bad) {
+      const py::tuple arguments = py::make_tuple(bad.slot, bad.count);
+      PyErr_SetObject(PyExc_ValueError, arguments.ptr());
+    }
+  });
   m.doc() = "Compiled kernels of signadam_ext.";
 
   m.def("build_info", &build_info);
@@ -141,12 +151,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("advise_huge_pages", &cpu::advise_huge_pages, py::arg("address"), py::arg("size"));
   m.def("step_layout", &step_layout, py::arg("tensors"), py::arg("rows"));
 
+  py::class_<TorchShim>(m, "TorchShim")
+      .def(py::init<const char*, const py::object&, const py::list&>(), py::arg("library"), py::arg("tensor_type"),
+           py::arg("samples"));
+
   py::class_<Reader>(m, "Reader")
-      .def(py::init<const py::capsule&>())
-      .def("watch", &Reader::watch)
-      .def("read", &Reader::read)
-      .def("replace", &Reader::replace)
+      .def(py::init<const TorchShim*>(), py::keep_alive<1, 2>())
+      .def("watch", &Reader::watch, py::arg("group"), py::arg("param"), py::arg("grad_strides"), py::arg("grad_like"),
+           py::arg("state"))
+      .def("read", &Reader::read, py::arg("param_groups"), py::arg("state"))
+      .def("replace", &Reader::replace, py::arg("slot"), py::arg("address"))
       .def("present", &Reader::present)
+      .def("present_params", &Reader::present_params)
+      .def("held", &Reader::held, py::arg("slot"))
       .def("release", &Reader::release)
       .def("addresses", [](const Reader& reader) {
         std::vector<uintptr_t> addresses;
@@ -154,14 +171,18 @@ PYBIND11_MODULE(_C, m) {
         return addresses;
       });
 
+  py::class_<CpuLaunch>(m, "CpuLaunch");
+  m.def("commit", &commit, py::arg("operations"), py::arg("tables"), py::arg("states"), py::arg("params"),
+        py::arg("increment_version"), py::arg("guards"));
+
   py::class_<HostTable>(m, "Table")
       .def(py::init<bool>(), py::arg("rows_by_step"))
       .def(
           "add",
           [](HostTable& table, uintptr_t param, uintptr_t low, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t third,
-             uintptr_t gate, uintptr_t step, int64_t numel, int64_t first, int param_format, int grad_format,
-             int exp_avg_format, int exp_avg_sq_format, int third_format, int weights, uint32_t group, std::size_t slot,
-             uint64_t seed, uint32_t number) {
+             uintptr_t gate, uintptr_t step, bool step_is_double, int64_t numel, int64_t first, int param_format,
+             int grad_format, int exp_avg_format, int exp_avg_sq_format, int third_format, int weights, uint32_t group,
+             std::size_t slot, uint64_t seed, uint32_t number) {
             const auto format = [](int number) { return static_cast<Format>(number); };
             const Formats formats{format(param_format),      format(grad_format),  format(exp_avg_format),
                                   format(exp_avg_sq_format), format(third_format), static_cast<Weights>(weights)};
@@ -169,12 +190,13 @@ PYBIND11_MODULE(_C, m) {
             const uint8_t head = formats.packed() ? 0 : head_of(pointer<void>(param), formats.param);
             table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(third),
                        pointer<double>(gate), numel, 0, formats, head, pointer<void>(low), first},
-                      pointer<float>(step), group, slot, seed, number);
+                      {pointer<void>(step), step_is_double}, group, slot, seed, number);
           },
           py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("third"),
-          py::arg("gate"), py::arg("step"), py::arg("numel"), py::arg("first"), py::arg("param_format"),
-          py::arg("grad_format"), py::arg("exp_avg_format"), py::arg("exp_avg_sq_format"), py::arg("third_format"),
-          py::arg("weights"), py::arg("group"), py::arg("slot"), py::arg("seed"), py::arg("number"))
+          py::arg("gate"), py::arg("step"), py::arg("step_is_double"), py::arg("numel"), py::arg("first"),
+          py::arg("param_format"), py::arg("grad_format"), py::arg("exp_avg_format"), py::arg("exp_avg_sq_format"),
+          py::arg("third_format"), py::arg("weights"), py::arg("group"), py::arg("slot"), py::arg("seed"),
+          py::arg("number"))
       .def("finish", &HostTable::finish, py::arg("statistics"))
       .def("begin", [](HostTable& table, const Reader& reader) { return table.begin(reader.grads()); })
       .def("begin",
@@ -204,14 +226,14 @@ PYBIND11_MODULE(_C, m) {
            py::arg("device_step"), py::arg("device"), py::arg("stream"))
 #endif
       .def(
-          "run_cpu",
+          "cpu_launch",
           [](HostTable& table, int rule, Statistics statistics, const std::vector<ScalarRow>& rows, int threads,
              uintptr_t observed) {
-            const auto scalars = to_scalars(rows);
-            py::gil_scoped_release release;
-            table.run_cpu(static_cast<RuleIndex>(rule), statistics, scalars, threads, pointer<Observed>(observed));
+            return CpuLaunch{&table,  static_cast<RuleIndex>(rule), statistics, to_scalars(rows),
+                             threads, pointer<Observed>(observed)};
           },
-          py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::arg("threads"), py::arg("observed"));
+          py::keep_alive<0, 1>(), py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::arg("threads"),
+          py::arg("observed"));
 
   py::enum_<Statistics>(m, "Statistics")
       .value("NONE", Statistics::none)

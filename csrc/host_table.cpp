@@ -1,5 +1,6 @@
 #include "host_table.h"
 
+#include <cmath>
 #include <limits>
 #include <map>
 #include <stdexcept>
@@ -8,7 +9,7 @@
 
 namespace signadam {
 
-void HostTable::add(const TensorEntry& entry, float* step, uint32_t group, std::size_t slot, uint64_t seed,
+void HostTable::add(const TensorEntry& entry, StepCount step, uint32_t group, std::size_t slot, uint64_t seed,
                     uint32_t number) {
   const int64_t chunks = chunks_of(entry.numel);
   const int64_t first = chunks_;
@@ -28,7 +29,10 @@ void HostTable::finish(bool statistics) {
   grads_.assign(tensors_.size(), nullptr);
   rows_.assign(tensors_.size(), 0);
   if (!plain_) noise_.assign(tensors_.size(), Noise{0, 0});
-  if (statistics) sums_.resize(chunks_);
+  if (statistics) {
+    sums_.resize(chunks_);
+    lanes_.resize(lane_count);
+  }
   units_ = cpu::make_units(view(nullptr), static_cast<uint32_t>(tensors_.size()), chunks());
   // Nothing grows any more.
   tensors_.shrink_to_fit();
@@ -52,11 +56,16 @@ std::vector<std::pair<uint32_t, int64_t>> HostTable::begin(const std::vector<voi
   using Row = std::pair<uint32_t, int64_t>;
   std::vector<Row> rows;
   std::map<Row, uint32_t> row_of;
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    if (grads.at(slots_[i]) == nullptr || steps_[i].address == nullptr) continue;
+    const double count = steps_[i].value();
+    if (!(count >= 0 && count < steps_[i].limit() && count == std::floor(count))) throw BadStepCount{slots_[i], count};
+  }
   uint32_t latest = 0;  // neighbours mostly share a row
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
     grads_[i] = grads.at(slots_[i]);
     if (grads_[i] == nullptr) continue;
-    const int64_t t = steps_[i] == nullptr ? 0 : static_cast<int64_t>(*steps_[i]) + 1;
+    const int64_t t = steps_[i].address == nullptr ? 0 : static_cast<int64_t>(steps_[i].value()) + 1;
     if (!plain_) noise_[i] = Noise::of(seeds_[i].first, seeds_[i].second, static_cast<uint64_t>(t));
     const Row row{groups_[i], rows_by_step_ ? t : 0};
     if (rows.empty() || rows[latest] != row) {
@@ -71,13 +80,14 @@ std::vector<std::pair<uint32_t, int64_t>> HostTable::begin(const std::vector<voi
 
 void HostTable::commit() {
   for (std::size_t i = 0; i < tensors_.size(); ++i)
-    if (grads_[i] != nullptr && steps_[i] != nullptr) *steps_[i] += 1.0f;
+    if (grads_[i] != nullptr && steps_[i].address != nullptr) steps_[i].increment();
 }
 
 void HostTable::run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads,
                         Observed* observed) {
   cpu::run(rule, statistics, view(observed), static_cast<uint32_t>(tensors_.size()),
-           {grads_.data(), plain_ ? nullptr : noise_.data(), rows_.data(), scalars.data()}, units_, threads);
+           {grads_.data(), plain_ ? nullptr : noise_.data(), rows_.data(), scalars.data()}, units_, threads,
+           lanes_.data());
 }
 
 }  // namespace signadam

@@ -9,19 +9,43 @@
 
 namespace signadam {
 
+// Where the number of steps taken is kept: a double, exact to 2^53, or a float, exact to 2^24, of the functional forms.
+struct StepCount {
+  void* address = nullptr;  // null where nobody counts
+  bool is_double = true;
+
+  double limit() const { return is_double ? 9007199254740992.0 : 16777216.0; }
+  double value() const {
+    return is_double ? *static_cast<const double*>(address) : *static_cast<const float*>(address);
+  }
+  void increment() const {
+    if (is_double)
+      *static_cast<double*>(address) += 1;
+    else
+      *static_cast<float*>(address) += 1;
+  }
+};
+
+// A step count that no training reaches, or that the next step would not change.
+struct BadStepCount {
+  std::size_t slot;
+  double count;
+};
+
 class HostTable {
  public:
   // A row of scalars per (group, t) when `rows_by_step`, otherwise per group.
   explicit HostTable(bool rows_by_step) : rows_by_step_(rows_by_step) {}
 
-  // `slot`: the index of the tensor's gradient in what `begin` gets. `step`: address of its fp32 step count, or null.
-  // `seed`, `number`: with the step, what the tensor's random bits are made of.
-  void add(const TensorEntry& entry, float* step, uint32_t group, std::size_t slot, uint64_t seed, uint32_t number);
+  // `slot`: the index of the tensor's gradient in what `begin` gets. `step`: its step count. `seed`, `number`: with the
+  // step, what the tensor's random bits are made of.
+  void add(const TensorEntry& entry, StepCount step, uint32_t group, std::size_t slot, uint64_t seed, uint32_t number);
 
   // Chunks are numbered here; nothing may be added afterwards. `gathers`: allocate what statistics need on the host.
   void finish(bool statistics);
 
   // Takes this step's gradients and returns the rows of scalars it needs, each (group, t).
+  // Throws BadStepCount, before anything has changed.
   std::vector<std::pair<uint32_t, int64_t>> begin(const std::vector<void*>& grads);
 
   // Counts the step for every tensor that took part.
@@ -44,7 +68,7 @@ class HostTable {
 
   bool rows_by_step_;
   std::vector<TensorEntry> tensors_;
-  std::vector<float*> steps_;
+  std::vector<StepCount> steps_;
   std::vector<uint32_t> groups_;
   std::vector<std::size_t> slots_;
   std::vector<uint32_t> units_;
@@ -55,6 +79,7 @@ class HostTable {
   bool plain_ = true;
   std::vector<uint32_t> rows_;
   std::vector<Sums> sums_;
+  std::vector<Sums> lanes_;  // room to add a tensor's chunks in: a step allocates nothing once it has begun to write
 };
 
 }  // namespace signadam

@@ -7,30 +7,37 @@
 namespace signadam {
 namespace {
 
-bool equal(dlpack::Device a, dlpack::Device b) { return a.type == b.type && a.id == b.id; }
-bool equal(dlpack::DataType a, dlpack::DataType b) {
-  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
-}
+// Memory below is never a process's own; an address there is an offset into a storage that was freed.
+constexpr uintptr_t first_page = 4096;
 
-bool same_shape(const dlpack::Tensor& tensor, const int64_t* shape) {
-  for (int32_t d = 0; d < tensor.ndim; ++d)
-    if (tensor.shape[d] != shape[d]) return false;
-  return true;
-}
+bool same_sizes(const TensorView& now, const int64_t* sizes) { return std::equal(sizes, sizes + now.dim, now.sizes); }
 
 // Strides of dimensions of one element, or of an empty tensor, mean nothing.
-bool same_strides(const dlpack::Tensor& tensor, const int64_t* strides) {
+bool same_strides(const TensorView& now, const int64_t* strides) {
   bool same = true;
-  for (int32_t d = 0; d < tensor.ndim; ++d) {
-    if (tensor.shape[d] == 0) return true;
-    same = same && (tensor.shape[d] == 1 || tensor.strides[d] == strides[d]);
+  for (int64_t d = 0; d < now.dim; ++d) {
+    if (now.sizes[d] == 0) return true;
+    same = same && (now.sizes[d] == 1 || now.strides[d] == strides[d]);
   }
   return same;
 }
 
-// Stands for the address of a tensor without elements: present, and never read.
-char empty_storage;
-void* const empty_tensor = &empty_storage;
+// Elements from the first to behind the last in memory; 0 without elements.
+int64_t reach(const TensorView& view) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < view.dim; ++d) {
+    if (view.sizes[d] == 0) return 0;
+    last += (view.sizes[d] - 1) * view.strides[d];
+  }
+  return last + 1;
+}
+
+// Whether the storage has memory, and holds all bytes up to `extent` behind the address.
+bool covered(const TensorView& view, int64_t offset_bytes, int64_t extent) {
+  if (extent == 0) return true;
+  return reinterpret_cast<uintptr_t>(view.address) >= first_page + static_cast<uintptr_t>(offset_bytes) &&
+         offset_bytes + extent <= view.storage_bytes;
+}
 
 // Interned once; compared and looked up by identity.
 PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
@@ -42,210 +49,217 @@ bool is_negated(PyObject* tensor) {
   return answer.ptr() == Py_True;
 }
 
+char empty_storage;
+
 }  // namespace
 
-Reader::Reader(const py::capsule& api)
-    : api_(static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), api.name()))) {
-  if (api_ == nullptr) throw py::error_already_set();
-  if (api_->header.major != dlpack::major_version)
-    throw std::runtime_error("torch speaks another major version of DLPack's exchange interface");
-  const auto torch = py::module_::import("torch");
-  const py::object parameter = torch.attr("nn").attr("Parameter");
-  const py::object grad = parameter.attr("grad");
+void* empty_tensor() { return &empty_storage; }
+
+Reader::Reader(const TorchShim* torch) : torch_(torch) {
+  const py::object grad = py::module_::import("torch").attr("Tensor").attr("grad");
   if (Py_TYPE(grad.ptr()) == &PyGetSetDescr_Type) {
+    grad_descriptor_ = grad.ptr();  // lives as long as torch
     getter_ = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
-    plain_type_ = reinterpret_cast<PyTypeObject*>(parameter.ptr());
   }
 }
 
-bool Reader::view(PyObject* object, dlpack::Tensor& out) const {
-  if (api_->tensor_from_py_object_no_sync(object, &out) == 0) return true;
-  PyErr_Clear();
-  return false;
+Reader::Noted Reader::note(const py::object& tensor) {
+  TensorView view;
+  if (!torch_->look(tensor.ptr(), view)) throw std::invalid_argument("torch does not describe this tensor");
+  const auto element_size = tensor.attr("element_size")().cast<int64_t>();
+  const std::size_t layout = layouts_.size();
+  layouts_.insert(layouts_.end(), view.sizes, view.sizes + view.dim);
+  layouts_.insert(layouts_.end(), view.strides, view.strides + view.dim);
+  return {view.address, view.dim,         element_size,      reach(view) * element_size,
+          view.dtype,   view.device_type, view.device_index, layout};
 }
 
-Watched Reader::make_watched(const py::object& tensor) const {
-  dlpack::Tensor view{};
-  if (api_->tensor_from_py_object_no_sync(tensor.ptr(), &view) != 0) throw py::error_already_set();
-  return {tensor, view.address(), view.device, view.dtype};
-}
-
-void Reader::watch(const py::object& param, std::size_t group, const py::tuple& strides, const py::object& grad_dtype,
-                   const py::object& state) {
-  // Kept for the life of the process: a static py::object would be released after the interpreter is gone.
-  static const py::handle tensor_type = py::object(py::module_::import("torch").attr("Tensor")).release();
-  const bool known = !grad_dtype.is_none();
-  // A parameter that has never had a gradient is no kernel's business: it may be of any kind and may move.
-  Watched tensor = known ? make_watched(param) : Watched{param, nullptr, {}, {}};
-  Parameter parameter{std::move(tensor), nullptr, {}, group, known, {}, state, {}};
-  if (known) {
-    const auto dtype = grad_dtype.cast<std::pair<int, int>>();
-    parameter.grad_dtype = {static_cast<uint8_t>(dtype.first), static_cast<uint8_t>(dtype.second), 1};
-    dlpack::ManagedTensor* owner = nullptr;
-    if (api_->managed_tensor_from_py_object_no_sync(param.ptr(), &owner) == 0)
-      parameter.owner.reset(owner);
-    else
-      PyErr_Clear();
-    dlpack::Tensor now{};
-    if (!view(param.ptr(), now)) throw py::error_already_set();
-    parameter.layout.assign(now.shape, now.shape + now.ndim);
-    parameter.layout.insert(parameter.layout.end(), now.strides, now.strides + now.ndim);
-    for (const auto& stride : strides) parameter.layout.push_back(stride.cast<int64_t>());
-    if (parameter.layout.size() != 3 * static_cast<std::size_t>(now.ndim))
-      throw std::invalid_argument("strides: must be one for each dimension of the parameter");
-  }
-  if (!state.is_none())
-    for (const auto& [key, value] : state.cast<py::dict>()) {
-      StateItem item{py::reinterpret_borrow<py::object>(key), py::reinterpret_borrow<py::object>(value), {}};
-      // A step count is only counted up where it lies, and its storage is kept alive by the plan. Who moves one moves
-      // all
-      // (`for v in state.values(): v.data = ...`), so the first stands for the others.
-      const bool other_step = key.equal(py::str("step")) && std::exchange(step_watched_, true);
-      dlpack::Tensor ignored{};
-      // What a user keeps in the state beside ours may have no address, if it is sparse for one: its identity is
-      // enough.
-      if (py::isinstance(value, tensor_type) && !other_step && view(value.ptr(), ignored))
-        item.tensors.push_back(make_watched(item.value));
-      parameter.items.push_back(std::move(item));
+void Reader::watch(std::size_t group, const py::object& param, const py::tuple& grad_strides,
+                   const py::object& grad_like, const py::tuple& state) {
+  Parameter parameter{};
+  parameter.group = group;
+  parameter.known = !param.is_none();
+  parameter.first_entry = entries_.size();
+  if (parameter.known) {
+    parameter.param = note(param);
+    TensorView like;
+    if (!torch_->look(grad_like.ptr(), like)) throw std::invalid_argument("torch does not describe this tensor");
+    parameter.grad_dtype = like.dtype;
+    parameter.grad_element_size = grad_like.attr("element_size")().cast<int64_t>();
+    if (static_cast<int64_t>(grad_strides.size()) != parameter.param.dim)
+      throw std::invalid_argument("grad_strides: must be one for each dimension of the parameter");
+    parameter.grad_layout = layouts_.size();
+    for (int64_t d = 0; d < parameter.param.dim; ++d)
+      layouts_.push_back(layouts_[parameter.param.layout + static_cast<std::size_t>(d)]);
+    for (const auto& stride : grad_strides) layouts_.push_back(stride.cast<int64_t>());
+    for (const auto& entry : state) {
+      const auto pair = entry.cast<py::tuple>();
+      py::object entry_name = pair[0];
+      PyObject* interned = entry_name.release().ptr();
+      PyUnicode_InternInPlace(&interned);
+      entries_.push_back({py::reinterpret_steal<py::object>(interned), note(pair[1])});
     }
-  parameters_.push_back(std::move(parameter));
+  }
+  parameter.end_entry = entries_.size();
+  parameters_.push_back(parameter);
   grads_.push_back(nullptr);
 }
 
-bool Reader::unmoved(const Watched& watched) const {
-  dlpack::Tensor now{};
-  if (!view(watched.object.ptr(), now)) return false;
-  return now.address() == watched.address && equal(now.device, watched.device) && equal(now.dtype, watched.dtype);
+bool Reader::same(PyObject* object, const Noted& noted) const {
+  TensorView now;
+  return torch_->look(object, now) && now.address == noted.address && now.dtype == noted.dtype &&
+         now.device_type == noted.device_type && now.device_index == noted.device_index && now.dim == noted.dim &&
+         same_sizes(now, &layouts_[noted.layout]) && same_strides(now, &layouts_[noted.layout] + noted.dim) &&
+         covered(now, now.storage_offset * noted.element_size, noted.extent);
 }
 
-bool Reader::unmoved(Parameter& parameter) const {
-  const Watched& watched = parameter.tensor;
-  dlpack::Tensor now{};
-  if (!view(watched.object.ptr(), now)) return false;
-  parameter.param_hint = now.shape;
-  return now.address() == watched.address && equal(now.device, watched.device) && equal(now.dtype, watched.dtype) &&
-         3 * static_cast<std::size_t>(now.ndim) == parameter.layout.size() &&
-         same_shape(now, parameter.layout.data()) && same_strides(now, parameter.layout.data() + now.ndim);
+bool Reader::usable(PyObject* grad, const Parameter& parameter, void*& address) const {
+  TensorView now;
+  if (!torch_->look(grad, now)) return false;
+  address = now.address;
+  if (now.dtype != parameter.grad_dtype || now.device_type != parameter.param.device_type ||
+      now.device_index != parameter.param.device_index || now.dim != parameter.param.dim ||
+      !same_sizes(now, &layouts_[parameter.grad_layout]) ||
+      !same_strides(now, &layouts_[parameter.grad_layout] + now.dim))
+    return false;
+  const int64_t elements = reach(now);
+  // One element can be a lazy negative: autograd takes it as it is, since no stride tells.
+  if (elements == 1 && is_negated(grad)) return false;
+  return covered(now, now.storage_offset * parameter.grad_element_size, elements * parameter.grad_element_size);
 }
 
-bool Reader::state_unmoved(const Parameter& parameter) const {
-  if (parameter.state.is_none()) return true;
-  if (static_cast<std::size_t>(PyDict_GET_SIZE(parameter.state.ptr())) != parameter.items.size()) return false;
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  for (const StateItem& item : parameter.items) {
-    if (!PyDict_Next(parameter.state.ptr(), &position, &key, &value)) return false;
-    if (key != item.key.ptr() || value != item.value.ptr()) return false;
-    for (const Watched& tensor : item.tensors)
-      if (!unmoved(tensor)) return false;
+// param.grad, straight through torch's getter unless a subclass has one of its own. A new reference, or null.
+PyObject* Reader::get_grad(PyObject* param) {
+  static PyObject* const grad_name = name("grad");
+  PyTypeObject* const type = Py_TYPE(param);
+  if (type != plain_type_) {
+    if (grad_descriptor_ == nullptr || _PyType_Lookup(type, grad_name) != grad_descriptor_)
+      return PyObject_GetAttr(param, grad_name);
+    plain_type_ = type;
   }
-  return true;
+  return getter_->get(param, getter_->closure);
 }
 
-// Each watched state dict is the one that `state` holds. Iterating costs no hash of a tensor.
-bool Reader::holds_states(const py::dict& state) const {
-  const std::size_t count = parameters_.size();
-  std::size_t watched = 0, held = 0, cursor = 0;
-  for (const Parameter& parameter : parameters_) watched += !parameter.state.is_none();
-  PyObject *key, *value;
-  Py_ssize_t position = 0;
-  while (PyDict_Next(state.ptr(), &position, &key, &value)) {
-    // State is normally made in the order of parameters, so the search finds its place at once.
-    for (std::size_t tried = 0; tried < count; ++tried) {
-      const Parameter& parameter = parameters_[cursor];
-      cursor = cursor + 1 == count ? 0 : cursor + 1;
-      if (parameter.tensor.object.ptr() != key) continue;
-      if (parameter.state.is_none()) {
-        if (PyDict_Size(value) != 0) return false;
-      } else {
-        if (parameter.state.ptr() != value) return false;
-        ++held;
-      }
-      break;
-    }
-  }
-  return held == watched;
-}
-
-bool Reader::same_parameters(const py::list& param_groups) const {
+// Takes the parameters that groups hold now; false where they are not as many, or not in the groups that were noted.
+bool Reader::find_parameters(const py::object& param_groups) {
   static PyObject* const params_name = name("params");
   std::size_t index = 0, group_index = 0;
-  for (const auto& group : param_groups) {
-    PyObject* const params = PyDict_GetItemWithError(group.ptr(), params_name);
-    if (params == nullptr || !PyList_CheckExact(params)) return false;
-    const Py_ssize_t size = PyList_GET_SIZE(params);
+  const auto groups = py::reinterpret_steal<py::object>(PySequence_Fast(param_groups.ptr(), "param_groups"));
+  if (!groups) throw py::error_already_set();
+  for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(groups.ptr()); ++k, ++group_index) {
+    const auto given =
+        py::reinterpret_steal<py::object>(PyObject_GetItem(PySequence_Fast_GET_ITEM(groups.ptr(), k), params_name));
+    if (!given) throw py::error_already_set();
+    const auto params = py::reinterpret_steal<py::object>(PySequence_Fast(given.ptr(), "params"));
+    if (!params) throw py::error_already_set();
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
     if (index + static_cast<std::size_t>(size) > parameters_.size()) return false;
     for (Py_ssize_t i = 0; i < size; ++i) {
-      const Parameter& parameter = parameters_[index++];
-      if (PyList_GET_ITEM(params, i) != parameter.tensor.object.ptr() || parameter.group != group_index) return false;
+      if (parameters_[index++].group != group_index) return false;
+      params_.push_back(py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(params.ptr(), i)));
     }
-    ++group_index;
   }
   return index == parameters_.size();
 }
 
-bool Reader::usable(PyObject* grad, Parameter& parameter, void*& address) const {
-  dlpack::Tensor now{};
-  if (!view(grad, now)) return false;
-  parameter.grad_object_hint = grad;
-  parameter.grad_hint = now.shape;
-  address = now.address();
-  int64_t count = 1;
-  for (int32_t d = 0; d < now.ndim; ++d) count *= now.shape[d];
-  // One element can be a lazy negative: autograd takes it as it is, since no stride tells, and DLPack does not show it.
-  if (count == 1 && is_negated(grad)) return false;
-  return (now.data != nullptr || count == 0) && equal(now.device, parameter.tensor.device) &&
-         equal(now.dtype, parameter.grad_dtype) && 3 * static_cast<std::size_t>(now.ndim) == parameter.layout.size() &&
-         same_shape(now, parameter.layout.data()) && same_strides(now, parameter.layout.data() + 2 * now.ndim);
-}
-
-// param.grad, straight through torch's getter unless a subclass has one of its own.
-PyObject* Reader::get_grad(PyObject* param) const {
-  static PyObject* const grad_name = name("grad");
-  if (Py_TYPE(param) == plain_type_) return getter_->get(param, getter_->closure);
-  return PyObject_GetAttr(param, grad_name);
-}
-
-py::object Reader::read(const py::list& param_groups, const py::object& state) {
-  if (!same_parameters(param_groups)) return py::none();
-  if (!state.is_none()) {
-    if (!holds_states(state.cast<py::dict>())) return py::none();
-    for (const Parameter& parameter : parameters_)
-      if (!state_unmoved(parameter)) return py::none();
+// Finds each parameter's state without hashing a tensor, which would run Python code.
+bool Reader::find_states(PyObject* state) {
+  if (!PyDict_Check(state)) return false;
+  states_.assign(parameters_.size(), {});
+  const std::size_t count = parameters_.size();
+  std::size_t place = 0, cursor = 0;
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  for (; PyDict_Next(state, &position, &key, &value); ++place) {
+    if (place == slot_at_.size()) slot_at_.push_back(cursor);
+    std::size_t slot = slot_at_[place];
+    if (slot >= count || params_[slot].ptr() != key) {
+      // State is normally made in the order of parameters, so the search finds its place at once.
+      std::size_t tried = 0;
+      for (; tried < count && params_[cursor].ptr() != key; ++tried) cursor = cursor + 1 == count ? 0 : cursor + 1;
+      if (tried == count) continue;  // a parameter of no group
+      slot_at_[place] = slot = cursor;
+    }
+    cursor = slot + 1 == count ? 0 : slot + 1;
+    states_[slot] = py::reinterpret_borrow<py::object>(value);
   }
-  // Between two steps a model has used the caches for other things. Torch's objects mostly stay where they are.
-  constexpr std::size_t ahead = 6;
+  return true;
+}
+
+py::object Reader::read(const py::object& param_groups, const py::object& state) {
+  release();
+  std::fill(grads_.begin(), grads_.end(), nullptr);
+  if (!find_parameters(param_groups)) return py::none();
+  const bool has_state = !state.is_none();
+  if (has_state && !find_states(state.ptr())) return py::none();
+  grad_objects_.resize(parameters_.size());
+  if (has_state) state_tensors_.resize(entries_.size());
   py::list odd;
-  computed_grads_.clear();
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    if (i + ahead < parameters_.size()) {
-      const Parameter& later = parameters_[i + ahead];
-      for (const void* hint : {static_cast<const void*>(later.tensor.object.ptr()), later.param_hint, later.grad_hint,
-                               later.grad_object_hint})
-        __builtin_prefetch(hint);
-    }
-    Parameter& parameter = parameters_[i];
-    grads_[i] = nullptr;
-    const auto grad = py::reinterpret_steal<py::object>(get_grad(parameter.tensor.object.ptr()));
+    constexpr std::size_t ahead = 6;
+    if (i + ahead < parameters_.size()) __builtin_prefetch(params_[i + ahead].ptr());
+    const Parameter& parameter = parameters_[i];
+    PyObject* const param = params_[i].ptr();
+    auto grad = py::reinterpret_steal<py::object>(get_grad(param));
     if (!grad) throw py::error_already_set();
-    if (!parameter.known) {
-      if (!grad.is_none()) return py::none();
-      continue;
-    }
-    if (!unmoved(parameter)) return py::none();
     if (grad.is_none()) continue;
-    if (Py_TYPE(parameter.tensor.object.ptr()) != plain_type_) computed_grads_.push_back(grad);
+    if (!parameter.known || !same(param, parameter.param)) return py::none();
+    if (has_state && parameter.first_entry != parameter.end_entry) {
+      PyObject* const own = states_[i].ptr();
+      if (own == nullptr || !PyDict_Check(own)) return py::none();
+      for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e) {
+        PyObject* const value = PyDict_GetItemWithError(own, entries_[e].name.ptr());
+        if (value == nullptr || !same(value, entries_[e].tensor)) {
+          if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+          return py::none();
+        }
+        state_tensors_[e] = py::reinterpret_borrow<py::object>(value);
+      }
+    }
     void* address = nullptr;
     if (usable(grad.ptr(), parameter, address))
-      grads_[i] = address != nullptr ? address : empty_tensor;
+      grads_[i] = address != nullptr ? address : empty_tensor();
     else
       odd.append(i);
+    grad_objects_[i] = std::move(grad);
   }
+  states_.clear();
   return std::move(odd);
+}
+
+void Reader::release() {
+  // A tensor that goes may run Python code of its user's, which must not meet half-cleared lists.
+  auto params = std::exchange(params_, {});
+  auto grads = std::exchange(grad_objects_, {});
+  auto tensors = std::exchange(state_tensors_, {});
+  std::exchange(states_, {});
+  const std::size_t size = params.size();
+  params.clear();
+  grads.clear();
+  tensors.clear();
+  if (params_.empty() && size != 0) params_.swap(params);  // keeps the room
 }
 
 std::size_t Reader::present() const {
   return static_cast<std::size_t>(std::count_if(grads_.begin(), grads_.end(), [](void* g) { return g != nullptr; }));
+}
+
+py::list Reader::present_params() const {
+  py::list present;
+  for (std::size_t i = 0; i < params_.size(); ++i)
+    if (grads_[i] != nullptr) present.append(params_[i]);
+  return present;
+}
+
+py::tuple Reader::held(std::size_t index) const {
+  const Parameter& parameter = parameters_.at(index);
+  py::list held;
+  held.append(params_.at(index));
+  const bool has_grad = index < grad_objects_.size() && grad_objects_[index];
+  held.append(has_grad ? grad_objects_[index] : py::none());
+  for (std::size_t e = parameter.first_entry; e < parameter.end_entry && e < state_tensors_.size(); ++e)
+    held.append(state_tensors_[e] ? state_tensors_[e] : py::none());
+  return py::tuple(held);
 }
 
 }  // namespace signadam

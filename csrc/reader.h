@@ -1,91 +1,95 @@
-// Reads, once a step, what may have moved since the plan was made: parameters, state and gradients. In C++ because it
-// is the only work of a step that grows with the number of tensors.
+// Reads, once a step, what may have changed since the plan was made: parameters, their state and gradients. In C++
+// because it is the only work of a step that grows with the number of tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
-#include <memory>
 #include <vector>
 
-#include "dlpack.h"
+#include "torch_shim.h"
 
 namespace signadam {
 
 namespace py = pybind11;
 
-// A tensor as it was when the plan was made.
-struct Watched {
-  py::object object;
-  void* address;
-  dlpack::Device device;
-  dlpack::DataType dtype;
-};
+// The address of a tensor without elements: it takes part, and nothing is read there.
+void* empty_tensor();
 
+// Between two steps it owns no tensor: a step compares what groups and state hold now with what was noted when the plan
+// was made. From `read` to `release` it owns all that the step uses.
 class Reader {
  public:
-  // `api`: torch.Tensor.__dlpack_c_exchange_api__.
-  explicit Reader(const py::capsule& api);
+  explicit Reader(const TorchShim* torch);
 
-  // One per parameter, in the plan's order. `strides`: what a gradient must have to be read where it lies.
-  // `grad_dtype`: (code, bits) of DLPack, or None when the plan knows no gradient of this parameter. `state`: the
-  // parameter's state dict or None.
-  void watch(const py::object& param, std::size_t group, const py::tuple& strides, const py::object& grad_dtype,
-             const py::object& state);
+  // One per parameter, in the plan's order.
+  // `param`: the tensor, or None where the plan knows no gradient and no state of it.
+  // `grad_strides`: what a gradient must have to be read where it lies. `grad_like`: a tensor of its dtype.
+  // `state`: (name, tensor) of each state entry that a step uses.
+  // Throws std::invalid_argument for a tensor that torch does not describe.
+  void watch(std::size_t group, const py::object& param, const py::tuple& grad_strides, const py::object& grad_like,
+             const py::tuple& state);
 
   // Reads the addresses of all gradients. Returns the indices of those that cannot be used as they are. Returns None
-  // when the plan no longer holds: groups have other parameters, a watched tensor has moved, a gradient has appeared
-  // that the plan does not know. `state` is None when nobody else can have touched it; otherwise it is looked through.
-  py::object read(const py::list& param_groups, const py::object& state);
+  // when the plan no longer holds: groups have other parameters, a tensor that the step would use is another one, has
+  // moved, or has less memory than it needs, or a gradient has appeared that the plan does not know. `state`: the
+  // optimizer's; None while what the step uses is not in it yet. Parameters without a gradient are not looked at.
+  py::object read(const py::object& param_groups, const py::object& state);
 
   // Gives gradient `index` an address of the caller's (a copy with the right strides).
   void replace(std::size_t index, uintptr_t address) { grads_.at(index) = reinterpret_cast<void*>(address); }
 
-  // The step is done: what was kept alive for it may go.
-  void release() { computed_grads_.clear(); }
+  // The step is done, or will not be taken: nothing is owned any more.
+  void release();
 
   const std::vector<void*>& grads() const { return grads_; }
   std::size_t present() const;
+  // The parameters that have a gradient, from `read` to `release`.
+  py::list present_params() const;
+  // The parameter at `index`, its gradient (or None), and the state entries named to `watch`, from `read` to `release`;
+  // no state entries where `read` has not been given the state.
+  py::tuple held(std::size_t index) const;
 
  private:
-  struct StateItem {
-    py::object key, value;
-    std::vector<Watched> tensors;  // the value itself, if it is a tensor
+  // A tensor as it was when the plan was made.
+  struct Noted {
+    void* address;
+    int64_t dim, element_size, extent;  // bytes from the address to behind the last element
+    int32_t dtype, device_type, device_index;
+    std::size_t layout;  // index of its sizes, and then its strides, in layouts_
   };
-  struct Release {
-    void operator()(dlpack::ManagedTensor* owner) const { owner->deleter(owner); }
+  struct StateEntry {
+    py::object name;
+    Noted tensor;
   };
   struct Parameter {
-    Watched tensor;
-    // A second owner of torch's tensor. Where there is only the Python object, each look at the tensor from C++ makes
-    // torch take and drop that object, which costs as much as the look itself.
-    std::unique_ptr<dlpack::ManagedTensor, Release> owner;
-    std::vector<int64_t> layout;  // shape, strides, strides of a gradient that is read where it lies
     std::size_t group;
     bool known;
-    dlpack::DataType grad_dtype;
-    py::object state;
-    std::vector<StateItem> items;
-    // Where torch kept the shapes of parameter and gradient last time, and the gradient's object: what to fetch ahead.
-    const void *param_hint = nullptr, *grad_hint = nullptr, *grad_object_hint = nullptr;
+    Noted param;
+    std::size_t grad_layout;  // index of sizes and strides
+    int32_t grad_dtype;
+    int64_t grad_element_size;
+    std::size_t first_entry, end_entry;
   };
 
-  bool view(PyObject* object, dlpack::Tensor& out) const;
-  bool unmoved(const Watched& watched) const;
-  bool unmoved(Parameter& parameter) const;
-  bool same_parameters(const py::list& param_groups) const;
-  bool state_unmoved(const Parameter& parameter) const;
-  bool holds_states(const py::dict& state) const;
-  bool usable(PyObject* grad, Parameter& parameter, void*& address) const;
-  PyObject* get_grad(PyObject* param) const;
-  Watched make_watched(const py::object& tensor) const;
+  Noted note(const py::object& tensor);
+  bool same(PyObject* object, const Noted& noted) const;
+  bool usable(PyObject* grad, const Parameter& parameter, void*& address) const;
+  bool find_parameters(const py::object& param_groups);
+  bool find_states(PyObject* state);
+  PyObject* get_grad(PyObject* param);
 
-  const dlpack::ExchangeApi* api_;
-  PyTypeObject* plain_type_ = nullptr;  // objects of exactly this type have the getter below
-  PyGetSetDef* getter_ = nullptr;
+  const TorchShim* torch_;
+  PyGetSetDef* getter_ = nullptr;  // of Tensor.grad
+  PyObject* grad_descriptor_ = nullptr;
+  PyTypeObject* plain_type_ = nullptr;  // the last type met whose `grad` is that getter
   std::vector<Parameter> parameters_;
+  std::vector<StateEntry> entries_;
+  std::vector<int64_t> layouts_;
   std::vector<void*> grads_;
-  std::vector<py::object> computed_grads_;  // of subclasses that may make a gradient when asked, and keep none
-  bool step_watched_ = false;
+  // What is owned during a step, by parameter, and by state entry.
+  std::vector<py::object> params_, grad_objects_, state_tensors_;
+  std::vector<py::object> states_;    // while `read` runs
+  std::vector<std::size_t> slot_at_;  // by position in the optimizer's state, the parameter that was there last time
 };
 
 }  // namespace signadam

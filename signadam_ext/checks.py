@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -122,7 +123,8 @@ def parameter(label: str, param: Tensor) -> None:
 
 def gradient(label: str, grad: Tensor, param: Tensor) -> None:
     """Raises unless ``grad`` can be the gradient of ``param`` (dtypes may differ within float32, bfloat16, float16)."""
-    strided(f"the gradient of {label}", grad)
+    if not isinstance(grad, Tensor) or memory_fault(grad) is None or not is_computable(grad):
+        strided(f"the gradient of {label}", grad)
     if grad.dtype not in FORMATS:
         raise TypeError(f"the gradient of {label} has dtype {grad.dtype}: supported are float32, bfloat16 and float16")
     if grad.shape != param.shape:
@@ -140,10 +142,12 @@ def state_tensor(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device | None = None,
     content: str = "",
+    computable: bool = False,
 ) -> None:
     """Raises unless ``value`` is a tensor of that shape, of one of the dtypes, on the device (None: on any).
 
-    ``content`` says in the error what the tensor holds.
+    ``content`` says in the error what the tensor holds. ``computable`` allows one without memory of its own that torch
+    can copy.
     """
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     place = "" if device is None else f" on {device}"
@@ -154,7 +158,8 @@ def state_tensor(
         raise TypeError(f"{label} has dtype {value.dtype}: must be {expected}")
     if value.shape != torch.Size(shape) or (device is not None and value.device != device):
         raise ValueError(f"{label} has shape {tuple(value.shape)} on {value.device}: must be {expected}")
-    allocated(label, value)
+    if not (computable and is_computable(value)):
+        allocated(label, value)
 
 
 def moment(label: str, name: str, value: Any, param: Tensor, form: Form = FP32) -> None:
@@ -173,8 +178,9 @@ def variance(label: str, value: Any, param: Tensor) -> None:
             f"{label} has a gradient and no grad_variance: variance='minibatch' reads the variance of the mini-batch "
             "mean there; call signadam_ext.per_sample_variance(model, loss_fn, batch) before step()"
         )
-    strided(f"grad_variance of {label}", value)
-    state_tensor(f"grad_variance of {label}", value, param.shape, tuple(FORMATS), param.device)
+    if not isinstance(value, Tensor) or not is_computable(value):
+        strided(f"grad_variance of {label}", value)
+    state_tensor(f"grad_variance of {label}", value, param.shape, tuple(FORMATS), param.device, computable=True)
 
 
 def weights(label: str, value: str, dtype: torch.dtype) -> None:
@@ -222,13 +228,19 @@ def same_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
 
 
 def strided(label: str, tensor: Any) -> None:
-    """Raises unless ``tensor`` is one whose elements lie in memory."""
+    """Raises unless ``tensor`` is one whose elements lie in memory of its own.
+
+    Raises:
+        TypeError: no tensor, another layout, or a tensor whose elements are elsewhere or nowhere: a wrapper of other
+            tensors, fake, meta or of torch.func.
+        ValueError: a storage that has been freed or cut short under its tensor.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{label} is {tensor!r}: must be a tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{label} has layout {tensor.layout}: sign-based optimizers need a dense (strided) tensor")
     # A wrapper (DTensor, for one) has no storage of its own, so its address is not where its numbers are.
-    if hasattr(tensor, "__tensor_flatten__"):
+    if hasattr(tensor, "__tensor_flatten__") and not is_fake(tensor):
         raise TypeError(
             f"{label} is a {type(tensor).__name__}, a wrapper of other tensors: optimize the tensors it wraps"
         )
@@ -236,11 +248,69 @@ def strided(label: str, tensor: Any) -> None:
 
 
 def allocated(label: str, tensor: Tensor) -> None:
-    """Raises where a storage has been freed or cut short under its tensor, as sharding does between its uses."""
+    """Raises where a tensor has no memory of its own, or less than it needs, as sharding leaves it between its uses."""
+    fault = memory_fault(tensor)
+    if fault is not None:
+        kind, reason = fault
+        raise kind(f"{label} {reason}")
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no elements, which memory estimators compute with."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and isinstance(tensor, fake.FakeTensor)
+
+
+#: Memory below is never a process's own; an address there is an offset into a storage that was freed.
+_FIRST_PAGE = 4096
+
+
+def memory_fault(tensor: Tensor) -> tuple[type[Exception], str] | None:
+    """Why the elements of a strided tensor cannot be read at its address, as an error and its words, or None."""
+    nowhere = f"is a {type(tensor).__name__} on {tensor.device}, whose elements are not in memory of its own"
+    if tensor.layout != torch.strided:
+        return TypeError, f"has layout {tensor.layout}"
+    if tensor.numel() == 0:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return TypeError, f"{nowhere}, but torch.func's"
+    try:
+        nbytes = tensor.untyped_storage().nbytes()
+        address = tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return TypeError, nowhere
     reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
-    needed = (tensor.storage_offset() + reach) * tensor.element_size() if tensor.numel() else 0
-    if tensor.untyped_storage().nbytes() < needed:
-        raise ValueError(f"{label} needs a storage of {needed} bytes, and has {tensor.untyped_storage().nbytes()}")
+    offset = tensor.storage_offset() * tensor.element_size()
+    needed = offset + reach * tensor.element_size()
+    if nbytes < needed:
+        return ValueError, f"needs a storage of {needed} bytes, and has {nbytes}"
+    return (TypeError, nowhere) if address - offset < _FIRST_PAGE else None
+
+
+def is_computable(tensor: Tensor) -> bool:
+    """Whether torch may give elements to a tensor that has no memory of its own: it is zero, or computes itself."""
+    return tensor._is_zerotensor() or (
+        tensor.device.type != "meta"
+        and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        and not hasattr(tensor, "__tensor_flatten__")
+        and tensor.layout == torch.strided
+    )
+
+
+def made_real(label: str, tensor: Tensor, strides: Sequence[int] | None = None) -> Tensor:
+    """A copy in memory of what torch can compute with, in the given strides or the tensor's own.
+
+    Raises:
+        TypeError: torch has no elements of it to copy.
+    """
+    like = tensor.stride() if strides is None else strides
+    try:
+        copy = torch.empty_strided(tensor.shape, like, dtype=tensor.dtype, device=tensor.device)
+        copy.copy_(tensor)
+    except Exception as error:
+        raise TypeError(f"{label} is a {type(tensor).__name__}, and torch gives no elements of it") from error
+    allocated(label, copy)
+    return copy
 
 
 def overlaps(tensor: Tensor) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 from . import checks
 from .optimizer import SignOptimizer
 from .options import DEFAULTS
-from .plan import Item, Plan, State
+from .plan import Item, Plan
+from .state import Fitted
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ def step_lists(
         grads: their gradients; a parameter whose gradient is None is left alone.
         moments: by name, fp32 tensors of the parameters' shapes and strides.
         gates: 0-dim float64 on the parameters' devices, for a threshold that is not fixed.
-        state_steps: 0-dim fp32 on the CPU, steps taken so far; counted up.
+        state_steps: 0-dim float64 or fp32 on the CPU, steps taken so far; counted up. fp32 holds up to 2^24 of them.
         grad_variances: the variances of the gradients, for rules that read them.
         hyperparameters: the group's, each by name.
 
@@ -83,7 +84,7 @@ def step_lists(
         if rule.gate is not None:
             _check_scalar(f"{gate_list}[{i}]", gate, torch.float64, param.device)
         if "state_steps" in lists:
-            _check_scalar(f"state_steps[{i}]", step, torch.float32, torch.device("cpu"))
+            _check_step(f"state_steps[{i}]", step)
         items.append(
             Item(
                 label,
@@ -91,17 +92,15 @@ def step_lists(
                 0,
                 rule,
                 group["backend"],
-                takes_part=False,
-                check_state=lambda: None,
-                state=_given(State(own, None, gate, step)),
-                watched_state=lambda: None,
+                has_state=False,
+                fit=_given(Fitted(own, None, gate, step, {}, ())),
                 forms=rule.forms(group),
-                variance=_given(lists["grad_variances"][i] if "grad_variances" in lists else None),
+                variance=lists["grad_variances"][i] if "grad_variances" in lists else None,
             )
         )
-    plan = Plan(items, [group], grads)
+    plan = Plan(items, grads)
     plan.read([group], None)
-    plan.run()
+    plan.run([group])
 
 
 def _given(value: T) -> Callable[[], T]:
@@ -111,6 +110,18 @@ def _given(value: T) -> Callable[[], T]:
 def _check_scalar(label: str, value: Any, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() > 0 or value.device != device:
         raise TypeError(f"{label} is {value!r}: must be a 0-dim {str(dtype).removeprefix('torch.')} tensor on {device}")
+    if value.is_neg():
+        raise TypeError(f"{label} is the negative of what its memory holds (is_neg()): use a .resolve_neg() of it")
+    checks.allocated(label, value)
+
+
+def _check_step(label: str, value: Any) -> None:
+    """Raises unless ``value`` can be counted up in place."""
+    dtype = value.dtype if isinstance(value, Tensor) and value.dtype == torch.float32 else torch.float64
+    _check_scalar(label, value, dtype, torch.device("cpu"))
+    if value.dtype == torch.float32 and value.item() >= 1 << 24:
+        raise ValueError(f"{label} is {value.item():.0f}: fp32 counts to 2^24 only; use a float64 tensor")
+    checks.steps_taken(label, value)
 
 
 def _check_layout(label: str, name: str, moment: Tensor, param: Tensor) -> None:

@@ -6,10 +6,10 @@ import copy
 import inspect
 import os
 import warnings
+import weakref
 import zipfile
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -33,12 +33,11 @@ from .checkpoint import (
 )
 from .dtypes import FORMATS
 from .observed import Statistics, collect
-from .plan import Item, Plan, State
+from .plan import Item, Plan
 from .rule import Rule
+from .runtime import Runtime
+from .state import entry_names, fit
 from .storage import BESIDE, WEIGHTS, allocate, effective_weights, make_beside, restrided
-
-if TYPE_CHECKING:
-    from .release import GradientRelease
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -55,11 +54,7 @@ class SignOptimizer(Optimizer):
     #: Names of a group's hyperparameters beside those all optimizers share.
     HYPERPARAMETERS: tuple[str, ...] = ("lr",)
 
-    #: Where each parameter is: its group's index, and its own in the group.
-    _places: dict[int, tuple[int, int]]
-
-    #: Set while gradients are released. A copy or a pickle does not take it along.
-    _released: GradientRelease | None = None
+    _runtime: Runtime
 
     #: Defaults of what it shares with the others, see :class:`options.Common`.
     COMMON: ClassVar[dict[str, Any]] = options.DEFAULTS
@@ -77,11 +72,7 @@ class SignOptimizer(Optimizer):
         checks.unused_torch_option("foreach", defaults.pop("foreach"))
         checks.unused_torch_option("fused", defaults.pop("fused"), may_be_true=True)
         checks.unused_torch_option("differentiable", defaults.pop("differentiable"))
-        self._forget_plans()
-        self._observes = False
-        self._round = 0
-        self._state_is_out = False
-        self._has_warned = False
+        self._runtime = Runtime(weakref.ref(self))
         self._check_group(defaults)
         super().__init__(params, defaults)
 
@@ -126,9 +117,9 @@ class SignOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._warn_of_variance(group)
-        self._forget_plans()
-        if self._released is not None:
-            self._released.extend(group["params"])
+        self._runtime.forget_plans()
+        if self._runtime.released is not None:
+            self._runtime.released.extend(group["params"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -141,11 +132,17 @@ class SignOptimizer(Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            TypeError, ValueError: a parameter or gradient that cannot be served, before anything is written.
-            RuntimeError: a backend that cannot serve a parameter's device, before anything is written.
+            TypeError, ValueError: a parameter, gradient, state or hyperparameter that cannot be served, before anything
+                is written.
+            RuntimeError: a backend that cannot serve a parameter's device, or a step inside another one, before
+                anything is written.
+
+        Whatever else raises, a signal handler or a lack of memory, a step on the CPU and on the reference backend is
+        taken as a whole or not at all.
         """
-        if self._released is not None:
-            return self._released.step(closure)
+        released = self._runtime.released
+        if released is not None:
+            return released.step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -153,50 +150,49 @@ class SignOptimizer(Optimizer):
         self._step_all()
         return loss
 
+    @torch._disable_dynamo  # addresses are read, which a traced step has none of
     def _step_all(self) -> None:
         """The step of every parameter with a gradient."""
-        for group in self.param_groups:
-            self._fold_beta(group)
-        key = [self._plan_key_of(group) for group in self.param_groups]
-        plan = self._plan
-        state = self._own_state if self._state_is_out else None
-        if plan is None or key != self._plan_key or not plan.read(self.param_groups, state):
-            plan = self._make_plan(key)
-        plan.run()
-        self._round += 1
-        plan.round = self._round
+        runtime = self._runtime
+        runtime.lock.refuse_nested()
+        with runtime.lock.held:
+            for group in self.param_groups:
+                self._fold_beta(group)
+            groups = self.param_groups
+            key = [self._plan_key_of(group) for group in groups]
+            plan = runtime.plan
+            if plan is None or key != runtime.plan_key or not plan.read(self.param_groups, self.state):
+                # The old one lets go of what it has read before the new one takes it.
+                runtime.plan = None
+                plan = self._make_plan()
+            plan.run(groups, runtime.lock)
+            runtime.plan, runtime.plan_key = plan, key
+            runtime.round += 1
+            plan.round = runtime.round
 
-    @torch.no_grad()
     def _step_parameter(self, param: Tensor) -> bool:
-        """The step of one parameter, as if no other had a gradient; False where no group has it."""
-        place = self._places.get(id(param))
-        if place is None or not self._is_at(param, *place):
-            self._find_places()
-            place = self._places.get(id(param))
-            if place is None:
-                return False
-        index, i = place
+        """The step of one parameter, as if no other had a gradient; False where no group has it.
+
+        The caller holds the lock.
+        """
+        runtime = self._runtime
+        if self._parameter_of_id(id(param)) is not param:
+            return False
+        index, i = runtime.places[id(param)]
         group = self.param_groups[index]
         self._fold_beta(group)
-        number = i + sum(len(group["params"]) for group in self.param_groups[:index])
+        number = i + sum(len(other["params"]) for other in self.param_groups[:index])
         key = (self._plan_key_of(group), number)
         # To its plan the parameter is the only one of the only group, so that reading takes no look at the others.
         alone = [{**group, "params": [param]}]
-        state = None
-        if self._state_is_out:
-            state = {param: self._own_state[param]} if param in self._own_state else {}
-        plan, plan_key = self._plans_alone.get(id(param), (None, None))
-        if plan is None or key != plan_key or not plan.read(alone, state):
-            item = self._item(_label(group, index, i), param, group, 0, number)
-            with torch.inference_mode(False), torch.no_grad():
-                plan = Plan([item], alone, observes=self._observes)
-            if not plan.read(alone, None):
-                raise RuntimeError(
-                    "a gradient changed while the step was being planned; is another thread running backward?"
-                )
-            self._plans_alone[id(param)] = plan, key
-        plan.run()
-        plan.round = self._round
+        own = self.state.get(param)
+        plan, plan_key = runtime.plans_alone.get(id(param), (None, None))
+        if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
+            runtime.plans_alone.pop(id(param), None)
+            plan = self._plan_of([self._item(_label(group, index, i), param, group, 0, number)], alone)
+        plan.run(alone, runtime.lock)
+        runtime.plans_alone[id(param)] = plan, key
+        plan.round = runtime.round
         return True
 
     def observe(self, enabled: bool = True) -> None:
@@ -206,9 +202,10 @@ class SignOptimizer(Optimizer):
         enters a checkpoint, and a copy of the optimizer does not observe.
         """
         checks.flag("enabled", enabled)
-        if enabled != self._observes:
-            self._observes = enabled
-            self._forget_plans()
+        runtime = self._runtime
+        if enabled != runtime.observes:
+            runtime.observes = enabled
+            runtime.forget_plans()
 
     def statistics(self) -> Statistics:
         """What the last step did, tensor by tensor and in all. Nothing waits for the device before this is called.
@@ -216,86 +213,67 @@ class SignOptimizer(Optimizer):
         Raises:
             RuntimeError: nothing has been observed: :meth:`observe` was not called, or no step has been taken since.
         """
-        if not self._observes:
+        runtime = self._runtime
+        if not runtime.observes:
             raise RuntimeError("nothing is observed: call optimizer.observe() before the steps you want to look at")
-        known = (self._plan, *(plan for plan, _ in self._plans_alone.values()))
-        plans = [plan for plan in known if plan is not None and plan.round == self._round > 0]
+        known = (runtime.plan, *(plan for plan, _ in runtime.plans_alone.values()))
+        plans = [plan for plan in known if plan is not None and plan.round == runtime.round > 0]
         if not plans:
             raise RuntimeError("no step has been taken since optimizer.observe(), so there is nothing to tell")
         return collect(plans)
 
-    def _is_at(self, param: Tensor, index: int, i: int) -> bool:
-        params = self.param_groups[index]["params"] if index < len(self.param_groups) else []
-        return i < len(params) and params[i] is param
-
-    def _find_places(self) -> None:
-        self._places = {
-            id(param): (index, i)
-            for index, group in enumerate(self.param_groups)
-            for i, param in enumerate(group["params"])
-        }
-
-    def _forget_plans(self) -> None:
-        self._plan: Plan | None = None
-        self._plan_key: Any = None
-        self._plans_alone: dict[int, tuple[Plan, Any]] = {}  # by id of the parameter, which its plan keeps alive
-        self._places = {}
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """State of each parameter, as in torch.optim.
-
-        Whoever has it may replace or move what is in it, so from the first access on every step looks whether someone
-        did, which a training loop that never asks need not pay for.
-        """
-        self._state_is_out = True
-        return self._own_state
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.__dict__["state"] = value
-        self._forget_plans()
-
-    @property
-    def _own_state(self) -> defaultdict[Tensor, Any]:
-        # Under the name by which torch pickles and restores it.
-        return self.__dict__["state"]
+    def _parameter_of_id(self, key: int) -> Tensor | None:
+        """The parameter of that id, if a group has it."""
+        places = self._runtime.places
+        for attempt in range(2):
+            index, i = places.get(key, (0, -1))
+            params = self.param_groups[index]["params"] if index < len(self.param_groups) else ()
+            if 0 <= i < len(params) and id(params[i]) == key:
+                return cast(Tensor, params[i])
+            if attempt == 0:  # parameters may have moved
+                places = self._runtime.places = {
+                    id(param): (index, i)
+                    for index, group in enumerate(self.param_groups)
+                    for i, param in enumerate(group["params"])
+                }
+        return None
 
     def _plan_key_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What a plan depends on in a group, beside what is read anew each step."""
         return self._rule(group), group["backend"], group.get("state_dtype"), group["weights"], group["seed"]
 
-    @torch.no_grad()
-    def _make_plan(self, key: Any) -> Plan:
+    def _make_plan(self) -> Plan:
         items: list[Item] = []
         for index, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
                 items.append(self._item(_label(group, index, i), param, group, index, len(items)))
+        return self._plan_of(items, self.param_groups)
+
+    def _plan_of(self, items: list[Item], groups: Sequence[dict[str, Any]]) -> Plan:
+        """A plan that has read its first gradients."""
         # What is made for later steps must not be of one that runs in inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            plan = Plan(items, self.param_groups, observes=self._observes)
-        if not plan.read(self.param_groups, None):
+            plan = Plan(items, state=self.state, observes=self._runtime.observes)
+        if not plan.read(groups, self.state):
             raise RuntimeError(
                 "gradients changed while the step was being planned; is another thread running backward?"
             )
-        self._plan, self._plan_key = plan, key
         return plan
 
     def _item(self, label: str, param: Tensor, group: dict[str, Any], index: int, number: int) -> Item:
-        rule = self._rule(group)
         layout = self._layout(label, param, group)
+        own = self.state.get(param)
         return Item(
             label,
             param,
             index,
-            rule,
+            self._rule(group),
             group["backend"],
-            takes_part=bool(self._own_state.get(param)) and param.dtype in FORMATS,
-            check_state=lambda: _check_state(layout, self._own_state.get(param, {})),
-            state=lambda: self._state_of(layout),
-            watched_state=lambda: self._own_state[param],
+            has_state=bool(own),
+            fit=lambda: fit(layout, {} if own is None else own, group["seed"], number),
             forms=tuple(layout.moments.values()),
-            variance=lambda: getattr(param, "grad_variance", None),
+            own_state=own,
+            state_names=entry_names(layout),
             weights=group["weights"],
             seed=group["seed"],
             number=number,
@@ -314,7 +292,7 @@ class SignOptimizer(Optimizer):
     def _state_of(self, layout: Layout) -> State:
         """State of a parameter, made where it is missing: ``step``, moments, low bits or master, gate."""
         param = layout.param
-        state = self._own_state[param]
+        state = self.state[param]
         step = state.get("step", 0.0)
         if not isinstance(step, Tensor) or step.device.type != "cpu" or step.dtype != torch.float32 or step.dim() != 0:
             step = torch.full((), float(step), dtype=torch.float32)  # torch.tensor gives it autograd's data as well
@@ -351,8 +329,8 @@ class SignOptimizer(Optimizer):
         rule = self._rule(group)
         form = rule.forms(group)[0] if rule.moments else None
         limit = None if form is None or form.levels is None else VARIANCE_LIMIT.get(form.levels)
-        if limit is not None and group["betas"][0] > limit and not self._has_warned:
-            self._has_warned = True
+        if limit is not None and group["betas"][0] > limit and not self._runtime.has_warned:
+            self._runtime.has_warned = True
             assert form is not None
             warnings.warn(
                 f"{form.kind} momentum with beta = {group['betas'][0]}: the longer a momentum remembers, the more "
@@ -424,7 +402,7 @@ class SignOptimizer(Optimizer):
         with writer(path) as archive:
             write_head(archive, {"param_groups": groups})
             for number, layout in self._layouts():
-                if state := self._own_state.get(layout.param):
+                if state := self.state.get(layout.param):
                     write_entries(archive, number, ((name, export_entry(layout, state, name)) for name in state))
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
@@ -490,12 +468,12 @@ class SignOptimizer(Optimizer):
         seeds = [group["seed"] for group in self.param_groups for _ in group["params"]]
         changes: dict[str, None] = {}
         for own_number, (number, layout) in enumerate(_paired(saved_groups, self._layouts())):
-            self._own_state.pop(layout.param, None)
+            self.state.pop(layout.param, None)
             if saved := entries(number):
                 state, changed = adopt(layout, saved, seeds[own_number], own_number)
                 changes.update(dict.fromkeys(changed))
-                self._own_state[layout.param] = state
-        self._forget_plans()
+                self.state[layout.param] = state
+        self._runtime.forget_plans()
         return list(changes)
 
     def _complete_groups(self) -> None:
@@ -532,12 +510,12 @@ class SignOptimizer(Optimizer):
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy may share its state with the original.
-        self._state_is_out = self.__dict__.get("_state_is_out", True)
         super().__setstate__(state)
-        self._observes, self._round = False, 0
-        self._forget_plans()
-        self._has_warned = True
+        runtime = self.__dict__.get("_runtime")
+        if runtime is None:
+            self._runtime = Runtime(weakref.ref(self), has_warned=True)
+        else:
+            runtime.forget_plans()
         self._complete_groups()
 
 

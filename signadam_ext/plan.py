@@ -1,12 +1,13 @@
 """From lists of tensors to launches: checked once, cached, and brought up to date with each step.
 
-A plan holds every parameter of an optimizer, cut into buckets that share a launch: same device, same rule. Building it
-looks at each tensor; a step only compares addresses and reads gradients.
+A plan holds what there is to know of every parameter of an optimizer, cut into buckets that share a launch: same device,
+same rule. Building it looks at each tensor; a step compares, and reads gradients. Between two steps a plan owns no tensor
+of its user's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,26 +21,14 @@ from .dtypes import FORMATS
 from .observed import COLUMNS
 from .reader import ListReader, make_reader
 from .rule import Group, Rule
+from .state import Fitted
+from .step_lock import StepLock
 from .storage import WEIGHTS, Form, effective_weights
 
 _C = load()
 
-
-@dataclass(slots=True)
-class State:
-    """What a parameter's step reads and writes beside the parameter, as stored.
-
-    Attributes:
-        moments: in the forms of its item.
-        beside: low bits or master copy of the parameter, with its strides, or None.
-        gate: 0-dim float64 on the parameter's device, what the threshold is made of, or None.
-        step: 0-dim fp32 on the CPU, the number of steps taken; None where nobody counts.
-    """
-
-    moments: tuple[Tensor, ...]
-    beside: Tensor | None = None
-    gate: Tensor | None = None
-    step: Tensor | None = None
+#: Stands for a tensor between two steps.
+_NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 @dataclass(slots=True)
@@ -48,17 +37,24 @@ class Entry:
 
     Attributes:
         slot: index of the parameter in the plan, and of its gradient in the reader.
-        param: the parameter itself.
+        param: the parameter itself, during a step.
         work: what kernels update: ``param``, or a dense copy when its elements do not fill a run of memory.
         grad_dtype: dtype of its gradient.
-        forms, moments: how the moments are stored, and the stored tensors.
-        weights, beside: how the parameter is stored, and what lies beside it.
+        forms, moments: how the moments are stored, and the stored tensors, during a step.
+        weights, beside: how the parameter is stored, and what lies beside it, during a step, or None.
         variance: of the gradient, with the strides of ``work``, for a rule that reads it: ``param.grad_variance``, or a
             buffer into which every step copies it; None where it has not been asked for yet.
-        gate, step: as in :class:`State`.
+        gate: 0-dim float64 on the parameter's device, what the threshold is made of, during a step, or None.
+        step: 0-dim float64 on the CPU, the number of steps taken, during a step; fp32 in the functional forms; None
+            where nobody counts.
         group: index of its parameter group.
         seed, number, first: what its random bits are made of: the seed, the number under which ``state_dict()`` lists
             the parameter, and the index of the first element in the unsharded tensor.
+        image: where the reference computes parameters that share memory, during a step: the place of ``param`` in a
+            copy of its storage; None for others.
+        numel, strides: of ``work``.
+        is_dense: whether ``work`` is the parameter itself.
+        variance_address: of ``variance``, or None where it is a buffer of the plan's.
     """
 
     slot: int
@@ -76,6 +72,16 @@ class Entry:
     seed: int
     number: int
     first: int
+    image: Tensor | None = None
+    numel: int = field(init=False)
+    strides: tuple[int, ...] = field(init=False)
+    is_dense: bool = field(init=False)
+    variance_address: int | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.numel = self.work.numel()
+        self.strides = self.work.stride()
+        self.is_dense = self.work is self.param
 
     def operands(self) -> list[Tensor | None]:
         """What kernels call ``m``, ``v`` and ``x``."""
@@ -84,12 +90,45 @@ class Entry:
             found[2] = self.variance
         return found
 
+    def bind(self, param: Tensor, _: object, *state: Tensor) -> None:
+        """Takes the tensors of a step, as a reader holds them."""
+        self.param = param
+        if self.is_dense:
+            self.work = param
+        rest = list(state)
+        self.moments = tuple(rest[: len(self.forms)])
+        del rest[: len(self.forms)]
+        if self.beside is not None:
+            self.beside = rest.pop(0)
+        if self.gate is not None:
+            self.gate = rest.pop(0)
+        if self.step is not None:
+            self.step = rest.pop(0)
+
+    def unbind(self) -> None:
+        """Lets the tensors of a step go. What is None stays None."""
+        self.param = _NONE
+        if self.is_dense:
+            self.work = _NONE
+        self.moments = (_NONE,) * len(self.moments)
+        self.image = None
+        if self.beside is not None:
+            self.beside = _NONE
+        if self.gate is not None:
+            self.gate = _NONE
+        if self.step is not None:
+            self.step = _NONE
+        if self.variance_address is not None:
+            self.variance = _NONE
+
 
 @dataclass(slots=True)
 class Bucket:
-    """Entries of one launch, with their table in C++; ``gappy`` are those whose ``work`` is a copy.
+    """Entries of one launch, with their table in C++.
 
-    ``observed``, where it is wanted, holds a row of :data:`signadam_ext.observed.COLUMNS` for each chunk.
+    Attributes:
+        gappy: those whose ``work`` is a copy.
+        observed: where it is wanted, a row of :data:`signadam_ext.observed.COLUMNS` for each chunk.
     """
 
     rule: Rule
@@ -101,7 +140,7 @@ class Bucket:
     observed: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.gappy = [entry for entry in self.entries if entry.work.data_ptr() != entry.param.data_ptr()]
+        self.gappy = [entry for entry in self.entries if not entry.is_dense]
         self.table = _C.Table(rows_by_step=self.rule.uses_step)
         for entry in self.entries:
             addresses = [0 if x is None else x.data_ptr() for x in entry.operands()]
@@ -114,7 +153,8 @@ class Bucket:
                 third=addresses[2],
                 gate=0 if entry.gate is None else entry.gate.data_ptr(),
                 step=0 if entry.step is None else entry.step.data_ptr(),
-                numel=entry.work.numel(),
+                step_is_double=entry.step is None or entry.step.dtype == torch.float64,
+                numel=entry.numel,
                 first=entry.first,
                 param_format=FORMATS[entry.work.dtype],
                 grad_format=FORMATS[entry.grad_dtype],
@@ -135,14 +175,23 @@ class Bucket:
     def observations(self) -> tuple[Tensor, ...]:
         return () if self.observed is None else (self.observed,)
 
+    def present_gappy(self) -> list[Entry]:
+        """Those of ``gappy`` that take part in the step that the table has begun."""
+        if not self.gappy:
+            return []
+        return [e for e, present in zip(self.entries, self.table.grads(), strict=True) if present and not e.is_dense]
+
 
 @dataclass(slots=True)
 class Item:
-    """A parameter as it is handed to a plan.
+    """A parameter as it is handed to a plan. The rest is as in :class:`Entry`.
 
-    Only where it takes part ``check_state`` is called, which raises on state that does not fit, and then, when all
-    parameters have passed, ``state``, which makes what is missing. ``variance`` gives what a rule that reads it finds
-    beside the gradient. The rest is as in :class:`Entry`.
+    Attributes:
+        has_state: whether it may take part without a gradient, so that a gradient which comes and goes needs no new
+            plan.
+        fit: what a step uses of its state. Raises on state that does not fit; writes nothing.
+        own_state: its state in the optimizer, or None.
+        state_names: of the entries of ``fit``, as the state holds them.
     """
 
     label: str
@@ -150,16 +199,27 @@ class Item:
     group: int
     rule: Rule
     backend: str
-    takes_part: bool
-    check_state: Callable[[], None]
-    state: Callable[[], State]
-    watched_state: Callable[[], dict[str, Any] | None]
+    has_state: bool
+    fit: Callable[[], Fitted]
     forms: tuple[Form, ...]
-    variance: Callable[[], Any] = lambda: None
+    own_state: Mapping[str, Any] | None = None
+    state_names: tuple[str, ...] = ()
+    variance: Tensor | None = None
     weights: str = "as_is"
     seed: int = 0
     number: int = 0
     first: int = 0
+
+
+@dataclass(slots=True)
+class _Chosen:
+    """An item that takes part: what was found of it before anything is prepared."""
+
+    slot: int
+    item: Item
+    grad: Tensor | None
+    fitted: Fitted
+    backend: backends.Backend
 
 
 class Plan:
@@ -167,8 +227,8 @@ class Plan:
 
     Args:
         items: every parameter, in order.
-        groups: the parameter groups, read anew each step.
         grads: gradients beside the parameters, for the functional forms; None reads ``param.grad``.
+        state: the optimizer's, into which the first step puts what it lacks.
         observes: whether steps gather what ``optimizer.statistics()`` tells.
 
     Raises:
@@ -177,218 +237,313 @@ class Plan:
 
     __slots__ = (
         "__weakref__",
+        "_bound",
         "_copies",
-        "_given",
+        "_given_variances",
         "_grad_dtypes",
-        "_has_checks",
+        "_is_first",
+        "_pending",
         "_reader",
+        "_sharing",
         "_strides",
         "_variances",
-        "_versioned",
         "entries",
-        "groups",
         "labels",
         "launches",
-        "params",
         "round",
     )
 
     def __init__(
         self,
         items: Sequence[Item],
-        groups: Sequence[Group],
         grads: Sequence[Tensor | None] | None = None,
+        state: Any = None,
         observes: bool = False,
     ):
-        self.groups = groups
         self.round = 0  # the number of the optimizer's step that this plan has last taken
         self.labels = [item.label for item in items]
-        self.params = [item.param for item in items]
-        self._given = grads
         self._copies: dict[int, Tensor] = {}
-        chosen: list[backends.Backend | None] = []
-        for slot, item in enumerate(items):
-            grad = self._raw_grad(slot)
-            if grad is not None:
-                checks.gradient(item.label, grad, item.param)
-            if not (item.takes_part or grad is not None):
-                chosen.append(None)
-                continue
-            checks.parameter(item.label, item.param)
-            item.check_state()
-            if item.rule.reads_variance and grad is not None:
-                checks.variance(item.label, item.variance(), item.param)
-            confidence = item.rule.confidence
-            wanted = item.backend
-            if confidence is not None:
-                wanted = backend_for(confidence, item.backend)
-                if (reason := backends.get(wanted).unusable(item.param.device)) is not None:
-                    raise RuntimeError(
-                        f"confidence={name_of(confidence)} needs backend={wanted!r}, which cannot serve {item.label} "
-                        f"on {item.param.device}: {reason}; a Python function of torch operations runs everywhere"
-                    )
-            chosen.append(backends.choose(wanted, item.param.device, item.label))
+        self._is_first = True
+        self._given_variances = None if grads is None else [item.variance for item in items]
+        if grads is None:
+            self._reader: Any = make_reader()
+            grads = [item.param.grad for item in items]
+        else:
+            self._reader = ListReader([item.param for item in items], grads)
+        chosen = [found for slot, item in enumerate(items) if (found := _choose(slot, item, grads[slot])) is not None]
+        levels = overlap_levels([found.item.param for found in chosen])
+        _let_one_backend_serve_shared_memory(chosen)
 
-        self.entries: list[Entry] = []
-        self._variances: list[tuple[Item, Entry, int | None]] = []  # None: a buffer of ours
+        self._pending = [
+            (state, found.item.param, found.item.own_state, found.fitted.changes, found.fitted.removed)
+            for found in chosen
+            if found.fitted.changes or found.fitted.removed
+        ]
         self._strides: list[tuple[int, ...]] = [()] * len(items)
         self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
-        waves = _waves([None if backend is None else item.param for item, backend in zip(items, chosen, strict=True)])
+        self._variances: list[Entry] = []
+        self.entries: list[Entry] = []
         buckets: dict[tuple[Any, ...], list[Entry]] = {}
-        for slot, (item, backend) in enumerate(zip(items, chosen, strict=True)):
-            if backend is None:
-                continue
-            grad = self._raw_grad(slot)
-            dense = checks.is_dense(item.param)
-            work = item.param if dense else torch.empty_like(item.param)
-            state = item.state()
-            entry = Entry(
-                slot,
-                item.param,
-                work,
-                item.param.dtype if grad is None else grad.dtype,
-                item.forms,
-                state.moments,
-                effective_weights(item.weights, item.param.dtype),
-                state.beside,
-                _variance(item, work, grad is not None) if item.rule.reads_variance else None,
-                state.gate,
-                # Should someone swap the tensor's data, the table's address stays valid.
-                None if state.step is None else state.step.detach(),
-                item.group,
-                item.seed,
-                item.number,
-                item.first,
-            )
-            if item.rule.reads_variance:
-                given = item.variance()
-                is_given = given is not None and entry.variance is given
-                self._variances.append((item, entry, given.data_ptr() if is_given else None))
-            self._strides[slot] = work.stride()
-            self._grad_dtypes[slot] = entry.grad_dtype
+        for found, level in zip(chosen, levels, strict=True):
+            entry, backend = _entry(found), found.backend
             self.entries.append(entry)
-            formats = (work.dtype, entry.grad_dtype, entry.forms, entry.weights) if backend.splits_formats else None
-            key = (backend, item.param.device, item.rule, waves[slot], formats)
+            self._strides[found.slot] = entry.strides
+            self._grad_dtypes[found.slot] = entry.grad_dtype
+            if found.item.rule.reads_variance:
+                self._variances.append(entry)
+            formats = (entry.work.dtype, entry.grad_dtype, entry.forms, entry.weights)
+            key = (backend, entry.param.device, found.item.rule, level, formats if backend.splits_formats else None)
             buckets.setdefault(key, []).append(entry)
-
+        self._sharing: list[Entry] = []  # those that the reference computes in a copy of their storage
+        if any(levels):
+            for (backend, *_), own in buckets.items():
+                self._sharing += own if backend.name == "reference" else []
         ordered = sorted(buckets.items(), key=lambda keyed: keyed[0][3])
-        self.launches = []
+        self.launches: list[tuple[Bucket, backends.Launch]] = []
+        self._bound: list[Entry] = []  # those whose tensors a step asks for
         for (backend, device, rule, *_), entries in ordered:
             bucket = Bucket(rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
-        self._has_checks = any(isinstance(launch, backends.CheckedLaunch) for _, launch in self.launches)
-        self._versioned = [entry.param for entry in self.entries if not entry.param.is_inference()]
-        self._reader = make_reader() if grads is None else ListReader(grads)
+            self._bound += entries if backend.name == "reference" else bucket.gappy
+        self._watch(items, chosen)
+
+    def _watch(self, items: Sequence[Item], chosen: list[_Chosen]) -> None:
+        watched = {found.slot: found for found in chosen}
         for slot, item in enumerate(items):
+            found = watched.get(slot)
+            if found is None:
+                self._reader.watch(item.group, None, (), torch.float32, ())
+                continue
+            fitted = found.fitted
+            tensors = [*fitted.moments, *(x for x in (fitted.beside, fitted.gate, fitted.step) if x is not None)]
+            entries = zip(item.state_names, tensors, strict=True) if item.state_names else ()
             dtype = self._grad_dtypes[slot]
-            watched = item.watched_state() if dtype is not None else None
-            self._reader.watch(item.param, item.group, self._strides[slot], dtype, watched)
+            assert dtype is not None
+            self._reader.watch(item.group, item.param, self._strides[slot], dtype, tuple(entries))
 
     def grad(self, slot: int) -> Tensor:
         """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""
         found = self._copies.get(slot)
         if found is None:
-            found = self._raw_grad(slot)
+            found = self._reader.held(slot)[1]
         assert found is not None
         return found
 
-    def read(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
+    def read(self, param_groups: Sequence[Group], state: Any) -> bool:
         """Reads this step's gradients; False when the plan no longer holds and a new one must be made.
 
         Args:
             param_groups: as the optimizer holds them now.
-            state: the optimizer's, to be looked through for what has moved; None when nobody else can have touched it.
+            state: the optimizer's, to be compared with what the plan knows. A plan that has taken no step does not look
+                at it.
         """
         self._copies.clear()
-        self.groups = param_groups
-        odd = self._reader.read(param_groups, state)
+        odd = self._reader.read(param_groups, None if self._is_first else state)
         return odd is not None and (not odd or self._adopt(odd)) and (not self._variances or self._read_variances())
 
     @torch.no_grad()
     def _read_variances(self) -> bool:
         """Brings the variances of this step's gradients where kernels read them; False where one has moved."""
         gradients = self._reader.addresses()
-        present = [found for found in self._variances if gradients[found[1].slot]]
-        for item, entry, address in present:
-            given = item.variance()
-            checks.variance(item.label, given, item.param)
+        given: list[tuple[Entry, Tensor]] = []
+        for entry in self._variances:
+            if gradients[entry.slot]:
+                param = self._reader.held(entry.slot)[0]
+                variance = self._variance(entry.slot, param)
+                checks.variance(self.labels[entry.slot], variance, param)
+                assert variance is not None
+                given.append((entry, variance))
+        for entry, variance in given:
             if entry.variance is None:
                 return False
-            if address is not None and not (_is_readable(given, entry.work) and given.data_ptr() == address):
+            address = entry.variance_address
+            if address is not None and not (_is_readable(variance, entry.strides) and variance.data_ptr() == address):
                 return False
-        for item, entry, address in present:
-            if address is None:
-                assert entry.variance is not None
-                entry.variance.copy_(item.variance())
+        for entry, variance in given:
+            assert entry.variance is not None
+            if entry.variance_address is None:
+                entry.variance.copy_(checks.made_real(f"grad_variance of {self.labels[entry.slot]}", variance))
+            else:
+                entry.variance = variance
         return True
+
+    def _variance(self, slot: int, param: Tensor) -> Any:
+        if self._given_variances is not None:
+            return self._given_variances[slot]
+        return getattr(param, "grad_variance", None)
 
     @torch.no_grad()
     def _adopt(self, odd: list[int]) -> bool:
         """Makes gradients usable that cannot be read where they lie; False where only a new plan will do."""
         for slot in odd:
-            grad = self._raw_grad(slot)
-            assert grad is not None
-            checks.gradient(self.labels[slot], grad, self.params[slot])
+            param, grad = self._reader.held(slot)[:2]
+            label = f"the gradient of {self.labels[slot]}"
+            checks.gradient(self.labels[slot], grad, param)
             if grad.dtype != self._grad_dtypes[slot]:
                 return False
-            if grad.is_neg() or not checks.same_strides(grad, self._strides[slot]):
-                copy = torch.empty_strided(grad.shape, self._strides[slot], dtype=grad.dtype, device=grad.device)
-                self._copies[slot] = grad = copy.copy_(grad)
+            strides = self._strides[slot]
+            if checks.memory_fault(grad) is not None or grad.is_neg() or not checks.same_strides(grad, strides):
+                self._copies[slot] = grad = checks.made_real(label, grad, strides)
             self._reader.replace(slot, grad.data_ptr() or 1)  # without elements it has no address, but takes part
         return True
 
-    def run(self) -> None:
-        """Takes the step whose gradients :meth:`read` has found."""
+    @torch.no_grad()
+    def run(self, groups: Sequence[Group], lock: StepLock | None = None) -> None:
+        """Takes the step whose gradients :meth:`read` has found, as a whole or not at all.
+
+        On a GPU there is a window: between the launch and the commit of counts and versions, which follows it at once,
+        an exception from a signal handler finds parameters of after the step and counts of before it.
+
+        Args:
+            groups: the parameter groups, in plain numbers.
+            lock: of the optimizer, to be told while functions of its user run.
+        """
+        try:
+            self._run(groups, lock)
+        finally:
+            self.release()
+
+    def _run(self, groups: Sequence[Group], lock: StepLock | None) -> None:
         self.round = 0  # until it is taken
-        source = self._reader.source
         prepared = []
         for bucket, launch in self.launches:
-            rows = [_row(bucket.rule, self.groups[group], t) for group, t in bucket.table.begin(source)]
-            if rows:
+            if rows := self._rows(bucket, groups):
                 prepared.append((bucket, launch, rows))
-        if self._has_checks:
-            for _, launch, rows in prepared:
-                if isinstance(launch, backends.CheckedLaunch):
-                    launch.check(rows)
+        self._bind()
+        operations: list[Any] = []
         for bucket, launch, rows in prepared:
-            # Around each launch by itself: a parameter may share memory with one of an earlier launch.
-            gappy = self._present(bucket.gappy)
-            for entry in gappy:
-                entry.work.copy_(entry.param.detach())
-            launch(rows)
-            bucket.table.commit()
-            for entry in gappy:
-                entry.param.detach().copy_(entry.work)
-        # Raw writes go unnoticed by autograd until the version counters say so.
-        torch.autograd.graph.increment_version(self._written())
-        self._reader.release()
+            if isinstance(launch, backends.HostLaunch):
+                if bucket.rule.confidence is None or lock is None:
+                    operations += launch.operations(rows)
+                else:
+                    with lock.runs_user_code():
+                        operations += launch.operations(rows)
+        for bucket, launch, rows in prepared:
+            if not isinstance(launch, backends.HostLaunch):
+                # Around each launch by itself: a parameter may share memory with one of an earlier launch.
+                gappy = bucket.present_gappy()
+                for entry in gappy:
+                    entry.work.copy_(entry.param.detach())
+                launch(rows)
+                for entry in gappy:
+                    entry.param.detach().copy_(entry.work)
+        tables = [bucket.table for bucket, _, _ in prepared]
+        backends.commit(operations, tables, self._pending, self._reader.present_params())
+        self._pending = []
+        self._is_first = False
+
+    def _rows(self, bucket: Bucket, groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """Begins a bucket's step: a row of scalars for each group and step count that take part.
+
+        Raises:
+            ValueError: a step count that no training reaches.
+        """
+        try:
+            begun = bucket.table.begin(self._reader.source)
+        except ValueError as error:
+            slot, count = error.args
+            raise ValueError(
+                f"state 'step' of {self.labels[slot]} is {count!r}: must be the number of steps taken, a whole number "
+                "in [0, 2^53), or in [0, 2^24) where it is kept in fp32"
+            ) from None
+        return [_row(bucket.rule, groups[group], t) for group, t in begun]
+
+    def _bind(self) -> None:
+        """Gives the entries that need tensors those of this step."""
+        if not self._bound:
+            return
+        present = self._reader.addresses()
+        bound = [entry for entry in self._bound if present[entry.slot]]
+        if not self._is_first:
+            for entry in bound:
+                entry.bind(*self._reader.held(entry.slot))
+        _give_images([entry for entry in self._sharing if present[entry.slot]])
+
+    def release(self) -> None:
+        """Lets go of all tensors of the user's; also where a step is not taken."""
         self._copies.clear()
-
-    def _present(self, entries: list[Entry]) -> list[Entry]:
-        if not entries:
-            return entries
-        gradients = self._reader.addresses()
-        return [entry for entry in entries if gradients[entry.slot]]
-
-    def _written(self) -> list[Tensor]:
-        if self._reader.present() == len(self.entries):
-            return self._versioned
-        return [entry.param for entry in self._present(self.entries) if not entry.param.is_inference()]
-
-    def _raw_grad(self, slot: int) -> Tensor | None:
-        return self.params[slot].grad if self._given is None else self._given[slot]
+        for entry in self._bound if not self._variances and not self._is_first else self.entries:
+            entry.unbind()
+        self._reader.release()
 
 
-def _variance(item: Item, work: Tensor, present: bool) -> Tensor | None:
-    """What kernels read the variance of the gradient from."""
-    if not present:
+def _choose(slot: int, item: Item, grad: Tensor | None) -> _Chosen | None:
+    """What is found of a parameter, if it takes part.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: it has a gradient, and cannot be served.
+    """
+    if grad is not None:
+        checks.gradient(item.label, grad, item.param)
+        checks.parameter(item.label, item.param)
+        fitted = item.fit()
+        if item.rule.reads_variance:
+            variance = item.variance if item.variance is not None else getattr(item.param, "grad_variance", None)
+            checks.variance(item.label, variance, item.param)
+        return _Chosen(slot, item, grad, fitted, _backend(item))
+    if not item.has_state:
         return None
-    given = item.variance()
-    return given if _is_readable(given, work) else torch.empty_like(work, dtype=torch.float32)
+    try:
+        checks.parameter(item.label, item.param)
+        fitted = item.fit()
+        backend = _backend(item)
+    except (TypeError, ValueError, RuntimeError):
+        # Offloaded perhaps. Without a gradient that is nobody's business.
+        return None
+    return None if fitted.changes or fitted.removed else _Chosen(slot, item, None, fitted, backend)
 
 
-def _is_readable(variance: Tensor, work: Tensor) -> bool:
-    return variance.dtype == torch.float32 and checks.same_strides(variance, work.stride()) and not variance.is_neg()
+def _backend(item: Item) -> backends.Backend:
+    confidence = item.rule.confidence
+    wanted = item.backend
+    if confidence is not None:
+        wanted = backend_for(confidence, item.backend)
+        if (reason := backends.get(wanted).unusable(item.param.device)) is not None:
+            raise RuntimeError(
+                f"confidence={name_of(confidence)} needs backend={wanted!r}, which cannot serve {item.label} "
+                f"on {item.param.device}: {reason}; a Python function of torch operations runs everywhere"
+            )
+    return backends.choose(wanted, item.param.device, item.label)
+
+
+def _entry(found: _Chosen) -> Entry:
+    item, grad, fitted, param = found.item, found.grad, found.fitted, found.item.param
+    work = param if checks.is_dense(param) else torch.empty_like(param, requires_grad=False)
+    entry = Entry(
+        found.slot,
+        param,
+        work,
+        param.dtype if grad is None else grad.dtype,
+        item.forms,
+        fitted.moments,
+        effective_weights(item.weights, param.dtype),
+        fitted.beside,
+        None,
+        fitted.gate,
+        fitted.step,
+        item.group,
+        item.seed,
+        item.number,
+        item.first,
+    )
+    if item.rule.reads_variance and grad is not None:
+        given = item.variance if item.variance is not None else getattr(param, "grad_variance", None)
+        assert given is not None
+        if _is_readable(given, entry.strides):
+            entry.variance, entry.variance_address = given, given.data_ptr()
+        else:
+            entry.variance = torch.empty_like(work, dtype=torch.float32, requires_grad=False)
+    return entry
+
+
+def _is_readable(variance: Tensor, strides: Sequence[int]) -> bool:
+    """Whether kernels can read a variance where it lies."""
+    return (
+        variance.dtype == torch.float32
+        and checks.same_strides(variance, strides)
+        and checks.memory_fault(variance) is None
+        and not variance.is_neg()
+    )
 
 
 def _row(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
@@ -396,26 +551,56 @@ def _row(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
     return tuple(scalars.get(name, 0.0) for name in _C.SCALARS)
 
 
-def _waves(params: Sequence[Tensor | None]) -> list[int]:
-    """Parameters that share memory must not be updated by one launch: each goes to the one after the last it meets."""
-    spans = []
+def _give_images(entries: Sequence[Entry]) -> None:
+    """Copies the storages that parameters share, for the reference to compute in."""
+    copies: dict[int, Any] = {}
+    for entry in entries:
+        storage = entry.param.untyped_storage()
+        copy = copies.get(storage.data_ptr())
+        if copy is None:
+            copy = copies[storage.data_ptr()] = storage.clone()
+        param = entry.param.detach()
+        entry.image = torch.empty(0, dtype=param.dtype, device=param.device).set_(
+            copy, param.storage_offset(), param.shape, param.stride()
+        )
+
+
+def _let_one_backend_serve_shared_memory(chosen: list[_Chosen]) -> None:
+    """Where backends take turns on the same memory, the reference takes all of it: it can prepare a step as a whole."""
+    for run in _overlapping([found.item.param for found in chosen]):
+        if len({id(chosen[i].backend) for _, _, i in run}) > 1:
+            for _, _, i in run:
+                confidence = chosen[i].item.rule.confidence
+                if confidence is None or backend_for(confidence, "auto") == "reference":
+                    chosen[i].backend = backends.get("reference")
+
+
+_Span = tuple[int, int, int]
+
+
+def _overlapping(params: Sequence[Tensor | None]) -> list[list[_Span]]:
+    """Runs of memory that spans of several parameters cover together, each (begin, end, index)."""
+    spans: list[_Span] = []
     for i, param in enumerate(params):
         if param is not None and param.numel() > 0:
             last = sum(stride * (size - 1) for stride, size in zip(param.stride(), param.shape, strict=True))
             spans.append((param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size(), i))
-    # Runs of memory that spans cover together; nearly always each covers one of its own.
-    runs: list[list[tuple[int, int, int]]] = []
+    runs: list[list[_Span]] = []
     run_end = 0
     for span in sorted(spans):
         if span[0] >= run_end:
             runs.append([])
         runs[-1].append(span)
         run_end = max(run_end, span[1])
+    return [run for run in runs if len(run) > 1]
 
-    waves = [0] * len(params)
-    for run in runs:
-        met: list[tuple[int, int, int]] = []
+
+def overlap_levels(params: Sequence[Tensor | None]) -> list[int]:
+    """Parameters that share memory must not be updated by one launch: each goes to the one after the last it meets."""
+    levels = [0] * len(params)
+    for run in _overlapping(params):
+        met: list[_Span] = []
         for begin, end, i in sorted(run, key=lambda span: span[2]):
-            waves[i] = 1 + max((waves[k] for b, e, k in met if b < end and begin < e), default=-1)
+            levels[i] = 1 + max((levels[k] for b, e, k in met if b < end and begin < e), default=-1)
             met.append((begin, end, i))
-    return waves
+    return levels

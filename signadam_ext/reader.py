@@ -1,53 +1,109 @@
-"""Reads what may have moved since a plan was made. In C++ where torch offers DLPack's C interface, otherwise here."""
+"""Reads what may have changed since a plan was made: in C++ through torch's C shim, otherwise here, as strictly.
+
+A reader owns tensors from ``read`` to ``release`` only. Between two steps it knows addresses and layouts, which it
+compares with those of whatever the groups and the state hold then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from . import checks
 from ._extension import load
-from .dtypes import DLPACK_TYPES
 
 _C = load()
 
+StateEntries = Sequence[tuple[str, Tensor]]
 
-class CompiledReader:
-    """A thin wrapper of the C++ reader, which takes dtypes by DLPack's numbers."""
 
-    __slots__ = ("source",)
+class Reader(Protocol):
+    """What a plan asks of its reader. Parameters are numbered by ``slot``, in the plan's order."""
 
-    def __init__(self, api: object) -> None:
-        self.source = _C.Reader(api)
-
-    def read(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> list[int] | None:
-        odd: list[int] | None = self.source.read(param_groups, state)
-        return odd
-
-    def replace(self, slot: int, address: int) -> None:
-        self.source.replace(slot, address)
-
-    def present(self) -> int:
-        return int(self.source.present())
-
-    def release(self) -> None:
-        self.source.release()
-
-    def addresses(self) -> list[int]:
-        return list(self.source.addresses())
+    @property
+    def source(self) -> Any:
+        """What a table takes gradient addresses from."""
 
     def watch(
         self,
-        param: Tensor,
         group: int,
-        strides: Sequence[int],
-        grad_dtype: torch.dtype | None,
-        state: dict[str, Any] | None,
+        param: Tensor | None,
+        grad_strides: Sequence[int],
+        grad_dtype: torch.dtype,
+        state: StateEntries,
     ) -> None:
-        code = None if grad_dtype is None else DLPACK_TYPES[grad_dtype]
-        self.source.watch(param, group, tuple(strides), code, state)
+        """Notes a parameter; None where the plan knows no gradient and no state of it."""
+
+    def read(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any] | None) -> list[int] | None:
+        """Slots of gradients that cannot be read where they lie; None where the plan no longer holds.
+
+        ``state`` is the optimizer's, or None while what the step uses is not in it yet.
+        """
+
+    def replace(self, slot: int, address: int) -> None:
+        """Gives a gradient another address, of a copy that can be read."""
+
+    def present(self) -> int:
+        """How many parameters have a gradient this step."""
+
+    def present_params(self) -> list[Tensor]:
+        """Those parameters."""
+
+    def held(self, slot: int) -> tuple[Any, ...]:
+        """The parameter, its gradient or None, and the state entries watched, while a step is under way."""
+
+    def addresses(self) -> list[int]:
+        """Of the gradients, 0 where there is none."""
+
+    def release(self) -> None:
+        """The step is over: nothing is owned any more."""
+
+
+@functools.cache
+def _sample(dtype: torch.dtype) -> Tensor:
+    return torch.empty(1, dtype=dtype, device="cpu")
+
+
+class CompiledReader:
+    """The C++ reader, which takes dtypes by example."""
+
+    __slots__ = (
+        "addresses",
+        "held",
+        "present",
+        "present_params",
+        "read",
+        "release",
+        "replace",
+        "source",
+    )
+
+    def __init__(self, shim: Any) -> None:
+        source = _C.Reader(shim)
+        self.source = source
+        self.read = source.read
+        self.replace = source.replace
+        self.present = source.present
+        self.present_params = source.present_params
+        self.held = source.held
+        self.addresses = source.addresses
+        self.release = source.release
+
+    def watch(
+        self,
+        group: int,
+        param: Tensor | None,
+        grad_strides: Sequence[int],
+        grad_dtype: torch.dtype,
+        state: StateEntries,
+    ) -> None:
+        self.source.watch(group, param, tuple(grad_strides), _sample(grad_dtype), tuple(state))
 
 
 class Addresses:
@@ -60,26 +116,22 @@ class Addresses:
         self._grads[slot] = address
 
     def present(self) -> int:
-        """How many parameters have a gradient this step."""
         return sum(address != 0 for address in self._grads)
-
-    def release(self) -> None:
-        """The step is done: what was kept alive for it may go."""
 
     def addresses(self) -> list[int]:
         return self._grads
 
     @property
     def source(self) -> list[int]:
-        """What a table takes gradient addresses from."""
         return self._grads
 
 
 class ListReader(Addresses):
-    """Gradients handed over in a list, for one step: nothing is known of them, and nothing watched."""
+    """Tensors handed over in lists, for one step: nothing is known of them, and nothing watched."""
 
-    def __init__(self, grads: Sequence[Tensor | None]) -> None:
+    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         self._grads = [0] * len(grads)
+        self._params = params
         self._given = grads
 
     def watch(self, *_: object) -> None:
@@ -88,48 +140,66 @@ class ListReader(Addresses):
     def read(self, *_: object) -> list[int]:
         return [slot for slot, grad in enumerate(self._given) if grad is not None]
 
+    def present_params(self) -> list[Tensor]:
+        return [param for param, address in zip(self._params, self._grads, strict=True) if address]
+
+    def held(self, slot: int) -> tuple[Any, ...]:
+        return self._params[slot], self._given[slot]
+
+    def release(self) -> None:
+        pass
+
 
 class PythonReader(Addresses):
-    """The same as the compiled reader, for a torch without that interface (before 2.10)."""
+    """The same as the compiled reader, for a torch in which the shim is not found."""
 
     def __init__(self) -> None:
         super().__init__()
         self._watched: list[tuple[Any, ...]] = []
-        self._kept: list[Tensor] = []  # a subclass may make a gradient when asked, and keep none
+        self._held: dict[int, tuple[Any, ...]] = {}
 
     def watch(
         self,
-        param: Tensor,
         group: int,
-        strides: Sequence[int],
-        grad_dtype: torch.dtype | None,
-        state: dict[str, Any] | None,
+        param: Tensor | None,
+        grad_strides: Sequence[int],
+        grad_dtype: torch.dtype,
+        state: StateEntries,
     ) -> None:
-        place = None if grad_dtype is None else _place(param)
-        items = (
-            None if state is None else [(k, v, _place(v) if isinstance(v, Tensor) else None) for k, v in state.items()]
-        )
-        self._watched.append((param, group, place, tuple(strides), grad_dtype, state, items))
+        place = None if param is None else _place(param)
+        entries = [(name, _place(value)) for name, value in state]
+        self._watched.append((group, place, tuple(grad_strides), grad_dtype, entries))
         self._grads.append(0)
 
-    def read(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> list[int] | None:
-        if not self._unmoved(param_groups, state):
+    def read(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any] | None) -> list[int] | None:
+        self.release()
+        self._grads = [0] * len(self._watched)
+        params = [(param, i) for i, group in enumerate(param_groups) for param in group["params"]]
+        if [i for _, i in params] != [group for group, *_ in self._watched]:
             return None
         odd = []
-        for slot, (param, _, place, strides, dtype, _, _) in enumerate(self._watched):
+        for slot, ((param, _), (_, place, strides, dtype, entries)) in enumerate(
+            zip(params, self._watched, strict=True)
+        ):
             grad = param.grad
-            self._grads[slot] = 0
             if grad is None:
                 continue
-            self._kept.append(grad)
-            if place is None:
+            if place is None or _place(param) != place:
                 return None
+            held = [param, grad]
+            if state is not None:
+                own = state.get(param, {})
+                for name, noted in entries:
+                    if not isinstance(own.get(name), Tensor) or _place(own[name]) != noted:
+                        return None
+                    held.append(own[name])
+            self._held[slot] = tuple(held)
             if (
-                grad.layout == torch.strided
+                checks.memory_fault(grad) is None
                 and grad.dtype == dtype
-                and grad.stride() == strides
                 and grad.shape == param.shape
                 and grad.device == param.device
+                and checks.same_strides(grad, strides)
                 and not grad.is_neg()
             ):
                 self._grads[slot] = grad.data_ptr() or 1
@@ -137,41 +207,42 @@ class PythonReader(Addresses):
                 odd.append(slot)
         return odd
 
+    def present_params(self) -> list[Tensor]:
+        return [held[0] for slot, held in self._held.items() if self._grads[slot]]
+
+    def held(self, slot: int) -> tuple[Any, ...]:
+        return self._held[slot]
+
     def release(self) -> None:
-        self._kept.clear()
-
-    def _unmoved(self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any] | None) -> bool:
-        params = [(param, i) for i, group in enumerate(param_groups) for param in group["params"]]
-        if len(params) != len(self._watched):
-            return False
-        for (param, group), (watched, was_in, place, _, _, held, items) in zip(params, self._watched, strict=True):
-            if param is not watched or group != was_in:
-                return False
-            if place is None:
-                continue
-            if _place(param) != place:
-                return False
-            if state is not None and held is not None and not (state.get(param) is held and _same_items(held, items)):
-                return False
-        return True
+        self._held = {}
 
 
-def make_reader() -> CompiledReader | PythonReader:
+@functools.cache
+def _shim() -> Any | None:
+    """torch's C shim, or None where this torch does not have what is needed of it."""
+    name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    path = os.path.join(os.path.dirname(torch.__file__), "lib", name)
+    samples = [_sample(torch.float32), torch.nn.Parameter(_sample(torch.float32))]
+    try:
+        return _C.TorchShim(path, torch._C.TensorBase, samples)
+    except RuntimeError:
+        return None
+
+
+def make_reader() -> Reader:
     """The fastest reader this torch allows."""
-    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    return PythonReader() if api is None else CompiledReader(api)
+    shim = _shim()
+    return PythonReader() if shim is None else CompiledReader(shim)
+
+
+def kind() -> str:
+    """What ``python -m signadam_ext`` says of the reader."""
+    return "Python (torch's C shim was not found)" if _shim() is None else "C++ (torch's C shim)"
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...] | None:
-    if tensor.layout != torch.strided:
+    """Where a tensor lies and how; None where it has not the memory that it needs."""
+    if checks.memory_fault(tensor) is not None:
         return None
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _same_items(state: Any, items: list[tuple[str, Any, Any]] | None) -> bool:
-    if items is None or len(state) != len(items):
-        return False
-    return all(
-        key == k and value is v and (place is None or _place(value) == place)
-        for (key, value), (k, v, place) in zip(state.items(), items, strict=True)
-    )
+    strides = [1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, strides

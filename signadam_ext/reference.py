@@ -188,8 +188,8 @@ def update(
     moments: Moments,
     gate: Tensor | None,
     confident: Tensor | None = None,
-) -> tuple[Tensor, Moments, Tensor]:
-    """One step of one tensor: the new ``p`` and moments, and the threshold in force; in place on ``gate``.
+) -> tuple[Tensor, Moments, Tensor, Tensor | None]:
+    """One step of one tensor: the new ``p`` and moments, the threshold in force, and what the next one is made of.
 
     Args:
         rule: one of the functions above.
@@ -203,14 +203,14 @@ def update(
     """
     s = {name: torch.full((), value, dtype=torch.float32, device=p.device) for name, value in scalars.items()}
     if statistics == "ONLY" and gate is not None:
-        gate.copy_(next_gate(gate, g, torch.zeros((), device=p.device), scalars))
-    alpha = s.get("alpha", torch.zeros((), device=p.device))
+        gate = next_gate(gate, g, torch.zeros((), dtype=torch.float32, device=p.device), scalars)
+    alpha = s.get("alpha", torch.zeros((), dtype=torch.float32, device=p.device))
     if gate is not None:
         alpha = (scalars["alpha"] * gate).float()
     p, moments = rule(s, alpha, p * s["decay"], g if confident is None else confident, moments)
     if statistics == "GATHER" and gate is not None:
-        gate.copy_(next_gate(gate, g, alpha, scalars))
-    return p, moments, alpha
+        gate = next_gate(gate, g, alpha, scalars)
+    return p, moments, alpha, gate
 
 
 def passes(g: Tensor, alpha: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
@@ -22,7 +21,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
 from .optimizer import SignOptimizer, _label
-from .plan import _waves
+from .plan import overlap_levels
 
 
 def release_gradients(
@@ -116,14 +115,16 @@ def release_gradients(
         )
     if grad_scaler is not None and grad_scaler.is_enabled():
         raise ValueError(f"grad_scaler={type(grad_scaler).__name__}: {_NO_SCALER}")
-    if optimizer._released is not None:
+    # A trainer may have wrapped it in an object that poses as its class.
+    optimizer = optimizer._runtime.owner() or optimizer
+    if optimizer._runtime.released is not None:
         raise RuntimeError("this optimizer's gradients are released already: call remove() of that release first")
     params = _parameters_of(model_or_params)
     if isinstance(model_or_params, nn.Module):
         for name, module in model_or_params.named_modules():
             _refuse_wrapper(name, module)
     release = GradientRelease(optimizer, params, accumulation_steps)
-    optimizer._released = release
+    optimizer._runtime.released = release
     return release
 
 
@@ -139,14 +140,15 @@ class _Slot:
     """What is remembered of a released parameter.
 
     Attributes:
-        param: the parameter.
+        implementation: where torch keeps what the tensor is. ``torch.utils.swap_tensors`` gives a parameter another one,
+            which has none of its hooks.
         window: number of the window (from one ``step()`` to the next) in which it was last updated.
         task: number of the backward that last brought a gradient.
         nested: whether that backward ran inside another one.
         backwards: how many gradients have been summed up.
     """
 
-    param: weakref.ref[Tensor]
+    implementation: int
     window: int = -1
     task: int = -1
     nested: bool = False
@@ -166,7 +168,6 @@ class GradientRelease:
         self._optimizer = weakref.ref(optimizer)
         self._slots: dict[int, _Slot] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._lock = threading.Lock()  # autograd has a thread for each device
         self._removed = False
         self._window = 0
         self._task = -1
@@ -191,7 +192,7 @@ class GradientRelease:
                 )
             if getattr(param, "_is_flat_param", False):
                 raise RuntimeError(f"{_name(optimizer, param)} is a flat parameter: {_NO_FSDP}")
-        if any(_waves([param if param.requires_grad else None for param in own])):
+        if any(overlap_levels([param if param.requires_grad else None for param in own])):
             raise ValueError(
                 "parameters of the optimizer share memory: in backward they would be updated in another order than by "
                 "step(), and one before the other's gradient is complete"
@@ -219,7 +220,7 @@ class GradientRelease:
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        optimizer._released = None
+        optimizer._runtime.released = None
         if self._scaling is None:
             del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
         else:
@@ -249,14 +250,16 @@ class GradientRelease:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        left = [param for param in _own_parameters(optimizer) if param.grad is not None]
+        own = _own_parameters(optimizer)
+        self._renew_hooks(own)
+        left = [param for param in own if param.grad is not None]
         if left:
-            released = [slot for slot in map(self._slot, left) if slot is not None]
             if self.accumulation_steps == 1:
-                for slot in released:
-                    if slot.window == self._window:
+                for param in left:
+                    slot = self._slot(param)
+                    if slot is not None and slot.window == self._window:
                         raise RuntimeError(
-                            f"{_name(optimizer, slot.param())} was updated in backward and has got another gradient "
+                            f"{_name(optimizer, param)} was updated in backward and has got another gradient "
                             "since: by hand, by a backward that was refused, or by DistributedDataParallel, which "
                             "cannot be used while gradients are released. optimizer.zero_grad() drops that gradient"
                         )
@@ -278,7 +281,7 @@ class GradientRelease:
         frozen = not param.requires_grad
         if frozen and (not param.is_floating_point() or param.is_inference()):
             return  # it can never require a gradient
-        slot = self._slots[id(param)] = _Slot(weakref.ref(param))
+        slot = self._slots[id(param)] = _Slot(param._cdata)
         # Hooks can be registered only where a gradient is required, and stay when it no longer is.
         if frozen:
             param.requires_grad_(True)
@@ -286,7 +289,7 @@ class GradientRelease:
             _drop_dead_hooks(param)
             self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self, slot)))
             if self.accumulation_steps > 1:
-                self._handles.append(param.register_hook(_before_accumulation(slot)))
+                self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
         finally:
             if frozen:
                 param.requires_grad_(False)
@@ -297,8 +300,34 @@ class GradientRelease:
         self._handles.clear()
 
     def _slot(self, param: Tensor) -> _Slot | None:
+        """What is remembered of a parameter, if it is released. Its hook shows that it is no other one of the same id."""
         slot = self._slots.get(id(param))
-        return slot if slot is not None and slot.param() is param else None
+        hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+        return slot if any(isinstance(hook, _Hook) and hook.slot is slot for hook in hooks.values()) else None
+
+    def _renew_hooks(self, params: Iterable[Tensor]) -> None:
+        """Gives parameters that were swapped their hooks back: they are called for what the other tensor has become."""
+        for param in params:
+            slot = self._slots.get(id(param))
+            if slot is None or slot.implementation == param._cdata or self._slot(param) is None:
+                continue
+            slot.implementation = param._cdata
+            param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+            if self.accumulation_steps > 1:
+                self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
+
+    def _before_accumulation(self, key: int, slot: _Slot) -> Callable[[Tensor], None]:
+        """A hook that begins the sum of gradients anew where the last one was dropped."""
+        release = weakref.ref(self)  # whatever a tensor's hooks hold on to for good, lives for good
+
+        def hook(_: Tensor) -> None:
+            this = release()
+            optimizer = None if this is None else this._optimizer()
+            param = None if optimizer is None else optimizer._parameter_of_id(key)
+            if param is not None and param.grad is None:
+                slot.backwards = 0
+
+        return hook
 
     def _gradient_complete(self, optimizer: SignOptimizer, slot: _Slot, param: Tensor) -> None:
         """Called by autograd when it has added to ``param.grad`` all that this backward has for it."""
@@ -307,10 +336,12 @@ class GradientRelease:
                 f"{_name(optimizer, param)} has lost its gradient to another hook: was it released for two optimizers?"
             )
         task = torch._C._current_graph_task_id()  # -1 where a compiled backward calls
-        with self._lock:
+        lock = optimizer._runtime.lock  # autograd has a thread for each device
+        lock.refuse_nested()
+        with lock.held:
             if task != self._task or task == -1:
                 self._begin(optimizer, task)
-            self._check_accumulation(optimizer, slot, task)
+            self._check_accumulation(optimizer, slot, param, task)
             slot.task, slot.nested = task, self._nested
             slot.backwards += 1
             if slot.backwards < self.accumulation_steps:
@@ -327,16 +358,17 @@ class GradientRelease:
         """Once for each backward, or each turn in a nested one."""
         self._nested = _inside_custom_backward()
         if not self._searched and _processes_may_exist():
-            self._refuse_ddp([param for param in (slot.param() for slot in self._slots.values()) if param is not None])
+            self._refuse_ddp([param for param in _own_parameters(optimizer) if self._slot(param) is not None])
             self._searched = True
         # A loop that never calls step() must have nothing left for it to do.
-        optimizer._round += 1
+        optimizer._runtime.round += 1
+        self._renew_hooks(_own_parameters(optimizer))
         self._others = not self._step_called and any(
             param.requires_grad and self._slot(param) is None for param in _own_parameters(optimizer)
         )
         self._task = task
 
-    def _check_accumulation(self, optimizer: SignOptimizer, slot: _Slot, task: int) -> None:
+    def _check_accumulation(self, optimizer: SignOptimizer, slot: _Slot, param: Tensor, task: int) -> None:
         """Raises where this gradient is another part of one that has been applied, before anything is written."""
         why = None
         if slot.task == task != -1:
@@ -365,7 +397,7 @@ class GradientRelease:
                 if not self._step_called:
                     why += ", which updates the parameters that are not released"
         if why is not None:
-            raise RuntimeError(f"{_name(optimizer, slot.param())} got {why}")
+            raise RuntimeError(f"{_name(optimizer, param)} got {why}")
 
     def _refuse_ddp(self, params: list[Tensor]) -> None:
         """Raises if a DistributedDataParallel has these parameters, which do not show it themselves."""
@@ -395,7 +427,7 @@ class _Hook:
 
     def __init__(self, release: GradientRelease, slot: _Slot) -> None:
         self._release = weakref.ref(release)
-        self._slot = slot
+        self.slot = slot
 
     def optimizer(self) -> SignOptimizer | None:
         release = self._release()
@@ -404,7 +436,7 @@ class _Hook:
     def __call__(self, param: Tensor) -> None:
         release, optimizer = self._release(), self.optimizer()
         if release is not None and optimizer is not None:
-            release._gradient_complete(optimizer, self._slot, param)
+            release._gradient_complete(optimizer, self.slot, param)
             return
         warnings.warn(
             "the optimizer for which gradients were released no longer exists, so parameters are not updated: keep the "
@@ -419,15 +451,6 @@ def _drop_dead_hooks(param: Tensor) -> None:
     hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.optimizer() is None]:
         del hooks[key]
-
-
-def _before_accumulation(slot: _Slot) -> Callable[[Tensor], None]:
-    def hook(_: Tensor) -> None:
-        param = slot.param()
-        if param is not None and param.grad is None:
-            slot.backwards = 0
-
-    return hook
 
 
 def _parameters_of(what: Any) -> list[Tensor]:

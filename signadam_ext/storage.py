@@ -134,26 +134,40 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
     return a.view(torch.int16) == b.view(torch.int16)
 
 
+def stored_param(
+    weights: str, p: Tensor, r: Tensor | None, dtype: torch.dtype, beside: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """The fp32 result ``p`` as it is stored: the parameter, and what lies beside it, as new tensors.
+
+    Args:
+        weights: as :func:`effective_weights` gives it.
+        p: fp32.
+        r: 16 random bits for each element, where ``weights`` rounds stochastically.
+        dtype, beside: dtypes of the two; None where nothing lies beside the parameter.
+    """
+    if weights in ("as_is", "master"):
+        return p.to(dtype), None if beside is None else p
+    if weights == "stochastic":
+        assert r is not None
+        return narrow_stochastic(p, r, dtype), None
+    kept = bits(p)
+    if weights == "split8":
+        assert r is not None
+        kept = kept + (r >> 8) >> 8
+    width = 8 if weights == "split8" else 16
+    high = kept + (1 << width - 1) >> width
+    low = kept - (high << width)
+    param = _halves(torch.where(p.isnan(), 0x7FC0, high & 0xFFFF)).view(torch.bfloat16)
+    return param, torch.where(p.isnan(), 0, low).to(beside)
+
+
 def store_param(weights: str, p: Tensor, r: Tensor | None, param: Tensor, beside: Tensor | None) -> None:
     """Writes the fp32 result ``p`` into ``param`` and what lies beside it."""
-    if weights in ("as_is", "master"):
-        param.copy_(p)
-        if beside is not None:
-            beside.copy_(p)
-    elif weights == "stochastic":
-        assert r is not None
-        param.copy_(narrow_stochastic(p, r, param.dtype))
-    else:
-        assert beside is not None
-        kept = bits(p)
-        if weights == "split8":
-            assert r is not None
-            kept = kept + (r >> 8) >> 8
-        width = 8 if weights == "split8" else 16
-        high = kept + (1 << width - 1) >> width
-        low = kept - (high << width)
-        param.copy_(_halves(torch.where(p.isnan(), 0x7FC0, high & 0xFFFF)).view(torch.bfloat16))
-        beside.copy_(torch.where(p.isnan(), 0, low))
+    new, new_beside = stored_param(weights, p, r, param.dtype, None if beside is None else beside.dtype)
+    param.copy_(new)
+    if beside is not None:
+        assert new_beside is not None
+        beside.copy_(new_beside)
 
 
 def allocate(form: Form, param: Tensor) -> Tensor:

@@ -68,12 +68,11 @@ uint32_t tensor_of(const TensorEntry* begin, const TensorEntry* end, uint32_t ch
   return static_cast<uint32_t>(std::upper_bound(begin, end, chunk, after) - begin) - 1;
 }
 
-void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s) {
+void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s, Sums* lanes) {
   Sums* const sums = table.sums + tensor.first_chunk;
   for (int64_t count = chunks_of(tensor.numel); count > 1; count = chunks_of(count)) {
     for (int64_t k = 0; k < chunks_of(count); ++k) {
       const int64_t left = count - k * chunk_size;
-      std::vector<Sums> lanes(lane_count);
       for (int64_t lane = 0; lane < lane_count; ++lane)
         lanes[lane] = lane_of_sums(sums + k * chunk_size, left < chunk_size ? left : chunk_size, lane);
       for (int64_t h = lane_count / 2; h >= 1; h /= 2)
@@ -113,7 +112,7 @@ std::vector<uint32_t> make_units(const TableView& table, uint32_t tensors, uint3
 }
 
 void run(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t tensors, const Step& step,
-         const std::vector<uint32_t>& units, int threads) {
+         const std::vector<uint32_t>& units, int threads, Sums* lanes) {
   const Kernels& isa = kernels();
   const auto for_chunks = [&](auto&& body) {
     parallel_for(static_cast<int64_t>(units.size()) - 1, threads, [&](int64_t unit) {
@@ -133,7 +132,7 @@ void run(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t
     parallel_for(1, 1, [&](int64_t) {
       for (uint32_t i = 0; i < tensors; ++i)
         if (step.grads[i] != nullptr && table.tensors[i].numel > 0)
-          finish_statistics(table, table.tensors[i], step.scalars[step.rows[i]]);
+          finish_statistics(table, table.tensors[i], step.scalars[step.rows[i]], lanes);
     });
   };
 

@@ -8,27 +8,55 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from .._extension import load
 
 if TYPE_CHECKING:
     from ..plan import Bucket
 
+_C = load()
+
 Row = tuple[float, ...]
-#: Updates a bucket whose table has begun a step, given one row of scalars per row of the table.
-Launch = Callable[[Sequence[Row]], None]
+#: Updates a bucket on a device whose table has begun a step, given one row of scalars per row of the table.
+DeviceLaunch = Callable[[Sequence[Row]], None]
 
 
-@runtime_checkable
-class CheckedLaunch(Protocol):
-    """A launch that can find only at a step, before anything is written, that it cannot be made."""
+class HostLaunch:
+    """A launch whose writes are operations of one commit, so that a step is taken as a whole or not at all."""
 
-    def check(self, rows: Sequence[Row]) -> None: ...
-    def __call__(self, rows: Sequence[Row]) -> None: ...
+    def operations(self, rows: Sequence[Row]) -> list[Any]:
+        """What :func:`commit` is to do for a bucket whose table has begun a step. Nothing has been written before."""
+        raise NotImplementedError
+
+    def __call__(self, rows: Sequence[Row]) -> None:
+        commit(self.operations(rows))
+
+
+Launch = DeviceLaunch | HostLaunch
+
+
+def commit(
+    operations: list[Any],
+    tables: Sequence[Any] = (),
+    states: Sequence[tuple[Any, ...]] = (),
+    params: Sequence[Tensor] = (),
+) -> None:
+    """Writes a step, all of it in one call into C++, in which no signal handler runs.
+
+    Args:
+        operations: of :class:`HostLaunch`, in order: CPU launches, and builtin functions of torch with arguments.
+        tables: those whose tensors count the step.
+        states: (optimizer's state, parameter, its state or None, entries to put in, names to take out).
+        params: the parameters that were written.
+    """
+    # Modes and subclasses would run Python code between two of the writes.
+    guards = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()]
+    _C.commit(operations, list(tables), list(states), list(params), torch._C._increment_version, guards)
 
 
 class Backend(Protocol):

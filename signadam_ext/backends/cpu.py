@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._extension import load
+from . import HostLaunch
 
 if TYPE_CHECKING:
     from ..plan import Bucket
-    from . import Launch, Row
+    from . import Row
 
 _C = load()
 
@@ -24,13 +25,19 @@ class CpuBackend:
     def unusable(self, device: torch.device | None) -> str | None:
         return None if device is None or device.type == "cpu" else "it serves CPU tensors only"
 
-    def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
-        rule = _C.RULES.index(bucket.rule.name)
-        statistics = getattr(_C.Statistics, bucket.rule.statistics)
-        table = bucket.table
-        observed = 0 if bucket.observed is None else bucket.observed.data_ptr()
+    def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> CpuBucketLaunch:
+        return CpuBucketLaunch(bucket)
 
-        def launch(rows: Sequence[Row]) -> None:
-            table.run_cpu(rule, statistics, rows, torch.get_num_threads(), observed)
 
-        return launch
+class CpuBucketLaunch(HostLaunch):
+    """The launch of a bucket, as one operation of a commit."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self._rule = _C.RULES.index(bucket.rule.name)
+        self._statistics = getattr(_C.Statistics, bucket.rule.statistics)
+        self._table = bucket.table
+        self._observed = 0 if bucket.observed is None else bucket.observed.data_ptr()
+
+    def operations(self, rows: Sequence[Row]) -> list[Any]:
+        threads = torch.get_num_threads()
+        return [self._table.cpu_launch(self._rule, self._statistics, rows, threads, self._observed)]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import reference, storage
 from .._extension import load
-from ..confidence import check_result
+from ..confidence import Confidence, check_result
 from ..random_bits import MOMENT_BITS, random_bits
 from ..storage import flat
+from . import HostLaunch
 
 if TYPE_CHECKING:
     from ..plan import Bucket, Entry
     from ..rule import Rule
-    from . import Launch, Row
+    from . import Row
 
 _C = load()
 
@@ -29,79 +30,51 @@ class ReferenceBackend:
     def unusable(self, device: torch.device | None) -> str | None:
         return None
 
-    def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
+    def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> ReferenceLaunch:
         return ReferenceLaunch(bucket, grad)
 
 
-class ReferenceLaunch:
-    """The launch of a bucket: its tensors one after another."""
+class ReferenceLaunch(HostLaunch):
+    """The launch of a bucket: new tensors are computed one after another, and copied by one operation."""
 
     def __init__(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> None:
         self.bucket = bucket
         self.grad = grad
-        self._confident: dict[int, Tensor] = {}  # by slot, what a confidence function made of this step's gradients
 
     @torch.no_grad()
-    def check(self, rows: Sequence[Row]) -> None:
-        """Runs a confidence function, and raises before anything is written where its results cannot be used."""
-        confidence = self.bucket.rule.confidence
-        if confidence is None:
-            return
-        self._confident.clear()
-        for entry, scalars in self._present(rows):
-            # A copy where kernels update one is not up to date before the launch.
-            param = flat(torch.empty_like(entry.param).copy_(entry.param))
-            g = reference.effective_gradient(scalars, _param(entry, param), flat(self.grad(entry.slot)).float())
-            alpha = torch.full((), scalars["alpha"], dtype=torch.float32, device=g.device)
-            c = confidence(g.clone(), alpha)  # which may work in place
-            check_result(confidence, g, c)
-            self._confident[entry.slot] = c
-
-    @torch.no_grad()
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def operations(self, rows: Sequence[Row]) -> list[Any]:
+        targets: list[Tensor] = []
+        results: list[Tensor] = []
         first_chunk = 0
-        present = {entry.slot: scalars for entry, scalars in self._present(rows)}
-        for entry in self.bucket.entries:
-            if entry.slot in present:
-                observed = None if self.bucket.observed is None else self.bucket.observed[first_chunk]
-                confident = self._confident.pop(entry.slot, None)
-                _update(self.bucket.rule, present[entry.slot], entry, self.grad(entry.slot), confident, observed)
-            first_chunk += -(-entry.work.numel() // _C.CHUNK_SIZE)
-
-    def _present(self, rows: Sequence[Row]) -> list[tuple[Entry, dict[str, float]]]:
-        scalars = [dict(zip(_C.SCALARS, row, strict=True)) for row in rows]
         table = self.bucket.table
-        return [
-            (entry, scalars[row])
-            for entry, present, row in zip(self.bucket.entries, table.grads(), table.rows(), strict=True)
-            if present and entry.work.numel() > 0
-        ]
-
-
-def _param(entry: Entry, param: Tensor) -> Tensor:
-    """What the flat parameter and what lies beside it stand for, in fp32."""
-    return storage.load_param(entry.weights, param, None if entry.beside is None else flat(entry.beside))
+        scalars = [dict(zip(_C.SCALARS, row, strict=True)) for row in rows]
+        for entry, present, row in zip(self.bucket.entries, table.grads(), table.rows(), strict=True):
+            if present and entry.numel > 0:
+                observed = None if self.bucket.observed is None else self.bucket.observed[first_chunk]
+                for target, result in _update(self.bucket.rule, scalars[row], entry, self.grad(entry.slot), observed):
+                    targets.append(target)
+                    results.append(result)
+            first_chunk += -(-entry.numel // _C.CHUNK_SIZE)
+        return [(torch._foreach_copy_, targets, results)] if targets else []
 
 
 def _update(
-    rule: Rule,
-    scalars: dict[str, float],
-    entry: Entry,
-    grad: Tensor,
-    confident: Tensor | None,
-    observed: Tensor | None,
-) -> None:
-    numel = entry.work.numel()
-    param = flat(entry.work)
+    rule: Rule, scalars: dict[str, float], entry: Entry, grad: Tensor, observed: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """What a step writes, as (tensor, its new elements)."""
+    numel = entry.numel
+    source = entry.param if entry.image is None else entry.image
+    param = flat(source if entry.is_dense else torch.empty_like(source).copy_(source))
     beside = None if entry.beside is None else flat(entry.beside)
     stored = [moment if form.packed else flat(moment) for form, moment in zip(entry.forms, entry.moments, strict=True)]
-    p = _param(entry, param)
+    p = storage.load_param(entry.weights, param, beside)
     moments = tuple(storage.decode(form, x, numel) for form, x in zip(entry.forms, stored, strict=True))
     before = moments[0] if moments else None
     if entry.variance is not None:
         moments = (*moments, flat(entry.variance))
     g = reference.effective_gradient(scalars, p, flat(grad).float())
-    p, moments, alpha = reference.update(
+    confident = None if rule.confidence is None else _confident(rule.confidence, scalars, g)
+    p, moments, alpha, gate = reference.update(
         getattr(reference, rule.name), rule.statistics, scalars, p, g, moments, entry.gate, confident
     )
     if observed is not None:
@@ -110,9 +83,36 @@ def _update(
     if entry.weights in ("stochastic", "split8") or any(form is not storage.FP32 for form in entry.forms):
         t = 0 if entry.step is None else int(entry.step) + 1
         r = random_bits(entry.seed, entry.number, t, entry.first, numel, param.device)
-    storage.store_param(entry.weights, p, r, param, beside)
-    for form, old, new, own_bits in zip(entry.forms, stored, moments, MOMENT_BITS, strict=False):
-        old.copy_(storage.encode(form, new, None if r is None else own_bits(r)))
+    new, new_beside = storage.stored_param(
+        entry.weights, p, r, param.dtype, None if beside is None else beside.dtype
+    )
+    shaped = new.as_strided(entry.param.shape, entry.strides)
+    if entry.image is not None:
+        # Those that share memory with it, and come after it, start from here.
+        shaped = entry.image.copy_(shaped)
+    # By .data, so that the version counts one step once.
+    written = [(entry.param.data, shaped)]
+    if beside is not None:
+        assert new_beside is not None
+        written.append((beside, new_beside))
+    for form, old, moment, own_bits in zip(entry.forms, stored, moments, MOMENT_BITS, strict=False):
+        written.append((old, storage.encode(form, moment, None if r is None else own_bits(r))))
+    if entry.gate is not None and gate is not entry.gate:
+        assert gate is not None
+        written.append((entry.gate, gate))
+    return written
+
+
+def _confident(confidence: Confidence, scalars: dict[str, float], g: Tensor) -> Tensor:
+    """What a confidence function makes of the effective gradient.
+
+    Raises:
+        TypeError, ValueError: a result that cannot be used.
+    """
+    alpha = torch.full((), scalars["alpha"], dtype=torch.float32, device=g.device)
+    c = confidence(g.clone(), alpha)  # which may work in place
+    check_result(confidence, g, c)
+    return cast(Tensor, c)
 
 
 def _observe(g: Tensor, alpha: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:

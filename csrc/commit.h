@@ -1,0 +1,36 @@
+// Puts a step in place. Signal handlers run Python code when a call into C++ returns, and not before: so all that a
+// step writes is written by one call, and what Ctrl-C raises finds all of it done or nothing.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+#include "host_table.h"
+
+namespace signadam {
+
+namespace py = pybind11;
+
+// A launch on the CPU that is ready to run: nothing is left that could fail.
+struct CpuLaunch {
+  HostTable* table;
+  RuleIndex rule;
+  Statistics statistics;
+  std::vector<Scalars> scalars;
+  int threads;
+  Observed* observed;
+
+  void run() { table->run_cpu(rule, statistics, scalars, threads, observed); }
+};
+
+// `operations`: in order, each a CpuLaunch, or a tuple of one of torch's builtin functions and its arguments.
+// `tables`: those whose tensors count the step.
+// `states`: (optimizer's state, parameter, the parameter's state or None, entries to put in, names to take out).
+// `params`: the parameters that were written, for whose versions `increment_version` is torch's builtin.
+// `guards`: context managers of torch's that keep its builtins from running Python code.
+// Throws what the first operation throws; after that nothing fails.
+void commit(const py::list& operations, const py::list& tables, const py::list& states, const py::list& params,
+            const py::object& increment_version, const py::list& guards);
+
+}  // namespace signadam

@@ -1,0 +1,51 @@
+"""What an optimizer keeps beside groups and state: plans, and what they do at each step."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .step_lock import StepLock
+
+if TYPE_CHECKING:
+    from .optimizer import SignOptimizer
+    from .plan import Plan
+    from .release import GradientRelease
+
+
+@dataclass(eq=False)
+class Runtime:
+    """All of an optimizer that changes and is no group, state or hook, as one attribute of the instance.
+
+    Trainers wrap an optimizer in an object that poses as its class and hands on what it does not find itself. What the
+    class defines it finds there; this object it does not, so that both share one. It is not copied and not pickled.
+
+    Attributes:
+        owner: the optimizer itself, whatever poses as it.
+        lock: held during a step.
+        plan, plan_key: of all parameters, and what the plan depends on beside what is compared each step.
+        plans_alone: the same of single parameters, by their ids.
+        places: where each parameter is: its group's index, and its own in the group, by its id.
+        observes: whether steps gather what ``statistics()`` tells.
+        round: number of the last step.
+        released: set while gradients are released.
+        has_warned: whether the variance of few bits has been warned of.
+    """
+
+    owner: weakref.ref[SignOptimizer]
+    lock: StepLock = field(default_factory=StepLock)
+    plan: Plan | None = None
+    plan_key: Any = None
+    plans_alone: dict[int, tuple[Plan, Any]] = field(default_factory=dict)
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)
+    observes: bool = False
+    round: int = 0
+    released: GradientRelease | None = None
+    has_warned: bool = False
+
+    def forget_plans(self) -> None:
+        self.plan = None
+        self.plan_key = None
+        self.plans_alone = {}
+        self.places = {}
