@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checks, options
+from . import checks, hyperparameters, options
 from ._extension import load
 from .checkpoint import (
     Layout,
@@ -34,8 +34,8 @@ from .checkpoint import (
 from .dtypes import FORMATS
 from .observed import Statistics, collect
 from .plan import Item, Plan, State
-from .rule import Rule
-from .storage import BESIDE, WEIGHTS, allocate, effective_weights, make_beside, restrided
+from .rule import Group, Rule
+from .storage import BESIDE, allocate, effective_weights, make_beside, restrided
 
 if TYPE_CHECKING:
     from .release import GradientRelease
@@ -52,8 +52,8 @@ VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
 class SignOptimizer(Optimizer):
     """Base of the optimizers. A subclass names its rule and checks its own hyperparameters."""
 
-    #: Names of a group's hyperparameters beside those all optimizers share.
-    HYPERPARAMETERS: tuple[str, ...] = ("lr",)
+    #: A group's hyperparameters beside those all optimizers share, each with what checks it.
+    HYPERPARAMETERS: ClassVar[hyperparameters.Checks] = {"lr": hyperparameters.LEARNING_RATE}
 
     #: Where each parameter is: its group's index, and its own in the group.
     _places: dict[int, tuple[int, int]]
@@ -73,10 +73,10 @@ class SignOptimizer(Optimizer):
         cls.__signature__ = options.signature(cls.__init__, cls.COMMON)
 
     def __init__(self, params: Params, own: dict[str, Any], common: Mapping[str, Any]) -> None:
-        defaults = {**own, **options.completed(type(self).__name__, self.COMMON, common)}
-        checks.unused_torch_option("foreach", defaults.pop("foreach"))
-        checks.unused_torch_option("fused", defaults.pop("fused"), may_be_true=True)
-        checks.unused_torch_option("differentiable", defaults.pop("differentiable"))
+        hyperparameters.check_beta_names(type(self), common)
+        defaults = hyperparameters.kept({**own, **options.completed(type(self).__name__, self.COMMON, common)})
+        for name in checks.TORCH_OPTIONS:
+            checks.torch_option(name, defaults.pop(name))
         self._forget_plans()
         self._observes = False
         self._round = 0
@@ -86,21 +86,19 @@ class SignOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         """The rule that updates a group."""
         raise NotImplementedError
 
     @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        """Raises on hyperparameters that make no sense. Subclasses check their own and call this."""
-        checks.learning_rate(group["lr"])
-        checks.number("weight_decay", group["weight_decay"], 0.0)
-        checks.flag("decoupled_weight_decay", group["decoupled_weight_decay"])
-        checks.flag("maximize", group["maximize"])
-        checks.one_of("weights", group["weights"], WEIGHTS)
-        checks.seed(group["seed"])
+    def _check_group(cls, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The group with Python numbers; raises on hyperparameters that make no sense."""
+        return hyperparameters.checked(cls, group)
+
+    @classmethod
+    def _check_relations(cls, group: Group) -> None:
+        """Raises on hyperparameters that make no sense together. Each by itself has been checked."""
         cls._rule(group).forms(group)
-        backends.check_name(group["backend"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; hyperparameters it does not name take the optimizer's defaults.
@@ -109,9 +107,13 @@ class SignOptimizer(Optimizer):
             TypeError, ValueError: a hyperparameter or a parameter that cannot be served; the optimizer is unchanged.
         """
         if isinstance(param_group, dict):
-            param_group = dict(param_group)
-            self._fold_beta(param_group)
-            self._check_group({**self.defaults, **param_group})
+            param_group = hyperparameters.kept(param_group)
+            with hyperparameters.of_group(len(self.param_groups)):
+                for name in checks.TORCH_OPTIONS:
+                    checks.torch_option(name, param_group.get(name))
+                hyperparameters.check_beta_names(type(self), param_group, folded=True)
+                self._fold_beta(param_group)
+                self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _keep_first_of_each(group)
@@ -155,12 +157,11 @@ class SignOptimizer(Optimizer):
 
     def _step_all(self) -> None:
         """The step of every parameter with a gradient."""
-        for group in self.param_groups:
-            self._fold_beta(group)
-        key = [self._plan_key_of(group) for group in self.param_groups]
+        groups = self._read_groups()
+        key = [self._plan_key_of(group) for group in groups]
         plan = self._plan
         state = self._own_state if self._state_is_out else None
-        if plan is None or key != self._plan_key or not plan.read(self.param_groups, state):
+        if plan is None or key != self._plan_key or not plan.read(groups, state):
             plan = self._make_plan(key)
         plan.run()
         self._round += 1
@@ -176,8 +177,7 @@ class SignOptimizer(Optimizer):
             if place is None:
                 return False
         index, i = place
-        group = self.param_groups[index]
-        self._fold_beta(group)
+        group = self._read_group(index)
         number = i + sum(len(group["params"]) for group in self.param_groups[:index])
         key = (self._plan_key_of(group), number)
         # To its plan the parameter is the only one of the only group, so that reading takes no look at the others.
@@ -198,6 +198,13 @@ class SignOptimizer(Optimizer):
         plan.run()
         plan.round = self._round
         return True
+
+    def _read_group(self, index: int) -> dict[str, Any]:
+        """A group with the hyperparameters that hold for this step, checked, as Python numbers."""
+        return self._hyperparameters.read(index, self.param_groups[index], self.defaults)
+
+    def _read_groups(self) -> list[dict[str, Any]]:
+        return [self._read_group(index) for index in range(len(self.param_groups))]
 
     def observe(self, enabled: bool = True) -> None:
         """Has every step from now on gather what :meth:`statistics` tells, in the pass that updates; or no longer.
@@ -240,6 +247,7 @@ class SignOptimizer(Optimizer):
         self._plan_key: Any = None
         self._plans_alone: dict[int, tuple[Plan, Any]] = {}  # by id of the parameter, which its plan keeps alive
         self._places = {}
+        self._hyperparameters = hyperparameters.Hyperparameters(type(self))
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -267,14 +275,15 @@ class SignOptimizer(Optimizer):
 
     @torch.no_grad()
     def _make_plan(self, key: Any) -> Plan:
+        groups = self._read_groups()
         items: list[Item] = []
-        for index, group in enumerate(self.param_groups):
+        for index, group in enumerate(groups):
             for i, param in enumerate(group["params"]):
                 items.append(self._item(_label(group, index, i), param, group, index, len(items)))
         # What is made for later steps must not be of one that runs in inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            plan = Plan(items, self.param_groups, observes=self._observes)
-        if not plan.read(self.param_groups, None):
+            plan = Plan(items, groups, observes=self._observes)
+        if not plan.read(groups, None):
             raise RuntimeError(
                 "gradients changed while the step was being planned; is another thread running backward?"
             )
@@ -376,6 +385,7 @@ class SignOptimizer(Optimizer):
             if number in state_dict["state"]:
                 state_dict["state"][number] = export(layout, state_dict["state"][number])
         _drop_constructors(state_dict["param_groups"])
+        state_dict["param_groups"] = [hyperparameters.kept(group) for group in state_dict["param_groups"]]
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -419,7 +429,7 @@ class SignOptimizer(Optimizer):
             path: of the file, which is replaced if there is one. It is a zip file with one member for each entry, each
                 readable by ``torch.load(weights_only=True)``.
         """
-        groups = Optimizer.state_dict(self)["param_groups"]
+        groups = [hyperparameters.kept(group) for group in Optimizer.state_dict(self)["param_groups"]]
         _drop_constructors(groups)
         with writer(path) as archive:
             write_head(archive, {"param_groups": groups})

@@ -52,7 +52,7 @@ class ReferenceLaunch:
             # A copy where kernels update one is not up to date before the launch.
             param = flat(torch.empty_like(entry.param).copy_(entry.param))
             g = reference.effective_gradient(scalars, _param(entry, param), flat(self.grad(entry.slot)).float())
-            alpha = torch.full((), scalars["alpha"], dtype=torch.float32, device=g.device)
+            alpha = reference.as_fp32(scalars["alpha"], g.device)
             c = confidence(g.clone(), alpha)  # which may work in place
             check_result(confidence, g, c)
             self._confident[entry.slot] = c
