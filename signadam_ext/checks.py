@@ -31,41 +31,64 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}{hint}")
 
 
-def number(name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = True) -> None:
-    """Raises unless ``value`` is a finite number in ``[low, high)``, or ``[low, high]`` if not ``open_high``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def number(
+    name: str, value: Any, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = True
+) -> float:
+    """``value`` as a Python number, if it is a finite one in ``[low, high)``.
+
+    Args:
+        name: of the argument.
+        value: a number, NumPy's included, or a CPU tensor of one element.
+        low, high: the bounds.
+        open_low, open_high: whether the bounds themselves are outside.
+
+    Raises:
+        TypeError: no number.
+        ValueError: outside the bounds, not finite, or a tensor that would have to be waited for.
+    """
+    found = plain(value)
+    if isinstance(found, Tensor):
+        found = _item(name, found)
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}")
-    inside = value >= low and (value < high if open_high else value <= high)
-    if not inside or not math.isfinite(value):
-        bracket = ")" if open_high else "]"
-        bounds = f"in [{low:g}, {high:g}{bracket}" if math.isfinite(high) else f"finite and at least {low:g}"
-        raise ValueError(f"{name}={value!r}: must be {bounds}")
+    above = found > low if open_low else found >= low
+    below = found < high if open_high else found <= high
+    if not (above and below and -sys.float_info.max <= found <= sys.float_info.max):
+        brackets = "(" if open_low else "[", ")" if open_high else "]"
+        least = "" if low == -math.inf else f" and at least {low:g}"
+        bounds = f"in {brackets[0]}{low:g}, {high:g}{brackets[1]}" if math.isfinite(high) else f"finite{least}"
+        raise ValueError(f"{name}={found!r}: must be {bounds}")
+    return found
 
 
-def learning_rate(value: Any) -> None:
-    """Accepts a number or a CPU tensor of one element, at least 0."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(f"lr={value!r}: a tensor lr must hold one floating-point number")
-        if value.device.type != "cpu":
-            raise ValueError(
-                f"lr is a tensor on {value.device}: reading it would synchronize every step; keep it on the CPU, where "
-                "schedulers update it all the same"
-            )
-        value = value.item()
-    number("lr", value, 0.0)
+def plain(value: Any) -> Any:
+    """A NumPy scalar as a Python number, so that it computes and is saved as one; anything else as it is."""
+    numpy = sys.modules.get("numpy")  # who has a NumPy scalar has imported it
+    if numpy is None or not isinstance(value, (numpy.generic, numpy.ndarray)) or value.ndim > 0:
+        return value
+    if isinstance(value, numpy.ndarray):
+        value = value[()]
+    return float(value) if isinstance(value, numpy.floating) else value.item()
 
 
-def beta(name: str, value: Any) -> None:
-    number(name, value, 0.0, 1.0)
+def _item(name: str, value: Tensor) -> Any:
+    """The number in a tensor. Anything but a number is left to the caller."""
+    if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
+        raise ValueError(f"{name}={value!r}: a tensor {name} must hold one number")
+    if value.device.type != "cpu":
+        raise ValueError(
+            f"{name} is a tensor on {value.device}: reading it would synchronize every step; keep it on the CPU, where "
+            "schedulers update it all the same"
+        )
+    return value.item()
 
 
-def betas(values: Any, names: tuple[str, ...]) -> None:
-    """Raises unless ``values`` holds one number in [0, 1) for each name."""
-    if not isinstance(values, (tuple, list)) or len(values) != len(names):
-        raise ValueError(f"betas={values!r}: must be a tuple of {len(names)}")
-    for name, value in zip(names, values, strict=True):
-        beta(name, value)
+def learning_rate(name: str, value: Any, slack: float = 0.0) -> float:
+    """As :func:`number`, at least ``-slack``; a tensor must be able to hold what schedulers write into it."""
+    if isinstance(value, Tensor) and not (value.numel() == 1 and value.is_floating_point()):
+        raise ValueError(f"{name}={value!r}: a tensor {name} must hold one floating-point number")
+    found = number(name, value, -math.inf)
+    return found if -slack <= found < 0 else number(name, found, 0.0)
 
 
 def look_up(name: str, value: Any, table: Mapping[str, T]) -> T:
@@ -81,25 +104,30 @@ def look_up(name: str, value: Any, table: Mapping[str, T]) -> T:
         raise
 
 
-def share(name: str, value: Any) -> None:
-    """Raises unless ``value`` is a number strictly between 0 and 1."""
-    number(name, value, -math.inf)
-    if not 0 < value < 1:
-        raise ValueError(f"{name}={value!r}: must be in (0, 1)")
-
-
-def flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
+def flag(name: str, value: Any) -> bool:
+    """``value``, if it is True or False, NumPy's included."""
+    found = plain(value)
+    if not isinstance(found, bool):
         raise TypeError(f"{name}={value!r}: must be True or False")
+    return found
 
 
-def unused_torch_option(name: str, value: Any, *, may_be_true: bool = False) -> None:
-    """Options of torch.optim that mean nothing here are accepted where they ask for nothing."""
-    if value is None or value is False or (value is True and may_be_true):
+#: Options of torch.optim that choose between its implementations, and why one that asks for something cannot be had.
+TORCH_OPTIONS = {
+    "foreach": None,
+    "fused": None,
+    "differentiable": "the update is not recorded by autograd",
+    "capturable": "hyperparameters are read on the host, so a step is taken outside of a CUDA graph",
+}
+
+
+def torch_option(name: str, value: Any) -> None:
+    """Raises unless an option of :data:`TORCH_OPTIONS` asks for nothing, or for what every update here is."""
+    why = TORCH_OPTIONS[name]
+    if value is None or value is False or (value is True and why is None):
         return
-    allowed = "None, False or True" if may_be_true else "None or False"
-    why = "the update is fused already" if name == "foreach" else "the update is not recorded by autograd"
-    raise ValueError(f"{name}={value!r}: must be {allowed}; {why}")
+    allowed = "None, False or True; the update is fused in any case" if why is None else f"None or False; {why}"
+    raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
 def parameter(label: str, param: Tensor) -> None:
@@ -192,12 +220,16 @@ def weights(label: str, value: str, dtype: torch.dtype) -> None:
         )
 
 
-def seed(value: Any) -> None:
-    """Raises unless ``value`` is an integer in [0, 2^64)."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"seed={value!r}: must be an integer, not {type(value).__name__}")
-    if not 0 <= value < 1 << 64:
-        raise ValueError(f"seed={value!r}: must be in [0, 2^64)")
+def seed(name: str, value: Any) -> int:
+    """``value`` as a Python integer, if it is one in [0, 2^64): a number, NumPy's included, or a tensor of one."""
+    found = plain(value)
+    if isinstance(found, Tensor):
+        found = _item(name, found)
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise TypeError(f"{name}={value!r}: must be an integer, not {type(value).__name__}")
+    if not 0 <= found < 1 << 64:
+        raise ValueError(f"{name}={found!r}: must be in [0, 2^64)")
+    return found
 
 
 def gate(label: str, name: str, value: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .hyperparameters import check_beta_names
 from .optimizer import SignOptimizer
 from .options import DEFAULTS
 from .plan import Item, Plan
@@ -18,7 +19,7 @@ from .state import Fitted
 T = TypeVar("T")
 
 #: Moments in fp32 and parameters rounded to nearest: what few bits need beside them is the optimizers' affair.
-STORAGE = {"weights": "as_is", "seed": 0}
+STORAGE = {"state_dtype": "fp32", "weights": "as_is", "seed": 0}
 COMMON = {name: DEFAULTS[name] for name in ("weight_decay", "decoupled_weight_decay", "maximize", "backend")}
 
 
@@ -49,13 +50,17 @@ def step_lists(
     Raises:
         TypeError, ValueError: lists of unequal length, wrong tensors or hyperparameters; nothing has been written then.
     """
+    for name in checks.TORCH_OPTIONS:
+        checks.torch_option(name, hyperparameters.pop(name, None))
+    check_beta_names(optimizer, hyperparameters)
+    if "beta" in hyperparameters:
+        hyperparameters["betas"] = (hyperparameters.pop("beta"),)
     for name in hyperparameters:
         if name not in COMMON and name not in optimizer.HYPERPARAMETERS:
             known = (*COMMON, *optimizer.HYPERPARAMETERS)
             near = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown hyperparameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    group = {**COMMON, **STORAGE, **hyperparameters, "params": list(params)}
-    optimizer._check_group(group)
+    group = optimizer._check_group({**COMMON, **STORAGE, **hyperparameters, "params": list(params)})
     rule = optimizer._rule(group)
 
     lists = {"grads": grads, **{f"{name}s": moments[name] for name in rule.moments}}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import backends, checks, options
+from . import checks, hyperparameters, options
 from ._extension import load
 from .checkpoint import (
     Layout,
@@ -34,10 +34,10 @@ from .checkpoint import (
 from .dtypes import FORMATS
 from .observed import Statistics, collect
 from .plan import Item, Plan
-from .rule import Rule
+from .rule import Group, Rule
 from .runtime import Runtime
 from .state import entry_names, fit
-from .storage import BESIDE, WEIGHTS, allocate, effective_weights, make_beside, restrided
+from .storage import BESIDE, allocate, effective_weights, make_beside, restrided
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -51,8 +51,8 @@ VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
 class SignOptimizer(Optimizer):
     """Base of the optimizers. A subclass names its rule and checks its own hyperparameters."""
 
-    #: Names of a group's hyperparameters beside those all optimizers share.
-    HYPERPARAMETERS: tuple[str, ...] = ("lr",)
+    #: A group's hyperparameters beside those all optimizers share, each with what checks it.
+    HYPERPARAMETERS: ClassVar[hyperparameters.Checks] = {"lr": hyperparameters.LEARNING_RATE}
 
     _runtime: Runtime
 
@@ -68,30 +68,28 @@ class SignOptimizer(Optimizer):
         cls.__signature__ = options.signature(cls.__init__, cls.COMMON)
 
     def __init__(self, params: Params, own: dict[str, Any], common: Mapping[str, Any]) -> None:
-        defaults = {**own, **options.completed(type(self).__name__, self.COMMON, common)}
-        checks.unused_torch_option("foreach", defaults.pop("foreach"))
-        checks.unused_torch_option("fused", defaults.pop("fused"), may_be_true=True)
-        checks.unused_torch_option("differentiable", defaults.pop("differentiable"))
-        self._runtime = Runtime(weakref.ref(self))
+        hyperparameters.check_beta_names(type(self), common)
+        defaults = hyperparameters.kept({**own, **options.completed(type(self).__name__, self.COMMON, common)})
+        for name in checks.TORCH_OPTIONS:
+            checks.torch_option(name, defaults.pop(name))
+        self._runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))
         self._check_group(defaults)
         super().__init__(params, defaults)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         """The rule that updates a group."""
         raise NotImplementedError
 
     @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        """Raises on hyperparameters that make no sense. Subclasses check their own and call this."""
-        checks.learning_rate(group["lr"])
-        checks.number("weight_decay", group["weight_decay"], 0.0)
-        checks.flag("decoupled_weight_decay", group["decoupled_weight_decay"])
-        checks.flag("maximize", group["maximize"])
-        checks.one_of("weights", group["weights"], WEIGHTS)
-        checks.seed(group["seed"])
+    def _check_group(cls, group: Mapping[str, Any]) -> dict[str, Any]:
+        """The group with Python numbers; raises on hyperparameters that make no sense."""
+        return hyperparameters.checked(cls, group)
+
+    @classmethod
+    def _check_relations(cls, group: Group) -> None:
+        """Raises on hyperparameters that make no sense together. Each by itself has been checked."""
         cls._rule(group).forms(group)
-        backends.check_name(group["backend"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; hyperparameters it does not name take the optimizer's defaults.
@@ -100,9 +98,13 @@ class SignOptimizer(Optimizer):
             TypeError, ValueError: a hyperparameter or a parameter that cannot be served; the optimizer is unchanged.
         """
         if isinstance(param_group, dict):
-            param_group = dict(param_group)
-            self._fold_beta(param_group)
-            self._check_group({**self.defaults, **param_group})
+            param_group = hyperparameters.kept(param_group)
+            with hyperparameters.of_group(len(self.param_groups)):
+                for name in checks.TORCH_OPTIONS:
+                    checks.torch_option(name, param_group.get(name))
+                hyperparameters.check_beta_names(type(self), param_group, folded=True)
+                self._fold_beta(param_group)
+                self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _keep_first_of_each(group)
@@ -156,15 +158,13 @@ class SignOptimizer(Optimizer):
         runtime = self._runtime
         runtime.lock.refuse_nested()
         with runtime.lock.held:
-            for group in self.param_groups:
-                self._fold_beta(group)
-            groups = self.param_groups
+            groups = self._read_groups()
             key = [self._plan_key_of(group) for group in groups]
             plan = runtime.plan
             if plan is None or key != runtime.plan_key or not plan.read(self.param_groups, self.state):
                 # The old one lets go of what it has read before the new one takes it.
                 runtime.plan = None
-                plan = self._make_plan()
+                plan = self._make_plan(groups)
             plan.run(groups, runtime.lock)
             runtime.plan, runtime.plan_key = plan, key
             runtime.round += 1
@@ -179,8 +179,7 @@ class SignOptimizer(Optimizer):
         if self._parameter_of_id(id(param)) is not param:
             return False
         index, i = runtime.places[id(param)]
-        group = self.param_groups[index]
-        self._fold_beta(group)
+        group = self._read_group(index)
         number = i + sum(len(other["params"]) for other in self.param_groups[:index])
         key = (self._plan_key_of(group), number)
         # To its plan the parameter is the only one of the only group, so that reading takes no look at the others.
@@ -194,6 +193,13 @@ class SignOptimizer(Optimizer):
         runtime.plans_alone[id(param)] = plan, key
         plan.round = runtime.round
         return True
+
+    def _read_group(self, index: int) -> dict[str, Any]:
+        """A group with the hyperparameters that hold for this step, checked, as Python numbers."""
+        return self._runtime.hyperparameters.read(index, self.param_groups[index], self.defaults)
+
+    def _read_groups(self) -> list[dict[str, Any]]:
+        return [self._read_group(index) for index in range(len(self.param_groups))]
 
     def observe(self, enabled: bool = True) -> None:
         """Has every step from now on gather what :meth:`statistics` tells, in the pass that updates; or no longer.
@@ -242,12 +248,12 @@ class SignOptimizer(Optimizer):
         """What a plan depends on in a group, beside what is read anew each step."""
         return self._rule(group), group["backend"], group.get("state_dtype"), group["weights"], group["seed"]
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self, groups: Sequence[dict[str, Any]]) -> Plan:
         items: list[Item] = []
-        for index, group in enumerate(self.param_groups):
+        for index, group in enumerate(groups):
             for i, param in enumerate(group["params"]):
                 items.append(self._item(_label(group, index, i), param, group, index, len(items)))
-        return self._plan_of(items, self.param_groups)
+        return self._plan_of(items, groups)
 
     def _plan_of(self, items: list[Item], groups: Sequence[dict[str, Any]]) -> Plan:
         """A plan that has read its first gradients."""
@@ -354,6 +360,7 @@ class SignOptimizer(Optimizer):
             if number in state_dict["state"]:
                 state_dict["state"][number] = export(layout, state_dict["state"][number])
         _drop_constructors(state_dict["param_groups"])
+        state_dict["param_groups"] = [hyperparameters.kept(group) for group in state_dict["param_groups"]]
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -397,7 +404,7 @@ class SignOptimizer(Optimizer):
             path: of the file, which is replaced if there is one. It is a zip file with one member for each entry, each
                 readable by ``torch.load(weights_only=True)``.
         """
-        groups = Optimizer.state_dict(self)["param_groups"]
+        groups = [hyperparameters.kept(group) for group in Optimizer.state_dict(self)["param_groups"]]
         _drop_constructors(groups)
         with writer(path) as archive:
             write_head(archive, {"param_groups": groups})
@@ -513,7 +520,9 @@ class SignOptimizer(Optimizer):
         super().__setstate__(state)
         runtime = self.__dict__.get("_runtime")
         if runtime is None:
-            self._runtime = Runtime(weakref.ref(self), has_warned=True)
+            self._runtime = Runtime(
+                weakref.ref(self), hyperparameters.Hyperparameters(type(self)), has_warned=True
+            )
         else:
             runtime.forget_plans()
         self._complete_groups()

@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+from torch import Tensor
 
-class Common(TypedDict, total=False):
-    """Keyword arguments that all optimizers share; ``state_dtype`` only those that have moments."""
 
-    weight_decay: float
+class CommonButDecay(TypedDict, total=False):
+    """Those of :class:`Common` that no optimizer takes by position."""
+
     decoupled_weight_decay: bool
     maximize: bool
     state_dtype: str | tuple[str, ...]
@@ -22,6 +23,13 @@ class Common(TypedDict, total=False):
     foreach: bool | None
     fused: bool | None
     differentiable: bool | None
+    capturable: bool | None
+
+
+class Common(CommonButDecay, total=False):
+    """Keyword arguments that all optimizers share; ``state_dtype`` only those that have moments."""
+
+    weight_decay: float | Tensor
 
 
 DEFAULTS: dict[str, Any] = {
@@ -35,7 +43,10 @@ DEFAULTS: dict[str, Any] = {
     "foreach": None,
     "fused": None,
     "differentiable": None,
+    "capturable": None,
 }
+#: Of an optimizer that has ``weight_decay`` among its own arguments.
+BUT_DECAY = {name: value for name, value in DEFAULTS.items() if name != "weight_decay"}
 WITHOUT_MOMENTS = {name: value for name, value in DEFAULTS.items() if name != "state_dtype"}
 
 # Where a docstring of a class has {params}, {common} or the like in a line of its own, this is put in its place.
@@ -73,8 +84,11 @@ DOCUMENTATION = {
         seed: of the random bits, in [0, 2^64). They are a function of seed, parameter, step and element, so they are
             the same on every backend and in a resumed run; no global generator is touched.
         backend: "auto", "cpu", "cuda", "triton" or "reference".
-        foreach, fused, differentiable: accepted for torch.optim's sake where they ask for nothing: None or False, and
-            ``fused=True``; the update is always fused.
+        foreach, fused, differentiable, capturable: accepted for torch.optim's sake where they ask for nothing: None or
+            False, and ``foreach=True`` or ``fused=True``; the update is always fused.
+
+    Any number may be NumPy's, or a CPU tensor of one element, which is read at every step. Groups are checked at every
+    step as here, but for a learning rate that a scheduler's rounding left just below 0.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.

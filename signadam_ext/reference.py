@@ -7,6 +7,7 @@ device, since CUDA divides by a Python number by way of its reciprocal.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 
@@ -170,12 +171,18 @@ def lion(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Mom
     return p - s["lr"] * sign(u), (s["beta2"] * m + s["one_minus_beta2"] * g,)
 
 
+def as_fp32(value: float, device: torch.device) -> Tensor:
+    """A scalar as it meets tensors: 0-dim fp32, rounded as IEEE has it, to infinity beyond the largest number."""
+    # torch.full raises where its dtype does not reach. Rounded on the host: not every device has doubles.
+    return torch.full((), ctypes.c_float(value).value, dtype=torch.float32, device=device)
+
+
 def effective_gradient(scalars: Scalars, p: Tensor, g: Tensor) -> Tensor:
     """The gradient as rules, gates and statistics see it."""
     if scalars["maximize"]:
         g = -g
     if scalars["coupled"]:
-        g = g + torch.full((), scalars["weight_decay"], dtype=torch.float32, device=p.device) * p
+        g = g + as_fp32(scalars["weight_decay"], p.device) * p
     return g
 
 
@@ -201,10 +208,10 @@ def update(
         gate: 0-dim float64, what the threshold is made of, or None.
         confident: what takes the gradient's place in the rule, or None.
     """
-    s = {name: torch.full((), value, dtype=torch.float32, device=p.device) for name, value in scalars.items()}
+    s = {name: as_fp32(value, p.device) for name, value in scalars.items()}
     if statistics == "ONLY" and gate is not None:
-        gate = next_gate(gate, g, torch.zeros((), dtype=torch.float32, device=p.device), scalars)
-    alpha = s.get("alpha", torch.zeros((), dtype=torch.float32, device=p.device))
+        gate = next_gate(gate, g, as_fp32(0.0, p.device), scalars)
+    alpha = s.get("alpha", as_fp32(0.0, p.device))
     if gate is not None:
         alpha = (scalars["alpha"] * gate).float()
     p, moments = rule(s, alpha, p * s["decay"], g if confident is None else confident, moments)

@@ -6,6 +6,7 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .hyperparameters import Hyperparameters
 from .step_lock import StepLock
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ class Runtime:
 
     Attributes:
         owner: the optimizer itself, whatever poses as it.
+        hyperparameters: reads and checks the groups.
         lock: held during a step.
         plan, plan_key: of all parameters, and what the plan depends on beside what is compared each step.
         plans_alone: the same of single parameters, by their ids.
@@ -34,6 +36,7 @@ class Runtime:
     """
 
     owner: weakref.ref[SignOptimizer]
+    hyperparameters: Hyperparameters
     lock: StepLock = field(default_factory=StepLock)
     plan: Plan | None = None
     plan_key: Any = None

@@ -109,7 +109,7 @@ def _confident(confidence: Confidence, scalars: dict[str, float], g: Tensor) -> 
     Raises:
         TypeError, ValueError: a result that cannot be used.
     """
-    alpha = torch.full((), scalars["alpha"], dtype=torch.float32, device=g.device)
+    alpha = reference.as_fp32(scalars["alpha"], g.device)
     c = confidence(g.clone(), alpha)  # which may work in place
     check_result(confidence, g, c)
     return cast(Tensor, c)

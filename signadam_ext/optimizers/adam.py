@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import checks
+from ..hyperparameters import FLAG, LEARNING_RATE, TWO_BETAS, Checks, Number
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
-from ..options import DEFAULTS, Common
+from ..options import BUT_DECAY, CommonButDecay
 from ..rule import Group, Rule, Scalars, decays, power
 
 
@@ -53,8 +54,8 @@ class Adam(SignOptimizer):
         {unbounded_state}
         {common}
 
-    As in ``torch.optim.Adam``, and unlike the other optimizers here, ``decoupled_weight_decay`` is False unless given.
-    ``amsgrad`` refuses a ``state_dtype`` of few bits.
+    Arguments may be given by position in the order of ``torch.optim.Adam``. As there, and unlike the other optimizers
+    here, ``decoupled_weight_decay`` is False unless given. ``amsgrad`` refuses a ``state_dtype`` of few bits.
 
     State: ``exp_avg`` (m), ``exp_avg_sq`` (v), with amsgrad ``max_exp_avg_sq``, and
         {common_state}
@@ -62,31 +63,31 @@ class Adam(SignOptimizer):
     Sources: [KB] Kingma and Ba, arXiv 1412.6980, Alg. 1; Reddi et al., arXiv 1904.09237, for amsgrad.
     """
 
-    HYPERPARAMETERS = ("lr", "betas", "eps", "amsgrad")
-    COMMON: ClassVar[dict[str, Any]] = {**DEFAULTS, "decoupled_weight_decay": False}
+    HYPERPARAMETERS: ClassVar[Checks] = {
+        "lr": LEARNING_RATE,
+        "betas": TWO_BETAS,
+        "eps": Number(),
+        "amsgrad": FLAG,
+    }
+    COMMON: ClassVar[dict[str, Any]] = {**BUT_DECAY, "decoupled_weight_decay": False}
 
     def __init__(
         self,
         params: Params,
         lr: float | Tensor = 1e-3,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 0.0,
         amsgrad: bool = False,
-        **common: Unpack[Common],
+        **common: Unpack[CommonButDecay],
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "amsgrad": amsgrad}, common)
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, own, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         checks.flag("amsgrad", group["amsgrad"])
         return RULES[group["amsgrad"]]
-
-    @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.betas(group["betas"], ("betas[0]", "betas[1]"))
-        checks.number("eps", group["eps"], 0.0)
 
 
 class AdamW(Adam):
@@ -108,7 +109,19 @@ class AdamW(Adam):
     Source: [LH] Loshchilov and Hutter, arXiv 1711.05101, Alg. 2.
     """
 
-    COMMON: ClassVar[dict[str, Any]] = {**DEFAULTS, "weight_decay": 1e-2}
+    COMMON: ClassVar[dict[str, Any]] = BUT_DECAY
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float | Tensor = 1e-8,
+        weight_decay: float | Tensor = 1e-2,
+        amsgrad: bool = False,
+        **common: Unpack[CommonButDecay],
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **common)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of :class:`Adam`; the decay of a checkpoint of torch's Adam becomes decoupled, as in torch.optim.AdamW."""

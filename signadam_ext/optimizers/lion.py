@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
+from ..hyperparameters import LEARNING_RATE, TWO_BETAS, Checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
-from ..rule import Rule, decays
+from ..rule import Group, Rule, decays
 
 RULE = Rule("lion", moments=("exp_avg",), scalars=lambda group, t: decays(group, 2))
 
@@ -43,7 +43,7 @@ class Lion(SignOptimizer):
     learning rate as much smaller.
     """
 
-    HYPERPARAMETERS = ("lr", "betas")
+    HYPERPARAMETERS: ClassVar[Checks] = {"lr": LEARNING_RATE, "betas": TWO_BETAS}
 
     def __init__(
         self,
@@ -56,13 +56,8 @@ class Lion(SignOptimizer):
         super().__init__(params, {"lr": lr, "betas": betas}, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         return RULE
-
-    @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.betas(group["betas"], ("betas[0]", "betas[1]"))
 
 
 def lion(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
+from ..hyperparameters import LEARNING_RATE, ONE_BETA, Checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
-from ..rule import Rule, decays
+from ..rule import Group, Rule, decays
 
 RULE = Rule("msgd", moments=("exp_avg",), scalars=lambda group, t: decays(group, 1))
 
@@ -40,7 +40,7 @@ class MSGD(SignOptimizer):
     Source: [BH] Balles and Hennig, arXiv 1705.07774, Sec. 6.
     """
 
-    HYPERPARAMETERS = ("lr", "betas")
+    HYPERPARAMETERS: ClassVar[Checks] = {"lr": LEARNING_RATE, "betas": ONE_BETA}
 
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-2, *, beta: float = 0.9, **common: Unpack[Common]
@@ -48,13 +48,8 @@ class MSGD(SignOptimizer):
         super().__init__(params, {"lr": lr, "betas": (beta,)}, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         return RULE
-
-    @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.betas(group["betas"], ("beta",))
 
 
 def msgd(
@@ -74,4 +69,4 @@ def msgd(
         lr, beta: as in :class:`MSGD`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
     """
-    step_lists(MSGD, params, grads, {"exp_avg": exp_avgs}, lr=lr, betas=(beta,), **hyperparameters)
+    step_lists(MSGD, params, grads, {"exp_avg": exp_avgs}, lr=lr, beta=beta, **hyperparameters)

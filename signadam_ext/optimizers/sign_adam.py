@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import checks
+from ..hyperparameters import LEARNING_RATE, TWO_BETAS, Checks, Choice, Number
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
@@ -65,7 +66,12 @@ class SignAdam(SignOptimizer):
     t - 1, which is 0 at the first step and contradicts its Alg. 2: taken as a misprint.
     """
 
-    HYPERPARAMETERS = ("lr", "betas", "eps", "second_moment")
+    HYPERPARAMETERS: ClassVar[Checks] = {
+        "lr": LEARNING_RATE,
+        "betas": TWO_BETAS,
+        "eps": Number(),
+        "second_moment": Choice(tuple(RULES)),
+    }
 
     def __init__(
         self,
@@ -86,15 +92,8 @@ class SignAdam(SignOptimizer):
         super().__init__(params, own, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         return checks.look_up("second_moment", group["second_moment"], RULES)
-
-    @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.betas(group["betas"], ("betas[0]", "betas[1]"))
-        checks.number("eps", group["eps"], 0.0)
-        checks.one_of("second_moment", group["second_moment"], RULES)
 
 
 def sign_adam(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import NormalDist
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import checks
 from ..confidence import Confidence, backend_for
+from ..hyperparameters import BETA, LEARNING_RATE, ONE_BETA, SHARE, Checks, Number, Optional
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
@@ -36,7 +36,6 @@ def _scalars(group: Group, t: int) -> Scalars:
 
 
 def _sparsity_scalars(group: Group, t: int) -> Scalars:
-    _check_steering(group)
     target = group["target"]
     return {
         **decays(group, 1),
@@ -45,17 +44,8 @@ def _sparsity_scalars(group: Group, t: int) -> Scalars:
         "target": target,
         "gain": float(group["gain"]),
         # Of a normal distribution of deviation 1, the magnitude that a share `target` exceeds.
-        "quantile": -NormalDist().inv_cdf(target / 2),
+        "quantile": -NormalDist().inv_cdf(target / 2 or target),
     }
-
-
-def _check_steering(group: Group) -> None:
-    if group["target"] is None:
-        raise ValueError("target=None with confidence='sparsity': give the share of the entries that may pass")
-    checks.share("target", group["target"])
-    checks.number("gain", group["gain"], -math.inf)
-    if not 0 < group["gain"] <= 1:
-        raise ValueError(f"gain={group['gain']!r}: must be in (0, 1]")
 
 
 _FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars, bounded=True)
@@ -67,6 +57,14 @@ RULES = {
 }
 #: Momentum of what a function makes of the gradient [SA, Alg. 1].
 _OWN = Rule("msgd", moments=("exp_avg",), scalars=_scalars)
+
+
+def _confidence(name: str, value: Any) -> Any:
+    if callable(value):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, RULES))}, or a function of (g, alpha)")
+    return checks.one_of(name, value, RULES)
 
 
 class SignAdamPP(SignOptimizer):
@@ -126,7 +124,15 @@ class SignAdamPP(SignOptimizer):
     and not by the momentum; this class follows the paper, :class:`SignSGD` with ``alpha=5e-4`` the code.
     """
 
-    HYPERPARAMETERS = ("lr", "betas", "confidence", "alpha", "confidence_beta", "target", "gain")
+    HYPERPARAMETERS: ClassVar[Checks] = {
+        "lr": LEARNING_RATE,
+        "betas": ONE_BETA,
+        "confidence": _confidence,
+        "alpha": Optional(Number()),
+        "confidence_beta": BETA,
+        "target": Optional(SHARE),
+        "gain": Number(0.0, 1.0, open_low=True, open_high=False),
+    }
 
     def __init__(
         self,
@@ -158,24 +164,15 @@ class SignAdamPP(SignOptimizer):
         super().__init__(params, own, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
-        confidence = group["confidence"]
-        if callable(confidence):
-            return replace(_OWN, confidence=confidence)
-        if not isinstance(confidence, str):
-            names = ", ".join(map(repr, RULES))
-            raise ValueError(f"confidence={confidence!r}: must be one of {names}, or a function of (g, alpha)")
-        return checks.look_up("confidence", confidence, RULES)
+    def _rule(cls, group: Group) -> Rule:
+        confidence = _confidence("confidence", group["confidence"])
+        return replace(_OWN, confidence=confidence) if callable(confidence) else RULES[confidence]
 
     @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.betas(group["betas"], ("beta",))
-        checks.beta("confidence_beta", group["confidence_beta"])
-        if group["alpha"] is not None:
-            checks.number("alpha", group["alpha"], 0.0)
-        if group["confidence"] == "sparsity":
-            _check_steering(group)
+    def _check_relations(cls, group: Group) -> None:
+        super()._check_relations(group)
+        if group["confidence"] == "sparsity" and group["target"] is None:
+            raise ValueError("target=None with confidence='sparsity': give the share of the entries that may pass")
         if callable(group["confidence"]):
             backend_for(group["confidence"], group["backend"])
 
@@ -213,7 +210,7 @@ def sign_adam_pp(
         {"exp_avg": exp_avgs},
         gates=thresholds if confidence == "sparsity" else exp_avg_stds,
         lr=lr,
-        betas=(beta,),
+        beta=beta,
         confidence=confidence,
         alpha=alpha,
         confidence_beta=confidence_beta,

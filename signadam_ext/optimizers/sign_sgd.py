@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
+from ..hyperparameters import LEARNING_RATE, Checks, Number
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import WITHOUT_MOMENTS, Common
-from ..rule import Rule
+from ..rule import Group, Rule
 
 RULE = Rule("sign_sgd", moments=(), scalars=lambda group, t: {"alpha": float(group["alpha"])})
 
@@ -42,7 +42,7 @@ class SignSGD(SignOptimizer):
     Wang et al., arXiv 1907.09008, Alg. 3.
     """
 
-    HYPERPARAMETERS = ("lr", "alpha")
+    HYPERPARAMETERS: ClassVar[Checks] = {"lr": LEARNING_RATE, "alpha": Number()}
     COMMON = WITHOUT_MOMENTS
 
     def __init__(
@@ -61,13 +61,8 @@ class SignSGD(SignOptimizer):
         super().__init__(params, own, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         return RULE
-
-    @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.number("alpha", group["alpha"], 0.0)
 
 
 def sign_sgd(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
+from ..hyperparameters import LEARNING_RATE, ONE_BETA, Checks
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
-from ..rule import Rule, decays
+from ..rule import Group, Rule, decays
 
 RULE = Rule("signum", moments=("exp_avg",), scalars=lambda group, t: decays(group, 1))
 
@@ -42,7 +42,7 @@ class Signum(SignOptimizer):
     [SA] Wang et al., arXiv 1907.09008, Sec. 6.
     """
 
-    HYPERPARAMETERS = ("lr", "betas")
+    HYPERPARAMETERS: ClassVar[Checks] = {"lr": LEARNING_RATE, "betas": ONE_BETA}
 
     def __init__(
         self,
@@ -59,13 +59,8 @@ class Signum(SignOptimizer):
         super().__init__(params, own, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         return RULE
-
-    @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.betas(group["betas"], ("beta",))
 
 
 def signum(
@@ -85,4 +80,4 @@ def signum(
         lr, beta: as in :class:`Signum`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
     """
-    step_lists(Signum, params, grads, {"exp_avg": exp_avgs}, lr=lr, betas=(beta,), **hyperparameters)
+    step_lists(Signum, params, grads, {"exp_avg": exp_avgs}, lr=lr, beta=beta, **hyperparameters)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from .. import checks
+from ..hyperparameters import FLAG, LEARNING_RATE, ONE_BETA, Checks, Choice
 from ..lists import step_lists
 from ..optimizer import Params, SignOptimizer
 from ..options import Common
@@ -85,7 +86,11 @@ class SVAG(SignOptimizer):
     Source: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 3 and Sec. 4.
     """
 
-    HYPERPARAMETERS = ("lr", "betas", "bias_correct_variance")
+    HYPERPARAMETERS: ClassVar[Checks] = {
+        "lr": LEARNING_RATE,
+        "betas": ONE_BETA,
+        "bias_correct_variance": FLAG,
+    }
 
     def __init__(
         self,
@@ -100,14 +105,8 @@ class SVAG(SignOptimizer):
         super().__init__(params, own, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         return SVAG_RULE
-
-    @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.betas(group["betas"], ("beta",))
-        checks.flag("bias_correct_variance", group["bias_correct_variance"])
 
 
 class MSVAG(SignOptimizer):
@@ -152,7 +151,12 @@ class MSVAG(SignOptimizer):
     Sources: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 1; [BH0] its anonymous draft for ICLR 2018, Alg. 3.
     """
 
-    HYPERPARAMETERS = ("lr", "betas", "bias_correct_variance", "variance")
+    HYPERPARAMETERS: ClassVar[Checks] = {
+        "lr": LEARNING_RATE,
+        "betas": ONE_BETA,
+        "bias_correct_variance": FLAG,
+        "variance": Choice(VARIANCES),
+    }
 
     def __init__(
         self,
@@ -168,14 +172,8 @@ class MSVAG(SignOptimizer):
         super().__init__(params, own, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         return checks.look_up("variance", group["variance"], MSVAG_RULES)
-
-    @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        checks.betas(group["betas"], ("beta",))
-        checks.flag("bias_correct_variance", group["bias_correct_variance"])
 
 
 class AdamStar(SignOptimizer):
@@ -213,7 +211,13 @@ class AdamStar(SignOptimizer):
     Alg. 5.
     """
 
-    HYPERPARAMETERS = ("lr", "betas", "momentum", "bias_correct_variance", "variance")
+    HYPERPARAMETERS: ClassVar[Checks] = {
+        "lr": LEARNING_RATE,
+        "betas": ONE_BETA,
+        "momentum": FLAG,
+        "bias_correct_variance": FLAG,
+        "variance": Choice(VARIANCES),
+    }
 
     def __init__(
         self,
@@ -236,7 +240,7 @@ class AdamStar(SignOptimizer):
         super().__init__(params, own, common)
 
     @classmethod
-    def _rule(cls, group: dict[str, Any]) -> Rule:
+    def _rule(cls, group: Group) -> Rule:
         rule = checks.look_up("variance", group["variance"], ADAM_STAR_RULES)
         if group["momentum"]:
             return rule
@@ -246,13 +250,6 @@ class AdamStar(SignOptimizer):
                 "averages only; use variance='ema'"
             )
         return ADAM_STAR_PLAIN_RULE
-
-    @classmethod
-    def _check_group(cls, group: dict[str, Any]) -> None:
-        checks.flag("momentum", group["momentum"])
-        super()._check_group(group)
-        checks.betas(group["betas"], ("beta",))
-        checks.flag("bias_correct_variance", group["bias_correct_variance"])
 
 
 def svag(
@@ -283,7 +280,7 @@ def svag(
         {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs},
         state_steps=state_steps,
         lr=lr,
-        betas=(beta,),
+        beta=beta,
         bias_correct_variance=bias_correct_variance,
         **hyperparameters,
     )
@@ -322,7 +319,7 @@ def msvag(
         state_steps=state_steps,
         grad_variances=grad_variances,
         lr=lr,
-        betas=(beta,),
+        beta=beta,
         bias_correct_variance=bias_correct_variance,
         variance=variance,
         **hyperparameters,
@@ -359,7 +356,7 @@ def adam_star(
         state_steps=state_steps,
         grad_variances=grad_variances,
         lr=lr,
-        betas=(beta,),
+        beta=beta,
         momentum=momentum,
         bias_correct_variance=bias_correct_variance,
         variance=variance,

@@ -1,0 +1,268 @@
+"""What each hyperparameter may be, and its reading at every step, which costs nothing as long as nothing changes.
+
+A class of optimizers declares its own hyperparameters by name in ``HYPERPARAMETERS``, each with a check: a function of
+the name and the value that returns the value as Python has it, or raises. Groups are open to everyone between steps, so
+their values are checked where they are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import backends, checks
+from .storage import WEIGHTS
+
+if TYPE_CHECKING:
+    from .optimizer import SignOptimizer
+
+Check = Callable[[str, Any], Any]
+Checks = Mapping[str, Check]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number in ``[low, high)``; ``open_low`` and ``open_high`` say whether the bounds are outside."""
+
+    low: float = 0.0
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = True
+
+    def __call__(self, name: str, value: Any) -> float:
+        return checks.number(name, value, self.low, self.high, open_low=self.open_low, open_high=self.open_high)
+
+
+@dataclass(frozen=True)
+class Optional:
+    """None, or what another check lets pass."""
+
+    check: Check
+
+    def __call__(self, name: str, value: Any) -> Any:
+        return None if value is None else self.check(name, value)
+
+
+@dataclass(frozen=True)
+class Betas:
+    """A decay in [0, 1) for each of ``names``, by which errors call them."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, name: str, value: Any) -> tuple[float, ...]:
+        if not isinstance(value, (tuple, list)) or len(value) != len(self.names):
+            raise ValueError(f"{name}={value!r}: must be a tuple of {len(self.names)}; {how_betas_are_given(self)}")
+        found = tuple(map(BETA, self.names, value))
+        # The same object where it holds Python's numbers already.
+        return value if isinstance(value, tuple) and all(map(operator.is_, found, value)) else found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some names."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, name: str, value: Any) -> str:
+        return checks.one_of(name, value, self.names)
+
+
+def _state_dtype(name: str, value: Any) -> Any:
+    # Which names a rule has is its own affair, see Rule.forms. A list could be changed behind a plan's back.
+    return tuple(value) if isinstance(value, list) else value
+
+
+LEARNING_RATE: Check = checks.learning_rate
+FLAG: Check = checks.flag
+BETA = Number(0.0, 1.0)
+SHARE = Number(0.0, 1.0, open_low=True)
+ONE_BETA = Betas(("beta",))
+TWO_BETAS = Betas(("betas[0]", "betas[1]"))
+
+#: Of all optimizers, in the order in which they are checked; ``state_dtype`` only of those that have moments.
+COMMON: Checks = {
+    "lr": LEARNING_RATE,
+    "weight_decay": Number(),
+    "decoupled_weight_decay": FLAG,
+    "maximize": FLAG,
+    "state_dtype": _state_dtype,
+    "weights": Choice(tuple(WEIGHTS)),
+    "seed": checks.seed,
+    "backend": lambda _, value: backends.check_name(value),
+}
+
+#: A learning rate below zero by no more than this, in units of the largest it has been, is a scheduler's rounding.
+ROUNDING = 1e-5
+SMALLEST_ROUNDING = 1e-12
+
+
+def how_betas_are_given(check: Check | None) -> str:
+    """What is right where ``beta`` or ``betas`` is not."""
+    count = len(check.names) if isinstance(check, Betas) else 0
+    return ("this rule has none", "this rule has one, beta=...", "this rule has two, betas=(..., ...)")[count]
+
+
+def check_beta_names(optimizer: type[SignOptimizer], given: Mapping[str, Any], *, folded: bool = False) -> None:
+    """Raises where ``beta`` is given to a rule that has two, or ``betas`` to one that has one.
+
+    Args:
+        optimizer: the class.
+        given: hyperparameters by name.
+        folded: whether ``betas=(beta,)`` is right as well, as it is in a group.
+
+    Raises:
+        TypeError: names the one that the rule has.
+    """
+    check = optimizer.HYPERPARAMETERS.get("betas")
+    count = len(check.names) if isinstance(check, Betas) else 0
+    wrong = {0: ("beta",) if folded else ("beta", "betas"), 1: ("betas",), 2: ("beta",)}[count]
+    for name in wrong:
+        if name not in given:
+            continue
+        value = given[name]
+        if count == 1 and folded and isinstance(value, (tuple, list)) and len(value) == 1:
+            continue
+        raise TypeError(f"{name}={value!r}: {how_betas_are_given(check)}")
+
+
+def kept(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group as it is kept and saved: NumPy's scalars are Python numbers, also in tuples; tensors are left tensors."""
+    return {name: _kept(value) for name, value in group.items()}
+
+
+def _kept(value: Any) -> Any:
+    if type(value) in (tuple, list):
+        items = [checks.plain(item) for item in value]
+        return value if all(map(operator.is_, items, value)) else type(value)(items)
+    return checks.plain(value)
+
+
+@contextlib.contextmanager
+def of_group(index: int) -> Iterator[None]:
+    """Has errors say which group they are about."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"group {index}: {error}") from None
+
+
+def checked(optimizer: type[SignOptimizer], group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with its hyperparameters as Python numbers.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter that makes no sense, or is missing.
+        RuntimeError: a backend that this installation cannot use.
+    """
+    checks_by_name = of_groups(optimizer)
+    found = {**group, **{name: check(name, _value(group, name)) for name, check in checks_by_name.items()}}
+    optimizer._check_relations(found)
+    return found
+
+
+def of_groups(optimizer: type[SignOptimizer]) -> dict[str, Check]:
+    """The checks of what a group of this class holds."""
+    common = {name: check for name, check in COMMON.items() if name != "state_dtype" or name in optimizer.COMMON}
+    return {**common, **optimizer.HYPERPARAMETERS}
+
+
+def _value(group: Mapping[str, Any], name: str) -> Any:
+    try:
+        return group[name]
+    except KeyError:
+        raise ValueError(f"{name} is missing: a group must hold every hyperparameter") from None
+
+
+class Hyperparameters:
+    """The reading of an optimizer's groups, step after step.
+
+    What passed the last time and cannot have changed since is recognised by its identity, in C; only the rest is
+    checked. Tensors and lists may have changed in place, so they are always looked at, and none is kept alive.
+    """
+
+    def __init__(self, optimizer: type[SignOptimizer]) -> None:
+        self._optimizer = optimizer
+        self._checks = tuple(of_groups(optimizer).items())
+        self._values = operator.itemgetter(*(name for name, _ in self._checks))
+        self._has_one_beta = optimizer.HYPERPARAMETERS.get("betas") is ONE_BETA
+        self._seen: list[tuple[Any, ...]] = []
+
+    def read(self, index: int, group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        """The group, with Python numbers for hyperparameters: itself where nothing is to be converted.
+
+        Args:
+            index: of the group.
+            group: as the optimizer holds it. Its one ``beta``, where it has one, becomes ``betas``.
+            defaults: the optimizer's, to tell what is small beside its learning rate.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a hyperparameter that makes no sense, with the index of the group.
+        """
+        try:
+            if "beta" not in group and all(map(operator.is_, self._values(group), self._seen[index])):
+                return group
+        except (KeyError, IndexError):
+            pass  # told below
+        with of_group(index):
+            return self._read(index, group, defaults)
+
+    def _read(self, index: int, group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        if "beta" in group:
+            if not self._has_one_beta:
+                check_beta_names(self._optimizer, group, folded=True)
+            group["betas"] = (group.pop("beta"),)
+        while len(self._seen) <= index:
+            self._seen.append((_UNSEEN,) * len(self._checks))
+        converted: dict[str, Any] = {}
+        seen: list[Any] = []
+        is_lr_alone = True
+        for (name, check), before in zip(self._checks, self._seen[index], strict=True):
+            value = _value(group, name)
+            if value is not before:
+                if name == "lr":
+                    found: Any = _learning_rate(value, group, defaults)
+                else:
+                    found = check(name, value)
+                    is_lr_alone = False
+                if found is not value:
+                    converted[name] = found
+            seen.append(value if _is_fixed(value) else _UNSEEN)
+        result = {**group, **converted} if converted else group
+        if not is_lr_alone:
+            self._optimizer._check_relations(result)
+        self._seen[index] = tuple(seen)
+        return result
+
+
+class _Unseen:
+    """No value is this one."""
+
+
+_UNSEEN = _Unseen()
+_FIXED = frozenset((float, int, bool, str, type(None)))
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether a value that has passed stays as it is, so that its identity is enough to recognise it."""
+    if type(value) is tuple:
+        return all(type(item) in _FIXED for item in value)
+    return type(value) in _FIXED or callable(value)
+
+
+def _learning_rate(value: Any, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
+    """As the constructor takes it, or below zero by what a scheduler's rounding leaves."""
+    found = checks.learning_rate("lr", value, math.inf)
+    if found >= 0:
+        return found
+    size = max(_size(group.get("initial_lr")), _size(defaults.get("lr")))
+    return checks.learning_rate("lr", found, ROUNDING * size + SMALLEST_ROUNDING)
+
+
+def _size(value: Any) -> float:
+    try:
+        return abs(checks.number("initial_lr", value, -math.inf))
+    except (TypeError, ValueError):
+        return 0.0
