@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import backends, memory
+from . import backends, memory, reader
 from ._extension import load
 from ._version import __version__
 
@@ -41,10 +41,7 @@ def report() -> str:
         ("Python", sys.version.split()[0]),
         ("torch", f"{torch.__version__} ({_torch_device_support()})"),
         ("triton", _version_of("triton")),
-        (
-            "reader",
-            "C++ (DLPack)" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "Python (torch before 2.10)",
-        ),
+        ("reader", reader.kind()),
     ]
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:

@@ -4,6 +4,3 @@ import torch
 
 #: The numbers of ``Format`` in csrc/dtypes.h and of triton_kernels/dtypes.py.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-#: DLPack's (code, bits).
-DLPACK_TYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16)}

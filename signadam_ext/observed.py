@@ -88,7 +88,7 @@ def collect(plans: Iterable[Plan]) -> Statistics:
             rows = bucket.observed.cpu()
             begin = 0
             for entry, present in zip(bucket.entries, bucket.table.grads(), strict=True):
-                numel = entry.work.numel()
+                numel = entry.numel
                 end = begin + -(-numel // _C.CHUNK_SIZE)
                 if present and numel > 0:
                     levels = entry.forms[0].levels if entry.forms else None

@@ -1,8 +1,8 @@
 """From lists of tensors to launches: checked once, cached, and brought up to date with each step.
 
-A plan holds what there is to know of every parameter of an optimizer, cut into buckets that share a launch: same device,
-same rule. Building it looks at each tensor; a step compares, and reads gradients. Between two steps a plan owns no tensor
-of its user's.
+A plan holds what there is to know of every parameter of an optimizer, cut into buckets that share a launch: same
+device, same rule. Building it looks at each tensor; a step compares, and reads gradients. Between two steps a plan owns
+no tensor of its user's.
 """
 
 from __future__ import annotations
@@ -241,6 +241,7 @@ class Plan:
         "_copies",
         "_given_variances",
         "_grad_dtypes",
+        "_holds_all",
         "_is_first",
         "_pending",
         "_reader",
@@ -264,6 +265,7 @@ class Plan:
         self.labels = [item.label for item in items]
         self._copies: dict[int, Tensor] = {}
         self._is_first = True
+        self._holds_all = True  # as entries are made
         self._given_variances = None if grads is None else [item.variance for item in items]
         if grads is None:
             self._reader: Any = make_reader()
@@ -305,6 +307,7 @@ class Plan:
             bucket = Bucket(rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
             self._bound += entries if backend.name == "reference" else bucket.gappy
+        self._bound += [entry for entry in self._variances if entry not in self._bound]
         self._watch(items, chosen)
 
     def _watch(self, items: Sequence[Item], chosen: list[_Chosen]) -> None:
@@ -462,8 +465,9 @@ class Plan:
     def release(self) -> None:
         """Lets go of all tensors of the user's; also where a step is not taken."""
         self._copies.clear()
-        for entry in self._bound if not self._variances and not self._is_first else self.entries:
+        for entry in self.entries if self._holds_all else self._bound:
             entry.unbind()
+        self._holds_all = False
         self._reader.release()
 
 

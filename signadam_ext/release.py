@@ -140,7 +140,7 @@ class _Slot:
     """What is remembered of a released parameter.
 
     Attributes:
-        implementation: where torch keeps what the tensor is. ``torch.utils.swap_tensors`` gives a parameter another one,
+        implementation: where torch keeps what the tensor is. ``torch.utils.swap_tensors`` gives a parameter another,
             which has none of its hooks.
         window: number of the window (from one ``step()`` to the next) in which it was last updated.
         task: number of the backward that last brought a gradient.
@@ -300,7 +300,7 @@ class GradientRelease:
         self._handles.clear()
 
     def _slot(self, param: Tensor) -> _Slot | None:
-        """What is remembered of a parameter, if it is released. Its hook shows that it is no other one of the same id."""
+        """What is remembered of a parameter, if it is released. Its hook shows that it is no other of the same id."""
         slot = self._slots.get(id(param))
         hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
         return slot if any(isinstance(hook, _Hook) and hook.slot is slot for hook in hooks.values()) else None

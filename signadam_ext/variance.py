@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from . import checks
-from .plan import _waves
+from .plan import overlap_levels
 
 #: What the gradients of a chunk's samples may take where no ``chunk_size`` is given, in bytes.
 CHUNK_BYTES = 512 << 20
@@ -304,7 +304,7 @@ def _places(params: list[nn.Parameter]) -> list[Tensor]:
     given = [getattr(param, "grad_variance", None) for param in params]
     fit = [place if _fits(place, param) else None for place, param in zip(given, params, strict=True)]
     others = [param.grad for param in params if param.grad is not None and param.grad.layout == torch.strided]
-    meets = _waves([*params, *others, *fit])[-len(fit) :]
+    meets = overlap_levels([*params, *others, *fit])[-len(fit) :]
     # Parameters and gradients come first, and may meet each other: a place is free where it is in the first wave.
     return [
         torch.empty_like(param, dtype=torch.float32, requires_grad=False) if place is None or wave > 0 else place

@@ -35,9 +35,15 @@ class CpuBucketLaunch(HostLaunch):
     def __init__(self, bucket: Bucket) -> None:
         self._rule = _C.RULES.index(bucket.rule.name)
         self._statistics = getattr(_C.Statistics, bucket.rule.statistics)
-        self._table = bucket.table
+        self._bucket = bucket
         self._observed = 0 if bucket.observed is None else bucket.observed.data_ptr()
 
     def operations(self, rows: Sequence[Row]) -> list[Any]:
         threads = torch.get_num_threads()
-        return [self._table.cpu_launch(self._rule, self._statistics, rows, threads, self._observed)]
+        launch = self._bucket.table.cpu_launch(self._rule, self._statistics, rows, threads, self._observed)
+        gappy = self._bucket.present_gappy()
+        if not gappy:
+            return [launch]
+        # Around each launch by itself: a parameter may share memory with one of an earlier launch.
+        work, params = [entry.work for entry in gappy], [entry.param.data for entry in gappy]
+        return [(torch._foreach_copy_, work, params), launch, (torch._foreach_copy_, params, work)]
