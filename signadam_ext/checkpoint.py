@@ -1,18 +1,22 @@
 """State as checkpoints hold it: portable, whatever the backend, the storage form and the layout in memory.
 
-A moment is a tensor of the parameter's shape: fp32, bf16, or int8 codes with their kind and levels said beside it. A
-packed moment has the same keys in memory, where the tensor is a buffer of bytes.
+A moment is a tensor of the parameter's shape: fp32, bf16, or int8 codes with the numbers of their kind and levels
+beside it. A packed moment has the same keys in memory, where the tensor is a buffer of bytes, uint8, in the memory
+order that its ``..._order`` says.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import os
-import tempfile
+import re
+import secrets
+import stat
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +25,19 @@ from torch import Tensor
 
 from . import checks, storage
 from .random_bits import MOMENT_BITS, random_bits
-from .storage import BF16, BLOCK8, FORMS, FP32, Form
+from .storage import BF16, BLOCK8, FORMS, FORMS_BY_NUMBER, FP32, Form
 
 #: What may lie beside a parameter, by its name in the state.
 BESIDE_DTYPES = {
     name: tuple(dtype for other, dtype in storage.BESIDE.values() if other == name)
     for name, _ in storage.BESIDE.values()
 }
+
+#: Of the number of steps in the state: a 0-dim tensor on the CPU.
+STEP_DTYPE = torch.float64
+
+#: Moments of all methods, torch.optim's among them where nothing else tells that an optimizer has made a state.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_var")
 
 #: Added to the step whose random bits a conversion uses: those of the step itself have decided what is converted.
 CONVERSION = 1 << 32
@@ -62,123 +72,294 @@ def levels_key(name: str) -> str:
     return f"{name}_levels"
 
 
-def said_beside(name: str, form: Form) -> dict[str, Any]:
+@functools.cache
+def order_key(name: str) -> str:
+    return f"{name}_order"
+
+
+#: Keys of what is said beside a moment.
+SAID = (kind_key, levels_key, order_key)
+
+#: What an optimizer keeps in a parameter's state. Other entries are a user's.
+OPTIMIZERS_OWN = frozenset(
+    ("step", *BESIDE_DTYPES, *MOMENTS, *(key(moment) for key in SAID for moment in MOMENTS)),
+)
+
+
+def said_beside(name: str, form: Form, param: Tensor) -> dict[str, int]:
     """What the state holds beside a moment, so that it can be read without its optimizer."""
-    said: dict[str, Any] = {}
+    said: dict[str, int] = {}
     if form.packed:
-        said[kind_key(name)] = form.kind
+        said[kind_key(name)] = form.number
     if form.levels is not None:
         said[levels_key(name)] = form.levels
+    if form.packed:
+        said[order_key(name)] = storage.order_of(param.shape, storage.strides_of(param))
     return said
 
 
+def form_said(label: str, name: str, state: Mapping[str, Any]) -> Form | None:
+    """The form that ``..._kind`` says of a moment, a number or in older checkpoints a string; None where none is said.
+
+    Raises:
+        TypeError, ValueError: no packed form.
+    """
+    kind = state.get(kind_key(name))
+    if kind is None:
+        return None
+    shown = f"{kind_key(name)} of {label}"
+    if isinstance(kind, str):
+        form = FORMS[checks.one_of(shown, kind, FORMS)]
+    else:
+        found = FORMS_BY_NUMBER.get(checks.whole_number(shown, kind))
+        if found is None:
+            known = ", ".join(f"{form.number} ({form.kind})" for form in FORMS.values() if form.packed)
+            raise ValueError(f"{shown} is {kind!r}: must be one of {known}")
+        form = found
+    if not form.packed:
+        raise ValueError(f"{shown} is {kind!r}: that kind is said by the dtype alone")
+    return form
+
+
+def order_said(label: str, name: str, state: Mapping[str, Any], param: Tensor) -> int:
+    """The memory order in which a packed moment's codes lie; the parameter's own where none is said.
+
+    Raises:
+        TypeError, ValueError: no order of the parameter's dimensions.
+    """
+    order = state.get(order_key(name))
+    if order is None:
+        return storage.order_of(param.shape, storage.strides_of(param))
+    shown = f"{order_key(name)} of {label}"
+    found = checks.whole_number(shown, order)
+    try:
+        storage.strides_in_order(param.shape, found)
+    except ValueError as error:
+        raise ValueError(f"{shown} is {found}, but {error}") from None
+    return found
+
+
+def is_packed(form: Form, value: Any) -> bool:
+    """Whether a moment of a packed form is as in memory, and not as checkpoints hold it."""
+    return form.packed and isinstance(value, Tensor) and value.dtype == torch.uint8
+
+
+def real(label: str, value: Any) -> Any:
+    """A tensor whose numbers are in memory: ``value``, or a copy of one that says how to compute them.
+
+    Raises:
+        TypeError, ValueError: a tensor that has no memory of its own, or less than it says.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if value.layout == torch.strided and value._is_zerotensor():
+        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    checks.own_memory(label, value)
+    return copied(value) if value.is_neg() else value
+
+
+def copied(value: Tensor) -> Tensor:
+    """The same numbers in memory of their own, dense, with the dimensions in the same order."""
+    strides = storage.strides_of(value)
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def realized(layout: Layout, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint's state, in which the optimizer's own tensors have their numbers in memory."""
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"the state of {layout.label} is a {type(saved).__name__}: must be a dict")
+    own = (*layout.moments, *BESIDE_DTYPES, "step", *(() if layout.gate is None else (layout.gate,)))
+    return {**saved, **{name: real(f"state {name!r} of {layout.label}", saved[name]) for name in own if name in saved}}
+
+
 def export(layout: Layout, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state as a checkpoint holds it."""
+    """A parameter's state as a checkpoint holds it.
+
+    Raises:
+        TypeError, ValueError: a packed moment of a parameter that has another size now, an offloaded one for example.
+    """
     return {name: export_entry(layout, state, name) for name in state}
 
 
 def export_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
     """One entry of it. A packed moment becomes a tensor of the parameter's shape, one byte or two for each element."""
+    value = state[name]
     form = layout.moments.get(name)
-    if form is None or not form.packed:
-        return state[name]
-    numel = layout.param.numel()
-    if form is BLOCK8:
-        return _shaped(storage.decode(form, state[name], numel).bfloat16(), layout.param)
-    return _shaped(storage.codes_of(form, state[name], numel), layout.param)
+    if form is not None and is_packed(form, value):
+        return _exported(layout, name, form, state)
+    for moment, form in layout.moments.items():
+        if form.packed and name == kind_key(moment) and value is not None:
+            said = form_said(layout.label, moment, state)
+            return said and said.number
+    return checks.plain_number(value)
+
+
+def _exported(layout: Layout, name: str, form: Form, state: Mapping[str, Any]) -> Tensor:
+    """A packed moment as a tensor of the parameter's shape and memory order: int8 codes, or bf16 values of blocks."""
+    param, label = layout.param, f"state {name!r} of {layout.label}"
+    stored = state[name]
+    checks.own_memory(label, stored)
+    numel = param.numel()
+    if stored.shape != (form.nbytes(numel),) or _padding(form, stored, numel):
+        raise ValueError(
+            f"{label} holds {form.kind} codes of another number of elements than the parameter's {numel}: a parameter "
+            "that has been offloaded or resized needs its elements back before its state can be saved"
+        )
+    order = order_said(label, name, state, param)
+    strides = storage.strides_of(param)
+    values = storage.codes_of(form, stored, numel) if form is not BLOCK8 else _block_values(stored, numel)
+    return storage.reordered(values, param.shape, order, strides)
+
+
+def _block_values(stored: Tensor, numel: int) -> Tensor:
+    """Exact: a code has seven bits, and bf16 eight."""
+    return storage.decode(BLOCK8, stored, numel).bfloat16()
+
+
+def _padding(form: Form, stored: Tensor, numel: int) -> bool:
+    """Whether there are codes where only zeros can be, behind the last element."""
+    padded = -(-numel // storage.RUN) * storage.RUN
+    last = max(0, padded - storage.RUN)
+    runs = stored[last * form.bits // 8 : padded * form.bits // 8]
+    return numel != padded and bool(storage.codes_of(form, runs, padded - last)[numel - last :].any())
 
 
 def check(layout: Layout, saved: Mapping[str, Any]) -> None:
     """Raises unless a checkpoint's state fits the parameter.
 
     Raises:
-        TypeError, ValueError: another shape or dtype, an unknown kind, codes beyond their levels, values that no
-            bounded momentum has.
+        TypeError, ValueError: a missing moment, another shape or dtype, an unknown kind, codes beyond their levels,
+            values that no bounded momentum has, low bits and a master copy at once, an impossible number of steps.
     """
     label, param = layout.label, layout.param
     for name, form in layout.moments.items():
         if name in saved:
             _check_moment(f"state {name!r} of {label}", name, form, saved, param)
+        elif not OPTIMIZERS_OWN.isdisjoint(saved):
+            raise ValueError(f"state {name!r} of {label} is missing: the checkpoint holds {_listed(saved)}")
     for name, dtypes in BESIDE_DTYPES.items():
         if name in saved:
             checks.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
+    one_beside(label, saved)
     if layout.gate is not None and layout.gate in saved:
         checks.gate(label, layout.gate, saved[layout.gate])
         checks.gate_value(label, layout.gate, saved[layout.gate])
-    checks.step_count(label, saved.get("step", 0))
+    taken(label, saved)
+
+
+def one_beside(label: str, state: Mapping[str, Any]) -> None:
+    """Raises where a parameter has low bits and a master copy at once."""
+    if BESIDE_DTYPES.keys() <= state.keys():
+        names = " and ".join(map(repr, BESIDE_DTYPES))
+        raise ValueError(f"the state of {label} holds {names}: must be one of them, since each says what is below it")
+
+
+def taken(label: str, state: Mapping[str, Any]) -> int:
+    """The number of steps that a state says has been taken."""
+    return checks.steps_taken(label, real(f"state 'step' of {label}", state.get("step", 0)))
+
+
+def _listed(saved: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, saved))
 
 
 def _check_moment(label: str, name: str, form: Form, saved: Mapping[str, Any], param: Tensor) -> None:
-    kind = saved.get(kind_key(name))
-    if kind is None:
+    source = form_said(label, name, saved)
+    if source is None:
         checks.state_tensor(label, saved[name], param.shape, (torch.float32, torch.bfloat16))
         value = saved[name]
         # A momentum of signs exceeds 1 by rounding errors at the most.
         if form.levels is not None and value.numel() and not bool((value.abs().amax() <= 1.0001).item()):
             raise ValueError(f"{label} has entries beyond 1 or NaN: no momentum of signs has, and codes cannot hold it")
         return
-    source = FORMS[checks.one_of(f"{kind_key(name)} of {label}", kind, FORMS)]
     if form is BLOCK8 and source.levels is not None:
-        raise ValueError(f"{label} is {kind}, codes of a bounded momentum: must be fp32, bf16 or {BLOCK8.kind}")
+        raise ValueError(f"{label} is {source.kind}, codes of a bounded momentum: must be fp32, bf16 or {BLOCK8.kind}")
+    checks.state_tensor(label, saved[name], param.shape, (torch.bfloat16 if source is BLOCK8 else torch.int8,))
+    check_codes(label, name, source, saved)
+
+
+def check_codes(label: str, name: str, source: Form, saved: Mapping[str, Any]) -> None:
+    """Raises unless a moment as checkpoints hold it is made of codes, or values of blocks, that its form can have."""
+    value: Tensor = saved[name]
     if source is BLOCK8:
-        checks.state_tensor(label, saved[name], param.shape, (torch.bfloat16,))
-        if bool(saved[name].isinf().any()):
+        if bool(value.isinf().any()):
             raise ValueError(f"{label} has infinite entries: its exponents are corrupted")
         return
-    if not source.packed:
-        raise ValueError(f"{kind_key(name)} of {label} is {kind!r}: that kind is said by the dtype alone")
-    checks.state_tensor(label, saved[name], param.shape, (torch.int8,))
     levels = saved.get(levels_key(name), source.levels)
     if levels != source.levels:
-        raise ValueError(f"{levels_key(name)} of {label} is {levels!r}: must be {source.levels} for {kind}")
-    if saved[name].numel():
-        low, high = saved[name].aminmax()
-        if low < -levels or high > levels:
-            raise ValueError(f"{label} has codes from {low} to {high}: must be from {-levels} to {levels}")
+        raise ValueError(f"{levels_key(name)} of {label} is {levels!r}: must be {source.levels} for {source.kind}")
+    if value.numel():
+        low, high = value.aminmax()
+        if not (low >= -levels and high <= levels):  # NaN neither
+            raise ValueError(
+                f"{label} has codes from {low.item()} to {high.item()}: must be from {-levels} to {levels}"
+            )
+        if value.is_floating_point() and bool((value != value.round()).any()):
+            raise ValueError(f"{label} has fractions among its {source.kind} codes: must be whole numbers")
 
 
 def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> tuple[dict[str, Any], list[str]]:
-    """A checkpoint's state as this optimizer keeps it, on the parameter's device, and what changed its precision.
+    """A checked checkpoint's state as this optimizer keeps it, on the parameter's device, and changes of precision.
 
     A moment of the same kind keeps its bits. Another kind is converted, where fewer bits are left by stochastic
-    rounding, so that the expectation stays.
+    rounding, so that the expectation stays. Nothing is shared with ``saved``.
     """
     param, changes = layout.param, []
     adopted: dict[str, Any] = {}
-    ours = {f(name) for name in layout.moments for f in (str, kind_key, levels_key)} | {"param_low", "master_param"}
+    ours = {key(name) for name in layout.moments for key in (str, *SAID)} | BESIDE_DTYPES.keys() | {"step"}
+    t = taken(layout.label, saved)
     for name, value in saved.items():
-        if name in ours:
-            continue
-        if isinstance(value, Tensor):
-            value = value.detach().to("cpu" if name == "step" else param.device, copy=True)
-        adopted[name] = value
-    t = int(float(saved.get("step", 0)))
+        if name == "step":
+            adopted[name] = step_tensor(t)
+        elif name not in ours:
+            adopted[name] = _own_copy(value, param.device)
     for (name, form), own_bits in zip(layout.moments.items(), MOMENT_BITS, strict=False):
         if name not in saved:
             continue
         value = saved[name].detach().to(param.device)
-        kind = saved.get(kind_key(name))
-        source = FORMS[kind] if kind is not None else BF16 if value.dtype == torch.bfloat16 else FP32
+        said = form_said(layout.label, name, saved)
+        source = said or (BF16 if value.dtype == torch.bfloat16 else FP32)
         flat = _flat(value, param)
         if source is form and not form.packed:
             adopted[name] = _shaped(flat, param)
         elif source is form and form.levels is not None:
             adopted[name] = storage.pack(form, flat)
         else:
-            m = flat.float() if source.levels is None else flat.float() / torch.tensor(float(source.levels))
+            m = flat.float()
+            if source.levels is not None:
+                m = m / torch.full((), float(source.levels), dtype=torch.float32, device=m.device)
             if form.levels is not None:
                 m = m.clamp(-1.0, 1.0) * form.levels
-            r = own_bits(random_bits(seed, number, t + CONVERSION, 0, param.numel(), param.device))
-            stored = storage.encode(form, m, r)
+            stored = storage.encode(form, m, conversion_bits(own_bits, seed, number, t, m))
             adopted[name] = stored if form.packed else _shaped(stored, param)
             exact = source is form and torch.equal(
                 storage.decode(form, stored, param.numel()).nan_to_num(), flat.float().nan_to_num()
             )
             if not exact:
                 changes.append(f"{name}: {source.kind} to {form.kind}")
-        adopted.update(said_beside(name, form))
+        adopted.update(said_beside(name, form, param))
     changes += _adopt_weights(layout, saved, adopted)
     return adopted, changes
+
+
+def conversion_bits(own_bits: Callable[[Tensor], Tensor], seed: int, number: int, t: int, values: Tensor) -> Tensor:
+    """The random bits with which a moment is stored in another form, after step ``t``."""
+    return own_bits(random_bits(int(seed), number, t + CONVERSION, 0, values.numel(), values.device))
+
+
+def step_tensor(t: int) -> Tensor:
+    return torch.full((), float(t), dtype=STEP_DTYPE, device="cpu")
+
+
+def _own_copy(value: Any, device: torch.device) -> Any:
+    """What a user keeps in a state, with tensors of its own on the device."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, Mapping):
+        return {key: _own_copy(each, device) for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(_own_copy(each, device) for each in value)
+    return value
 
 
 def _adopt_weights(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, Any]) -> list[str]:
@@ -203,69 +384,163 @@ def _adopt_weights(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, 
     if was == "split16":
         adopted["param_low"] = _shaped((flat.int() + 128 >> 8).clamp(-128, 127).to(torch.int8), param)
         return [change]
-    high = torch.empty(flat.shape, dtype=torch.bfloat16, device=flat.device)
-    beside = torch.empty(flat.shape, dtype=storage.BESIDE[weights][1], device=flat.device)
-    half = torch.full(flat.shape, 1 << 15, device=flat.device)  # to nearest, where 8 bits are cut off
-    storage.store_param(weights, flat, half, high, beside)
-    adopted["param_low"] = _shaped(beside, param)
+    adopted["param_low"] = _shaped(storage.low_of_master(weights, flat), param)
     return [change] if weights == "split8" else []
 
 
 def _flat(value: Tensor, param: Tensor) -> Tensor:
     """The elements of a tensor of the parameter's shape, in the parameter's memory order."""
-    like = torch.empty_like(param, device="meta")
-    return storage.flat(value if checks.same_strides(value, like.stride()) else storage.restrided(value, param))
+    lies_so = checks.same_strides(value, storage.strides_of(param))
+    return storage.flat(value if lies_so else storage.restrided(value, param))
 
 
 def _shaped(flat: Tensor, param: Tensor) -> Tensor:
     """The reverse, as a tensor of its own."""
-    like = torch.empty_like(param, device="meta")
-    shaped = torch.empty_strided(param.shape, like.stride(), dtype=flat.dtype, device=flat.device)
+    strides = storage.strides_of(param)
+    shaped = torch.empty_strided(param.shape, strides, dtype=flat.dtype, device=flat.device)
     storage.flat(shaped).copy_(flat)
     return shaped
 
 
 _HEAD = "optimizer"
 
+#: What a member's name shows of the entry's own.
+_SHOWN = re.compile(r"[\w.\- ]+", re.ASCII)
+
+#: Flags of a member that change nothing in how it is read: a name in UTF-8, sizes behind the data.
+_HARMLESS_FLAGS = 0x808
+
 
 @contextlib.contextmanager
 def writer(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """A zip file that takes its name when it is complete, so that an interrupted write leaves the old file."""
-    path = os.fspath(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
+    """A zip file that takes its name when it is complete, so that an interrupted write leaves the old file.
+
+    A symbolic link is followed. A new file has the permissions that ``open`` would give it, an old one keeps its own.
+
+    Raises:
+        OSError: a path that cannot be written, or that is no regular file.
+    """
+    path = os.fsdecode(os.fspath(path))
     try:
-        with os.fdopen(handle, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        old = os.stat(path)
+    except FileNotFoundError:
+        old = None
+    if old is not None:
+        if stat.S_ISDIR(old.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not stat.S_ISREG(old.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file, so no state is saved to it", path)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    path = os.path.realpath(path)
+    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+            try:
                 yield archive
+                archive.close()
+            finally:
+                archive.fp = None  # it has nothing more to write, also where a member was left open
             file.flush()
             os.fsync(file.fileno())
+        if old is not None:
+            with contextlib.suppress(OSError):  # whose it is only a privileged process may say
+                os.chown(temporary, old.st_uid, old.st_gid)
+            os.chmod(temporary, stat.S_IMODE(old.st_mode))
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 
-def write_head(archive: zipfile.ZipFile, head: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
+    """A file of :func:`writer`, to be read.
+
+    Raises:
+        OSError, zipfile.BadZipFile: one that cannot be read.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except NotImplementedError as error:  # a version or method that no file of ours names
+        raise zipfile.BadZipFile(f"{os.fspath(path)}: {error}") from error
+    with archive:
+        yield archive
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file keeps one entry of a parameter's state."""
+
+    member: str
+    number: int
+    name: Any
+
+
+def members_of(states: Iterable[tuple[int, Mapping[str, Any]]]) -> list[Member]:
+    """A member for each entry of each parameter's state."""
+    found = []
+    for number, state in states:
+        for i, name in enumerate(state):
+            shown = name if isinstance(name, str) and _SHOWN.fullmatch(name) else f"#{i}"
+            found.append(Member(f"state/{number}/{shown}", number, name))
+    return found
+
+
+def write_head(archive: zipfile.ZipFile, head: dict[str, Any], members: Iterable[Member]) -> None:
     with archive.open(_HEAD, "w") as member:
-        torch.save(head, member)
+        torch.save({**head, "members": [(each.member, each.number, each.name) for each in members]}, member)
 
 
-def read_head(archive: zipfile.ZipFile) -> dict[str, Any]:
-    return _read(archive, _HEAD)
+def write_entry(archive: zipfile.ZipFile, member: Member, value: Any) -> None:
+    with archive.open(member.member, "w", force_zip64=True) as file:
+        torch.save(value, file)
 
 
-def write_entries(archive: zipfile.ZipFile, number: int, entries: Iterable[tuple[str, Any]]) -> None:
-    """One member of the file for each entry of a parameter's state."""
-    for name, value in entries:
-        with archive.open(f"state/{number}/{name}", "w", force_zip64=True) as member:
-            torch.save(value, member)
+def read_head(archive: zipfile.ZipFile) -> tuple[dict[str, Any], dict[int, list[Member]]]:
+    """What stands before the state, and the members of each parameter's, by its number.
+
+    Raises:
+        ValueError: a file of another origin, members other than the head lists, or compressed ones, whose size says
+            nothing of the memory that they would need.
+        zipfile.BadZipFile: a damaged file.
+    """
+    shown = archive.filename
+    infos = {info.filename: info for info in archive.infolist()}
+    for name, info in infos.items():
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise ValueError(f"{shown}: member {name!r} is compressed, and save_state compresses nothing")
+        if info.flag_bits & ~_HARMLESS_FLAGS:
+            raise zipfile.BadZipFile(f"{shown}: member {name!r} has flags that save_state does not set")
+    if _HEAD not in infos:
+        raise ValueError(
+            f"{shown} was not written by save_state: load what torch.save has written by "
+            "load_state_dict(torch.load(...))"
+        )
+    head = _read(archive, _HEAD)
+    if not isinstance(head, dict) or "param_groups" not in head:
+        raise ValueError(f"{shown} was not written by save_state: its head has no param_groups")
+    if "members" in head:
+        members = [Member(*each) for each in head["members"]]
+    else:  # an older version's
+        parts = ((name, *name.split("/", 2)) for name in infos if name.startswith("state/"))
+        members = [Member(name, int(number), entry) for name, _, number, entry in parts]
+    expected, present = [_HEAD, *(each.member for each in members)], archive.namelist()
+    if sorted(expected) != sorted(present):
+        missing, more = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
+        what = f"lacks the member {missing[0]!r}" if missing else f"has the member {(more or present)[0]!r} too many"
+        raise ValueError(f"{shown} {what}: it is damaged, or was put together by another program")
+    by_number: dict[int, list[Member]] = {}
+    for member in members:
+        by_number.setdefault(member.number, []).append(member)
+    return head, by_number
 
 
-def read_entries(archive: zipfile.ZipFile, number: int) -> dict[str, Any]:
+def read_entries(archive: zipfile.ZipFile, members: Iterable[Member]) -> dict[Any, Any]:
     """A parameter's entries, read from a file one tensor at a time."""
-    prefix = f"state/{number}/"
-    names = [name for name in archive.namelist() if name.startswith(prefix)]
-    return {name.removeprefix(prefix): _read(archive, name) for name in names}
+    return {member.name: _read(archive, member.member) for member in members}
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> Any:

@@ -244,14 +244,6 @@ def gate_value(label: str, name: str, value: Tensor) -> None:
         raise ValueError(f"state {name!r} of {label} is {value.item()!r}: must be finite and at least 0")
 
 
-def step_count(label: str, value: Any) -> None:
-    """Raises unless ``value`` can be a number of steps taken."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise TypeError(f"state 'step' of {label} is {value!r}: must be the number of steps taken")
-
-
 def same_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
     """Whether ``tensor`` lies in memory as ``strides`` say. Dimensions of one element have no stride that matters."""
     if tensor.numel() == 0:
@@ -367,3 +359,75 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+#: The most steps that a count can hold exactly, as float64.
+MOST_STEPS = 1 << 53
+
+
+def steps_taken(label: str, value: Any) -> int:
+    """A number of steps taken, as a Python integer.
+
+    Args:
+        label: what errors call the parameter.
+        value: a number, or a tensor of one element.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a count that no training reaches: negative, fractional, above 2^53, not finite.
+    """
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain_number(value)
+    shown = f"state 'step' of {label} is {value!r}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{shown}: must be the number of steps taken")
+    if not 0 <= value <= MOST_STEPS or value != int(value):
+        raise ValueError(f"{shown}: must be the number of steps taken, a whole number from 0 to 2^53")
+    return int(value)
+
+
+def whole_number(label: str, value: Any) -> int:
+    """``value`` as a Python integer, where a checkpoint may have made a tensor or a NumPy scalar of one.
+
+    Raises:
+        TypeError: something else.
+    """
+    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain_number(value)
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or found != found // 1:
+        raise TypeError(f"{label} is {value!r}: must be a whole number")
+    return int(found)
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy scalar as the Python number that it stands for; anything else as it is."""
+    numpy = sys.modules.get("numpy")  # whoever made one has imported it
+    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
+
+
+def own_memory(label: str, tensor: Any) -> None:
+    """Raises unless the numbers of ``tensor`` lie where its address says, in a storage that covers them.
+
+    Raises:
+        TypeError: no dense tensor, or one whose numbers are elsewhere or nowhere: a wrapper of other tensors, a fake
+            or meta tensor, one of torch.func.
+        ValueError: a storage that has been freed or cut short.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{label} is {tensor!r}: must be a tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{label} has layout {tensor.layout}: must be a dense (strided) tensor")
+    kind = f"{label} is a {type(tensor).__name__} on {tensor.device}"
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise TypeError(f"{kind}, a wrapper of other tensors: must be a tensor with memory of its own")
+    if tensor.numel() == 0:
+        return
+    try:
+        address = tensor.data_ptr()
+        nbytes = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError) as error:
+        raise TypeError(f"{kind}, which has no memory of its own: must be a tensor that has") from error
+    reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
+    needed = (tensor.storage_offset() + reach) * tensor.element_size()
+    if nbytes < needed:
+        raise ValueError(f"{label} needs a storage of {needed} bytes, and has {nbytes}")
+    if address == 0:
+        raise TypeError(f"{kind}, which has no memory of its own: must be a tensor that has")

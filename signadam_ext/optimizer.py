@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 import warnings
 import weakref
-import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, cast, overload
 
@@ -16,28 +17,27 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checks, hyperparameters, options
-from ._extension import load
 from .checkpoint import (
     Layout,
     adopt,
     check,
     export,
     export_entry,
-    kind_key,
+    members_of,
+    opened,
     read_entries,
     read_head,
-    said_beside,
-    write_entries,
+    realized,
+    write_entry,
     write_head,
     writer,
 )
-from .dtypes import FORMATS
 from .observed import Statistics, collect
 from .plan import Item, Plan
 from .rule import Group, Rule
 from .runtime import Runtime
 from .state import entry_names, fit
-from .storage import BESIDE, allocate, effective_weights, make_beside, restrided
+from .storage import effective_weights
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -295,41 +295,6 @@ class SignOptimizer(Optimizer):
             rule.gate,
         )
 
-    def _state_of(self, layout: Layout) -> State:
-        """State of a parameter, made where it is missing: ``step``, moments, low bits or master, gate."""
-        param = layout.param
-        state = self.state[param]
-        step = state.get("step", 0.0)
-        if not isinstance(step, Tensor) or step.device.type != "cpu" or step.dtype != torch.float32 or step.dim() != 0:
-            step = torch.full((), float(step), dtype=torch.float32)  # torch.tensor gives it autograd's data as well
-            state["step"] = step
-        strides = torch.empty_like(param, device="meta").stride()
-        for name, form in layout.moments.items():
-            if name not in state:
-                state[name] = _huge_pages(allocate(form, param))
-                state.update(said_beside(name, form))
-            if form.packed:
-                # Kernels read whole words of codes.
-                if not state[name].is_contiguous() or state[name].data_ptr() % 16 != 0:
-                    state[name] = state[name].clone(memory_format=torch.contiguous_format)
-            elif not checks.same_strides(state[name], strides):
-                state[name] = restrided(state[name], param)
-        beside = None
-        if layout.weights in BESIDE:
-            name, _ = BESIDE[layout.weights]
-            if name not in state:
-                state[name] = make_beside(layout.weights, param, state.pop("param_low", None))
-            elif not checks.same_strides(state[name], strides):
-                state[name] = restrided(state[name], param)
-            beside = state[name]
-        gate = None
-        if layout.gate is not None:
-            gate = state.get(layout.gate)
-            if gate is None:
-                gate = torch.zeros((), dtype=torch.float64)
-            gate = state[layout.gate] = gate.to(param.device)
-        return State(tuple(state[name] for name in layout.moments), beside, gate, step)
-
     def _warn_of_variance(self, group: dict[str, Any]) -> None:
         """Few bits add variance to a momentum, the more of it the longer it remembers."""
         rule = self._rule(group)
@@ -346,101 +311,104 @@ class SignOptimizer(Optimizer):
 
     def _fold_beta(self, group: dict[str, Any]) -> None:
         """A group keeps its one ``beta`` as ``betas=(beta,)``, where schedulers that cycle momentum look for it."""
-        if "beta" in group and len(self.defaults.get("betas", ())) == 1:
-            group["betas"] = (group.pop("beta"),)
+        _fold_beta(group, self.defaults)
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. Holds plain tensors and numbers, loads into any backend, storage form and parameter dtype.
 
         Moments are tensors of their parameters' shapes. Those kept in few bits become int8 codes, which needs one byte
-        for each element while the dictionary lives: :meth:`save_state` does with one tensor at a time.
+        for each element while the dictionary lives: :meth:`save_state` does with one tensor at a time. Each group says
+        its ``method``, and of a function among its hyperparameters the name.
+
+        Raises:
+            TypeError, ValueError: a moment kept in few bits, of a parameter that has been offloaded or resized.
         """
         state_dict = super().state_dict()
         for number, layout in self._layouts():
             if number in state_dict["state"]:
                 state_dict["state"][number] = export(layout, state_dict["state"][number])
-        _drop_constructors(state_dict["param_groups"])
-        state_dict["param_groups"] = [hyperparameters.kept(group) for group in state_dict["param_groups"]]
+        state_dict["param_groups"] = self._exported_groups(state_dict["param_groups"])
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but state keeps its precision or takes this optimizer's.
 
-        Hyperparameters and the seed come from the checkpoint; ``backend``, ``state_dtype`` and ``weights`` stay this
-        optimizer's. Where that changes the precision of a state, one warning says how.
+        Hyperparameters and the seed come from the checkpoint; ``backend``, ``state_dtype``, ``weights`` and functions
+        stay this optimizer's. Where that changes the precision of a state, one warning says how. Everything is made
+        before anything is put in place, so that both states are in memory for a moment.
 
         Raises:
-            TypeError, ValueError: state or hyperparameters that do not fit this optimizer; nothing has been loaded
-                then.
+            TypeError, ValueError: state or hyperparameters that do not fit this optimizer, another method's for
+                example; nothing has been loaded then, nor after any other exception.
         """
-        loaded: dict[str, Any] = {}
-        changes: list[str] = []
-
-        def take(_: Optimizer, incoming: dict[str, Any]) -> None:
-            loaded.update(incoming)
-            for number, layout in self._check_groups(incoming["param_groups"]):
-                if number in incoming["state"]:
-                    check(layout, incoming["state"][number])
-
-        def restore(_: Optimizer) -> None:
-            # Optimizer.load_state_dict has cast state tensors to their parameter's dtype, shares the step counts, and
-            # made generators of strings.
-            changes.extend(self._restore(kept, loaded["param_groups"], lambda number: loaded["state"].get(number)))
-
-        kept = self._constructors()
-        before = self.register_load_state_dict_pre_hook(take)
-        after = self.register_load_state_dict_post_hook(restore, prepend=True)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            before.remove()
-            after.remove()
+        # Not by Optimizer.load_state_dict, which casts state to the parameters' dtypes on the way.
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        saved = state_dict["state"]
+        groups, numbered = self._checked_groups(state_dict["param_groups"])
+        numbers = {number for number, _ in numbered}
+        others = {key: value for key, value in saved.items() if key not in numbers}
+        changes = self._put_in_place(groups, numbered, saved.get, others)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
         _warn_of_changes(changes)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Writes what :meth:`state_dict` holds, one tensor at a time, to a file that appears when it is complete.
 
         Args:
-            path: of the file, which is replaced if there is one. It is a zip file with one member for each entry, each
-                readable by ``torch.load(weights_only=True)``.
+            path: of the file, which is replaced if there is one, and keeps its permissions. A symbolic link is
+                followed. The file is a zip file with one member for each entry, each readable by
+                ``torch.load(weights_only=True)``.
+
+        Raises:
+            TypeError, ValueError: as of :meth:`state_dict`; the old file is still there then.
+            OSError: a path that cannot be written, or that is no regular file.
         """
-        groups = [hyperparameters.kept(group) for group in Optimizer.state_dict(self)["param_groups"]]
-        _drop_constructors(groups)
+        groups = self._exported_groups(Optimizer.state_dict(self)["param_groups"])
+        state = self.state
+        kept = [(number, layout, state[layout.param]) for number, layout in self._layouts() if state.get(layout.param)]
+        others = {key: value for key, value in state.items() if not isinstance(key, Tensor)}
         with writer(path) as archive:
-            write_head(archive, {"param_groups": groups})
-            for number, layout in self._layouts():
-                if state := self.state.get(layout.param):
-                    write_entries(archive, number, ((name, export_entry(layout, state, name)) for name in state))
+            members = members_of((number, entries) for number, _, entries in kept)
+            write_head(archive, {"param_groups": groups, "others": others}, members)
+            by_number = {number: (layout, entries) for number, layout, entries in kept}
+            for member in members:
+                layout, entries = by_number[member.number]
+                write_entry(archive, member, export_entry(layout, entries, member.name))
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Reads what :meth:`save_state` wrote, one tensor at a time, as :meth:`load_state_dict` would.
 
         Raises:
-            TypeError, ValueError: state or hyperparameters that do not fit this optimizer; nothing has been loaded
-                then.
+            TypeError, ValueError: state or hyperparameters that do not fit this optimizer, or a file that is not as
+                ``save_state`` wrote it; nothing has been loaded then, nor after any other exception.
             OSError, zipfile.BadZipFile: a file that cannot be read.
         """
-        with zipfile.ZipFile(path) as archive:
-            try:
-                groups = read_head(archive)["param_groups"]
-            except KeyError as error:
-                raise ValueError(
-                    f"{os.fspath(path)} was not written by save_state: load what torch.save has written by "
-                    "load_state_dict(torch.load(...))"
-                ) from error
-            own = [len(group["params"]) for group in self.param_groups]
-            if own != [len(group["params"]) for group in groups]:
-                raise ValueError(
-                    f"{os.fspath(path)} has groups of {[len(group['params']) for group in groups]} parameters: this "
-                    f"optimizer has groups of {own}"
-                )
-            for number, layout in self._check_groups(groups):
-                check(layout, read_entries(archive, number))
-            kept = self._constructors()
-            for group, saved in zip(self.param_groups, groups, strict=True):
-                group.update({name: value for name, value in saved.items() if name != "params"})
-            changes = self._restore(kept, groups, lambda number: read_entries(archive, number))
+        with opened(path) as archive:
+            head, members = read_head(archive)
+            groups, numbered = self._checked_groups(head["param_groups"])
+            changes = self._put_in_place(
+                groups,
+                numbered,
+                lambda number: read_entries(archive, members.get(number, ())),
+                head.get("others", {}),
+            )
         _warn_of_changes(changes)
+
+    def _exported_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Groups as a checkpoint holds them: with their method, plain numbers, and names of functions."""
+        return [
+            {**{name: _portable(value) for name, value in group.items()}, "method": self._method()} for group in groups
+        ]
+
+    @classmethod
+    def _method(cls) -> str:
+        """The name of the class that defines the rule."""
+        return next(base.__name__ for base in cls.__mro__ if "_rule" in vars(base))
 
     def _layouts(self) -> list[tuple[int, Layout]]:
         """(number in a state dict, layout) of each parameter."""
@@ -450,62 +418,107 @@ class SignOptimizer(Optimizer):
                 layouts.append((len(layouts), self._layout(_label(group, index, i), param, group)))
         return layouts
 
-    def _constructors(self) -> list[dict[str, Any]]:
-        return [_constructors_of(group) for group in self.param_groups]
+    def _checked_groups(
+        self, saved_groups: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[tuple[Any, Layout]]]:
+        """A checkpoint's groups as this optimizer is to have them, and (number there, layout) of each parameter.
 
-    def _restore(
+        Raises:
+            TypeError, ValueError: other numbers of groups or parameters, another method's groups, hyperparameters that
+                make no sense.
+        """
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                f"the checkpoint has a different number of parameter groups, {len(saved_groups)}: must have "
+                f"{len(self.param_groups)}"
+            )
+        groups, numbered = [], []
+        for index, (saved, own) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            if len(saved["params"]) != len(own["params"]):
+                raise ValueError(
+                    f"group {index} of the checkpoint has {len(saved['params'])} parameters, which does not match the "
+                    f"size of the optimizer's, {len(own['params'])}"
+                )
+            self._check_method(index, saved)
+            kept = _constructors_of(own)
+            group = {
+                name: value if callable(value) else copy.deepcopy(value)
+                for name, value in saved.items()
+                if name not in ("params", "method", *kept)
+            }
+            group.update(kept)
+            _complete(group, self.defaults)
+            if "param_names" in own:
+                group.setdefault("param_names", own["param_names"])
+            self._adapt_group(group, saved)
+            for name in self.HYPERPARAMETERS:
+                if _is_function_name(saved.get(name)) and name not in kept:
+                    raise ValueError(
+                        f"{name}={saved[name]!r} of group {index} of the checkpoint is a function, which no checkpoint "
+                        f"holds: construct the optimizer with {name}= that function, and then load"
+                    )
+            self._check_group({**group, "lr": _not_negative(group["lr"])})
+            group["params"] = own["params"]
+            groups.append(group)
+            for i, (number, param) in enumerate(zip(saved["params"], own["params"], strict=True)):
+                numbered.append((number, self._layout(_label(own, index, i), param, group)))
+        return groups, numbered
+
+    def _check_method(self, index: int, saved: Mapping[str, Any]) -> None:
+        """Raises where a group of a checkpoint is of another method."""
+        ours, method = self._method(), saved.get("method")
+        if method is not None:
+            if method != ours:
+                raise ValueError(f"group {index} of the checkpoint is of the method {method}: must be of {ours}")
+            return
+        known = {*self.defaults, *self.HYPERPARAMETERS, "beta"}
+        foreign = sorted(name for name in saved if name in hyperparameters_of_all() and name not in known)
+        if foreign:
+            raise ValueError(
+                f"group {index} of the checkpoint has the hyperparameter {foreign[0]!r}, which {ours} has not: it is "
+                "of another method"
+            )
+
+    def _adapt_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """Where a subclass reads a group of a checkpoint otherwise than it stands there."""
+
+    def _put_in_place(
         self,
-        kept: list[dict[str, Any]],
-        saved_groups: list[dict[str, Any]],
-        entries: Callable[[int], dict[str, Any] | None],
+        groups: list[dict[str, Any]],
+        numbered: list[tuple[Any, Layout]],
+        entries: Callable[[Any], Mapping[str, Any] | None],
+        others: Mapping[Any, Any],
     ) -> list[str]:
-        """Puts checked state in place, once the groups have the checkpoint's hyperparameters.
+        """Makes the state that a checkpoint holds, and then takes it and the groups at once.
 
         Args:
-            kept: what stays this optimizer's, by group.
-            saved_groups: the checkpoint's, for its numbers.
+            groups: the new ones.
+            numbered: (number in the checkpoint, layout) of each parameter.
             entries: a parameter's state by its number in the checkpoint, or nothing.
+            others: state of no parameter.
 
         Returns:
             What changed its precision, each change once.
         """
-        for group, own in zip(self.param_groups, kept, strict=True):
-            group.update(own)
-        self._complete_groups()
-        seeds = [group["seed"] for group in self.param_groups for _ in group["params"]]
         changes: dict[str, None] = {}
-        for own_number, (number, layout) in enumerate(_paired(saved_groups, self._layouts())):
-            self.state.pop(layout.param, None)
-            if saved := entries(number):
-                state, changed = adopt(layout, saved, seeds[own_number], own_number)
+        state: defaultdict[Any, Any] = defaultdict(dict, others)
+        seeds = [group["seed"] for group in groups for _ in group["params"]]
+        # What is made for later steps must not be of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            for own_number, (number, layout) in enumerate(numbered):
+                found = entries(number)
+                if found is None or _is_empty(found):
+                    continue
+                saved = realized(layout, found)
+                check(layout, saved)
+                state[layout.param], changed = adopt(layout, saved, seeds[own_number], own_number)
                 changes.update(dict.fromkeys(changed))
-                self.state[layout.param] = state
-        self._runtime.forget_plans()
+        runtime = self._runtime
+        runtime.lock.refuse_nested()
+        with runtime.lock.held:
+            # An object that poses as the optimizer's class would keep it to itself.
+            (runtime.owner() or self).__setstate__({"state": state, "param_groups": groups})
         return list(changes)
-
-    def _complete_groups(self) -> None:
-        """Gives groups of an earlier version, or of another optimizer, the hyperparameters that they lack."""
-        for group in self.param_groups:
-            self._fold_beta(group)
-            for name, value in self.defaults.items():
-                if name != "differentiable":  # which torch adds to the defaults, and to them alone
-                    group.setdefault(name, value)
-
-    def _check_groups(self, saved_groups: list[dict[str, Any]]) -> list[tuple[int, Layout]]:
-        """(number in the checkpoint, layout) of each parameter, with the checkpoint's hyperparameters.
-
-        Raises:
-            TypeError, ValueError: hyperparameters that make no sense.
-        """
-        layouts = []
-        for index, (saved, own) in enumerate(zip(saved_groups, self.param_groups, strict=False)):
-            # The learning rate is not checked: schedulers may leave a rounding error below zero.
-            group = {**self.defaults, **saved, "lr": 0.0, **_constructors_of(own)}
-            self._fold_beta(group)
-            self._check_group(group)
-            for i, (number, param) in enumerate(zip(saved["params"], own["params"], strict=False)):
-                layouts.append((number, self._layout(_label(own, index, i), param, group)))
-        return layouts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SignOptimizer:
         """As by default, but functions in groups are shared: those of Triton cannot be copied."""
@@ -517,21 +530,19 @@ class SignOptimizer(Optimizer):
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        """Takes what a copy, a pickle or a checkpoint holds. All of it is put in place by one assignment."""
+        taken = dict(state)
         runtime = self.__dict__.get("_runtime")
         if runtime is None:
-            self._runtime = Runtime(
-                weakref.ref(self), hyperparameters.Hyperparameters(type(self)), has_warned=True
-            )
-        else:
-            runtime.forget_plans()
-        self._complete_groups()
-
-
-def _huge_pages(moment: Tensor) -> Tensor:
-    if moment.device.type == "cpu":
-        load().advise_huge_pages(moment.data_ptr(), moment.nbytes)
-    return moment
+            runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)), has_warned=True)
+            taken["_runtime"] = runtime
+        defaults = {**vars(self), **state}["defaults"]
+        for group in state.get("param_groups", ()):
+            _complete(group, defaults)
+        # Plans compare groups and state with what they know; what was observed is of before.
+        runtime.forget_plans()
+        # torch's own begins by updating the attributes' dict, at once.
+        super().__setstate__(taken)
 
 
 def _label(group: dict[str, Any], group_index: int, index: int) -> str:
@@ -540,23 +551,17 @@ def _label(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
 
 
-def _check_state(layout: Layout, state: dict[str, Any]) -> None:
-    """Raises unless what there is of a parameter's state fits its rule. What else a user keeps there is left alone."""
-    checks.weights(layout.label, layout.weights, layout.param.dtype)
-    for name, form in layout.moments.items():
-        if name in state:
-            checks.moment(layout.label, name, state[name], layout.param, form)
-            kind = state.get(kind_key(name))
-            if kind is not None and kind != form.kind:
-                raise ValueError(f"state {name!r} of {layout.label} is {kind}: must be {form.kind}; load it instead")
-    if layout.weights in BESIDE:
-        name, dtype = BESIDE[layout.weights]
-        if name in state:
-            label, param = f"state {name!r} of {layout.label}", layout.param
-            checks.state_tensor(label, state[name], param.shape, (dtype,), param.device)
-    if layout.gate is not None and layout.gate in state:
-        checks.gate(layout.label, layout.gate, state[layout.gate])
-    checks.step_count(layout.label, state.get("step", 0))
+def _fold_beta(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    if "beta" in group and len(defaults.get("betas", ())) == 1:
+        group["betas"] = (group.pop("beta"),)
+
+
+def _complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Gives a group of an earlier version, or of another optimizer, the hyperparameters that it lacks."""
+    _fold_beta(group, defaults)
+    for name, value in defaults.items():
+        if name != "differentiable":  # which torch adds to the defaults, and to them alone
+            group.setdefault(name, value)
 
 
 def _constructors_of(group: dict[str, Any]) -> dict[str, Any]:
@@ -564,10 +569,52 @@ def _constructors_of(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name in CONSTRUCTORS or callable(value)}
 
 
-def _drop_constructors(groups: list[dict[str, Any]]) -> None:
-    for group in groups:
-        for name in _constructors_of(group):
-            del group[name]
+def _portable(value: Any) -> Any:
+    """A group's entry as a checkpoint holds it."""
+    if callable(value) and not isinstance(value, Tensor):
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return f"{named.__module__}.{named.__qualname__}"
+    if type(value) in (list, tuple):
+        return type(value)(checks.plain_number(each) for each in value)
+    return checks.plain_number(value)
+
+
+def _is_function_name(value: Any) -> bool:
+    """Whether this stands for a function in a checkpoint. No name of a choice has a dot in it."""
+    return isinstance(value, str) and "." in value
+
+
+def _not_negative(lr: Any) -> Any:
+    """A learning rate to be checked: schedulers may leave a rounding error below zero."""
+    return abs(lr) if isinstance(lr, (int, float, Tensor)) and not isinstance(lr, bool) else lr
+
+
+def _is_empty(saved: Any) -> bool:
+    """Whether a checkpoint has no state of a parameter. A flattened one gives an empty dict for each entry."""
+    return isinstance(saved, Mapping) and all(isinstance(value, dict) and not value for value in saved.values())
+
+
+#: Hyperparameters of torch.optim's optimizers, beside those that they share with ours.
+_TORCH_HYPERPARAMETERS = frozenset(
+    [
+        *("momentum", "dampening", "nesterov", "amsgrad", "eps", "alpha", "centered", "rho", "etas", "step_sizes"),
+        *("lambd", "t0", "momentum_decay", "lr_decay", "initial_accumulator_value", "beta2_decay", "d", "max_iter"),
+        *("max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn", "ns_coefficients"),
+        *("ns_steps", "adjust_lr_fn"),
+    ]
+)
+
+
+@functools.cache
+def hyperparameters_of_all() -> frozenset[str]:
+    """Names of hyperparameters that tell one method from another, of this package and of torch.optim."""
+    from . import optimizers  # which needs this module
+
+    names = {"beta"}
+    for found in vars(optimizers).values():
+        if isinstance(found, type) and issubclass(found, SignOptimizer):
+            names.update(found.HYPERPARAMETERS)
+    return frozenset(names) | _TORCH_HYPERPARAMETERS
 
 
 def _warn_of_changes(changes: list[str]) -> None:
@@ -587,9 +634,3 @@ def _keep_first_of_each(group: dict[str, Any]) -> None:
     for name in ("params", "param_names"):
         if name in group:
             group[name] = [group[name][i] for i in first.values()]
-
-
-def _paired(saved_groups: list[dict[str, Any]], layouts: list[tuple[int, Layout]]) -> list[tuple[int, Layout]]:
-    """(number in the checkpoint, layout) of each parameter."""
-    numbers = [number for group in saved_groups for number in group["params"]]
-    return [(number, layout) for number, (_, layout) in zip(numbers, layouts, strict=True)]

@@ -31,7 +31,7 @@ _C = load()
 _NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
     """One parameter that takes part, and its state.
 
@@ -307,7 +307,6 @@ class Plan:
             bucket = Bucket(rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
             self._bound += entries if backend.name == "reference" else bucket.gappy
-        self._bound += [entry for entry in self._variances if entry not in self._bound]
         self._watch(items, chosen)
 
     def _watch(self, items: Sequence[Item], chosen: list[_Chosen]) -> None:
@@ -465,7 +464,7 @@ class Plan:
     def release(self) -> None:
         """Lets go of all tensors of the user's; also where a step is not taken."""
         self._copies.clear()
-        for entry in self.entries if self._holds_all else self._bound:
+        for entry in self.entries if self._holds_all else (*self._bound, *self._variances):
             entry.unbind()
         self._holds_all = False
         self._reader.release()

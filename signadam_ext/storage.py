@@ -6,6 +6,7 @@ checkpoints. All tensors are flat, in memory order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,8 @@ INT2 = Form("int2", 5, 2, levels=1)
 BLOCK8 = Form("int8_block32", 6, 8)
 
 FORMS = {form.kind: form for form in (FP32, BF16, INT8, INT4, INT2, BLOCK8)}
+#: The same by their numbers, which state holds: some checkpoint formats keep tensors and numbers alone.
+FORMS_BY_NUMBER = {form.number: form for form in FORMS.values()}
 #: By ``state_dtype``, for a moment that never exceeds 1, for any other first moment, and for a second moment.
 BOUNDED = {"fp32": FP32, "bf16": BF16, "int8": INT8, "int4": INT4, "int2": INT2}
 UNBOUNDED = {"fp32": FP32, "bf16": BF16, "int8": BLOCK8}
@@ -78,10 +81,61 @@ def flat(x: Tensor) -> Tensor:
     return x.as_strided((x.numel(),), (1,))
 
 
+def strides_of(param: Tensor) -> tuple[int, ...]:
+    """The strides of what kernels update: the parameter's, without gaps."""
+    return torch.empty_like(param, device="meta").stride()
+
+
 def restrided(value: Tensor, param: Tensor) -> Tensor:
     """A copy of ``value`` in the memory order of what kernels update."""
-    strides = torch.empty_like(param, device="meta").stride()
-    return torch.empty_strided(param.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+    return torch.empty_strided(param.shape, strides_of(param), dtype=value.dtype, device=value.device).copy_(value)
+
+
+def order_of(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """The memory order of a dense tensor's dimensions as one number, 0 where it is contiguous.
+
+    It is the rank of a permutation in lexicographic order: of the dimensions of more than one element, from the one
+    with the largest stride to the one with the smallest. Other dimensions have no place in memory and do not count.
+    """
+    if 0 in shape:
+        return 0
+    counted = [dim for dim, size in enumerate(shape) if size > 1]
+    order = sorted(counted, key=lambda dim: -strides[dim])
+    rank = 0
+    for dim in order:
+        place = counted.index(dim)
+        rank = rank * len(counted) + place
+        del counted[place]
+    return rank
+
+
+def strides_in_order(shape: Sequence[int], order: int) -> tuple[int, ...]:
+    """The strides of a dense tensor whose :func:`order_of` is ``order``.
+
+    Raises:
+        ValueError: no order of so many dimensions has this number.
+    """
+    counted = [dim for dim, size in enumerate(shape) if size > 1] if 0 not in shape else []
+    places = []
+    rest = order
+    for radix in range(1, len(counted) + 1):
+        rest, place = divmod(rest, radix)
+        places.append(place)
+    if rest != 0:
+        raise ValueError(f"{order} is no order of {len(counted)} dimensions: must be in [0, {len(counted)}!)")
+    ordered = [counted.pop(place) for place in reversed(places)]
+    strides = [1] * len(shape)
+    step = 1
+    for dim in reversed(ordered):
+        strides[dim] = step
+        step *= shape[dim]
+    return tuple(strides)
+
+
+def reordered(values: Tensor, shape: Sequence[int], order: int, strides: Sequence[int]) -> Tensor:
+    """A tensor of that shape and those strides, of elements that lie flat in the memory order ``order``."""
+    placed = torch.empty_strided(shape, strides, dtype=values.dtype, device=values.device)
+    return placed.copy_(values.as_strided(shape, strides_in_order(shape, order)))
 
 
 def effective_weights(weights: str, dtype: torch.dtype) -> str:
@@ -177,7 +231,7 @@ def allocate(form: Form, param: Tensor) -> Tensor:
         if form is BLOCK8:
             _exponents(stored, param.numel()).fill_(-126)
         return stored
-    return torch.zeros_like(param, dtype=form.dtype, memory_format=torch.preserve_format, requires_grad=False)
+    return torch.empty_strided(param.shape, strides_of(param), dtype=form.dtype, device=param.device).zero_()
 
 
 def _exponents(stored: Tensor, numel: int) -> Tensor:
@@ -255,10 +309,25 @@ def make_beside(weights: str, param: Tensor, low: Tensor | None = None) -> Tenso
         low: low bits that a split form left behind, for a master copy to be made of both.
     """
     dtype = BESIDE[weights][1]
+    made = torch.empty_strided(param.shape, strides_of(param), dtype=dtype, device=param.device)
     if weights != "master":
-        return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    master = param.detach().to(dtype, copy=True, memory_format=torch.preserve_format)
-    if low is not None:
-        was = "split16" if low.dtype == torch.int16 else "split8"
-        master.copy_(load_param(was, param.detach().contiguous(), low.contiguous()))
-    return master
+        return made.zero_()
+    if low is None:
+        return made.copy_(param.detach())
+    was = "split16" if low.dtype == torch.int16 else "split8"
+    return made.copy_(load_param(was, param.detach().contiguous(), low.contiguous()))
+
+
+def low_of_master(weights: str, master: Tensor, param: Tensor | None = None) -> Tensor:
+    """The low bits that a master copy, flat, has below a bf16 parameter, rounded to nearest where 8 bits are kept.
+
+    Args:
+        weights: "split16" or "split8".
+        master: fp32.
+        param: the parameter, flat, where it is known: entries set from outside win, and have nothing below them.
+    """
+    high = torch.empty(master.shape, dtype=torch.bfloat16, device=master.device)
+    low = torch.empty(master.shape, dtype=BESIDE[weights][1], device=master.device)
+    half = torch.full(master.shape, 1 << 15, dtype=torch.int64, device=master.device)
+    store_param(weights, master, half, high, low)
+    return low if param is None else torch.where(_same(high, param), low, 0)

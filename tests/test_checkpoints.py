@@ -143,12 +143,15 @@ def test_loading_into_another_memory_order(row):
 
 @each_row
 def test_what_a_state_dict_holds(row):
-    """Plain tensors, numbers and strings under torch's numbering, and no word of the backend."""
-    state_dict = trained(row).state_dict()
+    """Plain tensors, numbers and strings under torch's numbering, every key of the groups, and their method."""
+    optimizer = trained(row)
+    state_dict = optimizer.state_dict()
     assert state_dict.keys() == {"state", "param_groups"}
     assert list(state_dict["state"]) == [0, 1, 2]
     assert [group["params"] for group in state_dict["param_groups"]] == [[0, 1], [2, 3]]
-    assert all("backend" not in group and "beta" not in group for group in state_dict["param_groups"])
+    for saved, own in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        assert saved.keys() == own.keys() | {"method"} and "beta" not in saved and "method" not in own
+        assert saved["method"] == row.optimizer.__name__.replace("AdamW", "Adam")
     assert all(type(value) is torch.Tensor for state in state_dict["state"].values() for value in state.values())
     assert state_dict["state"][0]["step"] == 3
 
@@ -170,25 +173,31 @@ def test_fresh_state_dict(row):
 
 @each_row
 @each_backend
-def test_missing_entries_start_at_zero(row, backend):
-    """State that a checkpoint lacks is made at the next step; hyperparameters that it lacks are the optimizer's."""
+def test_missing_hyperparameters_are_the_optimizers(row, backend):
     optimizer = trained(row, backend)
     state_dict = copy.deepcopy(optimizer.state_dict())
-    for state in state_dict["state"].values():
-        for name in [name for name in state if name != "step"]:
-            del state[name]
     for group in state_dict["param_groups"]:
         del group["weight_decay"]
     other = like(optimizer, row, backend)
     other.load_state_dict(state_dict)
     assert [group["weight_decay"] for group in other.param_groups] == [0.5, 0.5]
 
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.5
+
+@each_row
+@each_backend
+def test_entries_taken_out_of_the_state_start_at_zero(row, backend):
+    """Their user's doing; a checkpoint without them is refused."""
+    optimizer, other = trained(row, backend), trained(row, backend)
+    names = row.optimizer._rule(optimizer.param_groups[0]).moments
     for state in optimizer.state.values():
-        for name, value in state.items():
-            if name != "step":
-                value.zero_()
+        for name in names:
+            state[name].zero_()
+    for state in other.state.values():
+        for name in names:
+            del state[name]
+    if names:
+        with pytest.raises(ValueError, match=f"state '{names[0]}' of parameter 0 of group 0 is missing"):
+            trained(row, backend).load_state_dict(other.state_dict())
     for each in (optimizer, other):
         train(each, range(3, 5))
     assert_same(optimizer, other)

@@ -462,13 +462,14 @@ def test_state_dicts_hold_codes_of_the_parameters_shape(sd):
     train([p], optimizer, range(3))
     state_dict = optimizer.state_dict()
     saved, own = state_dict["state"][0], optimizer.state[p]
-    assert saved.keys() == own.keys() == {"step", "exp_avg", "exp_avg_kind", "exp_avg_levels"}
+    assert saved.keys() == own.keys() == {"step", "exp_avg", "exp_avg_kind", "exp_avg_levels", "exp_avg_order"}
     assert saved["exp_avg"].dtype == torch.int8 and saved["exp_avg"].shape == p.shape
-    assert saved["exp_avg_kind"] == sd and saved["exp_avg_levels"] == storage.FORMS[sd].levels
+    assert saved["exp_avg_kind"] == storage.FORMS[sd].number and saved["exp_avg_levels"] == storage.FORMS[sd].levels
     codes = storage.codes_of(storage.FORMS[sd], own["exp_avg"], p.numel())
     assert torch.equal(saved["exp_avg"].t().flatten(), codes)
     group = state_dict["param_groups"][0]
-    assert not {"backend", "state_dtype", "weights"} & group.keys() and group["seed"] == 0
+    assert (group["backend"], group["state_dtype"], group["weights"]) == ("auto", sd, "stochastic")
+    assert group["seed"] == 0 and group["method"] == "SignAdamPP"
 
 
 def test_a_state_of_the_version_before_loads():

@@ -83,9 +83,7 @@ def _update(
     if entry.weights in ("stochastic", "split8") or any(form is not storage.FP32 for form in entry.forms):
         t = 0 if entry.step is None else int(entry.step) + 1
         r = random_bits(entry.seed, entry.number, t, entry.first, numel, param.device)
-    new, new_beside = storage.stored_param(
-        entry.weights, p, r, param.dtype, None if beside is None else beside.dtype
-    )
+    new, new_beside = storage.stored_param(entry.weights, p, r, param.dtype, None if beside is None else beside.dtype)
     shaped = new.as_strided(entry.param.shape, entry.strides)
     if entry.image is not None:
         # Those that share memory with it, and come after it, start from here.

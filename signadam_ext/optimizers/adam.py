@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -123,12 +123,10 @@ class AdamW(Adam):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **common)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of :class:`Adam`; the decay of a checkpoint of torch's Adam becomes decoupled, as in torch.optim.AdamW."""
-        super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            if "seed" not in saved:  # which ours have
-                group["decoupled_weight_decay"] = True
+    def _adapt_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+        """The decay of a checkpoint of torch's Adam becomes decoupled, as in torch.optim.AdamW."""
+        if "seed" not in saved:  # which ours have
+            group["decoupled_weight_decay"] = True
 
 
 def adam(

@@ -1,0 +1,243 @@
+"""From what a user, a checkpoint or nobody has put into a parameter's state to what its step reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, storage
+from ._extension import load
+from .checkpoint import (
+    BESIDE_DTYPES,
+    STEP_DTYPE,
+    Layout,
+    check_codes,
+    conversion_bits,
+    copied,
+    form_said,
+    is_packed,
+    one_beside,
+    order_said,
+    real,
+    said_beside,
+    step_tensor,
+    taken,
+)
+from .random_bits import MOMENT_BITS
+from .storage import BESIDE, BLOCK8, Form
+
+#: Kernels read packed codes in words of so many bytes.
+ALIGNMENT = 16
+
+
+@dataclass(slots=True)
+class Fitted:
+    """A parameter's state as its step needs it, and how its dictionary gets there.
+
+    Attributes:
+        moments: as stored: with the strides of what kernels update, or packed in that memory order.
+        beside: low bits or master copy, with the same strides, or None.
+        gate: 0-dim float64 on the parameter's device, or None.
+        step: 0-dim of ``STEP_DTYPE`` on the CPU.
+        changes: entries that the dictionary lacks or has otherwise. All tensors in it are new.
+        removed: entries that are in the dictionary and have gone into others.
+    """
+
+    moments: tuple[Tensor, ...]
+    beside: Tensor | None
+    gate: Tensor | None
+    step: Tensor
+    changes: dict[str, Any]
+    removed: tuple[str, ...]
+
+
+def entry_names(layout: Layout) -> tuple[str, ...]:
+    """The state entries that a step reads: moments, what lies beside the parameter, gate and step, in this order."""
+    beside = (BESIDE[layout.weights][0],) if layout.weights in BESIDE else ()
+    gate = () if layout.gate is None else (layout.gate,)
+    return (*layout.moments, *beside, *gate, "step")
+
+
+def fit(layout: Layout, state: Mapping[str, Any], seed: int, number: int) -> Fitted:
+    """What a step needs, of what there is; nothing is written, neither to ``state`` nor to a tensor.
+
+    What is missing is made: zeros, a master copy of the parameter and its low bits. What lies otherwise in memory is
+    copied: other strides, codes in another memory order, packed codes that are not aligned, what is lazily negative or
+    zero, moments in the form that checkpoints hold. Blocks of codes are then formed anew, with random bits that are a
+    function of seed, number, and steps taken.
+
+    Args:
+        layout: how the state is to be stored.
+        state: the parameter's; entries that are not the rule's are a user's and left alone.
+        seed, number: what the parameter's random bits are made of.
+
+    Raises:
+        TypeError, ValueError: an entry that cannot be the parameter's, by its name.
+    """
+    # What is made for later steps must not be of one that runs in inference mode.
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+        return _Fitting(layout, state, seed, number).fitted()
+
+
+class _Fitting:
+    def __init__(self, layout: Layout, state: Mapping[str, Any], seed: int, number: int) -> None:
+        label, param = layout.label, layout.param
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state of {label} is a {type(state).__name__}: must be a dict")
+        checks.weights(label, layout.weights, param.dtype)
+        self.layout, self.state, self.seed, self.number = layout, state, seed, number
+        self.strides = storage.strides_of(param)
+        self.changes: dict[str, Any] = {}
+        one_beside(label, state)
+        # Everything is checked before anything is made.
+        self.steps = taken(label, state)
+        self.found: dict[str, Any] = {}
+        for name, form in layout.moments.items():
+            if name in state:
+                self._check_moment(name, form)
+        if layout.weights in BESIDE:
+            for name, dtypes in BESIDE_DTYPES.items():
+                if name in state:
+                    self.found[name] = self._real(name)
+                    exact = (BESIDE[layout.weights][1],) if name == BESIDE[layout.weights][0] else dtypes
+                    checks.state_tensor(self._shown(name), self.found[name], param.shape, exact, param.device)
+        if layout.gate is not None and layout.gate in state:
+            checks.gate(label, layout.gate, state[layout.gate])
+            self.found[layout.gate] = self._real(layout.gate)
+
+    def fitted(self) -> Fitted:
+        layout = self.layout
+        moments = tuple(
+            self._moment(name, form, own_bits)
+            for (name, form), own_bits in zip(layout.moments.items(), MOMENT_BITS, strict=False)
+        )
+        beside, removed = self._beside()
+        gate = None if layout.gate is None else self._gate(layout.gate)
+        return Fitted(moments, beside, gate, self._step(), self.changes, removed)
+
+    def _shown(self, name: str) -> str:
+        return f"state {name!r} of {self.layout.label}"
+
+    def _put(self, name: str, value: Any) -> Any:
+        """``value``, which becomes an entry unless it is the one that there is."""
+        if value is not self.state.get(name):
+            self.changes[name] = value
+        return value
+
+    def _real(self, name: str) -> Any:
+        value = real(self._shown(name), self.state[name])
+        # Nobody may write in place to a tensor of inference mode once that is left.
+        return copied(value) if isinstance(value, Tensor) and value.is_inference() else value
+
+    # Moments
+
+    def _check_moment(self, name: str, form: Form) -> None:
+        label, param = self._shown(name), self.layout.param
+        value = self.found[name] = self._real(name)
+        said = form_said(label, name, self.state)
+        if said is not None and said is not form:
+            raise ValueError(f"{label} is {said.kind}: must be {form.kind}; load it instead")
+        if said is not None and not is_packed(form, value):
+            # A checkpoint's tensor, perhaps in the dtype of the parameter, as torch loads what is no number of steps.
+            floating = (torch.bfloat16, torch.float32, torch.float16)
+            dtypes = floating if form is BLOCK8 else (torch.int8, *floating)
+            checks.state_tensor(label, value, param.shape, dtypes, param.device)
+            check_codes(label, name, form, {**self.state, name: value})
+            return
+        checks.moment(self.layout.label, name, value, param, form)
+        if form.packed:
+            order_said(label, name, self.state, param)
+
+    def _moment(self, name: str, form: Form, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
+        param = self.layout.param
+        value = self.found.get(name)
+        said = said_beside(name, form, param)
+        if value is None:
+            value = _huge_pages(storage.allocate(form, param))
+        elif not form.packed:
+            value = self._strided(value)
+        elif is_packed(form, value):
+            value = self._in_order(value, name, form, own_bits)
+        else:
+            value = self._packed(self._strided(value), form, own_bits)
+        for key, wanted in said.items():
+            if type(self.state.get(key)) is not int or self.state[key] != wanted:
+                self.changes[key] = wanted
+        return self._put(name, value)
+
+    def _strided(self, value: Tensor) -> Tensor:
+        return value if checks.same_strides(value, self.strides) else storage.restrided(value, self.layout.param)
+
+    def _in_order(self, stored: Tensor, name: str, form: Form, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
+        """A packed buffer whose codes lie in the memory order of the parameter."""
+        param = self.layout.param
+        order = order_said(self._shown(name), name, self.state, param)
+        if order != storage.order_of(param.shape, self.strides):
+            values = storage.decode if form is BLOCK8 else storage.codes_of
+            placed = storage.reordered(values(form, stored, param.numel()), param.shape, order, self.strides)
+            return self._packed(placed, form, own_bits)
+        if not stored.is_contiguous() or stored.data_ptr() % ALIGNMENT != 0:
+            return stored.clone(memory_format=torch.contiguous_format)
+        return stored
+
+    def _packed(self, value: Tensor, form: Form, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
+        """Codes, or values of blocks, in the parameter's memory order, as a packed buffer."""
+        flat = storage.flat(value)
+        if form is not BLOCK8:
+            return _huge_pages(storage.pack(form, flat.to(torch.int8)))
+        bits = conversion_bits(own_bits, self.seed, self.number, self.steps, flat)
+        return _huge_pages(storage.encode(form, flat.float(), bits))
+
+    # The others
+
+    def _beside(self) -> tuple[Tensor | None, tuple[str, ...]]:
+        """What lies beside the parameter, and the entries that have gone into it."""
+        weights, param = self.layout.weights, self.layout.param
+        if weights not in BESIDE:
+            return None, ()
+        name, _ = BESIDE[weights]
+        (other,) = BESIDE_DTYPES.keys() - {name}
+        if name in self.found:
+            return self._put(name, self._strided(self.found[name])), ()
+        from_other = self.found.get(other)
+        if from_other is None:
+            return self._put(name, storage.make_beside(weights, param)), ()
+        if weights == "master":
+            made = storage.make_beside(weights, param, from_other)
+        else:
+            master, own = (storage.flat(storage.restrided(x, param)) for x in (from_other, param.detach()))
+            made = storage.reordered(
+                storage.low_of_master(weights, master, own),
+                param.shape,
+                storage.order_of(param.shape, self.strides),
+                self.strides,
+            )
+        return self._put(name, made), (other,)
+
+    def _gate(self, name: str) -> Tensor:
+        device = self.layout.param.device
+        found = self.found.get(name)
+        if found is None:
+            found = torch.zeros((), dtype=torch.float64, device=device)
+        return self._put(name, found.to(device))
+
+    def _step(self) -> Tensor:
+        step = self.state.get("step")
+        is_ours = (
+            isinstance(step, Tensor)
+            and step.dtype == STEP_DTYPE
+            and step.dim() == 0
+            and step.device.type == "cpu"
+            and not (step._is_zerotensor() or step.is_neg() or step.is_inference())
+        )
+        return self._put("step", step if is_ours else step_tensor(self.steps))
+
+
+def _huge_pages(moment: Tensor) -> Tensor:
+    if moment.device.type == "cpu":
+        load().advise_huge_pages(moment.data_ptr(), moment.nbytes)
+    return moment
