@@ -154,7 +154,7 @@ def real(label: str, value: Any) -> Any:
         return value
     if value.layout == torch.strided and value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    checks.own_memory(label, value)
+    checks.strided(label, value)
     return copied(value) if value.is_neg() else value
 
 
@@ -198,7 +198,7 @@ def _exported(layout: Layout, name: str, form: Form, state: Mapping[str, Any]) -
     """A packed moment as a tensor of the parameter's shape and memory order: int8 codes, or bf16 values of blocks."""
     param, label = layout.param, f"state {name!r} of {layout.label}"
     stored = state[name]
-    checks.own_memory(label, stored)
+    checks.strided(label, stored)
     numel = param.numel()
     if stored.shape != (form.nbytes(numel),) or _padding(form, stored, numel):
         raise ValueError(

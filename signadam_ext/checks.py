@@ -151,8 +151,7 @@ def parameter(label: str, param: Tensor) -> None:
 
 def gradient(label: str, grad: Tensor, param: Tensor) -> None:
     """Raises unless ``grad`` can be the gradient of ``param`` (dtypes may differ within float32, bfloat16, float16)."""
-    if not isinstance(grad, Tensor) or memory_fault(grad) is None or not is_computable(grad):
-        strided(f"the gradient of {label}", grad)
+    dense(f"the gradient of {label}", grad)
     if grad.dtype not in FORMATS:
         raise TypeError(f"the gradient of {label} has dtype {grad.dtype}: supported are float32, bfloat16 and float16")
     if grad.shape != param.shape:
@@ -161,6 +160,8 @@ def gradient(label: str, grad: Tensor, param: Tensor) -> None:
         )
     if grad.device != param.device:
         raise ValueError(f"the gradient of {label} is on {grad.device}: must be on {param.device}, like the parameter")
+    if not is_computable(grad):
+        allocated(f"the gradient of {label}", grad)
 
 
 def state_tensor(
@@ -206,8 +207,7 @@ def variance(label: str, value: Any, param: Tensor) -> None:
             f"{label} has a gradient and no grad_variance: variance='minibatch' reads the variance of the mini-batch "
             "mean there; call signadam_ext.per_sample_variance(model, loss_fn, batch) before step()"
         )
-    if not isinstance(value, Tensor) or not is_computable(value):
-        strided(f"grad_variance of {label}", value)
+    dense(f"grad_variance of {label}", value)
     state_tensor(f"grad_variance of {label}", value, param.shape, tuple(FORMATS), param.device, computable=True)
 
 
@@ -259,16 +259,25 @@ def strided(label: str, tensor: Any) -> None:
             tensors, fake, meta or of torch.func.
         ValueError: a storage that has been freed or cut short under its tensor.
     """
+    dense(label, tensor)
+    allocated(label, tensor)
+
+
+def dense(label: str, tensor: Any) -> None:
+    """Raises unless ``tensor`` is one with strides, and no wrapper of others.
+
+    Raises:
+        TypeError: something else.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{label} is {tensor!r}: must be a tensor")
     if tensor.layout != torch.strided:
         raise TypeError(f"{label} has layout {tensor.layout}: sign-based optimizers need a dense (strided) tensor")
     # A wrapper (DTensor, for one) has no storage of its own, so its address is not where its numbers are.
-    if hasattr(tensor, "__tensor_flatten__") and not is_fake(tensor):
+    if hasattr(tensor, "__tensor_flatten__"):
         raise TypeError(
             f"{label} is a {type(tensor).__name__}, a wrapper of other tensors: optimize the tensors it wraps"
         )
-    allocated(label, tensor)
 
 
 def allocated(label: str, tensor: Tensor) -> None:
@@ -277,12 +286,6 @@ def allocated(label: str, tensor: Tensor) -> None:
     if fault is not None:
         kind, reason = fault
         raise kind(f"{label} {reason}")
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and no elements, which memory estimators compute with."""
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
-    return fake is not None and isinstance(tensor, fake.FakeTensor)
 
 
 #: Memory below is never a process's own; an address there is an offset into a storage that was freed.
@@ -401,33 +404,3 @@ def plain_number(value: Any) -> Any:
     """A NumPy scalar as the Python number that it stands for; anything else as it is."""
     numpy = sys.modules.get("numpy")  # whoever made one has imported it
     return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
-
-
-def own_memory(label: str, tensor: Any) -> None:
-    """Raises unless the numbers of ``tensor`` lie where its address says, in a storage that covers them.
-
-    Raises:
-        TypeError: no dense tensor, or one whose numbers are elsewhere or nowhere: a wrapper of other tensors, a fake
-            or meta tensor, one of torch.func.
-        ValueError: a storage that has been freed or cut short.
-    """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{label} is {tensor!r}: must be a tensor")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{label} has layout {tensor.layout}: must be a dense (strided) tensor")
-    kind = f"{label} is a {type(tensor).__name__} on {tensor.device}"
-    if hasattr(tensor, "__tensor_flatten__"):
-        raise TypeError(f"{kind}, a wrapper of other tensors: must be a tensor with memory of its own")
-    if tensor.numel() == 0:
-        return
-    try:
-        address = tensor.data_ptr()
-        nbytes = tensor.untyped_storage().nbytes()
-    except (RuntimeError, NotImplementedError) as error:
-        raise TypeError(f"{kind}, which has no memory of its own: must be a tensor that has") from error
-    reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
-    needed = (tensor.storage_offset() + reach) * tensor.element_size()
-    if nbytes < needed:
-        raise ValueError(f"{label} needs a storage of {needed} bytes, and has {nbytes}")
-    if address == 0:
-        raise TypeError(f"{kind}, which has no memory of its own: must be a tensor that has")

@@ -312,7 +312,7 @@ class GradientRelease:
             if slot is None or slot.implementation == param._cdata or self._slot(param) is None:
                 continue
             slot.implementation = param._cdata
-            param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+            param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
             if self.accumulation_steps > 1:
                 self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
 

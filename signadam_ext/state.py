@@ -42,7 +42,7 @@ class Fitted:
         moments: as stored: with the strides of what kernels update, or packed in that memory order.
         beside: low bits or master copy, with the same strides, or None.
         gate: 0-dim float64 on the parameter's device, or None.
-        step: 0-dim of ``STEP_DTYPE`` on the CPU.
+        step: 0-dim of ``STEP_DTYPE`` on the CPU; None where nobody counts.
         changes: entries that the dictionary lacks or has otherwise. All tensors in it are new.
         removed: entries that are in the dictionary and have gone into others.
     """
@@ -50,7 +50,7 @@ class Fitted:
     moments: tuple[Tensor, ...]
     beside: Tensor | None
     gate: Tensor | None
-    step: Tensor
+    step: Tensor | None
     changes: dict[str, Any]
     removed: tuple[str, ...]
 

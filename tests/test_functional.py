@@ -42,7 +42,7 @@ class Lists:
         if row.reads_variance:
             self.state["grad_variances"] = [torch.full_like(p, 0.5, dtype=torch.float32) for p in params]
         elif name in ("SignAdam", "MSVAG", "AdamW"):
-            self.state["state_steps"] = [torch.zeros(()) for _ in params]
+            self.state["state_steps"] = [torch.zeros((), dtype=torch.float64) for _ in params]
         if name == "AdamW":
             self.hyperparameters["decoupled_weight_decay"] = True
         if self.hyperparameters.get("confidence", "fixed") != "fixed":
@@ -175,8 +175,8 @@ DEVIATION = {
 }
 STEP = {
     "too few steps": (shortened("state_steps"), "state_steps has 2 entries"),
-    "step dtype": (second("state_steps", torch.zeros(()).long()), r"state_steps\[1\] .* 0-dim float32"),
-    "step no tensor": (second("state_steps", 0), r"state_steps\[1\] .* 0-dim float32"),
+    "step dtype": (second("state_steps", torch.zeros(()).long()), r"state_steps\[1\] .* 0-dim float64"),
+    "step no tensor": (second("state_steps", 0), r"state_steps\[1\] .* 0-dim float64"),
     "no steps": (lambda lists, grads: lists.state.pop("state_steps"), "state_steps has 0 entries"),
 }
 WITH_EXP_AVG = [row for row in ROWS if "sgd" not in row and "minibatch" not in row]
