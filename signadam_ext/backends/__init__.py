@@ -31,6 +31,14 @@ class CheckedLaunch(Protocol):
     def __call__(self, rows: Sequence[Row]) -> None: ...
 
 
+@runtime_checkable
+class StreamedLaunch(Protocol):
+    """A launch whose kernels run on a stream of their device, after it has returned."""
+
+    def wait(self) -> None: ...
+    def __call__(self, rows: Sequence[Row]) -> None: ...
+
+
 class Backend(Protocol):
     """One way to update tensors."""
 
