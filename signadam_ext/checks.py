@@ -155,6 +155,7 @@ def state_tensor(
     if value.shape != torch.Size(shape) or (device is not None and value.device != device):
         raise ValueError(f"{label} has shape {tuple(value.shape)} on {value.device}: must be {expected}")
     allocated(label, value)
+    aligned(label, value)
 
 
 def moment(label: str, name: str, value: Any, param: Tensor, form: Form = FP32) -> None:
@@ -198,6 +199,7 @@ def gate(label: str, name: str, value: Any) -> None:
     """Raises unless ``value`` can be what a threshold is made of."""
     if not isinstance(value, Tensor) or value.dtype != torch.float64 or value.dim() > 0:
         raise TypeError(f"state {name!r} of {label} is {value!r}: must be a 0-dim float64 tensor")
+    aligned(f"state {name!r} of {label}", value)
 
 
 def gate_value(label: str, name: str, value: Tensor) -> None:
@@ -233,6 +235,7 @@ def strided(label: str, tensor: Any) -> None:
             f"{label} is a {type(tensor).__name__}, a wrapper of other tensors: optimize the tensors it wraps"
         )
     allocated(label, tensor)
+    aligned(label, tensor)
 
 
 def allocated(label: str, tensor: Tensor) -> None:
@@ -241,6 +244,21 @@ def allocated(label: str, tensor: Tensor) -> None:
     needed = (tensor.storage_offset() + reach) * tensor.element_size() if tensor.numel() else 0
     if tensor.untyped_storage().nbytes() < needed:
         raise ValueError(f"{label} needs a storage of {needed} bytes, and has {tensor.untyped_storage().nbytes()}")
+
+
+def aligned(label: str, tensor: Tensor) -> None:
+    """Raises where the address is no multiple of the element size, which only a CPU reads at.
+
+    On a GPU such an access ends every later use of the process's context.
+    """
+    if tensor.device.type == "cpu":
+        return
+    size, address = tensor.element_size(), tensor.data_ptr()
+    if address % size != 0:
+        raise ValueError(
+            f"{label} on {tensor.device} lies at address {address:#x}: must be a multiple of its element size, {size} "
+            "bytes; use a .clone() of it"
+        )
 
 
 def overlaps(tensor: Tensor) -> bool:
