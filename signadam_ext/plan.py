@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import backends, checks
 from ._extension import load
+from .backends.device import Resident, refuse_capture
 from .confidence import backend_for, name_of
 from .dtypes import FORMATS
 from .observed import COLUMNS
@@ -177,6 +178,7 @@ class Plan:
 
     __slots__ = (
         "__weakref__",
+        "_buffers",
         "_copies",
         "_given",
         "_grad_dtypes",
@@ -206,6 +208,10 @@ class Plan:
         self.params = [item.param for item in items]
         self._given = grads
         self._copies: dict[int, Tensor] = {}
+        # Before a plan or state is made, which a capture would take into its graph's memory.
+        refuse_capture(
+            {x.param.device for slot, x in enumerate(items) if x.takes_part or self._raw_grad(slot) is not None}
+        )
         chosen: list[backends.Backend | None] = []
         for slot, item in enumerate(items):
             grad = self._raw_grad(slot)
@@ -276,6 +282,7 @@ class Plan:
         for (backend, device, rule, *_), entries in ordered:
             bucket = Bucket(rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
+        self._buffers = self._own_buffers()
         self._has_checks = any(isinstance(launch, backends.CheckedLaunch) for _, launch in self.launches)
         self._versioned = [entry.param for entry in self.entries if not entry.param.is_inference()]
         self._reader = make_reader() if grads is None else ListReader(grads)
@@ -283,6 +290,16 @@ class Plan:
             dtype = self._grad_dtypes[slot]
             watched = item.watched_state() if dtype is not None else None
             self._reader.watch(item.param, item.group, self._strides[slot], dtype, watched)
+
+    def _own_buffers(self) -> list[Resident]:
+        """Copies of parameters and variances, by device: a later step may run on another stream than made them."""
+        made: dict[torch.device, list[Tensor]] = {}
+        for bucket, _ in self.launches:
+            made.setdefault(bucket.device, []).extend(entry.work for entry in bucket.gappy)
+        for _, entry, address in self._variances:
+            if address is None and entry.variance is not None:
+                made.setdefault(entry.param.device, []).append(entry.variance)
+        return [Resident(device, *tensors) for device, tensors in made.items() if device.type == "cuda" and tensors]
 
     def grad(self, slot: int) -> Tensor:
         """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""
@@ -300,6 +317,8 @@ class Plan:
             state: the optimizer's, to be looked through for what has moved; None when nobody else can have touched it.
         """
         self._copies.clear()
+        for buffers in self._buffers:
+            buffers.use()
         self.groups = param_groups
         odd = self._reader.read(param_groups, state)
         return odd is not None and (not odd or self._adopt(odd)) and (not self._variances or self._read_variances())
