@@ -190,6 +190,16 @@ def test_statistics_wait_before_they_read() -> None:
     assert (found.passed, found.norm_ratio, found.threshold) == (0.3, 0.5, 0.5) and math.isnan(found.flipped)
 
 
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((9, 0), False), ((8, 6), False), ((12, 0), True), ((10, 3), False), ((7, 5), False)]
+)
+def test_devices_for_which_the_driver_compiles(capability: tuple[int, int], expected: bool) -> None:
+    from signadam_ext.backends.cuda import driver_compiles
+
+    assert driver_compiles("sm_80+sm_90+sm_100+compute_100", *capability) == expected
+    assert driver_compiles("sm_90+compute_90", *capability) == (capability >= (10, 0))
+
+
 @given(tensors=st.integers(1, 10_000), rows=st.integers(1, 50))
 def test_step_data_is_aligned(tensors: int, rows: int) -> None:
     """So Triton compiles one kernel for each set of constants."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -75,4 +76,25 @@ class CudaBackend:
 
 @functools.cache
 def _device_reason(index: int) -> str | None:
+    architectures = _C.build_info()["cuda_architectures"]
+    major, minor = torch.cuda.get_device_capability(index)
+    if driver_compiles(architectures, major, minor):
+        warnings.warn(
+            f"signadam_ext was built for {architectures}, without machine code for sm_{major}{minor} (cuda:{index}): "
+            "unless the driver has kept it from an earlier run, it compiles all kernels now, which takes minutes; "
+            f"build with SIGNADAM_CUDA_ARCHS={major}{minor}",
+            stacklevel=2,
+        )
     return _C.cuda_unusable_reason(index) or None
+
+
+def driver_compiles(architectures: str, major: int, minor: int) -> bool:
+    """Whether a module built for ``architectures`` ("sm_80+sm_90+compute_90") has only PTX for a device.
+
+    Machine code serves devices of the same major and of no smaller minor capability, PTX all later ones.
+    """
+    built = [
+        (kind, *divmod(int(number), 10)) for kind, _, number in (x.partition("_") for x in architectures.split("+"))
+    ]
+    has_code = any(kind == "sm" and own == major and least <= minor for kind, own, least in built)
+    return not has_code and any(kind == "compute" and tuple(rest) <= (major, minor) for kind, *rest in built)
