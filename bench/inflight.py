@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _WARP = 32
-_VISITS = 200_000  # paths are cut here; the figure is then a lower bound, and says so
+_VISITS = 5_000  # paths are cut here; the figure is then a lower bound, and says so
 
 
 class Unavailable(RuntimeError):
@@ -185,12 +185,14 @@ def _dump(*options: str) -> str:
 
 def _readable(symbol: str) -> str:
     """The name that the module itself gives a kernel: sign_adam, sign_adam_pp+gather, statistics+stored."""
+    import signadam_ext._C as _C
+
     match = re.search(r"kernelINS_\d+([A-Za-z]+?)ELNS_\d+StatisticsE(\d)ELNS_\d+StorageE(\d)", symbol)
     if match is None:
         return symbol
-    rule = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", match[1]).lower()
+    rule = {name.replace("_", ""): name for name in _C.RULES}[match[1].lower()]
     name = {"0": rule, "1": f"{rule}+gather"}.get(match[2], "statistics")
-    return name if match[3] == "0" else f"{name}+stored"
+    return name + {"0": "", "1": "+stored", "2": "+observed"}[match[3]]
 
 
 class Target(NamedTuple):

@@ -67,11 +67,12 @@ py::dict build_info() {
 }
 
 // Step data for a kernel that takes doubles (Triton): gradient addresses, noise, rows, scalars; their offsets and the
-// size.
+// size. Each begins on a 16-byte boundary: Triton compiles another kernel for every combination of arguments that do.
 std::array<std::size_t, 5> step_layout(std::size_t tensors, std::size_t rows) {
-  const std::size_t noise_at = tensors * sizeof(void*);
-  const std::size_t rows_at = noise_at + tensors * sizeof(Noise);
-  const std::size_t scalars_at = rows_at + (tensors + 1) / 2 * 2 * sizeof(uint32_t);
+  const auto aligned = [](std::size_t bytes) { return (bytes + 15) / 16 * 16; };
+  const std::size_t noise_at = aligned(tensors * sizeof(void*));
+  const std::size_t rows_at = aligned(noise_at + tensors * sizeof(Noise));
+  const std::size_t scalars_at = aligned(rows_at + tensors * sizeof(uint32_t));
   return {0, noise_at, rows_at, scalars_at, scalars_at + rows * sizeof(ScalarRow)};
 }
 
@@ -84,38 +85,47 @@ void write_step(const HostTable& table, const std::vector<ScalarRow>& rows, uint
 }
 
 #if defined(SIGNADAM_CUDA)
-std::size_t cuda_step_bytes(const HostTable& table, std::size_t rows) {
-  return cuda::StepLayout::of(rows, table.size(), table.noise().size()).size;
+cuda::StepLayout cuda_layout(const HostTable& table, std::size_t rows) {
+  return cuda::StepLayout::of(rows, table.size(), table.noise().size());
 }
 
-void launch_cuda(HostTable& table, int rule_index, Statistics statistics, const std::vector<ScalarRow>& rows,
-                 uintptr_t device_table, uintptr_t sums, uintptr_t arrivals, uintptr_t observed, uintptr_t pinned,
-                 uintptr_t device_step, int device, uintptr_t stream) {
+std::size_t cuda_step_bytes(const HostTable& table, std::size_t rows) { return cuda_layout(table, rows).size; }
+
+// Writes the step data of a CUDA kernel to host memory of `cuda_step_bytes()`.
+void write_cuda_step(const HostTable& table, const std::vector<ScalarRow>& rows, uintptr_t address) {
   const auto scalars = to_scalars(rows);
+  const auto layout = cuda_layout(table, rows.size());
+  std::memcpy(pointer<char>(address + layout.scalars), scalars.data(), scalars.size() * sizeof(Scalars));
+  std::memcpy(pointer<char>(address + layout.grads), table.grads().data(), table.size() * sizeof(void*));
+  std::memcpy(pointer<char>(address + layout.noise), table.noise().data(), table.noise().size() * sizeof(Noise));
+  std::memcpy(pointer<char>(address + layout.rows), table.rows().data(), table.size() * sizeof(uint32_t));
+}
+
+// `device_step`: where the stream finds what `write_cuda_step` wrote; 0: it travels in the kernel's parameters.
+void launch_cuda(const HostTable& table, int rule_index, Statistics statistics, const std::vector<ScalarRow>& rows,
+                 uintptr_t device_table, uintptr_t sums, uintptr_t arrivals, uintptr_t observed, uintptr_t device_step,
+                 int device, uintptr_t stream) {
   const auto rule = static_cast<RuleIndex>(rule_index);
-  const auto layout = cuda::StepLayout::of(scalars.size(), table.size(), table.noise().size());
+  const auto layout = cuda_layout(table, rows.size());
   std::vector<unsigned char> own;
-  auto* step = pointer<unsigned char>(pinned);
-  if (step == nullptr) {
+  if (device_step == 0) {
     own.resize(layout.size);
-    step = own.data();
+    write_cuda_step(table, rows, reinterpret_cast<uintptr_t>(own.data()));
   }
-  std::memcpy(step, scalars.data(), scalars.size() * sizeof(Scalars));
-  std::memcpy(step + layout.grads, table.grads().data(), table.size() * sizeof(void*));
-  std::memcpy(step + layout.noise, table.noise().data(), table.noise().size() * sizeof(Noise));
-  std::memcpy(step + layout.rows, table.rows().data(), table.size() * sizeof(uint32_t));
   const auto* entries = pointer<const TensorEntry>(device_table);
   const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
                        pointer<uint32_t>(arrivals), pointer<Observed>(observed)};
   const Storage storage = observed == 0 ? table.storage() : Storage::observed;
   py::gil_scoped_release release;
+  const auto launch = [&](Statistics which, Storage stored) {
+    cuda::launch(rule, which, stored, view, table.chunks(), layout, own.data(), pointer<void>(device_step), device,
+                 pointer<void>(stream));
+  };
   if (statistics == Statistics::only) {
-    cuda::launch(rule, Statistics::only, table.storage(), view, table.chunks(), layout, step,
-                 pointer<void>(device_step), device, pointer<void>(stream));
+    launch(Statistics::only, table.storage());
     statistics = Statistics::none;
   }
-  cuda::launch(rule, statistics, storage, view, table.chunks(), layout, step, pointer<void>(device_step), device,
-               pointer<void>(stream));
+  launch(statistics, storage);
 }
 #endif
 
@@ -221,9 +231,10 @@ PYBIND11_MODULE(_C, m) {
       .def("write_step", &write_step, py::arg("scalars"), py::arg("address"))
 #if defined(SIGNADAM_CUDA)
       .def("cuda_step_bytes", &cuda_step_bytes, py::arg("rows"))
+      .def("write_cuda_step", &write_cuda_step, py::arg("scalars"), py::arg("address"))
       .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::kw_only(),
-           py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("observed"), py::arg("pinned"),
-           py::arg("device_step"), py::arg("device"), py::arg("stream"))
+           py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("observed"), py::arg("device_step"),
+           py::arg("device"), py::arg("stream"))
 #endif
       .def(
           "cpu_launch",

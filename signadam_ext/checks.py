@@ -162,6 +162,7 @@ def gradient(label: str, grad: Tensor, param: Tensor) -> None:
         raise ValueError(f"the gradient of {label} is on {grad.device}: must be on {param.device}, like the parameter")
     if not is_computable(grad):
         allocated(f"the gradient of {label}", grad)
+        aligned(f"the gradient of {label}", grad)
 
 
 def state_tensor(
@@ -189,6 +190,7 @@ def state_tensor(
         raise ValueError(f"{label} has shape {tuple(value.shape)} on {value.device}: must be {expected}")
     if not (computable and is_computable(value)):
         allocated(label, value)
+        aligned(label, value)
 
 
 def moment(label: str, name: str, value: Any, param: Tensor, form: Form = FP32) -> None:
@@ -236,6 +238,7 @@ def gate(label: str, name: str, value: Any) -> None:
     """Raises unless ``value`` can be what a threshold is made of."""
     if not isinstance(value, Tensor) or value.dtype != torch.float64 or value.dim() > 0:
         raise TypeError(f"state {name!r} of {label} is {value!r}: must be a 0-dim float64 tensor")
+    aligned(f"state {name!r} of {label}", value)
 
 
 def gate_value(label: str, name: str, value: Tensor) -> None:
@@ -261,6 +264,7 @@ def strided(label: str, tensor: Any) -> None:
     """
     dense(label, tensor)
     allocated(label, tensor)
+    aligned(label, tensor)
 
 
 def dense(label: str, tensor: Any) -> None:
@@ -338,6 +342,21 @@ def made_real(label: str, tensor: Tensor, strides: Sequence[int] | None = None) 
         raise TypeError(f"{label} is a {type(tensor).__name__}, and torch gives no elements of it") from error
     allocated(label, copy)
     return copy
+
+
+def aligned(label: str, tensor: Tensor) -> None:
+    """Raises where the address is no multiple of the element size, which only a CPU reads at.
+
+    On a GPU such an access ends every later use of the process's context.
+    """
+    if tensor.device.type == "cpu":
+        return
+    size, address = tensor.element_size(), tensor.data_ptr()
+    if address % size != 0:
+        raise ValueError(
+            f"{label} on {tensor.device} lies at address {address:#x}: must be a multiple of its element size, {size} "
+            "bytes; use a .clone() of it"
+        )
 
 
 def overlaps(tensor: Tensor) -> bool:

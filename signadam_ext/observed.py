@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._extension import load
+from .backends import StreamedLaunch
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -79,12 +80,16 @@ class _Sums:
 
 
 def collect(plans: Iterable[Plan]) -> Statistics:
-    """What the last steps of these plans have left. Waits for the devices."""
+    """What the last steps of these plans have left. Waits for the devices, on whichever stream a step has run."""
     found: list[tuple[int, str, _Sums]] = []
     for plan in plans:
-        for bucket, _ in plan.launches:
+        for bucket, launch in plan.launches:
             if bucket.observed is None:
                 continue
+            if isinstance(launch, StreamedLaunch):
+                launch.wait()
+            elif bucket.device.type == "cuda":
+                torch.cuda.synchronize(bucket.device)
             rows = bucket.observed.cpu()
             begin = 0
             for entry, present in zip(bucket.entries, bucket.table.grads(), strict=True):

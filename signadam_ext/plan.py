@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import backends, checks
 from ._extension import load
+from .backends.device import Resident, refuse_capture
 from .confidence import backend_for, name_of
 from .dtypes import FORMATS
 from .observed import COLUMNS
@@ -238,6 +239,7 @@ class Plan:
     __slots__ = (
         "__weakref__",
         "_bound",
+        "_buffers",
         "_copies",
         "_given_variances",
         "_grad_dtypes",
@@ -272,6 +274,8 @@ class Plan:
             grads = [item.param.grad for item in items]
         else:
             self._reader = ListReader([item.param for item in items], grads)
+        # Before a plan or state is made, which a capture would take into its graph's memory.
+        refuse_capture({item.param.device for item, grad in zip(items, grads, strict=True) if grad is not None})
         chosen = [found for slot, item in enumerate(items) if (found := _choose(slot, item, grads[slot])) is not None]
         levels = overlap_levels([found.item.param for found in chosen])
         _let_one_backend_serve_shared_memory(chosen)
@@ -307,6 +311,7 @@ class Plan:
             bucket = Bucket(rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
             self._bound += entries if backend.name == "reference" else bucket.gappy
+        self._buffers = self._own_buffers()
         self._watch(items, chosen)
 
     def _watch(self, items: Sequence[Item], chosen: list[_Chosen]) -> None:
@@ -322,6 +327,16 @@ class Plan:
             dtype = self._grad_dtypes[slot]
             assert dtype is not None
             self._reader.watch(item.group, item.param, self._strides[slot], dtype, tuple(entries))
+
+    def _own_buffers(self) -> list[Resident]:
+        """Copies of parameters and variances, by device: a later step may run on another stream than made them."""
+        made: dict[torch.device, list[Tensor]] = {}
+        for bucket, _ in self.launches:
+            made.setdefault(bucket.device, []).extend(entry.work for entry in bucket.gappy)
+        for entry in self._variances:
+            if entry.variance is not None and entry.variance_address is None:
+                made.setdefault(entry.param.device, []).append(entry.variance)
+        return [Resident(device, *tensors) for device, tensors in made.items() if device.type == "cuda" and tensors]
 
     def grad(self, slot: int) -> Tensor:
         """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""
@@ -340,6 +355,8 @@ class Plan:
                 at it.
         """
         self._copies.clear()
+        for buffers in self._buffers:
+            buffers.use()
         odd = self._reader.read(param_groups, None if self._is_first else state)
         return odd is not None and (not odd or self._adopt(odd)) and (not self._variances or self._read_variances())
 

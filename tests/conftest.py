@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 settings.register_profile("suite", max_examples=160, derandomize=True, **COMMON)
 settings.register_profile("medium", max_examples=80, derandomize=True, **COMMON)
+settings.register_profile("report", max_examples=20, derandomize=True, **COMMON)
 settings.register_profile("short", max_examples=15, derandomize=True, **COMMON)
 settings.register_profile("long", max_examples=20_000, derandomize=False, **COMMON)
 settings.load_profile("suite")
@@ -20,5 +21,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     reason = "no CUDA device: torch " + (f"{torch.__version__} sees none" if torch.version.cuda else "is a CPU build")
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -77,6 +77,30 @@ class Preparer(Protocol):
         """As of a backend."""
 
 
+#: Scalars as kernels take them, in csrc/scalars.h: doubles, floats, flags.
+DOUBLES = ("alpha", "confidence_beta", "one_minus_confidence_beta", "target", "gain", "quantile")
+FLAGS = ("coupled", "maximize", "steers")
+FLOATS = tuple(name for name in _C.SCALARS if name not in (*DOUBLES[1:], *FLAGS))
+
+
+def assert_same_step(table: Any, rows: Sequence[tuple[float, ...]], step: np.ndarray, offsets: Sequence[int]) -> None:
+    """The CUDA backend writes what the step's data for Triton holds, in a layout of its own."""
+    own = np.full(table.cuda_step_bytes(rows=len(rows)), 0xA5, dtype=np.uint8)
+    table.write_cuda_step(scalars=rows, address=own.ctypes.data)
+    expected = []
+    for row in rows:
+        named = dict(zip(_C.SCALARS, row, strict=True))
+        expected.append(np.array([named[name] for name in DOUBLES]).tobytes())
+        with np.errstate(over="ignore"):
+            expected.append(np.array([named[name] for name in FLOATS]).astype(np.float32).tobytes())
+        expected.append(np.array([named[name] != 0 for name in FLAGS], dtype=np.uint32).tobytes())
+    grads, noise, numbers = (
+        step[at : at + size * len(table)].tobytes() for at, size in zip(offsets, (8, 8, 4), strict=False)
+    )
+    plain = len(b"".join(expected)) + 12 * len(table) == own.size  # which draws no random bits
+    assert own.tobytes() == b"".join([*expected, grads, b"" if plain else noise, numbers])
+
+
 @dataclass
 class CudaOnHost:
     """The backend of the kernels: they get the bytes of table and step that a device would get."""
@@ -93,6 +117,9 @@ class CudaOnHost:
             *offsets, size = _C.step_layout(tensors=len(table), rows=len(rows))
             step = np.full(size, 0xA5, dtype=np.uint8)
             table.write_step(scalars=rows, address=step.ctypes.data)
+            assert not any(offset % 16 for offset in offsets)
+            if _C.build_info()["cuda"] is not None:
+                assert_same_step(table, rows, step, offsets)
             device_table = np.frombuffer(table.device_bytes(), dtype=np.uint8).copy()
             status = self.library.cuda_on_host(
                 _C.RULES.index(bucket.rule.name),

@@ -50,7 +50,9 @@ def test_every_size(row: Row, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.id)
 def test_parity_on_gpu(row: Row, backend: str) -> None:
     # Triton compiles anew for each combination of dtypes: some, so that the whole stays within minutes.
-    @settings(max_examples=300 if backend == "cuda" else 60)
+    examples = settings.default.max_examples
+
+    @settings(max_examples=2 * examples if backend == "cuda" else examples // 3)
     @given(case=run_cases([row]))
     def check(case: RunCase) -> None:
         assert_parity(case, backend, "cuda")

@@ -132,19 +132,54 @@ Kernel kernel_of(RuleIndex rule, Statistics statistics, Storage storage) {
   }
 }
 
+// The runtime keeps the last error until someone asks for it: taken here, so that no later call reports it as its own.
 void check(cudaError_t status, const char* doing) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA failed ") + doing + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("CUDA failed ") + doing + ": " + cudaGetErrorString(status));
 }
 
-// The static runtime has a current device of its own per thread; it is put back, as torch's own must not move.
-struct DeviceGuard {
-  int before = 0;
+// A function of the driver, which is not linked: there may be none. Null where it cannot be had.
+template <class Function>
+Function driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
+  const auto status = cudaGetDriverEntryPointByVersion(name, &found, 11000, cudaEnableDefault, &result);
+#elif CUDART_VERSION >= 12000
+  const auto status = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#else
+  const auto status = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault);
+#endif
+  if (status != cudaSuccess) cudaGetLastError();
+  return status == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(found) : nullptr;
+}
+
+// Selects a device where it is not current already, and puts back what was. Selecting the old device again would do,
+// but makes a context on it where there is none, some hundred megabytes that nobody asked for; so the driver gets back
+// the context that the thread had, or none.
+class DeviceGuard {
+ public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before), "to read the current device");
-    if (before != device) check(cudaSetDevice(device), "to select the device");
+    static const auto get_context = driver_function<int (*)(void**)>("cuCtxGetCurrent");
+    if (get_context == nullptr || get_context(&before_) != 0) before_ = nullptr;
+    int current = 0;
+    check(cudaGetDevice(&current), "to read the current device");
+    if (current == device) return;
+    check(cudaSetDevice(device), "to select the device");
+    has_moved_ = true;
   }
-  ~DeviceGuard() { cudaSetDevice(before); }
+  ~DeviceGuard() {
+    static const auto set_context = driver_function<int (*)(void*)>("cuCtxSetCurrent");
+    // Without a context the thread is given one at its first use of the device.
+    if ((has_moved_ || before_ == nullptr) && set_context != nullptr) set_context(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  bool has_moved_ = false;
+  void* before_ = nullptr;  // the context that was current, or none
 };
 
 }  // namespace
@@ -162,28 +197,31 @@ static_assert(sizeof(Scalars) % alignof(void*) == 0);
 std::size_t inline_capacity() { return inline_bytes; }
 
 void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks,
-            const StepLayout& layout, const void* host_step, void* device_step, int device, void* stream) {
+            const StepLayout& layout, const void* inline_step, const void* device_step, int device, void* stream) {
   const Kernel function = kernel_of(rule, statistics, storage);
   if (function == nullptr) throw std::runtime_error("no CUDA kernel for this rule with statistics");
-  DeviceGuard guard(device);
-  const auto on = static_cast<cudaStream_t>(stream);
   LaunchArguments arguments;
   const auto offset = [](std::size_t bytes) { return static_cast<uint32_t>(bytes); };
-  arguments.header = {table, nullptr, offset(layout.grads), layout.noise == layout.rows ? 0 : offset(layout.noise),
-                      offset(layout.rows)};
-  if (layout.size <= inline_bytes) {
-    std::memcpy(arguments.step, host_step, layout.size);
-  } else {
-    check(cudaMemcpyAsync(device_step, host_step, layout.size, cudaMemcpyHostToDevice, on), "to copy the step data");
-    arguments.header.step = static_cast<const unsigned char*>(device_step);
+  arguments.header = {table, static_cast<const unsigned char*>(device_step), offset(layout.grads),
+                      layout.noise == layout.rows ? 0 : offset(layout.noise), offset(layout.rows)};
+  if (device_step == nullptr) {
+    if (layout.size > inline_bytes) throw std::runtime_error("the step data does not fit the kernel's parameters");
+    std::memcpy(arguments.step, inline_step, layout.size);
   }
-  function<<<chunks, threads_per_block, 0, on>>>(arguments);
-  check(cudaGetLastError(), "to launch the update");
+  const DeviceGuard guard(device);
+  void* parameters[] = {&arguments};
+  // What it returns is of this launch; cudaGetLastError would also give an older error.
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(function), dim3(chunks), dim3(threads_per_block), parameters, 0,
+                         static_cast<cudaStream_t>(stream)),
+        "to launch the update");
 }
 
 std::string unusable_reason(int device) {
   int driver = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return "no NVIDIA driver is loaded";
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    cudaGetLastError();
+    return "no NVIDIA driver is loaded";
+  }
   const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
   // Within a major version an older driver serves a newer runtime.
   if (driver / 1000 < CUDART_VERSION / 1000)
@@ -196,14 +234,14 @@ std::string unusable_reason(int device) {
   }
   if (device >= count) return "there is no device " + std::to_string(device);
   try {
-    DeviceGuard guard(device);
+    const DeviceGuard guard(device);
     cudaFuncAttributes attributes{};
     const auto status = cudaFuncGetAttributes(&attributes, kernel_of(rule_SignSGD, Statistics::none, Storage::plain));
     if (status == cudaSuccess) return "";
     cudaGetLastError();
     int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "to read the device's capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "to read the device's capability");
     return "the module has no code for sm_" + std::to_string(10 * major + minor) + " (" + cudaGetErrorString(status) +
            ")";
   } catch (const std::runtime_error& error) {
@@ -214,7 +252,7 @@ std::string unusable_reason(int device) {
 int runtime_version() { return CUDART_VERSION; }
 
 std::vector<KernelInfo> kernel_info(int device) {
-  DeviceGuard guard(device);
+  const DeviceGuard guard(device);
   std::vector<KernelInfo> infos;
   const auto add = [&infos](std::string name, Kernel function) {
     if (function == nullptr) return;

@@ -18,11 +18,12 @@ struct StepLayout {
 // Bytes of step data that travel in the kernel's parameters; more goes by a copy.
 std::size_t inline_capacity();
 
-// Launches on `stream` of `device`. `host_step` holds the step data; when it exceeds the inline capacity it is copied
-// to `device_step` first, stream-ordered, and must lie in pinned memory that stays until the copy is done.
-// Never synchronizes. Throws std::runtime_error with CUDA's own words.
+// Launches on `stream` of `device`. The step data lies in device memory at `device_step`, which earlier work of the
+// stream has filled; where that is null, it lies on the host at `inline_step`, at most `inline_capacity()` bytes, and
+// is read before this returns. Never synchronizes; leaves the thread's current device as it was, and makes no context
+// but on `device`. Throws std::runtime_error with CUDA's own words where this launch fails.
 void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks,
-            const StepLayout& layout, const void* host_step, void* device_step, int device, void* stream);
+            const StepLayout& layout, const void* inline_step, const void* device_step, int device, void* stream);
 
 // Empty when this module can run on `device`, otherwise the reason. Starts no context before it is called.
 std::string unusable_reason(int device);

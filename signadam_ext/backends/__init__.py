@@ -59,6 +59,14 @@ def commit(
     _C.commit(operations, list(tables), list(states), list(params), torch._C._increment_version, guards)
 
 
+@runtime_checkable
+class StreamedLaunch(Protocol):
+    """A launch whose kernels run on a stream of their device, after it has returned."""
+
+    def wait(self) -> None: ...
+    def __call__(self, rows: Sequence[Row]) -> None: ...
+
+
 class Backend(Protocol):
     """One way to update tensors."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._extension import load
-from .device import PinnedRing, Resident, refuse_capture, to_device
+from .device import Resident, StreamLaunch, to_device
 
 if TYPE_CHECKING:
     from ..plan import Bucket
@@ -47,34 +48,53 @@ class CudaBackend:
         # S1 and S2 of each chunk, and a count of finished chunks per tensor that the kernel leaves at zero.
         sums = torch.empty(2 * table.chunks if gathers else 0, dtype=torch.float64, device=device)
         arrivals = torch.zeros(len(table) if gathers else 0, dtype=torch.int32, device=device)
-        made = Resident(device, resident, sums, arrivals, *bucket.observations())
         observed = 0 if bucket.observed is None else bucket.observed.data_ptr()
-        ring = PinnedRing(device)
         capacity = _C.cuda_inline_capacity()
 
-        def launch(rows: Sequence[Row]) -> None:
-            refuse_capture(device)
-            size = table.cuda_step_bytes(len(rows))
-            stream = torch.cuda.current_stream(device)
-            made.use_on(stream)
-            with ring.slot(size if size > capacity else 0, stream) as (host, step):
-                table.launch_cuda(
-                    rule,
-                    statistics,
-                    rows,
-                    device_table=resident.data_ptr(),
-                    sums=sums.data_ptr(),
-                    arrivals=arrivals.data_ptr(),
-                    observed=observed,
-                    pinned=host.data_ptr(),
-                    device_step=step.data_ptr(),
-                    device=stream.device_index,
-                    stream=stream.cuda_stream,
-                )
+        def copied(rows: int) -> int:
+            size: int = table.cuda_step_bytes(rows)
+            return size if size > capacity else 0
 
-        return launch
+        def start(rows: Sequence[Row], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
+            assert stream is not None
+            table.launch_cuda(
+                rule,
+                statistics,
+                rows,
+                device_table=resident.data_ptr(),
+                sums=sums.data_ptr(),
+                arrivals=arrivals.data_ptr(),
+                observed=observed,
+                device_step=0 if step is None else step.data_ptr(),
+                device=stream.device_index,
+                stream=stream.cuda_stream,
+            )
+
+        made = Resident(device, resident, sums, arrivals, *bucket.observations())
+        return StreamLaunch(device, made, bucket.observed is not None, copied, table.write_cuda_step, start)
 
 
 @functools.cache
 def _device_reason(index: int) -> str | None:
+    architectures = _C.build_info()["cuda_architectures"]
+    major, minor = torch.cuda.get_device_capability(index)
+    if driver_compiles(architectures, major, minor):
+        warnings.warn(
+            f"signadam_ext was built for {architectures}, without machine code for sm_{major}{minor} (cuda:{index}): "
+            "unless the driver has kept it from an earlier run, it compiles all kernels now, which takes minutes; "
+            f"build with SIGNADAM_CUDA_ARCHS={major}{minor}",
+            stacklevel=2,
+        )
     return _C.cuda_unusable_reason(index) or None
+
+
+def driver_compiles(architectures: str, major: int, minor: int) -> bool:
+    """Whether a module built for ``architectures`` ("sm_80+sm_90+compute_90") has only PTX for a device.
+
+    Machine code serves devices of the same major and of no smaller minor capability, PTX all later ones.
+    """
+    built = [
+        (kind, *divmod(int(number), 10)) for kind, _, number in (x.partition("_") for x in architectures.split("+"))
+    ]
+    has_code = any(kind == "sm" and own == major and least <= minor for kind, own, least in built)
+    return not has_code and any(kind == "compute" and tuple(rest) <= (major, minor) for kind, *rest in built)

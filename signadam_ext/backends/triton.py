@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from .._extension import load
 from ..confidence import Confidence, check_result, name_of
 from ..dtypes import FORMATS
 from ..storage import WEIGHTS
-from .device import PinnedRing, Resident, refuse_capture, to_device
+from .device import Resident, StreamLaunch, is_current, to_device
 
 if TYPE_CHECKING:
     from ..plan import Bucket, Entry
@@ -70,7 +69,6 @@ class TritonBackend:
         sums = torch.empty(2 * table.chunks if gathers else 1, dtype=torch.float64, device=device)
         arrivals = torch.zeros(len(table) if gathers else 1, dtype=torch.int32, device=device)
         made = Resident(device, resident, chunk_map, sums, arrivals, *bucket.observations())
-        ring = PinnedRing(device)
         sample = entries[0]  # all are stored alike
         forms = [form.number for form in sample.forms] + [FORMATS[torch.float32]] * 3
         constants: dict[str, Any] = {
@@ -94,31 +92,38 @@ class TritonBackend:
             own = constants | {"STATISTICS": each, "OBSERVES": observes}
             passes.append(own | launch_options(own, nvidia=torch.version.hip is None))
 
-        def launch(rows: Sequence[Row]) -> None:
-            refuse_capture(device)
-            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-            made.use_on(stream)
+        def start(rows: Sequence[Row], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
+            assert step is not None
             grads_at, noise_at, rows_at, scalars_at, size = _C.step_layout(len(table), len(rows))
-            with ring.slot(size, stream) as (host, step):
-                table.write_step(rows, host.data_ptr())
-                if step is not host:
-                    step[:size].copy_(host[:size], non_blocking=True)
-                arguments = (
-                    resident,
-                    chunk_map,
-                    step[grads_at:noise_at].view(torch.int64),
-                    step[noise_at:rows_at].view(torch.int32),
-                    step[rows_at:scalars_at].view(torch.int32),
-                    step[scalars_at:size].view(torch.float64),
-                    sums,
-                    arrivals,
-                    observed,
-                )
-                with torch.cuda.device(device) if stream is not None else contextlib.nullcontext():
-                    for own in passes:
-                        update[(table.chunks,)](*arguments, **own)
+            # Every one of them lies on a 16-byte boundary, at each step: Triton would compile another kernel otherwise.
+            arguments = (
+                resident,
+                chunk_map,
+                step[grads_at:noise_at].view(torch.int64),
+                step[noise_at:rows_at].view(torch.int32),
+                step[rows_at:scalars_at].view(torch.int32),
+                step[scalars_at:size].view(torch.float64),
+                sums,
+                arrivals,
+                observed,
+            )
+            for own in passes:
+                update[(table.chunks,)](*arguments, **own)
 
-        return launch
+        return StreamLaunch(
+            device,
+            made,
+            bucket.observed is not None,
+            lambda rows: step_bytes(len(table), rows),
+            table.write_step,
+            start,
+        )
+
+
+def step_bytes(tensors: int, rows: int) -> int:
+    """Of a step's data."""
+    size: int = _C.step_layout(tensors, rows)[-1]
+    return size
 
 
 def _probe(confidence: Confidence, device: torch.device) -> None:
@@ -127,13 +132,19 @@ def _probe(confidence: Confidence, device: torch.device) -> None:
     from ..triton_kernels.update import probe
 
     half = LANES.value // 2
-    sizes = torch.logspace(-45, 38, half - 1, dtype=torch.float64).float()
-    at = torch.cat([torch.zeros(2), sizes, -sizes]).to(device)
+    sizes = torch.logspace(-45, 38, half - 1, dtype=torch.float64, device="cpu").float()
+    at = torch.cat([torch.zeros(2, dtype=torch.float32, device="cpu"), sizes, -sizes]).to(device)
     for alpha in (0.0, 0.5):
         result = torch.empty_like(at)
         try:
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                probe[(1,)](at, torch.full((1,), alpha, device=device), result, confidence, enable_fp_fusion=False)
+            with is_current(device):
+                probe[(1,)](
+                    at,
+                    torch.full((1,), alpha, dtype=torch.float32, device=device),
+                    result,
+                    confidence,
+                    enable_fp_fusion=False,
+                )
         except Exception as error:
             raise ValueError(
                 f"confidence={name_of(confidence)} does not compile: must be a function of a block of gradients and "
@@ -165,4 +176,4 @@ def _table(entries: Sequence[Entry]) -> Tensor:
         }
         rows.append([int(row[name]) for name in COLUMNS])
         first_chunk += -(-numel // _C.CHUNK_SIZE)
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
