@@ -88,7 +88,7 @@ def learning_rate(name: str, value: Any, slack: float = 0.0) -> float:
     if isinstance(value, Tensor) and not (value.numel() == 1 and value.is_floating_point()):
         raise ValueError(f"{name}={value!r}: a tensor {name} must hold one floating-point number")
     found = number(name, value, -math.inf)
-    return found if -slack <= found < 0 else number(name, found, 0.0)
+    return found if found >= -slack else number(name, found, 0.0)
 
 
 def look_up(name: str, value: Any, table: Mapping[str, T]) -> T:

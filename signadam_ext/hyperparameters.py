@@ -131,7 +131,7 @@ def check_beta_names(optimizer: type[SignOptimizer], given: Mapping[str, Any], *
 
 def kept(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group as it is kept and saved: NumPy's scalars are Python numbers, also in tuples; tensors are left tensors."""
-    return {name: _kept(value) for name, value in group.items()}
+    return {name: value if name == "params" else _kept(value) for name, value in group.items()}
 
 
 def _kept(value: Any) -> Any:
@@ -173,22 +173,27 @@ def _value(group: Mapping[str, Any], name: str) -> Any:
     try:
         return group[name]
     except KeyError:
-        raise ValueError(f"{name} is missing: a group must hold every hyperparameter") from None
+        raise _missing(name) from None
+
+
+def _missing(name: str) -> ValueError:
+    return ValueError(f"{name} is missing: a group must hold every hyperparameter")
 
 
 class Hyperparameters:
     """The reading of an optimizer's groups, step after step.
 
-    What passed the last time and cannot have changed since is recognised by its identity, in C; only the rest is
-    checked. Tensors and lists may have changed in place, so they are always looked at, and none is kept alive.
+    The learning rate, which schedulers change, is checked every time. What else has passed the last time and cannot
+    have changed since is recognised by its identity, in C; only the rest is checked. Tensors and lists may have changed
+    in place, so they are always looked at, and none is kept alive.
     """
 
     def __init__(self, optimizer: type[SignOptimizer]) -> None:
         self._optimizer = optimizer
-        self._checks = tuple(of_groups(optimizer).items())
+        self._checks = tuple((name, check) for name, check in of_groups(optimizer).items() if name != "lr")
         self._values = operator.itemgetter(*(name for name, _ in self._checks))
         self._has_one_beta = optimizer.HYPERPARAMETERS.get("betas") is ONE_BETA
-        self._seen: list[tuple[Any, ...]] = []
+        self._seen: dict[int, tuple[Any, ...]] = {}
 
     def read(self, index: int, group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The group, with Python numbers for hyperparameters: itself where nothing is to be converted.
@@ -202,9 +207,15 @@ class Hyperparameters:
             TypeError, ValueError, RuntimeError: a hyperparameter that makes no sense, with the index of the group.
         """
         try:
-            if "beta" not in group and all(map(operator.is_, self._values(group), self._seen[index])):
+            lr = group["lr"]
+            if (
+                type(lr) is float
+                and 0.0 <= lr < math.inf
+                and "beta" not in group
+                and all(map(operator.is_, self._values(group), self._seen[index]))
+            ):
                 return group
-        except (KeyError, IndexError):
+        except KeyError:
             pass  # told below
         with of_group(index):
             return self._read(index, group, defaults)
@@ -214,26 +225,21 @@ class Hyperparameters:
             if not self._has_one_beta:
                 check_beta_names(self._optimizer, group, folded=True)
             group["betas"] = (group.pop("beta"),)
-        while len(self._seen) <= index:
-            self._seen.append((_UNSEEN,) * len(self._checks))
-        converted: dict[str, Any] = {}
-        seen: list[Any] = []
-        is_lr_alone = True
-        for (name, check), before in zip(self._checks, self._seen[index], strict=True):
-            value = _value(group, name)
+        given = {"lr": _value(group, "lr")}
+        found = {"lr": _learning_rate(given["lr"], group, defaults)}
+        try:
+            values = self._values(group)
+        except KeyError as error:
+            raise _missing(error.args[0]) from None
+        seen = self._seen.get(index, (_UNSEEN,) * len(values))
+        for (name, check), value, before in zip(self._checks, values, seen, strict=True):
             if value is not before:
-                if name == "lr":
-                    found: Any = _learning_rate(value, group, defaults)
-                else:
-                    found = check(name, value)
-                    is_lr_alone = False
-                if found is not value:
-                    converted[name] = found
-            seen.append(value if _is_fixed(value) else _UNSEEN)
+                given[name], found[name] = value, check(name, value)
+        converted = {name: value for name, value in found.items() if value is not given[name]}
         result = {**group, **converted} if converted else group
-        if not is_lr_alone:
+        if len(found) > 1:
             self._optimizer._check_relations(result)
-        self._seen[index] = tuple(seen)
+            self._seen[index] = tuple(value if _is_fixed(value) else _UNSEEN for value in values)
         return result
 
 

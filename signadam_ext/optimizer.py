@@ -49,7 +49,7 @@ VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
 
 
 class SignOptimizer(Optimizer):
-    """Base of the optimizers. A subclass names its rule and checks its own hyperparameters."""
+    """Base of the optimizers. A subclass names its rule and says what its own hyperparameters may be."""
 
     #: A group's hyperparameters beside those all optimizers share, each with what checks it.
     HYPERPARAMETERS: ClassVar[hyperparameters.Checks] = {"lr": hyperparameters.LEARNING_RATE}
@@ -73,7 +73,7 @@ class SignOptimizer(Optimizer):
         for name in checks.TORCH_OPTIONS:
             checks.torch_option(name, defaults.pop(name))
         self._runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))
-        self._check_group(defaults)
+        defaults["seed"] = self._check_group(defaults)["seed"]  # schedulers change numbers, but no seed
         super().__init__(params, defaults)
 
     @classmethod
@@ -104,7 +104,8 @@ class SignOptimizer(Optimizer):
                     checks.torch_option(name, param_group.get(name))
                 hyperparameters.check_beta_names(type(self), param_group, folded=True)
                 self._fold_beta(param_group)
-                self._check_group({**self.defaults, **param_group})
+                checked = self._check_group({**self.defaults, **param_group})
+                param_group["seed"] = checked["seed"]
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _keep_first_of_each(group)

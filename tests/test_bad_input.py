@@ -55,7 +55,8 @@ EVERYWHERE = [
     ("weight_decay", "x", "weight_decay='x'"),
     ("decoupled_weight_decay", 1, "decoupled_weight_decay=1: must be True or False"),
     ("maximize", None, "maximize=None: must be True or False"),
-    ("foreach", True, "foreach=True: must be None or False; the update is fused already"),
+    ("foreach", "no", "foreach='no': must be None, False or True; the update is fused in any case"),
+    ("capturable", True, "capturable=True: must be None or False"),
     ("differentiable", True, "differentiable=True: must be None or False"),
     ("fused", "yes", "fused='yes': must be None, False or True"),
     ("backend", "cdua", "backend='cdua'.*did you mean 'cuda'"),
@@ -97,8 +98,6 @@ def test_bad_hyperparameters(cls, name, value, message):
     params = parameters()
     with pytest.raises((TypeError, ValueError), match=message):
         cls(params, **{name: value})
-    if name in ("foreach", "fused", "differentiable"):
-        return
     # In a group of its own, of an optimizer that goes on without it.
     optimizer = cls(params[:1])
     with pytest.raises((TypeError, ValueError), match=message):
@@ -110,8 +109,8 @@ def test_bad_hyperparameters(cls, name, value, message):
 @pytest.mark.parametrize("cls", OWN)
 def test_options_of_torch_that_ask_for_nothing(cls):
     for value in (None, False):
-        cls(parameters(), foreach=value, fused=value, differentiable=value)
-    cls(parameters(), fused=True)
+        cls(parameters(), foreach=value, fused=value, differentiable=value, capturable=value)
+    cls(parameters(), foreach=True, fused=True)
 
 
 @pytest.mark.parametrize("cls", OWN)
@@ -125,10 +124,13 @@ def test_extremes_that_are_allowed(cls):
 
 @pytest.mark.parametrize("cls", OWN)
 def test_numpy_scalars(cls):
-    """A float64 is a float. A float32 would bring its precision into the arithmetic of doubles."""
-    cls(parameters(), lr=np.float64(0.1))
-    with pytest.raises(TypeError, match="must be a number, not float32"):
-        cls(parameters(), weight_decay=np.float32(0.1))
+    """Groups keep them as Python numbers: a float32 would bring its precision into the arithmetic of doubles."""
+    for number in (np.float64, np.float32, np.int64):
+        group = cls(parameters(), lr=number(2), weight_decay=number(3)).param_groups[0]
+        assert [group["lr"], group["weight_decay"]] == [2, 3]
+        assert {type(group["lr"]), type(group["weight_decay"])} <= {float, int}
+    with pytest.raises(TypeError, match="must be a number, not complex"):
+        cls(parameters(), weight_decay=np.complex64(0.1))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,12 @@ def test_numpy_scalars(cls):
         ("sign_adam_pp", "confidence", "Adaptive", "confidence='Adaptive'.*did you mean 'adaptive'"),
         ("sign_adam_pp", "confidence", ["fixed"], "confidence="),
         ("signum", "backend", "cpuu", "backend='cpuu'.*did you mean 'cpu'"),
-        ("signum", "betas", (0.9, 0.99), "unpack"),
+        (
+            "signum",
+            "betas",
+            (0.9, 0.99),
+            r"group 1: betas=\(0.9, 0.99\): must be a tuple of 1; this rule has one, beta=",
+        ),
     ],
 )
 def test_nonsense_written_into_a_group(row, name, value, message):

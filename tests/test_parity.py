@@ -13,7 +13,9 @@ import pytest
 import torch
 from cases import DTYPES, LARGE_SIZES, SIZES, RunCase, TensorCase, assert_parity, run_cases
 from hypothesis import given, settings
-from table import OF_A_KIND, TABLE, Row
+from table import OF_A_KIND, TABLE, Row, sign_adam_pp
+
+import signadam_ext
 
 BACKEND = os.environ.get("SIGNADAM_TEST_BACKEND", "cpu")
 # Triton's interpreter takes seconds for a large tensor.
@@ -43,6 +45,66 @@ def every_size(row: Row, dtype: torch.dtype, sizes: tuple[int, ...]) -> RunCase:
 def test_every_size(row: Row, dtype: torch.dtype) -> None:
     sizes = SIZES + LARGE_SIZES if LARGE else SIZES[::2]
     assert_parity(every_size(row, dtype, sizes), BACKEND, "cpu")
+
+
+#: Finite numbers that fp32 cannot hold, or whose scalars it cannot.
+BEYOND_FP32 = (
+    {"lr": 1e300},
+    {"lr": 1e-300},
+    {"lr": 1e-42},
+    {"lr": 3.4028235677973366e38},  # rounds to infinity, a hair less does not
+    {"lr": 3.4028235677973362e38},
+    {"weight_decay": 1e300},
+    {"weight_decay": 1e300, "decoupled_weight_decay": False},
+    {"weight_decay": 1e-300, "decoupled_weight_decay": False},
+    {"lr": 1e308, "weight_decay": 1e308},
+    {"alpha": 1e300},
+    {"alpha": 1e-300},
+    {"eps": 1e300},
+    {"eps": 1e-300},
+    {"lr": 1e308, "beta": 1 - 2**-53},
+    {"lr": 1e308, "betas": (1 - 2**-53, 1 - 2**-53)},
+    {"beta": 5e-324},
+    {"betas": (1e-300, 5e-324)},
+    {"confidence_beta": 1 - 2**-53},
+)
+STEERED = {"confidence": "sparsity", "beta": 0.9}
+EXTREME = [
+    *TABLE,
+    Row("sign_adam_pp-hardly any", signadam_ext.SignAdamPP, {**STEERED, "target": 5e-324}, sign_adam_pp),
+    Row(
+        "sign_adam_pp-nearly all",
+        signadam_ext.SignAdamPP,
+        {**STEERED, "target": 1 - 2**-53, "gain": 1e-300},
+        sign_adam_pp,
+    ),
+]
+
+
+def beyond_fp32(row: Row, dtypes: tuple[torch.dtype, ...]) -> RunCase:
+    """A group for each extreme that the row's optimizer has."""
+    known = {"lr", "weight_decay", "decoupled_weight_decay", *row.hyperparameters}
+    groups = [{}, *(group for group in BEYOND_FP32 if group.keys() <= known)]
+    tensors = [
+        TensorCase(33, "contiguous", dtype, dtype, "same", offset=0, scale=1.0, specials=True, group=group)
+        for group in range(len(groups))
+        for dtype in dtypes
+    ]
+    return RunCase(row, seed=0, steps=2, tensors=tuple(tensors), groups=tuple(groups))
+
+
+@pytest.mark.parametrize("row", EXTREME if LARGE else EXTREME[::2], ids=lambda row: row.id)
+def test_beyond_fp32(row: Row) -> None:
+    """Every backend rounds a scalar as IEEE has it: to infinity, to a subnormal, to 0."""
+    dtypes = (torch.float32, torch.bfloat16) if LARGE else (torch.float32,)
+    assert_parity(beyond_fp32(row, dtypes), BACKEND, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("row", EXTREME, ids=lambda row: row.id)
+def test_beyond_fp32_on_gpu(row: Row, backend: str) -> None:
+    assert_parity(beyond_fp32(row, (torch.float32,)), backend, "cuda")
 
 
 @pytest.mark.gpu
