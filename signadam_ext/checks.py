@@ -319,14 +319,18 @@ def own_memory(label: str, tensor: Any) -> None:
         raise TypeError(f"{kind}, a wrapper of other tensors: must be a tensor with memory of its own")
     if tensor.numel() == 0:
         return
+    nowhere = f"{kind}, which has no memory of its own: must be a tensor that has"
     try:
-        address = tensor.data_ptr()
-        nbytes = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        # A fake tensor says another device than its storage, and warns where it is asked for its address.
+        address = 0 if storage.device.type == "meta" else tensor.data_ptr()
     except (RuntimeError, NotImplementedError) as error:
-        raise TypeError(f"{kind}, which has no memory of its own: must be a tensor that has") from error
+        raise TypeError(nowhere) from error
+    if address == 0 and storage.nbytes() > 0:
+        raise TypeError(nowhere)
     reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
     needed = (tensor.storage_offset() + reach) * tensor.element_size()
-    if nbytes < needed:
-        raise ValueError(f"{label} needs a storage of {needed} bytes, and has {nbytes}")
+    if storage.nbytes() < needed:
+        raise ValueError(f"{label} needs a storage of {needed} bytes, and has {storage.nbytes()}")
     if address == 0:
-        raise TypeError(f"{kind}, which has no memory of its own: must be a tensor that has")
+        raise TypeError(nowhere)
