@@ -66,7 +66,8 @@ STORED = {
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.parametrize("files", [False, True], ids=["in memory", "in files"])
 def test_distributed_checkpoints_resume_with_the_same_bits(cls, options, dtype, flat, files, tmp_path):
-    how = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+    # Where it is strict, torch refuses a parameter that has no state, and does not look for one where it is flat.
+    how = dcp.StateDictOptions(flatten_optimizer_state_dict=flat, strict=False)
     model = model_of(dtype)
     optimizer = made(cls, model.parameters(), lr=0.01, seed=3, **options)
     train(model, optimizer, range(3))
@@ -98,9 +99,10 @@ def test_distributed_checkpoints_resume_with_the_same_bits(cls, options, dtype, 
 
 
 def test_another_methods_distributed_checkpoint_is_refused():
-    model = model_of(torch.float32)
+    model = model_of(torch.float32)["first"]
     optimizer = Signum(model.parameters())
-    train(model, optimizer, range(2))
+    model(torch.ones(8)).sum().backward()
+    optimizer.step()
     saved = dcp.get_optimizer_state_dict(model, optimizer)
     with pytest.raises(ValueError, match="is of the method Signum: must be of MSGD"):
         dcp.set_optimizer_state_dict(model, MSGD(model.parameters()), saved)
@@ -296,9 +298,9 @@ def test_out_of_memory_anywhere_leaves_everything_as_it_was(how, source, tmp_pat
     optimizer = several(2, **source)
     optimizer.save_state(tmp_path / "state")
     what = optimizer.state_dict() if how == "load_state_dict" else tmp_path / "state"
+    other = several(1, state_dtype="int4", weights="split8")
+    before = seen(other)
     for n in range(1, 2000):
-        other = several(1, state_dtype="int4", weights="split8")
-        before = seen(other)
         mode = OutOfMemory(n)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -318,17 +320,16 @@ def test_ctrl_c_anywhere_leaves_all_of_before_or_all_of_after(how, tmp_path):
     optimizer, other = several(2, state_dtype="int4"), several(1, state_dtype="int4")
     optimizer.save_state(tmp_path / "state")
     what = optimizer.state_dict() if how == "load_state_dict" else tmp_path / "state"
+    old = copy.deepcopy(other.state_dict())
     fates = set()
     hooks = {name: dict(value) for name, value in vars(other).items() if name.endswith("_hooks")}
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
-        for k in range(250):
-            other.__setstate__({"state": several(1).state, "param_groups": [{**other.param_groups[0], "lr": 0.1}]})
-            own = several(1, state_dtype="int4")
-            other.load_state_dict(own.state_dict())
+        for k in range(150):
+            other.load_state_dict(old)
             was = seen(other)
             try:
-                signal.setitimer(signal.ITIMER_REAL, 2e-5 * (k + 1))
+                signal.setitimer(signal.ITIMER_REAL, 4e-5 * (k + 1))
                 getattr(other, how)(what)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except KeyboardInterrupt:
@@ -339,9 +340,14 @@ def test_ctrl_c_anywhere_leaves_all_of_before_or_all_of_after(how, tmp_path):
             if is_old:
                 assert as_it_was(other, was)
             else:
-                assert {**other.param_groups[0], "params": 0} == {**optimizer.param_groups[0], "params": 0}
-                for p, q in zip(optimizer.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
-                    assert str(optimizer.state[p]) == str(other.state[q])
+                now, wanted = other.state_dict(), optimizer.state_dict()
+                assert now["param_groups"] == wanted["param_groups"]
+                for number, state in wanted["state"].items():
+                    assert now["state"][number].keys() == state.keys()
+                    assert all(
+                        torch.equal(torch.as_tensor(state[k]), torch.as_tensor(x))
+                        for k, x in now["state"][number].items()
+                    )
             assert {name: dict(value) for name, value in vars(other).items() if name.endswith("_hooks")} == hooks
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

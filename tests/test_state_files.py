@@ -121,7 +121,7 @@ def test_an_offloaded_parameter_writes_its_whole_moment_or_nothing(tmp_path):
             optimizer.save_state(tmp_path / sd)
         else:
             for save in (optimizer.state_dict, lambda optimizer=optimizer: optimizer.save_state(tmp_path / "none")):
-                with pytest.raises(ValueError, match="'exp_avg' of parameter 0 of group 0 holds .* codes of another"):
+                with pytest.raises(ValueError, match=r"'exp_avg' of parameter 0 of group 0 holds .* codes of another"):
                     save()
             param.data = torch.empty(33)  # as many runs of codes
             with pytest.raises(ValueError, match="codes of another number of elements than the parameter's 33"):
