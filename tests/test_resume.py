@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp_files
 from cases import same_bits
-from manners import ROWS, hyperparameters
+from table import TABLE
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import signadam_ext
 from signadam_ext import MSGD, Adam, AdamW, SignAdamPP, SignSGD, Signum
+from signadam_ext.checkpoint import MOMENTS
 from signadam_ext.optimizer import SignOptimizer
 
 
@@ -121,7 +122,6 @@ def stepped(cls, params=None, **options):
 
 
 CLASSES = [cls for cls in vars(signadam_ext).values() if isinstance(cls, type) and issubclass(cls, SignOptimizer)]
-OF_ROW = {row.optimizer: hyperparameters(row) for row in ROWS.values()}
 
 
 @pytest.mark.parametrize("source", CLASSES, ids=lambda cls: cls.__name__)
@@ -363,3 +363,10 @@ def test_groups_are_new_objects_with_the_same_parameters():
     assert other.param_groups is not groups and other.param_groups[0] is not groups[0]
     assert other.param_groups[0]["params"] is lists[0]
     assert other.param_groups[0].keys() == optimizer.param_groups[0].keys()
+
+
+def test_all_moments_are_known_as_an_optimizers_own():
+    """So that a checkpoint which lacks one is told from notes of a user."""
+    for row in TABLE:
+        optimizer = row.optimizer([nn.Parameter(torch.ones(3))], **row.hyperparameters)
+        assert set(row.optimizer._rule(optimizer.param_groups[0]).moments) <= set(MOMENTS)
