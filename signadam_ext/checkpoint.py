@@ -463,7 +463,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
         OSError, zipfile.BadZipFile: one that cannot be read.
     """
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(os.fsdecode(path))
     except NotImplementedError as error:  # a version or method that no file of ours names
         raise zipfile.BadZipFile(f"{os.fspath(path)}: {error}") from error
     with archive:

@@ -298,21 +298,25 @@ _FIRST_PAGE = 4096
 
 def memory_fault(tensor: Tensor) -> tuple[type[Exception], str] | None:
     """Why the elements of a strided tensor cannot be read at its address, as an error and its words, or None."""
-    nowhere = f"is a {type(tensor).__name__} on {tensor.device}, whose elements are not in memory of its own"
+    nowhere = f"is a {type(tensor).__name__} on {tensor.device}, which has no memory of its own"
     if tensor.layout != torch.strided:
         return TypeError, f"has layout {tensor.layout}"
     if tensor.numel() == 0:
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return TypeError, f"{nowhere}, but torch.func's"
+        return TypeError, f"{nowhere} but torch.func's"
     try:
-        nbytes = tensor.untyped_storage().nbytes()
-        address = tensor.data_ptr()
+        storage = tensor.untyped_storage()
+        nbytes = storage.nbytes()
+        # A fake tensor says another device than its storage, and warns where it is asked for its address.
+        address = 0 if storage.device.type == "meta" else tensor.data_ptr()
     except (RuntimeError, NotImplementedError):
         return TypeError, nowhere
     reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
     offset = tensor.storage_offset() * tensor.element_size()
     needed = offset + reach * tensor.element_size()
+    if address == 0 and nbytes > 0:
+        return TypeError, nowhere
     if nbytes < needed:
         return ValueError, f"needs a storage of {needed} bytes, and has {nbytes}"
     return (TypeError, nowhere) if address - offset < _FIRST_PAGE else None

@@ -96,7 +96,8 @@ DOCUMENTATION = {
 """,
     "common_state": """
     ``step``; with split weights ``param_low``, with master weights ``master_param``. A moment in codes is a packed
-    buffer, with ``..._kind`` and, if it is scale-free, ``..._levels`` beside it.
+    buffer, with the numbers ``..._kind``, ``..._order`` (of the dimensions in memory) and, if it is scale-free,
+    ``..._levels`` beside it.
 """,
 }
 
