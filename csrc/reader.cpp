@@ -70,8 +70,23 @@ Reader::Noted Reader::note(const py::object& tensor) {
   const std::size_t layout = layouts_.size();
   layouts_.insert(layouts_.end(), view.sizes, view.sizes + view.dim);
   layouts_.insert(layouts_.end(), view.strides, view.strides + view.dim);
-  return {view.address, view.dim,         element_size,      reach(view) * element_size,
-          view.dtype,   view.device_type, view.device_index, layout};
+  return {view.address,      view.dim, element_size, reach(view) * element_size, view.dtype, view.device_type,
+          view.device_index, layout,   add_trace()};
+}
+
+std::size_t Reader::add_trace() {
+  traces_.resize(traces_.size() + torch_->trace_size());
+  has_trace_.push_back(false);
+  return has_trace_.size() - 1;
+}
+
+bool Reader::follows(PyObject* object, std::size_t trace) const {
+  return has_trace_[trace] && torch_->follows(object, &traces_[trace * torch_->trace_size()]);
+}
+
+void Reader::leave_trace(PyObject* object, const TensorView& view, std::size_t trace) {
+  if (torch_->trace_size() != 0)
+    has_trace_[trace] = torch_->leave_trace(object, view, &traces_[trace * torch_->trace_size()]);
 }
 
 void Reader::watch(std::size_t group, const py::object& param, const py::tuple& grad_strides,
@@ -85,6 +100,7 @@ void Reader::watch(std::size_t group, const py::object& param, const py::tuple& 
     TensorView like;
     if (!torch_->look(grad_like.ptr(), like)) throw std::invalid_argument("torch does not describe this tensor");
     parameter.grad_dtype = like.dtype;
+    parameter.grad_trace = add_trace();
     parameter.grad_element_size = grad_like.attr("element_size")().cast<int64_t>();
     if (static_cast<int64_t>(grad_strides.size()) != parameter.param.dim)
       throw std::invalid_argument("grad_strides: must be one for each dimension of the parameter");
@@ -105,27 +121,32 @@ void Reader::watch(std::size_t group, const py::object& param, const py::tuple& 
   grads_.push_back(nullptr);
 }
 
-bool Reader::same(PyObject* object, const Noted& noted) const {
+bool Reader::same(PyObject* object, const Noted& noted) {
+  if (follows(object, noted.trace)) return true;
   TensorView now;
-  return torch_->look(object, now) && now.address == noted.address && now.dtype == noted.dtype &&
-         now.device_type == noted.device_type && now.device_index == noted.device_index && now.dim == noted.dim &&
-         same_sizes(now, &layouts_[noted.layout]) && same_strides(now, &layouts_[noted.layout] + noted.dim) &&
-         covered(now, now.storage_offset * noted.element_size, noted.extent);
+  const bool is_same = torch_->look(object, now) && now.address == noted.address && now.dtype == noted.dtype &&
+                       now.device_type == noted.device_type && now.device_index == noted.device_index &&
+                       now.dim == noted.dim && same_sizes(now, &layouts_[noted.layout]) &&
+                       same_strides(now, &layouts_[noted.layout] + noted.dim) &&
+                       covered(now, now.storage_offset * noted.element_size, noted.extent);
+  if (is_same) leave_trace(object, now, noted.trace);
+  return is_same;
 }
 
-bool Reader::usable(PyObject* grad, const Parameter& parameter, void*& address) const {
+bool Reader::usable(PyObject* grad, Parameter& parameter, void*& address) {
+  address = parameter.grad_address;
+  if (follows(grad, parameter.grad_trace)) return true;
   TensorView now;
-  if (!torch_->look(grad, now)) return false;
-  address = now.address;
+  if (!torch_->is_strided(grad) || !torch_->look(grad, now)) return false;
   if (now.dtype != parameter.grad_dtype || now.device_type != parameter.param.device_type ||
       now.device_index != parameter.param.device_index || now.dim != parameter.param.dim ||
       !same_sizes(now, &layouts_[parameter.grad_layout]) ||
-      !same_strides(now, &layouts_[parameter.grad_layout] + now.dim))
+      !same_strides(now, &layouts_[parameter.grad_layout] + now.dim) ||
+      !covered(now, now.storage_offset * parameter.grad_element_size, reach(now) * parameter.grad_element_size))
     return false;
-  const int64_t elements = reach(now);
-  // One element can be a lazy negative: autograd takes it as it is, since no stride tells.
-  if (elements == 1 && is_negated(grad)) return false;
-  return covered(now, now.storage_offset * parameter.grad_element_size, elements * parameter.grad_element_size);
+  leave_trace(grad, now, parameter.grad_trace);
+  address = parameter.grad_address = now.address;
+  return true;
 }
 
 // param.grad, straight through torch's getter unless a subclass has one of its own. A new reference, or null.
@@ -165,7 +186,7 @@ bool Reader::find_parameters(const py::object& param_groups) {
 // Finds each parameter's state without hashing a tensor, which would run Python code.
 bool Reader::find_states(PyObject* state) {
   if (!PyDict_Check(state)) return false;
-  states_.assign(parameters_.size(), {});
+  states_.assign(parameters_.size(), nullptr);
   const std::size_t count = parameters_.size();
   std::size_t place = 0, cursor = 0;
   PyObject *key, *value;
@@ -181,49 +202,72 @@ bool Reader::find_states(PyObject* state) {
       slot_at_[place] = slot = cursor;
     }
     cursor = slot + 1 == count ? 0 : slot + 1;
-    states_[slot] = py::reinterpret_borrow<py::object>(value);
+    states_[slot] = value;
   }
   return true;
+}
+
+// Whether a parameter's state is as it was noted; from here on it is owned.
+bool Reader::take_state(const Parameter& parameter, PyObject* own) {
+  if (parameter.first_entry == parameter.end_entry) return true;
+  if (own == nullptr || !PyDict_Check(own)) return false;
+  for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e) {
+    PyObject* const value = PyDict_GetItemWithError(own, entries_[e].name.ptr());
+    if (value == nullptr) {
+      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+      return false;
+    }
+    if (!same(value, entries_[e].tensor)) return false;
+    state_tensors_[e] = py::reinterpret_borrow<py::object>(value);
+  }
+  return true;
+}
+
+void Reader::take_gradients() {
+  grad_objects_.resize(parameters_.size());
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    constexpr std::size_t ahead = 6;
+    if (i + ahead < parameters_.size()) __builtin_prefetch(params_[i + ahead].ptr());
+    PyObject* const grad = get_grad(params_[i].ptr());
+    if (grad == nullptr) throw py::error_already_set();
+    if (grad == Py_None)
+      Py_DECREF(grad);
+    else
+      grad_objects_[i] = py::reinterpret_steal<py::object>(grad);
+  }
 }
 
 py::object Reader::read(const py::object& param_groups, const py::object& state) {
   release();
   std::fill(grads_.begin(), grads_.end(), nullptr);
   if (!find_parameters(param_groups)) return py::none();
+  take_gradients();  // which may run Python code; what follows does not, up to the last loop
   const bool has_state = !state.is_none();
-  if (has_state && !find_states(state.ptr())) return py::none();
-  grad_objects_.resize(parameters_.size());
-  if (has_state) state_tensors_.resize(entries_.size());
-  py::list odd;
-  for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    constexpr std::size_t ahead = 6;
-    if (i + ahead < parameters_.size()) __builtin_prefetch(params_[i + ahead].ptr());
-    const Parameter& parameter = parameters_[i];
-    PyObject* const param = params_[i].ptr();
-    auto grad = py::reinterpret_steal<py::object>(get_grad(param));
-    if (!grad) throw py::error_already_set();
-    if (grad.is_none()) continue;
-    if (!parameter.known || !same(param, parameter.param)) return py::none();
-    if (has_state && parameter.first_entry != parameter.end_entry) {
-      PyObject* const own = states_[i].ptr();
-      if (own == nullptr || !PyDict_Check(own)) return py::none();
-      for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e) {
-        PyObject* const value = PyDict_GetItemWithError(own, entries_[e].name.ptr());
-        if (value == nullptr || !same(value, entries_[e].tensor)) {
-          if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-          return py::none();
-        }
-        state_tensors_[e] = py::reinterpret_borrow<py::object>(value);
-      }
-    }
-    void* address = nullptr;
-    if (usable(grad.ptr(), parameter, address))
-      grads_[i] = address != nullptr ? address : empty_tensor();
-    else
-      odd.append(i);
-    grad_objects_[i] = std::move(grad);
+  if (has_state) {
+    if (!find_states(state.ptr())) return py::none();
+    state_tensors_.resize(entries_.size());
   }
-  states_.clear();
+  py::list odd;
+  std::vector<std::size_t> single;
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    if (!grad_objects_[i]) continue;
+    Parameter& parameter = parameters_[i];
+    if (!parameter.known || !same(params_[i].ptr(), parameter.param)) return py::none();
+    if (has_state && !take_state(parameter, states_[i])) return py::none();
+    void* address = nullptr;
+    if (!usable(grad_objects_[i].ptr(), parameter, address)) {
+      odd.append(i);
+      continue;
+    }
+    grads_[i] = address != nullptr ? address : empty_tensor();
+    if (parameter.param.extent == parameter.param.element_size) single.push_back(i);
+  }
+  // One element can be a lazy negative: autograd takes it as it is, since no stride tells.
+  for (const std::size_t i : single)
+    if (is_negated(grad_objects_[i].ptr())) {
+      grads_[i] = nullptr;
+      odd.append(i);
+    }
   return std::move(odd);
 }
 
@@ -232,7 +276,6 @@ void Reader::release() {
   auto params = std::exchange(params_, {});
   auto grads = std::exchange(grad_objects_, {});
   auto tensors = std::exchange(state_tensors_, {});
-  std::exchange(states_, {});
   const std::size_t size = params.size();
   params.clear();
   grads.clear();

@@ -56,6 +56,7 @@ class Reader {
     int64_t dim, element_size, extent;  // bytes from the address to behind the last element
     int32_t dtype, device_type, device_index;
     std::size_t layout;  // index of its sizes, and then its strides, in layouts_
+    std::size_t trace;   // number of its trace
   };
   struct StateEntry {
     py::object name;
@@ -68,14 +69,21 @@ class Reader {
     std::size_t grad_layout;  // index of sizes and strides
     int32_t grad_dtype;
     int64_t grad_element_size;
+    std::size_t grad_trace;  // of the last gradient that could be read where it lies
+    void* grad_address;      // its address
     std::size_t first_entry, end_entry;
   };
 
   Noted note(const py::object& tensor);
-  bool same(PyObject* object, const Noted& noted) const;
-  bool usable(PyObject* grad, const Parameter& parameter, void*& address) const;
+  std::size_t add_trace();
+  bool follows(PyObject* object, std::size_t trace) const;
+  void leave_trace(PyObject* object, const TensorView& view, std::size_t trace);
+  bool same(PyObject* object, const Noted& noted);
+  bool usable(PyObject* grad, Parameter& parameter, void*& address);
   bool find_parameters(const py::object& param_groups);
   bool find_states(PyObject* state);
+  bool take_state(const Parameter& parameter, PyObject* own);
+  void take_gradients();
   PyObject* get_grad(PyObject* param);
 
   const TorchShim* torch_;
@@ -85,10 +93,12 @@ class Reader {
   std::vector<Parameter> parameters_;
   std::vector<StateEntry> entries_;
   std::vector<int64_t> layouts_;
+  std::vector<unsigned char> traces_;
+  std::vector<bool> has_trace_;
   std::vector<void*> grads_;
   // What is owned during a step, by parameter, and by state entry.
   std::vector<py::object> params_, grad_objects_, state_tensors_;
-  std::vector<py::object> states_;    // while `read` runs
+  std::vector<PyObject*> states_;     // borrowed, while `read` runs no Python code
   std::vector<std::size_t> slot_at_;  // by position in the optimizer's state, the parameter that was there last time
 };
 

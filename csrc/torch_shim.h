@@ -10,7 +10,8 @@ namespace signadam {
 
 namespace py = pybind11;
 
-// `sizes` and `strides` lie in the tensor and live as long as it does.
+// `sizes` and `strides` lie in the tensor and live as long as it does; without dimensions they are null. All CPU
+// tensors have the device index 0.
 struct TensorView {
   void* address;
   int64_t storage_bytes, storage_offset, dim;
@@ -18,6 +19,9 @@ struct TensorView {
   int32_t dtype, device_type, device_index;  // torch's numbers
 };
 
+// A tensor is described through ten calls. Where it has not changed, its objects in memory show it faster: the bytes of
+// a plain tensor and of its storage, but for their reference counts, are those they were when torch was last asked.
+// Which bytes mean what is not known here, nor needed.
 class TorchShim {
  public:
   // `library`: path of the loaded libtorch_cpu. `tensor_type`: torch._C.TensorBase. `samples`: some tensors, in whose
@@ -27,8 +31,23 @@ class TorchShim {
 
   // False for what is no tensor, or one that torch cannot describe this way (sparse, functorch's). No owner is made.
   bool look(PyObject* object, TensorView& view) const;
+  // Bytes of a trace; 0 where torch's objects are not as expected, so that none is taken.
+  std::size_t trace_size() const { return tensor_bytes_ + storage_bytes_; }
+  // Leaves the trace of a tensor that `look` has described. False where it has none: another kind of tensor, or more
+  // dimensions than lie in its object.
+  bool leave_trace(PyObject* object, const TensorView& view, unsigned char* trace) const;
+  // Whether the tensor is as it was when it left the trace.
+  bool follows(PyObject* object, const unsigned char* trace) const;
+
+  // Whether it is a tensor with strides. What is not, answers `look` by an exception that torch logs.
+  bool is_strided(PyObject* object) const;
 
  private:
+  bool is_tensor(PyObject* object) const {
+    PyTypeObject* const type = Py_TYPE(object);
+    return type == plain_types_[0] || type == plain_types_[1] || PyType_IsSubtype(type, tensor_type_);
+  }
+
   using Handle = void*;
   template <class T>
   using Getter = int32_t (*)(Handle tensor, T* result);
@@ -37,9 +56,15 @@ class TorchShim {
   Getter<int64_t> storage_size_, storage_offset_, dim_;
   Getter<int64_t*> sizes_, strides_;
   Getter<int32_t> dtype_, device_type_, device_index_, layout_;
-  int32_t strided_;
+  int32_t strided_, cpu_;
   PyTypeObject* tensor_type_;
-  std::size_t handle_offset_;  // of the at::Tensor in torch's Python object
+  PyTypeObject* plain_types_[2];  // those of the first two samples, which nearly all tensors have
+  std::size_t handle_offset_;     // of the at::Tensor in torch's Python object
+
+  void find_objects(const py::list& samples);
+  const void *tensor_class_ = nullptr, *storage_class_ = nullptr;  // of plain ones: their virtual tables
+  std::size_t storage_at_ = 0, tensor_bytes_ = 0;  // where a tensor names its storage, and the bytes from there on
+  std::size_t data_at_ = 0, storage_bytes_ = 0;    // where a storage names its memory, and the bytes from there on
 };
 
 }  // namespace signadam

@@ -222,7 +222,8 @@ def _shim() -> Any | None:
     """torch's C shim, or None where this torch does not have what is needed of it."""
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     path = os.path.join(os.path.dirname(torch.__file__), "lib", name)
-    samples = [_sample(torch.float32), torch.nn.Parameter(_sample(torch.float32))]
+    samples: list[Tensor] = [torch.empty(1, dtype=torch.float32, device="cpu") for _ in range(16)]
+    samples.insert(1, torch.nn.Parameter(torch.empty(1, dtype=torch.float32, device="cpu")))
     try:
         return _C.TorchShim(path, torch._C.TensorBase, samples)
     except RuntimeError:
