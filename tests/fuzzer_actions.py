@@ -174,6 +174,12 @@ WITHOUT_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def is_ordinary(x: Any) -> bool:
+    """Whether it is a tensor with memory of its own."""
+    odd = torch._is_functional_tensor(x) or x._is_zerotensor() or x.layout != torch.strided
+    return type(x) is Tensor and x.device.type == "cpu" and not odd
+
+
 def odd_gradient(kind: str, x: Tensor, p: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """A gradient of that kind, and an ordinary one of the same values."""
     if kind == "other dtype":
@@ -345,7 +351,11 @@ def state_without_memory(side: Side, draw: Draw) -> str | None:
 
     def undo() -> None:
         x = state[name] if served[0] else kept
-        state[name] = x.inner if isinstance(x, Wrapping) else x.a if isinstance(x, TwoTensor) else x
+        x = x.inner if isinstance(x, Wrapping) else x.a if isinstance(x, TwoTensor) else x
+        if not is_ordinary(x):
+            state[name] = kept
+            raise Fault(f"{side.name}: a step was taken, and {name} is still without memory ({kind})")
+        state[name] = x
 
     side.refuses_or_serves(call, before, (side.label(i),), undo)
     return f"{kind} {'step' if name == 'step' else 'tensor'}"
