@@ -48,7 +48,6 @@ from fuzzer_world import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
-from torch.testing._internal.two_tensor import TwoTensor
 
 import signadam_ext
 
@@ -132,12 +131,12 @@ class Ordinary(Tensor):
 
 
 class Wrapping(Tensor):
-    """A subclass without memory, and without ``__tensor_flatten__``."""
+    """A subclass that has the memory of another tensor alone."""
 
     inner: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Wrapping:
+    def __new__(cls, inner: Tensor) -> Any:
         wrapper = Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
         )
@@ -155,6 +154,17 @@ class Wrapping(Tensor):
         return func(*map(unwrapped, args), **{name: unwrapped(x) for name, x in (kwargs or {}).items()})
 
 
+class Flattened(Wrapping):
+    """The same, as distributed tensors are made."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Flattened:
+        return Flattened(inner["inner"])
+
+
 def leaked(x: Tensor) -> Tensor:
     """A functorch tensor that has outlived its transformation."""
     found: list[Tensor] = []
@@ -165,7 +175,7 @@ def leaked(x: Tensor) -> Tensor:
 WITHOUT_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
     "fake": lambda x: FakeTensorMode(allow_non_fake_inputs=True).from_tensor(x),
     "meta": lambda x: x.to("meta"),
-    "wrapper": lambda x: TwoTensor(x, x.clone()),
+    "wrapper": Flattened,
     "wrapper without flatten": Wrapping,
     "functional": torch._to_functional_tensor,
     "functorch": leaked,
@@ -351,7 +361,7 @@ def state_without_memory(side: Side, draw: Draw) -> str | None:
 
     def undo() -> None:
         x = state[name] if served[0] else kept
-        x = x.inner if isinstance(x, Wrapping) else x.a if isinstance(x, TwoTensor) else x
+        x = x.inner if isinstance(x, Wrapping) else x
         if not is_ordinary(x):
             state[name] = kept
             raise Fault(f"{side.name}: a step was taken, and {name} is still without memory ({kind})")
