@@ -97,17 +97,20 @@ class Fuzzer:
                 seed = f"{name}:{k}"
                 kind = random.Random(seed).choices(names, weights)[0]
                 self.say(f"{name} action {k}: {kind}")
-                details = []
-                try:
-                    for side in world.sides:
-                        self.say(f"{name} action {k}: {kind} on {side.name}")
+                details, skips = [], 0
+                for side in world.sides:
+                    self.say(f"{name} action {k}: {kind} on {side.name}")
+                    try:
                         details.append(self.actions[kind].act(side, random.Random(seed)))
-                except Skip:
-                    continue
-                text = kind if details[0] is None else f"{kind}: {details[0]}"
-                history.append(text)
-                self.counts[text] += 1
-                self.done += 1
+                    except Skip:
+                        skips += 1
+                if not skips:
+                    text = kind if details[0] is None else f"{kind}: {details[0]}"
+                    history.append(text)
+                    self.counts[text] += 1
+                    self.done += 1
+                elif details:
+                    raise AssertionError(f"the fuzzer skips {kind} on some sides only")
                 world.check()
             kind = "end of a world"
             world.end()

@@ -344,13 +344,13 @@ def state_without_memory(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
     started(side, draw, i)
     name = draw.choice(side.tensors_of(i))
+    if kind == "zero" and side.state[side.params[i]][name].any():
+        raise Skip
     if side.plain:
         side.step()
         return kind
     before, state = side.look(), side.state[side.params[i]]
     kept = state[name]
-    if kind == "zero" and kept.any():
-        raise Skip
     state[name] = WITHOUT_MEMORY[kind](kept.clone())
 
     served = [False]
@@ -751,11 +751,11 @@ def own_state(side: Side, draw: Draw) -> str | None:
 def state_unfit(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
     started(side, draw, i)
-    if side.plain:
-        return None
     names = [name for name in side.tensors_of(i) if name != "step"]
     if not names:
         raise Skip
+    if side.plain:
+        return None
     name, how = draw.choice(names), draw.choice(("dtype", "shape", "no tensor"))
     state = side.state[side.params[i]]
     before, kept = side.look(), state[name]
@@ -1091,8 +1091,6 @@ def damaged_checkpoint(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
     started(side, draw, i)
     side.step()
-    if side.plain:
-        return None
     number = side.number_of(i)
     saved = copy.deepcopy(side.optimizer.state_dict())
     state = saved["state"][number]
@@ -1138,6 +1136,8 @@ def damaged_checkpoint(side: Side, draw: Draw) -> str | None:
     else:
         saved["param_groups"].append(copy.deepcopy(saved["param_groups"][0]))
         names = ("group",)
+    if side.plain:
+        return how
     before = side.look()
 
     def load() -> None:
@@ -1597,10 +1597,8 @@ def interrupted(side: Side, draw: Draw) -> str | None:
 
     def failing() -> str | None:
         where, points = at_point(side.optimizer.step, mine.randint(1, side.points + side.points // 8 + 1))
-        if where is None:
-            side.points = max(points, 10)
-        elif points >= side.points:
-            side.points *= 2
+        # How many there are is learnt where none is reached.
+        side.points = points if where is None else max(side.points, points * 3 // 2)
         return where
 
     all_or_nothing(side, side.optimizer.step, failing, steps=True)

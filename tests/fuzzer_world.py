@@ -211,7 +211,7 @@ class Side:
     params: list[Parameter]
     optimizer: SignOptimizer
     counts: list[int]
-    points: int = 200
+    points: int = 4000
     allocations: int = 40
     sentinels: list[Tensor] = field(default_factory=list)
 
