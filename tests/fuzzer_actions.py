@@ -178,7 +178,7 @@ WITHOUT_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
     "wrapper": Flattened,
     "wrapper without flatten": Wrapping,
     "functional": torch._to_functional_tensor,
-    "functorch": leaked,
+    "functorch": lambda x: leaked(x) if x.is_floating_point() else torch._to_functional_tensor(x),
     "zero": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
     "sparse": lambda x: x.to_sparse() if x.dim() else torch._to_functional_tensor(x),
 }
@@ -1132,7 +1132,7 @@ def damaged_checkpoint(side: Side, draw: Draw) -> str | None:
         second = other([{"params": [by_id[id(p)] for p in group["params"]]} for group in side.optimizer.param_groups])
         second.step()
         saved = copy.deepcopy(second.state_dict())
-        names = (other.__name__, other.__name__.lower(), "adam")
+        names = ("Adam", "Lion")
     else:
         saved["param_groups"].append(copy.deepcopy(saved["param_groups"][0]))
         names = ("group",)
@@ -1417,7 +1417,10 @@ def dropped_gradient(side: Side, draw: Draw) -> str | None:
 
     def toggle() -> None:
         while not stop.is_set():
+            # Held until it is out: torch itself crashes where one thread reads what another is freeing.
+            held = p.grad
             p.grad = None
+            del held
             junk = torch.full_like(kept, 7.0)  # in the gradient's memory, if that has been freed
             time.sleep(0)
             del junk

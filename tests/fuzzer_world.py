@@ -274,7 +274,7 @@ class Side:
     def tensors_of(self, i: int) -> list[str]:
         """Names of the state tensors of a parameter that have elements."""
         state = self.state.get(self.params[i], {})
-        return [name for name, x in state.items() if isinstance(x, Tensor) and x.numel() and name != "ema"]
+        return sorted(name for name, x in state.items() if isinstance(x, Tensor) and x.numel() and name != "ema")
 
     def present(self) -> list[int]:
         """Parameters with a gradient."""
