@@ -1300,6 +1300,9 @@ def released(side: Side, draw: Draw) -> str | None:
             if how == "swap" and k == 0:
                 side.params[present[0]].data = half()
         return how
+    for p in side.params:
+        # After a swap torch knows of hooks that nothing calls, and new ones join them.
+        p._post_accumulate_grad_hooks = None
     with signadam_ext.release_gradients(side.params, side.optimizer):
         for k in range(rounds):
             versions = [p._version for p in side.params]
