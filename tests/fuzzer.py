@@ -136,7 +136,10 @@ class Fuzzer:
         self.done += 1
         self.counts[kind] += 1
         print(f"fault in {kind!r}: {text}", flush=True)
-        print(f"  replay: python tests/fuzzer.py --replay {name}" + self.filters() + f"; before: {history[-5:]}", flush=True)
+        print(
+            f"  replay: python tests/fuzzer.py --replay {name}" + self.filters() + f"; before: {history[-5:]}",
+            flush=True,
+        )
         if world is not None:
             print(f"  world: {world.describe()[:600]}", flush=True)
         self.faults.append({"replay": name, "action": kind, "fault": text, "before": history[-5:]})
@@ -147,9 +150,8 @@ class Fuzzer:
         )
 
     def result(self) -> dict[str, Any]:
-        import torch
-
         import signadam_ext._C as _C
+        import torch
 
         return {
             "seed": self.seed,

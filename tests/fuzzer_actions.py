@@ -545,7 +545,7 @@ def converted(side: Side, draw: Draw) -> str | None:
     fp32 = side.params[i].dtype == torch.float32
     dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16))
     # Low bits belong to a bf16 parameter; a master copy is made for a parameter that has lost its own bits.
-    if weights in ("split16", "split8") or weights == "master" and fp32 != (dtype == torch.float32):
+    if weights in ("split16", "split8") or (weights == "master" and fp32 != (dtype == torch.float32)):
         raise Skip
     if side.spec.shares:
         raise Skip
@@ -595,7 +595,7 @@ def memory_format(side: Side, draw: Draw) -> str | None:
         for name, x in before.items():
             if not isinstance(x, Tensor) or x.shape != p.shape:
                 continue
-            if not (same(after[name], x) or blocks and torch.allclose(after[name].float(), x.float(), 0.05, 1e-30)):
+            if not (same(after[name], x) or (blocks and torch.allclose(after[name].float(), x.float(), 0.05, 1e-30))):
                 raise Fault(f"{side.name}: {name} in a checkpoint is another after a conversion of {side.label(i)}")
     give(side, draw, only=i)
     side.step()
@@ -625,11 +625,11 @@ def state_edited(side: Side, draw: Draw) -> str | None:
     if x.dtype == torch.uint8 or name in ("step", "param_low", "master_param"):
         raise Skip
     how = draw.choice(("in place", "clone", "strides", "gaps", "subclass"))
-    half = x * 0.5
+    half = x.detach() * 0.5
     if side.plain:
         state[name] = half
     elif how == "in place":
-        x.mul_(0.5)
+        x.detach().mul_(0.5)
     elif how == "strides" and x.dim() == 2:
         state[name] = laid_out(half, "transposed")
     elif how == "gaps" and x.dim():
@@ -677,9 +677,7 @@ def state_cleared(side: Side, draw: Draw) -> str | None:
     how = draw.choice(("all", "deleted", "popped", "empty"))
     gone = range(len(side.params)) if how == "all" else [i]
     # Low bits go with the state: the parameter is what it holds then.
-    refs = [
-        weakref.ref(x) for k in gone for x in side.state.get(side.params[k], {}).values() if isinstance(x, Tensor)
-    ]
+    refs = [weakref.ref(x) for k in gone for x in side.state.get(side.params[k], {}).values() if isinstance(x, Tensor)]
     for k in gone:
         side.counts[k] = 0
     if how == "all":
@@ -722,7 +720,7 @@ def other_doors(side: Side, draw: Draw) -> str | None:
     name = draw.choice(side.tensors_of(i))
     x = side.state[p][name]
     if x.dtype != torch.uint8 and name not in ("step", "param_low", "master_param"):
-        side.state[p][name] = x * 0.5
+        side.state[p][name] = x.detach() * 0.5
     else:
         side.state[p][name] = x.clone()
     side.step(step)
@@ -764,9 +762,11 @@ def state_unfit(side: Side, draw: Draw) -> str | None:
     name, how = draw.choice(names), draw.choice(("dtype", "shape", "no tensor"))
     state = side.state[side.params[i]]
     before, kept = side.look(), state[name]
-    state[name] = {"dtype": kept.to(torch.complex64), "shape": torch.zeros(4, 5, 6, dtype=kept.dtype), "no tensor": "x"}[
-        how
-    ]
+    state[name] = {
+        "dtype": kept.to(torch.complex64),
+        "shape": torch.zeros(4, 5, 6, dtype=kept.dtype),
+        "no tensor": "x",
+    }[how]
 
     def undo() -> None:
         state[name] = kept
@@ -922,7 +922,9 @@ def hyperparameters(side: Side, draw: Draw) -> str | None:
         "confidence_beta": 0.75,
         "gain": 0.5,
     }
-    name = draw.choice(sorted(x for x in new if x in group and not (x == "alpha" and group.get("confidence") == "sparsity")))
+    name = draw.choice(
+        sorted(x for x in new if x in group and not (x == "alpha" and group.get("confidence") == "sparsity"))
+    )
     how = draw.choice(("number", "0-dim tensor", "numpy", "int"))
     value: Any = new[name]
     if not side.plain and not isinstance(value, bool):
@@ -1111,7 +1113,9 @@ def damaged_checkpoint(side: Side, draw: Draw) -> str | None:
         del state[name]
         names = (name,)
     elif how == "step":
-        state["step"] = draw.choice((-1.0, 0.5, math.nan, 1e30, "x", torch.tensor(1e30), torch.tensor(-2.0), 2.0**53 + 2))
+        state["step"] = draw.choice(
+            (-1.0, 0.5, math.nan, 1e30, "x", torch.tensor(1e30), torch.tensor(-2.0), 2.0**53 + 2)
+        )
         names = ("step",)
     elif how == "both":
         if side.params[i].dtype != torch.bfloat16:
@@ -1350,7 +1354,7 @@ def statistics(side: Side, draw: Draw) -> str | None:
     finally:
         side.optimizer.observe(False)
     numel = sum(side.params[i].numel() for i in side.present())
-    if found.all.numel != numel or numel and not 0 <= found.all.passed <= 1:
+    if found.all.numel != numel or (numel and not 0 <= found.all.passed <= 1):
         raise Fault(f"{side.name}: statistics of {found.all.numel} entries, {numel} took part: {found.all}")
     return None
 
@@ -1518,7 +1522,9 @@ def confidence_function(side: Side, draw: Draw) -> str | None:
             raise ValueError("confidence of a user's")
         if how == "steps":
             side.optimizer.step()
-        return {"shape": g[:0].new_zeros(g.numel() + 1), "dtype": g.double(), "NaN": torch.full_like(g, torch.nan)}.get(how)
+        return {"shape": g[:0].new_zeros(g.numel() + 1), "dtype": g.double(), "NaN": torch.full_like(g, torch.nan)}.get(
+            how
+        )
 
     if how == "NaN" and any(side.params[k].grad.isnan().any() for k in own_params):
         how = "None"
@@ -1656,7 +1662,7 @@ def other_checkpoint(side: Side) -> dict[str, Any]:
         state["step"] = torch.tensor(float(state["step"]) + 1, dtype=torch.float64)
         for name, x in state.items():
             if isinstance(x, Tensor) and x.is_floating_point() and x.dim() and name != "master_param":
-                x.mul_(0.5)
+                x.detach().mul_(0.5)
     return saved
 
 

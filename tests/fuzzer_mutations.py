@@ -48,7 +48,11 @@ def applied(mutation: Mutation, folder: Path) -> Path:
     Raises:
         ValueError: a text that is not there, or there more than once: the package has changed since.
     """
-    for name in ("signadam_ext", "triton_kernels", *(("csrc", "setup.py", "pyproject.toml") if mutation.native else ())):
+    for name in (
+        "signadam_ext",
+        "triton_kernels",
+        *(("csrc", "setup.py", "pyproject.toml") if mutation.native else ()),
+    ):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -108,7 +108,7 @@ class Spec:
                     own.append(len(tensors))
                     tensors.append(TensorSpec((40, begin), "shared", dtype, seed))
             groups.append((hyperparameters, own))
-        if draw.random() < 0.4:
+        if draw.random() < 0.25:
             dtype = torch.bfloat16 if groups[0][0]["weights"].startswith("split") else draw.choice(DTYPES)
             groups[0][1].append(len(tensors))
             tensors.append(TensorSpec((LARGE,), "dense", dtype, draw.getrandbits(30)))
@@ -377,14 +377,14 @@ def said(error: BaseException) -> str:
 def same(a: Any, b: Any) -> bool:
     """Equal values; tensors bit for bit, but that NaN equals NaN."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return type(a) is type(b) and (a == b or a != a and b != b)
+        return type(a) is type(b) and (a == b or (a != a and b != b))
     a, b = a.detach(), b.detach()
     if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
         return False
     if not a.is_floating_point():
         return torch.equal(a, b)
     if torch.equal(a, b):  # which takes zeros of both signs for equal, and NaN for nothing
-        return a.numel() > 0 and a.dim() == 0 or torch.equal(torch.signbit(a), torch.signbit(b))
+        return (a.numel() > 0 and a.dim() == 0) or torch.equal(torch.signbit(a), torch.signbit(b))
     signs = torch.equal(torch.signbit(a) & ~a.isnan(), torch.signbit(b) & ~b.isnan())
     return signs and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -413,7 +413,7 @@ def difference(a: Look, b: Look, export: Callable[[int, str], bool] | None = Non
 def same_number(a: Any, b: Any) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(same_number, a, b))
-    return a == b or a != a and b != b
+    return a == b or (a != a and b != b)
 
 
 def _example(a: Any, b: Any) -> str:
@@ -478,7 +478,9 @@ class World:
         """Everything is dropped, and must be freed."""
         for side in self.sides:
             known = [weakref.ref(p) for p in side.params]
-            known += [weakref.ref(x) for p in side.params for x in side.state.get(p, {}).values() if isinstance(x, Tensor)]
+            known += [
+                weakref.ref(x) for p in side.params for x in side.state.get(p, {}).values() if isinstance(x, Tensor)
+            ]
             for p in side.params:
                 p.grad = None
             side.optimizer.state.clear()
