@@ -1101,7 +1101,7 @@ def damaged_checkpoint(side: Side, draw: Draw) -> str | None:
     number = side.number_of(i)
     saved = copy.deepcopy(side.optimizer.state_dict())
     state = saved["state"][number]
-    moments = [name for name in side.optimizer._rule(side.optimizer.param_groups[side.group_of(i)[0]]).moments]
+    moments = list(side.optimizer._rule(side.optimizer.param_groups[side.group_of(i)[0]]).moments)
     how = draw.choice(("moment missing", "step", "both", "shape", "hyperparameter", "method", "groups"))
     names: tuple[str, ...] = (side.label(i),)
     if how in ("moment missing", "shape") and not moments:

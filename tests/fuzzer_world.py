@@ -461,7 +461,7 @@ class World:
 
     def check(self) -> None:
         """All sides hold the same bits, and have counted as many steps as were taken."""
-        auto, reference, plain = self.sides
+        auto, _, plain = self.sides
         for side in self.sides:
             side.check_counts()
         looks = [side.look(clone=False) for side in self.sides]
