@@ -3,6 +3,9 @@
 SIGNADAM_CUDA=1        demand CUDA; without nvcc the build fails. =0 leaves it out.
 SIGNADAM_CUDA_ARCHS    compute capabilities, such as "90" or "80;90". Default: those of the visible GPUs, otherwise
                        80, 90 and 100. PTX of the last is added for newer devices.
+SIGNADAM_SANITIZE      sanitizers of the host compiler, such as "address,undefined": C++ alone, at -O1 with frame
+                       pointers, and undefined behaviour ends the process. A Python that loads such a module needs the
+                       sanitizers' runtime preloaded; tests/sanitized.sh does all of it.
 MAX_JOBS               compilers at a time, passed to ninja.
 """
 
@@ -55,6 +58,16 @@ def commit() -> str:
         return "unknown"
     changed = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no").strip() else ""
     return (output("git", "rev-parse", "--short=12", "HEAD").strip() or "unknown") + changed
+
+
+def sanitizers() -> str:
+    """What SIGNADAM_SANITIZE names, for -fsanitize; nothing where it is not set."""
+    wanted = os.environ.get("SIGNADAM_SANITIZE", "").replace(" ", "")
+    if not re.fullmatch(r"([a-z-]+(,[a-z-]+)*)?", wanted):
+        raise SystemExit(f'SIGNADAM_SANITIZE={wanted!r}: give names for -fsanitize, such as "address,undefined".')
+    if wanted and os.environ.get("SIGNADAM_CUDA", "").strip() == "1":
+        raise SystemExit("SIGNADAM_SANITIZE builds C++ alone: leave SIGNADAM_CUDA unset, or set it to 0.")
+    return wanted
 
 
 def find_nvcc() -> str | None:
@@ -112,7 +125,8 @@ class BuildWithNinja(build_ext):
         import pybind11
 
         machine = platform.machine().lower()
-        nvcc = find_nvcc() if sys.platform.startswith("linux") else None
+        sanitize = sanitizers()
+        nvcc = find_nvcc() if sys.platform.startswith("linux") and not sanitize else None
         archs = cuda_archs(nvcc) if nvcc else []
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = (Path(self.build_temp) / "signadam").resolve()
@@ -135,11 +149,16 @@ class BuildWithNinja(build_ext):
             ]
 
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        common, checking = COMMON, ""
+        if sanitize:
+            checking = f" -fsanitize={sanitize}"
+            common = [*(flag for flag in COMMON if flag != "-O3"), "-O1", "-g", "-fno-omit-frame-pointer"]
+            common += [checking.strip(), "-fno-sanitize-recover=undefined"]
         device = ["-std=c++17", "-O3", "-fmad=false", *gencode, f"-ccbin {compiler}", "--threads=2"]
         device += ["-Xcompiler=" + ",".join(["-fPIC", "-fvisibility=hidden", *ARITHMETIC])]
         lines = [
             "ninja_required_version = 1.5",
-            f"flags = {' '.join(COMMON)}",
+            f"flags = {' '.join(common)}",
             "rule host",
             f"  command = {compiler} -MMD -MF $out.d $flags $extra -c $in -o $out",
             "  depfile = $out.d",
@@ -152,7 +171,7 @@ class BuildWithNinja(build_ext):
         link = (
             f"{nvcc} -shared -cudart static -ccbin {compiler} {' '.join(gencode)} -Xlinker --exclude-libs=ALL"
             if nvcc
-            else f"{compiler} -shared"
+            else f"{compiler} -shared{checking}"
         )
         link += " -undefined dynamic_lookup" if sys.platform == "darwin" else " -lpthread -ldl"
         lines += ["rule link", f"  command = {link} $in -o $out"]
@@ -175,7 +194,7 @@ class BuildWithNinja(build_ext):
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
 
         built = ", ".join(f"sm_{a}" for a in archs) if nvcc else "left out (no nvcc, or SIGNADAM_CUDA=0)"
-        print(f"signadam_ext: CPU kernels for {machine}; CUDA {built}")
+        print(f"signadam_ext: CPU kernels for {machine}; CUDA {built}" + (f"; under {sanitize}" if sanitize else ""))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(build), *jobs], check=True)
 

@@ -16,6 +16,11 @@ settings.register_profile("long", max_examples=20_000, derandomize=False, **COMM
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-actions", type=int, default=2000, help="actions of tests/test_fuzz.py, 10^6 for a night")
+    parser.addoption("--fuzz-seed", type=int, default=7, help="its seed")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
