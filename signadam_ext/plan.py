@@ -354,11 +354,19 @@ class Plan:
             state: the optimizer's, to be compared with what the plan knows. A plan that has taken no step does not look
                 at it.
         """
-        self._copies.clear()
-        for buffers in self._buffers:
-            buffers.use()
-        odd = self._reader.read(param_groups, None if self._is_first else state)
-        return odd is not None and (not odd or self._adopt(odd)) and (not self._variances or self._read_variances())
+        holds = False
+        try:
+            for buffers in self._buffers:
+                buffers.use()
+            self._copies.clear()
+            odd = self._reader.read(param_groups, None if self._is_first else state)
+            holds = (
+                odd is not None and (not odd or self._adopt(odd)) and (not self._variances or self._read_variances())
+            )
+        finally:
+            if not holds:
+                self.release()
+        return holds
 
     @torch.no_grad()
     def _read_variances(self) -> bool:

@@ -288,6 +288,8 @@ class GradientRelease:
         try:
             _drop_dead_hooks(param)
             self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self, slot)))
+            # A parameter that had hooks before it was swapped is called for none of them, until they are set once more.
+            param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
             if self.accumulation_steps > 1:
                 self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
         finally:
