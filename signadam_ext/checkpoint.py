@@ -12,6 +12,7 @@ import errno
 import functools
 import io
 import os
+import pickle
 import re
 import secrets
 import stat
@@ -545,4 +546,8 @@ def read_entries(archive: zipfile.ZipFile, members: Iterable[Member]) -> dict[An
 
 def _read(archive: zipfile.ZipFile, name: str) -> Any:
     with archive.open(name) as member:
-        return torch.load(io.BytesIO(member.read()), map_location="cpu", weights_only=True)
+        content = io.BytesIO(member.read())
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"member {name!r} of the file does not hold what save_state writes") from error

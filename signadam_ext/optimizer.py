@@ -74,6 +74,8 @@ class SignOptimizer(Optimizer):
             checks.torch_option(name, defaults.pop(name))
         self._runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))
         defaults["seed"] = self._check_group(defaults)["seed"]  # schedulers change numbers, but no seed
+        # In the groups, because flattened distributed checkpoints take what groups in memory have.
+        defaults["method"] = self._method()
         super().__init__(params, defaults)
 
     @classmethod
