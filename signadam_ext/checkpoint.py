@@ -549,5 +549,5 @@ def _read(archive: zipfile.ZipFile, name: str) -> Any:
         content = io.BytesIO(member.read())
     try:
         return torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError, zipfile.BadZipFile) as error:
+    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError) as error:
         raise ValueError(f"member {name!r} of the file does not hold what save_state writes") from error
