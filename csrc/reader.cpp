@@ -126,8 +126,8 @@ bool Reader::same(PyObject* object, const Noted& noted) {
   TensorView now;
   const bool is_same = torch_->look(object, now) && now.address == noted.address && now.dtype == noted.dtype &&
                        now.device_type == noted.device_type && now.device_index == noted.device_index &&
-                       now.dim == noted.dim && same_sizes(now, &layouts_[noted.layout]) &&
-                       same_strides(now, &layouts_[noted.layout] + noted.dim) &&
+                       now.dim == noted.dim && same_sizes(now, layouts_.data() + noted.layout) &&
+                       same_strides(now, layouts_.data() + noted.layout + noted.dim) &&
                        covered(now, now.storage_offset * noted.element_size, noted.extent);
   if (is_same) leave_trace(object, now, noted.trace);
   return is_same;
@@ -140,8 +140,8 @@ bool Reader::usable(PyObject* grad, Parameter& parameter, void*& address) {
   if (!torch_->is_strided(grad) || !torch_->look(grad, now)) return false;
   if (now.dtype != parameter.grad_dtype || now.device_type != parameter.param.device_type ||
       now.device_index != parameter.param.device_index || now.dim != parameter.param.dim ||
-      !same_sizes(now, &layouts_[parameter.grad_layout]) ||
-      !same_strides(now, &layouts_[parameter.grad_layout] + now.dim) ||
+      !same_sizes(now, layouts_.data() + parameter.grad_layout) ||
+      !same_strides(now, layouts_.data() + parameter.grad_layout + now.dim) ||
       !covered(now, now.storage_offset * parameter.grad_element_size, reach(now) * parameter.grad_element_size))
     return false;
   leave_trace(grad, now, parameter.grad_trace);
