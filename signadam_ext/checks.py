@@ -329,7 +329,16 @@ def is_computable(tensor: Tensor) -> bool:
         and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         and not hasattr(tensor, "__tensor_flatten__")
         and tensor.layout == torch.strided
+        and not _is_simulated(tensor)
     )
+
+
+def _is_simulated(tensor: Tensor) -> bool:
+    """Whether a tensor has no elements, whatever device it says: a fake one, a copy of which is not written."""
+    try:
+        return tensor.untyped_storage().device.type == "meta"
+    except (RuntimeError, NotImplementedError):
+        return False
 
 
 def made_real(label: str, tensor: Tensor, strides: Sequence[int] | None = None) -> Tensor:
