@@ -347,8 +347,9 @@ def state_without_memory(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
     started(side, draw, i)
     name = draw.choice(side.tensors_of(i))
-    if kind == "zero" and side.state[side.params[i]][name].any():
-        raise Skip
+    if kind == "zero":
+        side.state[side.params[i]][name].detach().zero_()
+        side.counts[i] = 0 if name == "step" else side.counts[i]
     if side.plain:
         side.step()
         return kind
