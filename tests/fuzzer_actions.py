@@ -384,7 +384,7 @@ def freed_storage(side: Side, draw: Draw) -> str | None:
     started(side, draw, i)
     p = side.params[i]
     where = draw.choice(("gradient", "parameter", *side.tensors_of(i)))
-    how = draw.choice(("all", "half"))
+    how = draw.choice(("all", "half", "one"))
     offset = draw.randrange(0, 9)
     assert p.grad is not None
     x = p.grad.clone()
@@ -457,9 +457,12 @@ def offloaded(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
     started(side, draw, i)
     side.step()
-    how = draw.choice(("empty", "resized", "state too"))
+    how, plans_anew = draw.choice(("empty", "resized", "state too")), draw.random() < 0.5
     p = side.params[i]
     p.grad = None
+    if plans_anew:
+        side.optimizer.observe()
+        side.optimizer.observe(False)
     if side.plain:
         side.step()
         if draw.random() < 0.5:
