@@ -1484,7 +1484,43 @@ def dropped_gradient(side: Side, draw: Draw) -> str | None:
     for _ in range(times - taken):
         side.step()
     p.grad = kept
+    if side.backend == "auto":
+        drop_large_gradient()
     return None
+
+
+def drop_large_gradient() -> None:
+    """The same where kernels run long enough for the other thread to come between."""
+    p = Parameter(torch.zeros(1 << 20))
+    optimizer = signadam_ext.SignSGD([p], lr=1.0)
+    stop = threading.Event()
+
+    def toggle() -> None:
+        while not stop.is_set():
+            p.grad = torch.ones_like(p, requires_grad=False)
+            time.sleep(1e-4)
+            held = p.grad
+            p.grad = None
+            del held
+            del junk[:]
+            junk.append(torch.full_like(p, -7.0, requires_grad=False))
+
+    junk: list[Tensor] = []
+    thread = threading.Thread(target=toggle, daemon=True)
+    with quick_switches():
+        thread.start()
+        try:
+            for _ in range(100):
+                optimizer.step()
+                if optimizer.state.get(p, {}).get("step", 0) >= 4:
+                    break
+                time.sleep(1e-5)
+        finally:
+            stop.set()
+            thread.join()
+    count = float(optimizer.state.get(p, {}).get("step", 0))
+    if (p != -count).any():
+        raise Fault(f"{count} steps of -1 lead from 0 to {p.min().item()} and {p.max().item()}")
 
 
 @action("step inside a step", 2)
