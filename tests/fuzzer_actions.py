@@ -187,7 +187,7 @@ WITHOUT_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
 def is_ordinary(x: Any) -> bool:
     """Whether it is a tensor with memory of its own."""
     odd = torch._is_functional_tensor(x) or x._is_zerotensor() or x.layout != torch.strided
-    return type(x) is Tensor and x.device.type == "cpu" and not odd
+    return type(x) in (Tensor, Parameter) and x.device.type == "cpu" and not odd
 
 
 def odd_gradient(kind: str, x: Tensor, p: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -1659,7 +1659,9 @@ def interrupted(side: Side, draw: Draw) -> str | None:
         return "at a place"
 
     def failing() -> str | None:
-        where, points = at_point(side.optimizer.step, mine.randint(1, side.points + side.points // 8 + 1))
+        # Half of them late, where a step is about to be taken.
+        first = mine.choice((1, 1 + side.points * 3 // 4))
+        where, points = at_point(side.optimizer.step, mine.randint(first, side.points + side.points // 8 + 1))
         # How many there are is learnt where none is reached.
         side.points = points if where is None else max(side.points, points * 3 // 2)
         return where
