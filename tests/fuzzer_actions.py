@@ -395,9 +395,13 @@ def freed_storage(side: Side, draw: Draw) -> str | None:
         return None
     tensor = p.grad if where == "gradient" else p if where == "parameter" else side.state[p][where]
     before = side.look()
+    # Parameters may share a storage.
+    held = tensor.untyped_storage().data_ptr()
+    fellows = [k for k, q in enumerate(side.params) if k == i or q.untyped_storage().data_ptr() == held]
     stack = freed(tensor, how)
     stack.__enter__()
-    side.must_refuse(side.optimizer.step, before, (side.label(i),), lambda: stack.__exit__(None, None, None))
+    names = tuple(map(side.label, fellows))
+    side.must_refuse(side.optimizer.step, before, names, lambda: stack.__exit__(None, None, None))
     kinds = {"gradient", "parameter", "step"}
     return f"{where if where in kinds else 'state'}, {how}"
 
