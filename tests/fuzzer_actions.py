@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import random
+import re
 import sys
 import tempfile
 import threading
@@ -1067,7 +1068,7 @@ def file_round_trip(side: Side, draw: Draw) -> str | None:
 def damaged_file(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
     started(side, draw, i)
-    how = draw.choice(("bit", "bit", "cut", "other zip", "garbage"))
+    how = draw.choice(("bit", "name", "name", "cut", "other zip", "garbage"))
     if not side.plain:
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "state")
@@ -1080,6 +1081,9 @@ def damaged_file(side: Side, draw: Draw) -> str | None:
                 file.write(data)
             if how == "bit":
                 data[mine.randrange(len(data))] ^= 1 << mine.randrange(8)
+            elif how == "name":  # of a member
+                place = mine.choice([found.start() for found in re.finditer(rb"state/\d", data)])
+                data[place + mine.randrange(7)] ^= 1 << mine.randrange(8)
             elif how == "cut":
                 del data[mine.randrange(len(data)) :]
             elif how == "garbage":
