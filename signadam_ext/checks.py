@@ -406,7 +406,7 @@ def steps_taken(label: str, value: Any) -> int:
         TypeError: something else.
         ValueError: a count that no training reaches: negative, fractional, above 2^53, not finite.
     """
-    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain_number(value)
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
     shown = f"state 'step' of {label} is {value!r}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{shown}: must be the number of steps taken")
@@ -421,13 +421,7 @@ def whole_number(label: str, value: Any) -> int:
     Raises:
         TypeError: something else.
     """
-    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain_number(value)
+    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
     if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or found != found // 1:
         raise TypeError(f"{label} is {value!r}: must be a whole number")
     return int(found)
-
-
-def plain_number(value: Any) -> Any:
-    """A NumPy scalar as the Python number that it stands for; anything else as it is."""
-    numpy = sys.modules.get("numpy")  # whoever made one has imported it
-    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value

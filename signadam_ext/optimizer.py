@@ -578,8 +578,8 @@ def _portable(value: Any) -> Any:
         named = value if hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}.{named.__qualname__}"
     if type(value) in (list, tuple):
-        return type(value)(checks.plain_number(each) for each in value)
-    return checks.plain_number(value)
+        return type(value)(checks.plain(each) for each in value)
+    return checks.plain(value)
 
 
 def _is_function_name(value: Any) -> bool:
