@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .dtypes import FORMATS
 from .storage import FP32, Form
@@ -130,14 +131,24 @@ def torch_option(name: str, value: Any) -> None:
     raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
-def parameter(label: str, param: Tensor) -> None:
+def parameter(label: str, param: Tensor, *, at_step: bool = True) -> None:
     """Raises unless ``param`` is a tensor that a kernel can update in place.
 
+    Args:
+        label: what errors call it.
+        param: the tensor.
+        at_step: whether it must have its memory by now. An optimizer may be made before: with lazy modules, on the meta
+            device, or while sharding keeps the memory elsewhere.
+
     Raises:
-        TypeError: another dtype or layout, or a subclass without storage of its own.
-        ValueError: elements that share memory.
+        TypeError: another dtype or layout, or a tensor without memory of its own.
+        ValueError: elements that share memory, or a storage that has been freed.
     """
-    strided(label, param)
+    (strided if at_step else dense)(label, param)
+    if is_lazy(param):
+        if at_step:
+            raise TypeError(f"{label} has not been initialized: run its lazy module once before step()")
+        return
     if param.dtype not in FORMATS:
         raise TypeError(f"{label} has dtype {param.dtype}: supported are float32, bfloat16 and float16")
     if param.is_neg():
@@ -263,8 +274,9 @@ def strided(label: str, tensor: Any) -> None:
         ValueError: a storage that has been freed or cut short under its tensor.
     """
     dense(label, tensor)
-    allocated(label, tensor)
-    aligned(label, tensor)
+    if not is_lazy(tensor):
+        allocated(label, tensor)
+        aligned(label, tensor)
 
 
 def dense(label: str, tensor: Any) -> None:

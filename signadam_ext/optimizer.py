@@ -116,7 +116,7 @@ class SignOptimizer(Optimizer):
                 # A frozen parameter, quantized perhaps, never gets a gradient and may be of any kind.
                 if param.requires_grad:
                     label = _label(group, len(self.param_groups) - 1, i)
-                    checks.parameter(label, param)
+                    checks.parameter(label, param, at_step=False)
                     checks.weights(label, group["weights"], param.dtype)
         except (TypeError, ValueError):
             self.param_groups.pop()

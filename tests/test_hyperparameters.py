@@ -175,7 +175,7 @@ def test_only_what_changed_is_checked():
     )
     (group,) = optimizer.param_groups
     assert reader.read(0, group, optimizer.defaults) is group
-    assert set(checked) == group.keys() - {"params", "lr"}
+    assert set(checked) == group.keys() - {"params", "lr", "method"}
     checked.clear()
     for lr in (0.2, 0.3, 1):
         group["lr"] = lr
