@@ -336,16 +336,21 @@ def memory_fault(tensor: Tensor) -> tuple[type[Exception], str] | None:
 
 def is_computable(tensor: Tensor) -> bool:
     """Whether torch may give elements to a tensor that has no memory of its own: it is zero, or computes itself."""
-    if tensor._is_zerotensor():
-        return True
-    if tensor.layout != torch.strided or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
-        return False
+    return tensor._is_zerotensor() or (
+        tensor.device.type != "meta"
+        and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        and not hasattr(tensor, "__tensor_flatten__")
+        and tensor.layout == torch.strided
+        and not _is_simulated(tensor)
+    )
+
+
+def _is_simulated(tensor: Tensor) -> bool:
+    """Whether a tensor has no elements, whatever device it says: a fake one, a copy of which is not written."""
     try:
-        # A fake tensor only simulates, and says another device than its storage.
-        is_fake = tensor.untyped_storage().device.type == "meta"
+        return tensor.untyped_storage().device.type == "meta"
     except (RuntimeError, NotImplementedError):
         return False
-    return not is_fake and tensor.device.type != "meta" and not hasattr(tensor, "__tensor_flatten__")
 
 
 def made_real(label: str, tensor: Tensor, strides: Sequence[int] | None = None) -> Tensor:

@@ -362,6 +362,8 @@ class Plan:
                 buffers.use()
             self._copies.clear()
             odd = self._reader.read(param_groups, None if self._is_first else state)
+            if odd is not None and self._is_first:
+                odd = sorted({*odd, *self._negated()})
             holds = (
                 odd is not None and (not odd or self._adopt(odd)) and (not self._variances or self._read_variances())
             )
@@ -395,6 +397,13 @@ class Plan:
             else:
                 entry.variance = variance
         return True
+
+    def _negated(self) -> list[int]:
+        """Slots of gradients that are lazily negative. Later steps see this where strides or a single element tell."""
+        present = self._reader.addresses()
+        return [
+            entry.slot for entry in self.entries if present[entry.slot] and self._reader.held(entry.slot)[1].is_neg()
+        ]
 
     def _variance(self, slot: int, param: Tensor) -> Any:
         if self._given_variances is not None:

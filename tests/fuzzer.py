@@ -95,7 +95,7 @@ class Fuzzer:
             while k < self.options.world and not self.over():
                 k += 1
                 seed = f"{name}:{k}"
-                kind = random.Random(seed).choices(names, weights)[0]
+                kind = random.Random(f"{seed} kind").choices(names, weights)[0]  # not with the action's own numbers
                 self.say(f"{name} action {k}: {kind}")
                 details, skips = [], 0
                 for side in world.sides:

@@ -39,25 +39,379 @@ class Mutation:
         return any(file.startswith("csrc/") for file, _, _ in self.edits)
 
 
-MUTATIONS: tuple[Mutation, ...] = ()
+PLAN, STATE, CHECKS = "signadam_ext/plan.py", "signadam_ext/state.py", "signadam_ext/checks.py"
+OPTIMIZER, CHECKPOINT = "signadam_ext/optimizer.py", "signadam_ext/checkpoint.py"
+LOCK, RELEASE = "signadam_ext/step_lock.py", "signadam_ext/release.py"
+BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference.py"
+READER, SHIM, TABLE = "csrc/reader.cpp", "csrc/torch_shim.cpp", "csrc/host_table.cpp"
+
+COMMIT = "backends.commit(operations, tables, self._pending, self._reader.present_params())"
+
+#: By the kinds of the issue that this package's memory safety and whole steps are about.
+MUTATIONS: tuple[Mutation, ...] = (
+    # 1: tensors without memory of their own
+    Mutation(
+        "gradients that are zero tensors are read where they lie",
+        1,
+        ((PLAN, "checks.memory_fault(grad) is not None or grad.is_neg() or not", "grad.is_neg() or not"),),
+    ),
+    Mutation(
+        "state that is a zero tensor is taken as it is",
+        1,
+        (
+            (
+                CHECKPOINT,
+                "        return torch.zeros(value.shape, dtype=value.dtype, device=value.device)\n",
+                "        return value\n",
+            ),
+            (
+                CHECKS,
+                "    if nbytes < needed:",
+                "    if tensor._is_zerotensor():\n        return None\n    if nbytes < needed:",
+            ),
+            (STATE, "            and not (step._is_zerotensor() or step.is_neg() or step.is_inference())\n", ""),
+        ),
+    ),
+    Mutation("a storage's size is not looked at", 1, ((CHECKS, "    if nbytes < needed:", "    if False:"),)),
+    Mutation(
+        "parameters without a gradient must be in order",
+        1,
+        ((PLAN, "    except (TypeError, ValueError, RuntimeError):\n", "    except ZeroDivisionError:\n"),),
+    ),
+    # 2: what a plan watches
+    Mutation(
+        "of the state only the number of steps is watched",
+        2,
+        (
+            (
+                READER,
+                "    if (!same(value, entries_[e].tensor)) return false;",
+                "    if (entries_[e].tensor.dim == 0 && !same(value, entries_[e].tensor)) return false;",
+            ),
+        ),
+    ),
+    Mutation(
+        "the number of steps is not watched",
+        2,
+        (
+            (
+                READER,
+                "    if (!same(value, entries_[e].tensor)) return false;",
+                "    if (entries_[e].tensor.dim != 0 && !same(value, entries_[e].tensor)) return false;",
+            ),
+        ),
+    ),
+    Mutation(
+        "storages of state and parameters are not watched",
+        2,
+        (
+            (
+                READER,
+                "same_strides(now, layouts_.data() + noted.layout + noted.dim) &&\n"
+                "                       covered(now, now.storage_offset * noted.element_size, noted.extent);",
+                "same_strides(now, layouts_.data() + noted.layout + noted.dim);",
+            ),
+            (
+                SHIM,
+                "std::memcmp(word_at(tensor, storage_at_) + data_at_, trace + tensor_bytes_, storage_bytes_) == 0;",
+                "std::memcmp(word_at(tensor, storage_at_) + data_at_, trace + tensor_bytes_, sizeof(void*)) == 0;",
+            ),
+        ),
+    ),
+    Mutation(
+        "gradients are trusted to cover what they say",
+        2,
+        (
+            (READER, "  if (extent == 0) return true;", "  if (extent >= 0) return true;"),
+            (CHECKS, "    if not is_computable(grad):\n", "    if False:\n"),
+            (PLAN, "checks.memory_fault(grad) is not None or grad.is_neg() or not", "grad.is_neg() or not"),
+        ),
+    ),
+    Mutation(
+        "shapes of state and parameters are not watched",
+        2,
+        (
+            (
+                READER,
+                "now.dim == noted.dim && same_sizes(now, layouts_.data() + noted.layout) &&\n"
+                "                       same_strides(now, layouts_.data() + noted.layout + noted.dim) &&",
+                "true &&",
+            ),
+            (
+                SHIM,
+                "std::memcmp(tensor + storage_at_, trace, tensor_bytes_) == 0 &&",
+                "std::memcmp(tensor + storage_at_, trace, sizeof(void*)) == 0 &&",
+            ),
+        ),
+    ),
+    # 3: who owns what
+    Mutation(
+        "a plan keeps what it has read",
+        3,
+        ((PLAN, "        self._holds_all = False\n        self._reader.release()", "        self._holds_all = False"),),
+    ),
+    Mutation(
+        "a plan keeps the state that it was made with",
+        3,
+        (
+            (
+                PLAN,
+                "        self._pending = []\n        self._is_first = False",
+                "        self._is_first = False\n        self._kept, self._pending = self._pending, []",
+            ),
+            (PLAN, '        "_is_first",\n', '        "_is_first",\n        "_kept",\n'),
+        ),
+    ),
+    Mutation(
+        "a plan has weak references to its parameters",
+        3,
+        (
+            (
+                PLAN,
+                "        self.labels = [item.label for item in items]",
+                "        import weakref\n\n"
+                "        self._weak = [weakref.ref(item.param) for item in items]\n"
+                "        self.labels = [item.label for item in items]",
+            ),
+            (PLAN, '        "_variances",\n', '        "_variances",\n        "_weak",\n'),
+        ),
+    ),
+    Mutation(
+        "a release has weak references to its parameters",
+        3,
+        (
+            (
+                RELEASE,
+                "        slot = self._slots[id(param)] = _Slot(param._cdata)\n",
+                "        slot = self._slots[id(param)] = _Slot(param._cdata)\n"
+                "        vars(self).setdefault('weak', []).append(weakref.ref(param))\n",
+            ),
+        ),
+    ),
+    Mutation(
+        "gradients are let go before the kernels run",
+        3,
+        (
+            (
+                PLAN,
+                COMMIT,
+                "params = self._reader.present_params()\n        self._reader.release()\n"
+                "        backends.commit(operations, tables, self._pending, params)",
+            ),
+        ),
+    ),
+    Mutation(
+        "nothing locks a step",
+        3,
+        (
+            (
+                OPTIMIZER,
+                "        with runtime.lock.held:\n            groups = self._read_groups()",
+                "        if True:\n            groups = self._read_groups()",
+            ),
+        ),
+    ),
+    Mutation(
+        "a step may begin inside a step",
+        3,
+        ((LOCK, "        if self.held._is_owned():", "        if False and self.held._is_owned():"),),
+    ),
+    # 4: all or nothing
+    Mutation(
+        "steps are counted before they are taken",
+        4,
+        (
+            (
+                PLAN,
+                COMMIT,
+                "for table in tables:\n            table.commit()\n"
+                "        backends.commit(operations, [], self._pending, self._reader.present_params())",
+            ),
+        ),
+    ),
+    Mutation(
+        "steps are counted after a launch, by another call",
+        4,
+        (
+            (
+                PLAN,
+                COMMIT,
+                "backends.commit(operations, [], self._pending, self._reader.present_params())\n"
+                "        backends.commit([], tables, [], [])",
+            ),
+        ),
+    ),
+    Mutation(
+        "versions move by another call",
+        4,
+        (
+            (
+                PLAN,
+                COMMIT,
+                "backends.commit(operations, tables, self._pending, [])\n"
+                "        own = [p for p in self._reader.present_params() if not p.is_inference()]\n"
+                "        torch.autograd.graph.increment_version(own)",
+            ),
+        ),
+    ),
+    Mutation(
+        "state is put in place while a plan is made",
+        4,
+        (
+            (
+                PLAN,
+                "        self._strides: list[tuple[int, ...]] = [()] * len(items)",
+                "        for optimizer_state, param, _, added, _ in self._pending:\n"
+                "            optimizer_state[param].update(added)\n"
+                "        self._strides: list[tuple[int, ...]] = [()] * len(items)",
+            ),
+        ),
+    ),
+    Mutation(
+        "the reference writes one tensor at a time",
+        4,
+        (
+            (
+                REFERENCE,
+                "        return [(torch._foreach_copy_, targets, results)] if targets else []",
+                "        for target, result in zip(targets, results, strict=True):\n"
+                "            target.copy_(result)\n        return []",
+            ),
+        ),
+    ),
+    Mutation(
+        "load_state_dict puts one parameter's state in place after another",
+        4,
+        ((OPTIMIZER, "state: defaultdict[Any, Any] = defaultdict(dict, others)", "state: Any = self.state"),),
+    ),
+    # 5 and 6: hyperparameters, step counts
+    Mutation(
+        "hyperparameters are not checked at a step",
+        5,
+        (
+            (
+                "signadam_ext/hyperparameters.py",
+                "given[name], found[name] = value, check(name, value)",
+                "given[name], found[name] = value, value if isinstance(value, (tuple, list)) else checks.plain(value)",
+            ),
+        ),
+    ),
+    Mutation(
+        "steps are counted in fp32", 6, ((CHECKPOINT, "STEP_DTYPE = torch.float64", "STEP_DTYPE = torch.float32"),)
+    ),
+    Mutation(
+        "no step is counted beyond 2^24",
+        6,
+        (
+            (
+                "csrc/host_table.h",
+                "      *static_cast<double*>(address) += 1;",
+                "      *static_cast<double*>(address) = static_cast<float>(value()) + 1.0f;",
+            ),
+        ),
+    ),
+    Mutation(
+        "random bits are drawn from 24 bits of the count",
+        6,
+        ((TABLE, "static_cast<uint64_t>(t));", "static_cast<uint64_t>(t) & 0xffffff);"),),
+    ),
+    Mutation(
+        "any number of steps is taken",
+        6,
+        (
+            (CHECKS, "    if not 0 <= value <= MOST_STEPS or value != int(value):", "    if not math.isfinite(value):"),
+            (TABLE, "    if (!(count >= 0", "    if (false && !(count >= 0"),
+        ),
+    ),
+    # 7: defaults, memory formats
+    Mutation(
+        "step counts are made on the default device",
+        7,
+        ((CHECKPOINT, 'float(t), dtype=STEP_DTYPE, device="cpu")', "float(t), dtype=STEP_DTYPE)"),),
+    ),
+    Mutation(
+        "the order in which codes lie is not looked at",
+        7,
+        ((STATE, "        if order != storage.order_of(param.shape, self.strides):", "        if order < 0:"),),
+    ),
+    Mutation(
+        "state made in inference mode stays of that mode",
+        7,
+        (
+            (
+                STATE,
+                "    with torch.inference_mode(False), torch.no_grad(), torch._C",
+                "    with torch.no_grad(), torch._C",
+            ),
+            (
+                OPTIMIZER,
+                "        with torch.inference_mode(False), torch.no_grad():\n            plan = Plan(",
+                "        with torch.no_grad():\n            plan = Plan(",
+            ),
+        ),
+    ),
+    # 8: checkpoints
+    Mutation(
+        "a moment may be missing",
+        8,
+        ((CHECKPOINT, "        elif not OPTIMIZERS_OWN.isdisjoint(saved):", "        elif False:"),),
+    ),
+    Mutation(
+        "low bits and a master copy may come together",
+        8,
+        ((CHECKPOINT, "    if BESIDE_DTYPES.keys() <= state.keys():", "    if False:"),),
+    ),
+    Mutation(
+        "another method's checkpoint is taken",
+        8,
+        (
+            (
+                OPTIMIZER,
+                '        ours, method = self._method(), saved.get("method")\n',
+                '        return\n        ours, method = self._method(), saved.get("method")\n',
+            ),
+            (CHECKPOINT, "        elif not OPTIMIZERS_OWN.isdisjoint(saved):", "        elif False:"),
+        ),
+    ),
+    Mutation(
+        "a file may have members that its head does not list",
+        8,
+        (
+            (
+                CHECKPOINT,
+                "    if sorted(expected) != sorted(present):",
+                "    members = [each for each in members if each.member in infos]\n    if False:",
+            ),
+        ),
+    ),
+)
 
 
-def applied(mutation: Mutation, folder: Path) -> Path:
-    """A folder with a package that has the fault.
+def sources_of(mutation: Mutation) -> tuple[str, ...]:
+    python = ("signadam_ext", "triton_kernels")
+    return (*python, "csrc", "setup.py", "pyproject.toml", "README.md") if mutation.native else python
+
+
+def copied(names: tuple[str, ...], folder: Path) -> None:
+    """Brings these files and folders of the package there. What is there already keeps its time."""
+    for name in names:
+        source = ROOT / name
+        for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            target = folder / file.relative_to(ROOT)
+            if file.is_dir() or "__pycache__" in file.parts:
+                continue
+            if not target.exists() or target.read_bytes() != file.read_bytes():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+def applied(mutation: Mutation, folder: Path) -> None:
+    """Makes the folder one with a package that has the fault.
 
     Raises:
         ValueError: a text that is not there, or there more than once: the package has changed since.
     """
-    for name in (
-        "signadam_ext",
-        "triton_kernels",
-        *(("csrc", "setup.py", "pyproject.toml") if mutation.native else ()),
-    ):
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, folder / name)
+    copied(sources_of(mutation), folder)
     for file, old, new in mutation.edits:
         path = folder / file
         text = path.read_text()
@@ -68,15 +422,22 @@ def applied(mutation: Mutation, folder: Path) -> Path:
         environment = {**os.environ, "SIGNADAM_CUDA": "0"}
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-    return folder
 
 
-def found(mutation: Mutation, actions: int, seed: int) -> dict[str, Any]:
-    """Whether the fuzzer finds it, after how many actions, and by what."""
+def found(mutation: Mutation, actions: int, seed: int, native: Path) -> dict[str, Any]:
+    """Whether the fuzzer finds it, after how many actions, and by what.
+
+    Args:
+        mutation: the fault.
+        actions: how many at the most.
+        seed: of the fuzzer.
+        native: a folder for faults in C++, where what one has compiled is there for the next.
+    """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
-        folder = applied(mutation, Path(name))
-        out, trace = folder / "fuzz.json", folder / "trace"
+        folder = native if mutation.native else Path(name)
+        applied(mutation, folder)
+        out, trace = Path(name) / "fuzz.json", Path(name) / "trace"
         command = [sys.executable, str(FUZZER), f"--package={folder}", f"--actions={actions}", f"--seed={seed}"]
         command += ["--stop", f"--json={out}", f"--trace={trace}"]
         ran = subprocess.run(command, capture_output=True, text=True)
@@ -100,15 +461,19 @@ def main() -> int:
     parser.add_argument("--actions", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--native", type=Path, help="folder in which faults in C++ are compiled, and kept")
     options = parser.parse_args()
     results = []
+    native = options.native or Path(tempfile.mkdtemp())
     for mutation in MUTATIONS:
         if options.names and mutation.name not in options.names:
             continue
-        result = found(mutation, options.actions, options.seed)
+        result = found(mutation, options.actions, options.seed, native)
         results.append(result)
         how = f"after {result['actions']} actions, by {result['by'][0][:150]}" if result["found"] else "NOT FOUND"
         print(f"{mutation.name} (kind {mutation.kind}): {how} ({result['seconds']} s)", flush=True)
+    if options.native is None:
+        shutil.rmtree(native)
     missed = sum(not result["found"] for result in results)
     print(f"{len(results) - missed} of {len(results)} found")
     if options.json:

@@ -26,6 +26,7 @@ from manners import (
     snapshot,
     train,
 )
+from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 import signadam_ext
@@ -194,7 +195,9 @@ def test_one_of_many_without_memory():
     for param in [*params, elsewhere]:
         param.grad = torch.ones_like(param)
     before = [param.clone() for param in params]
-    with pytest.raises(TypeError, match="parameter 0 of group 1 is a Parameter on meta, which has no memory of its own"):
+    with pytest.raises(
+        TypeError, match="parameter 0 of group 1 is a Parameter on meta, which has no memory of its own"
+    ):
         optimizer.step()
     assert all(map(torch.equal, before, params))
     assert not optimizer.state
@@ -343,6 +346,31 @@ def test_one_bad_state_and_nothing_moves(backend, name, value, message, steps_be
     assert optimizer.state[params[1]] == {name: value}
     optimizer.state[params[1]] = good
     optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_fake_gradient_has_no_numbers(backend, steps_before):
+    """Torch lets one be copied into a tensor, and writes nothing there."""
+    p = Parameter(torch.ones(7))
+    optimizer = SignAdam([p], backend=backend)
+    for _ in range(steps_before):
+        p.grad = torch.ones(7)
+        optimizer.step()
+    before = p.detach().clone()
+    p.grad = FakeTensorMode(allow_non_fake_inputs=True).from_tensor(torch.ones(7))
+    with pytest.raises(TypeError, match="gradient of parameter 0 of group 0 is a FakeTensor"):
+        optimizer.step()
+    assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_dense_lazily_negative_gradient_at_a_first_step(backend):
+    p, q = Parameter(torch.ones(7)), Parameter(torch.ones(7))
+    p.grad, q.grad = torch._neg_view(torch.arange(-3.0, 4.0)), torch.arange(3.0, -4.0, -1.0)
+    for each in (p, q):
+        SignAdam([each], lr=0.5, backend=backend).step()
+    assert torch.equal(p, q)
 
 
 def test_a_parameter_that_changed_shape_needs_new_state():
