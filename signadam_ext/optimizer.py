@@ -160,18 +160,23 @@ class SignOptimizer(Optimizer):
         """The step of every parameter with a gradient."""
         runtime = self._runtime
         runtime.lock.refuse_nested()
-        with runtime.lock.held:
-            groups = self._read_groups()
-            key = [self._plan_key_of(group) for group in groups]
-            plan = runtime.plan
-            if plan is None or key != runtime.plan_key or not plan.read(self.param_groups, self.state):
-                # The old one lets go of what it has read before the new one takes it.
-                runtime.plan = None
-                plan = self._make_plan(groups)
-            plan.run(groups, runtime.lock)
-            runtime.plan, runtime.plan_key = plan, key
-            runtime.round += 1
-            plan.round = runtime.round
+        enabled = torch.is_grad_enabled()
+        try:
+            with runtime.lock.held:
+                groups = self._read_groups()
+                key = [self._plan_key_of(group) for group in groups]
+                plan = runtime.plan
+                if plan is None or key != runtime.plan_key or not plan.read(self.param_groups, self.state):
+                    # The old one lets go of what it has read before the new one takes it.
+                    runtime.plan = None
+                    plan = self._make_plan(groups)
+                plan.run(groups, runtime.lock)
+                runtime.plan, runtime.plan_key = plan, key
+                runtime.round += 1
+                plan.round = runtime.round
+        finally:
+            # Where a signal handler raises as torch.no_grad is left, gradients would stay disabled.
+            torch._C._set_grad_enabled(enabled)
 
     def _step_parameter(self, param: Tensor) -> bool:
         """The step of one parameter, as if no other had a gradient; False where no group has it.
@@ -506,16 +511,21 @@ class SignOptimizer(Optimizer):
         changes: dict[str, None] = {}
         state: defaultdict[Any, Any] = defaultdict(dict, others)
         seeds = [group["seed"] for group in groups for _ in group["params"]]
-        # What is made for later steps must not be of inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            for own_number, (number, layout) in enumerate(numbered):
-                found = entries(number)
-                if found is None or _is_empty(found):
-                    continue
-                saved = realized(layout, found)
-                check(layout, saved)
-                state[layout.param], changed = adopt(layout, saved, seeds[own_number], own_number)
-                changes.update(dict.fromkeys(changed))
+        enabled = torch.is_grad_enabled()
+        try:
+            # What is made for later steps must not be of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                for own_number, (number, layout) in enumerate(numbered):
+                    found = entries(number)
+                    if found is None or _is_empty(found):
+                        continue
+                    saved = realized(layout, found)
+                    check(layout, saved)
+                    state[layout.param], changed = adopt(layout, saved, seeds[own_number], own_number)
+                    changes.update(dict.fromkeys(changed))
+        finally:
+            # As in a step.
+            torch._C._set_grad_enabled(enabled)
         runtime = self._runtime
         runtime.lock.refuse_nested()
         with runtime.lock.held:
