@@ -187,7 +187,7 @@ WITHOUT_MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
 def is_ordinary(x: Any) -> bool:
     """Whether it is a tensor with memory of its own."""
     odd = torch._is_functional_tensor(x) or x._is_zerotensor() or x.layout != torch.strided
-    return type(x) is Tensor and x.device.type == "cpu" and not odd
+    return type(x) in (Tensor, Parameter) and x.device.type == "cpu" and not odd
 
 
 def odd_gradient(kind: str, x: Tensor, p: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
@@ -384,7 +384,7 @@ def freed_storage(side: Side, draw: Draw) -> str | None:
     started(side, draw, i)
     p = side.params[i]
     where = draw.choice(("gradient", "parameter", *side.tensors_of(i)))
-    how = draw.choice(("all", "half"))
+    how = draw.choice(("all", "half", "one"))
     offset = draw.randrange(0, 9)
     assert p.grad is not None
     x = p.grad.clone()
@@ -457,9 +457,12 @@ def offloaded(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
     started(side, draw, i)
     side.step()
-    how = draw.choice(("empty", "resized", "state too"))
+    how, plans_anew = draw.choice(("empty", "resized", "state too")), draw.random() < 0.5
     p = side.params[i]
     p.grad = None
+    if plans_anew:
+        side.optimizer.observe()
+        side.optimizer.observe(False)
     if side.plain:
         side.step()
         if draw.random() < 0.5:
@@ -1481,7 +1484,43 @@ def dropped_gradient(side: Side, draw: Draw) -> str | None:
     for _ in range(times - taken):
         side.step()
     p.grad = kept
+    if side.backend == "auto":
+        drop_large_gradient()
     return None
+
+
+def drop_large_gradient() -> None:
+    """The same where kernels run long enough for the other thread to come between."""
+    p = Parameter(torch.zeros(1 << 20))
+    optimizer = signadam_ext.SignSGD([p], lr=1.0)
+    stop = threading.Event()
+
+    def toggle() -> None:
+        while not stop.is_set():
+            p.grad = torch.ones_like(p, requires_grad=False)
+            time.sleep(1e-4)
+            held = p.grad
+            p.grad = None
+            del held
+            del junk[:]
+            junk.append(torch.full_like(p, -7.0, requires_grad=False))
+
+    junk: list[Tensor] = []
+    thread = threading.Thread(target=toggle, daemon=True)
+    with quick_switches():
+        thread.start()
+        try:
+            for _ in range(100):
+                optimizer.step()
+                if optimizer.state.get(p, {}).get("step", 0) >= 4:
+                    break
+                time.sleep(1e-5)
+        finally:
+            stop.set()
+            thread.join()
+    count = float(optimizer.state.get(p, {}).get("step", 0))
+    if (p != -count).any():
+        raise Fault(f"{count} steps of -1 lead from 0 to {p.min().item()} and {p.max().item()}")
 
 
 @action("step inside a step", 2)
@@ -1620,7 +1659,9 @@ def interrupted(side: Side, draw: Draw) -> str | None:
         return "at a place"
 
     def failing() -> str | None:
-        where, points = at_point(side.optimizer.step, mine.randint(1, side.points + side.points // 8 + 1))
+        # Half of them late, where a step is about to be taken.
+        first = mine.choice((1, 1 + side.points * 3 // 4))
+        where, points = at_point(side.optimizer.step, mine.randint(first, side.points + side.points // 8 + 1))
         # How many there are is learnt where none is reached.
         side.points = points if where is None else max(side.points, points * 3 // 2)
         return where

@@ -102,23 +102,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
     ),
     Mutation(
-        "storages of state and parameters are not watched",
-        2,
-        (
-            (
-                READER,
-                "same_strides(now, layouts_.data() + noted.layout + noted.dim) &&\n"
-                "                       covered(now, now.storage_offset * noted.element_size, noted.extent);",
-                "same_strides(now, layouts_.data() + noted.layout + noted.dim);",
-            ),
-            (
-                SHIM,
-                "std::memcmp(word_at(tensor, storage_at_) + data_at_, trace + tensor_bytes_, storage_bytes_) == 0;",
-                "std::memcmp(word_at(tensor, storage_at_) + data_at_, trace + tensor_bytes_, sizeof(void*)) == 0;",
-            ),
-        ),
-    ),
-    Mutation(
         "gradients are trusted to cover what they say",
         2,
         (

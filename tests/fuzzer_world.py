@@ -426,13 +426,19 @@ def _example(a: Any, b: Any) -> str:
 
 @contextmanager
 def freed(tensor: Tensor, how: str = "all") -> Iterator[None]:
-    """Frees the tensor's storage, or half of what it needs, and puts it back with its contents; no version moves."""
+    """Frees the tensor's storage, and puts it back with its contents; no version moves.
+
+    Args:
+        tensor: it has elements.
+        how: "all", or "half" of what it needs, or its last "one" element; the rest is elsewhere then.
+    """
     storage = tensor.untyped_storage()
     size = storage.nbytes()
     kept = torch.empty(0, dtype=torch.uint8).set_(storage).clone()
     storage.resize_(0)
-    if how == "half":
-        storage.resize_(max((tensor.storage_offset() * tensor.element_size() + tensor.nbytes) // 2, 0))
+    if how != "all":
+        needed = tensor.storage_offset() * tensor.element_size() + tensor.nbytes
+        storage.resize_(needed // 2 if how == "half" else needed - tensor.element_size())
     # What now lies where it was must stay as it is.
     others = [torch.zeros(max(size, 1), dtype=torch.uint8) for _ in range(3)]
     try:
