@@ -37,7 +37,7 @@ from .plan import Item, Plan
 from .rule import Group, Rule
 from .runtime import Runtime
 from .state import entry_names, fit
-from .storage import effective_weights
+from .storage import effective_weights, outside_inference_mode
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -266,7 +266,7 @@ class SignOptimizer(Optimizer):
     def _plan_of(self, items: list[Item], groups: Sequence[dict[str, Any]]) -> Plan:
         """A plan that has read its first gradients."""
         # What is made for later steps must not be of one that runs in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference_mode(), torch.no_grad():
             plan = Plan(items, state=self.state, observes=self._runtime.observes)
         if not plan.read(groups, self.state):
             raise RuntimeError(
@@ -514,7 +514,7 @@ class SignOptimizer(Optimizer):
         enabled = torch.is_grad_enabled()
         try:
             # What is made for later steps must not be of inference mode.
-            with torch.inference_mode(False), torch.no_grad():
+            with outside_inference_mode(), torch.no_grad():
                 for own_number, (number, layout) in enumerate(numbered):
                     found = entries(number)
                     if found is None or _is_empty(found):
