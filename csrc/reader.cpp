@@ -70,23 +70,9 @@ Reader::Noted Reader::note(const py::object& tensor) {
   const std::size_t layout = layouts_.size();
   layouts_.insert(layouts_.end(), view.sizes, view.sizes + view.dim);
   layouts_.insert(layouts_.end(), view.strides, view.strides + view.dim);
-  return {view.address,      view.dim, element_size, reach(view) * element_size, view.dtype, view.device_type,
-          view.device_index, layout,   add_trace()};
-}
-
-std::size_t Reader::add_trace() {
-  traces_.resize(traces_.size() + torch_->trace_size());
-  has_trace_.push_back(false);
-  return has_trace_.size() - 1;
-}
-
-bool Reader::follows(PyObject* object, std::size_t trace) const {
-  return has_trace_[trace] && torch_->follows(object, &traces_[trace * torch_->trace_size()]);
-}
-
-void Reader::leave_trace(PyObject* object, const TensorView& view, std::size_t trace) {
-  if (torch_->trace_size() != 0)
-    has_trace_[trace] = torch_->leave_trace(object, view, &traces_[trace * torch_->trace_size()]);
+  return {
+      view.address, view.dim, element_size, reach(view) * element_size, view.dtype, view.device_type, view.device_index,
+      layout,       0};
 }
 
 void Reader::watch(std::size_t group, const py::object& param, const py::tuple& grad_strides,
@@ -100,7 +86,6 @@ void Reader::watch(std::size_t group, const py::object& param, const py::tuple& 
     TensorView like;
     if (!torch_->look(grad_like.ptr(), like)) throw std::invalid_argument("torch does not describe this tensor");
     parameter.grad_dtype = like.dtype;
-    parameter.grad_trace = add_trace();
     parameter.grad_element_size = grad_like.attr("element_size")().cast<int64_t>();
     if (static_cast<int64_t>(grad_strides.size()) != parameter.param.dim)
       throw std::invalid_argument("grad_strides: must be one for each dimension of the parameter");
@@ -113,7 +98,7 @@ void Reader::watch(std::size_t group, const py::object& param, const py::tuple& 
       py::object entry_name = pair[0];
       PyObject* interned = entry_name.release().ptr();
       PyUnicode_InternInPlace(&interned);
-      entries_.push_back({py::reinterpret_steal<py::object>(interned), note(pair[1])});
+      entries_.push_back({py::reinterpret_steal<py::object>(interned), note(pair[1]), 0});
     }
   }
   parameter.end_entry = entries_.size();
@@ -121,21 +106,20 @@ void Reader::watch(std::size_t group, const py::object& param, const py::tuple& 
   grads_.push_back(nullptr);
 }
 
-bool Reader::same(PyObject* object, const Noted& noted) {
-  if (follows(object, noted.trace)) return true;
+bool Reader::same(PyObject* object, Noted& noted) const {
+  if (torch_->follows(object, noted.trace)) return true;
   TensorView now;
   const bool is_same = torch_->look(object, now) && now.address == noted.address && now.dtype == noted.dtype &&
                        now.device_type == noted.device_type && now.device_index == noted.device_index &&
                        now.dim == noted.dim && same_sizes(now, layouts_.data() + noted.layout) &&
                        same_strides(now, layouts_.data() + noted.layout + noted.dim) &&
                        covered(now, now.storage_offset * noted.element_size, noted.extent);
-  if (is_same) leave_trace(object, now, noted.trace);
+  if (is_same) noted.trace = torch_->trace(object, now);
   return is_same;
 }
 
-bool Reader::usable(PyObject* grad, Parameter& parameter, void*& address) {
-  address = parameter.grad_address;
-  if (follows(grad, parameter.grad_trace)) return true;
+bool Reader::usable(PyObject* grad, Parameter& parameter) const {
+  if (torch_->follows(grad, parameter.grad_trace)) return true;
   TensorView now;
   if (!torch_->is_strided(grad) || !torch_->look(grad, now)) return false;
   if (now.dtype != parameter.grad_dtype || now.device_type != parameter.param.device_type ||
@@ -144,8 +128,12 @@ bool Reader::usable(PyObject* grad, Parameter& parameter, void*& address) {
       !same_strides(now, layouts_.data() + parameter.grad_layout + now.dim) ||
       !covered(now, now.storage_offset * parameter.grad_element_size, reach(now) * parameter.grad_element_size))
     return false;
-  leave_trace(grad, now, parameter.grad_trace);
-  address = parameter.grad_address = now.address;
+  // Only a CPU reads at an address that is no multiple of the element's size.
+  if (now.device_type != torch_->cpu() &&
+      reinterpret_cast<uintptr_t>(now.address) % static_cast<uintptr_t>(parameter.grad_element_size) != 0)
+    return false;
+  parameter.grad_trace = torch_->trace(grad, now);
+  parameter.grad_address = now.address;
   return true;
 }
 
@@ -207,17 +195,34 @@ bool Reader::find_states(PyObject* state) {
   return true;
 }
 
+// The entry of that name, or null; its position is noted where the key is the same object.
+PyObject* Reader::find(PyObject* own, StateEntry& entry) {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  for (Py_ssize_t before = 0; PyDict_Next(own, &position, &key, &value) != 0; before = position)
+    if (key == entry.name.ptr()) {
+      entry.position = before;
+      return value;
+    }
+  value = PyDict_GetItemWithError(own, entry.name.ptr());
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
 // Whether a parameter's state is as it was noted; from here on it is owned.
 bool Reader::take_state(const Parameter& parameter, PyObject* own) {
   if (parameter.first_entry == parameter.end_entry) return true;
   if (own == nullptr || !PyDict_Check(own)) return false;
   for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e) {
-    PyObject* const value = PyDict_GetItemWithError(own, entries_[e].name.ptr());
-    if (value == nullptr) {
-      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
-      return false;
+    StateEntry& entry = entries_[e];
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t position = entry.position;
+    // Mostly it is where it was; a position that no longer exists is noticed.
+    if (PyDict_Next(own, &position, &key, &value) == 0 || key != entry.name.ptr()) {
+      value = find(own, entry);
+      if (value == nullptr) return false;
     }
-    if (!same(value, entries_[e].tensor)) return false;
+    if (!same(value, entry.tensor)) return false;
     state_tensors_[e] = py::reinterpret_borrow<py::object>(value);
   }
   return true;
@@ -254,12 +259,11 @@ py::object Reader::read(const py::object& param_groups, const py::object& state)
     Parameter& parameter = parameters_[i];
     if (!parameter.known || !same(params_[i].ptr(), parameter.param)) return py::none();
     if (has_state && !take_state(parameter, states_[i])) return py::none();
-    void* address = nullptr;
-    if (!usable(grad_objects_[i].ptr(), parameter, address)) {
+    if (!usable(grad_objects_[i].ptr(), parameter)) {
       odd.append(i);
       continue;
     }
-    grads_[i] = address != nullptr ? address : empty_tensor();
+    grads_[i] = parameter.grad_address != nullptr ? parameter.grad_address : empty_tensor();
     if (parameter.param.extent == parameter.param.element_size) single.push_back(i);
   }
   // One element can be a lazy negative: autograd takes it as it is, since no stride tells.

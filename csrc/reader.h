@@ -56,11 +56,12 @@ class Reader {
     int64_t dim, element_size, extent;  // bytes from the address to behind the last element
     int32_t dtype, device_type, device_index;
     std::size_t layout;  // index of its sizes, and then its strides, in layouts_
-    std::size_t trace;   // number of its trace
+    uint64_t trace;      // when it was last found to be as noted
   };
   struct StateEntry {
     py::object name;
     Noted tensor;
+    Py_ssize_t position;  // in the parameter's state, where it was last time
   };
   struct Parameter {
     std::size_t group;
@@ -69,19 +70,17 @@ class Reader {
     std::size_t grad_layout;  // index of sizes and strides
     int32_t grad_dtype;
     int64_t grad_element_size;
-    std::size_t grad_trace;  // of the last gradient that could be read where it lies
-    void* grad_address;      // its address
+    uint64_t grad_trace;  // of the last gradient that could be read where it lies
+    void* grad_address;   // its address
     std::size_t first_entry, end_entry;
   };
 
   Noted note(const py::object& tensor);
-  std::size_t add_trace();
-  bool follows(PyObject* object, std::size_t trace) const;
-  void leave_trace(PyObject* object, const TensorView& view, std::size_t trace);
-  bool same(PyObject* object, const Noted& noted);
-  bool usable(PyObject* grad, Parameter& parameter, void*& address);
+  bool same(PyObject* object, Noted& noted) const;
+  bool usable(PyObject* grad, Parameter& parameter) const;
   bool find_parameters(const py::object& param_groups);
   bool find_states(PyObject* state);
+  static PyObject* find(PyObject* own, StateEntry& entry);
   bool take_state(const Parameter& parameter, PyObject* own);
   void take_gradients();
   PyObject* get_grad(PyObject* param);
@@ -93,8 +92,6 @@ class Reader {
   std::vector<Parameter> parameters_;
   std::vector<StateEntry> entries_;
   std::vector<int64_t> layouts_;
-  std::vector<unsigned char> traces_;
-  std::vector<bool> has_trace_;
   std::vector<void*> grads_;
   // What is owned during a step, by parameter, and by state entry.
   std::vector<py::object> params_, grad_objects_, state_tensors_;

@@ -14,12 +14,6 @@
 namespace signadam {
 namespace {
 
-const char* word_at(const char* object, std::size_t offset) {
-  const char* word;
-  std::memcpy(&word, object + offset, sizeof(word));
-  return word;
-}
-
 // Where the object holds the address that torch calls `_cdata`: the one word of its at::Tensor.
 std::size_t find_handle(const py::list& samples) {
   std::size_t found = 0;
@@ -42,7 +36,7 @@ std::size_t find_handle(const py::list& samples) {
 // Where an object holds a word; 0, which is never of interest, where it does not.
 std::size_t find_word(const char* object, std::size_t size, uintptr_t wanted) {
   for (std::size_t at = 0; at + sizeof(wanted) <= size; at += sizeof(wanted))
-    if (reinterpret_cast<uintptr_t>(word_at(object, at)) == wanted) return at;
+    if (std::memcmp(object + at, &wanted, sizeof(wanted)) == 0) return at;
   return 0;
 }
 
@@ -90,14 +84,15 @@ void TorchShim::find_objects(const py::list& samples) {
     const std::size_t storage_at = find_word(tensor, tensor_size, storage_address);
     const std::size_t data_at = find_word(storage, storage_size, sample.attr("data_ptr")().cast<uintptr_t>());
     const bool is_first = tensor_class_ == nullptr;
-    const bool agrees = is_first || (tensor_class_ == word_at(tensor, 0) && storage_class_ == word_at(storage, 0) &&
-                                     storage_at_ == storage_at && data_at_ == data_at);
+    const bool agrees = is_first || (tensor_class_ == word_at<const void*>(tensor, 0) &&
+                                     storage_class_ == word_at<const void*>(storage, 0) && storage_at_ == storage_at &&
+                                     data_at_ == data_at);
     if (storage_at == 0 || data_at == 0 || !agrees) {
       tensor_bytes_ = storage_bytes_ = 0;
       return;
     }
-    tensor_class_ = word_at(tensor, 0);
-    storage_class_ = word_at(storage, 0);
+    tensor_class_ = word_at<const void*>(tensor, 0);
+    storage_class_ = word_at<const void*>(storage, 0);
     storage_at_ = storage_at;
     data_at_ = data_at;
     tensor_bytes_ = is_first ? tensor_size - storage_at : std::min(tensor_bytes_, tensor_size - storage_at);
@@ -108,23 +103,35 @@ void TorchShim::find_objects(const py::list& samples) {
 #endif
 }
 
-bool TorchShim::leave_trace(PyObject* object, const TensorView& view, unsigned char* trace) const {
-  constexpr int64_t dimensions_in_object = 5;
-  if (tensor_bytes_ == 0 || view.dim > dimensions_in_object) return false;
-  const char* const tensor = word_at(reinterpret_cast<const char*>(object), handle_offset_);
-  if (word_at(tensor, 0) != tensor_class_) return false;
-  const char* const storage = word_at(tensor, storage_at_);
-  if (word_at(storage, 0) != storage_class_) return false;
-  std::memcpy(trace, tensor + storage_at_, tensor_bytes_);
-  std::memcpy(trace + tensor_bytes_, storage + data_at_, storage_bytes_);
-  return true;
+uint64_t TorchShim::hash(const char* tensor) const {
+  constexpr uint64_t factor = 0x9E3779B97F4A7C15u;
+  uint64_t lanes[4] = {1, 2, 3, 4};
+  const auto add = [&lanes](const char* bytes, std::size_t size) {
+    std::size_t at = 0;
+    for (; at + 32 <= size; at += 32)
+      for (std::size_t k = 0; k < 4; ++k) {
+        const uint64_t mixed = (lanes[k] ^ word_at<uint64_t>(bytes, at + 8 * k)) * factor;
+        lanes[k] = mixed ^ (mixed >> 32);
+      }
+    for (; at < size; at += 8) {
+      const uint64_t mixed = (lanes[0] ^ word_at<uint64_t>(bytes, at)) * factor;
+      lanes[0] = mixed ^ (mixed >> 32);
+    }
+  };
+  add(tensor + storage_at_, tensor_bytes_);
+  add(word_at<const char*>(tensor, storage_at_) + data_at_, storage_bytes_);
+  uint64_t h = 0;
+  for (const uint64_t lane : lanes) h = (h ^ lane) * factor, h ^= h >> 29;
+  return h | 1;
 }
 
-bool TorchShim::follows(PyObject* object, const unsigned char* trace) const {
-  if (!is_tensor(object)) return false;
-  const char* const tensor = word_at(reinterpret_cast<const char*>(object), handle_offset_);
-  return word_at(tensor, 0) == tensor_class_ && std::memcmp(tensor + storage_at_, trace, tensor_bytes_) == 0 &&
-         std::memcmp(word_at(tensor, storage_at_) + data_at_, trace + tensor_bytes_, storage_bytes_) == 0;
+uint64_t TorchShim::trace(PyObject* object, const TensorView& view) const {
+  constexpr int64_t dimensions_in_object = 5;
+  if (tensor_bytes_ == 0 || view.dim > dimensions_in_object) return 0;
+  const char* const tensor = tensor_of(object);
+  if (word_at<const void*>(tensor, 0) != tensor_class_) return 0;
+  const char* const storage = word_at<const char*>(tensor, storage_at_);
+  return word_at<const void*>(storage, 0) == storage_class_ ? hash(tensor) : 0;
 }
 
 bool TorchShim::is_strided(PyObject* object) const {

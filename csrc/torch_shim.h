@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace signadam {
 
@@ -19,9 +20,9 @@ struct TensorView {
   int32_t dtype, device_type, device_index;  // torch's numbers
 };
 
-// A tensor is described through ten calls. Where it has not changed, its objects in memory show it faster: the bytes of
-// a plain tensor and of its storage, but for their reference counts, are those they were when torch was last asked.
-// Which bytes mean what is not known here, nor needed.
+// A tensor is described through ten calls. Where it has not changed, its objects in memory show it faster: a hash of
+// the bytes of a plain tensor and of its storage, but for their reference counts, is what it was when torch was last
+// asked. Which bytes mean what is not known here, nor needed.
 class TorchShim {
  public:
   // `library`: path of the loaded libtorch_cpu. `tensor_type`: torch._C.TensorBase. `samples`: some tensors, in whose
@@ -31,13 +32,17 @@ class TorchShim {
 
   // False for what is no tensor, or one that torch cannot describe this way (sparse, functorch's). No owner is made.
   bool look(PyObject* object, TensorView& view) const;
-  // Bytes of a trace; 0 where torch's objects are not as expected, so that none is taken.
-  std::size_t trace_size() const { return tensor_bytes_ + storage_bytes_; }
-  // Leaves the trace of a tensor that `look` has described. False where it has none: another kind of tensor, or more
-  // dimensions than lie in its object.
-  bool leave_trace(PyObject* object, const TensorView& view, unsigned char* trace) const;
-  // Whether the tensor is as it was when it left the trace.
-  bool follows(PyObject* object, const unsigned char* trace) const;
+  // The hash for a tensor that `look` describes so; 0 where there is none: torch's objects are not as expected, it is
+  // another kind of tensor, or has more dimensions than lie in its object.
+  uint64_t trace(PyObject* object, const TensorView& view) const;
+  // Whether the tensor is as it was when it had that trace.
+  bool follows(PyObject* object, uint64_t trace) const {
+    if (trace == 0 || !is_tensor(object)) return false;
+    const char* const tensor = tensor_of(object);
+    return word_at<const void*>(tensor, 0) == tensor_class_ && hash(tensor) == trace;
+  }
+
+  int32_t cpu() const { return cpu_; }
 
   // Whether it is a tensor with strides. What is not, answers `look` by an exception that torch logs.
   bool is_strided(PyObject* object) const;
@@ -47,6 +52,18 @@ class TorchShim {
     PyTypeObject* const type = Py_TYPE(object);
     return type == plain_types_[0] || type == plain_types_[1] || PyType_IsSubtype(type, tensor_type_);
   }
+
+  template <class T>
+  static T word_at(const char* object, std::size_t offset) {
+    T word;
+    std::memcpy(&word, object + offset, sizeof(word));
+    return word;
+  }
+  const char* tensor_of(PyObject* object) const {
+    return word_at<const char*>(reinterpret_cast<const char*>(object), handle_offset_);
+  }
+  // Never 0.
+  uint64_t hash(const char* tensor) const;
 
   using Handle = void*;
   template <class T>

@@ -192,7 +192,7 @@ def export_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
         if form.packed and name == kind_key(moment) and value is not None:
             said = form_said(layout.label, moment, state)
             return said and said.number
-    return checks.plain_number(value)
+    return checks.plain(value)
 
 
 def _exported(layout: Layout, name: str, form: Form, state: Mapping[str, Any]) -> Tensor:

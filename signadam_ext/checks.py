@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .dtypes import FORMATS
 from .storage import FP32, Form
@@ -130,14 +131,24 @@ def torch_option(name: str, value: Any) -> None:
     raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 
-def parameter(label: str, param: Tensor) -> None:
+def parameter(label: str, param: Tensor, *, at_step: bool = True) -> None:
     """Raises unless ``param`` is a tensor that a kernel can update in place.
 
+    Args:
+        label: what errors call it.
+        param: the tensor.
+        at_step: whether it must have its memory by now. An optimizer may be made before: with lazy modules, on the meta
+            device, or while sharding keeps the memory elsewhere.
+
     Raises:
-        TypeError: another dtype or layout, or a subclass without storage of its own.
-        ValueError: elements that share memory.
+        TypeError: another dtype or layout, or a tensor without memory of its own.
+        ValueError: elements that share memory, or a storage that has been freed.
     """
-    strided(label, param)
+    (strided if at_step else dense)(label, param)
+    if is_lazy(param):
+        if at_step:
+            raise TypeError(f"{label} has not been initialized: run its lazy module once before step()")
+        return
     if param.dtype not in FORMATS:
         raise TypeError(f"{label} has dtype {param.dtype}: supported are float32, bfloat16 and float16")
     if param.is_neg():
@@ -263,8 +274,9 @@ def strided(label: str, tensor: Any) -> None:
         ValueError: a storage that has been freed or cut short under its tensor.
     """
     dense(label, tensor)
-    allocated(label, tensor)
-    aligned(label, tensor)
+    if not is_lazy(tensor):
+        allocated(label, tensor)
+        aligned(label, tensor)
 
 
 def dense(label: str, tensor: Any) -> None:
@@ -411,7 +423,7 @@ def steps_taken(label: str, value: Any) -> int:
         TypeError: something else.
         ValueError: a count that no training reaches: negative, fractional, above 2^53, not finite.
     """
-    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain_number(value)
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
     shown = f"state 'step' of {label} is {value!r}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{shown}: must be the number of steps taken")
@@ -426,13 +438,7 @@ def whole_number(label: str, value: Any) -> int:
     Raises:
         TypeError: something else.
     """
-    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain_number(value)
+    found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
     if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or found != found // 1:
         raise TypeError(f"{label} is {value!r}: must be a whole number")
     return int(found)
-
-
-def plain_number(value: Any) -> Any:
-    """A NumPy scalar as the Python number that it stands for; anything else as it is."""
-    numpy = sys.modules.get("numpy")  # whoever made one has imported it
-    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value

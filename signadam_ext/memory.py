@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import checks, optimizers
+from .checkpoint import STEP_DTYPE
 from .optimizer import SignOptimizer
 from .storage import BESIDE, BF16, BOUNDED, FP32, WEIGHTS, Form, effective_weights
 
@@ -209,7 +210,7 @@ def _kept(
     rule = cls._rule(group)
     effective = effective_weights(weights, param)
     # The step count, and what a threshold is made of.
-    scalars = torch.float32.itemsize + (torch.float64.itemsize if rule.gate is not None else 0)
+    scalars = STEP_DTYPE.itemsize + (torch.float64.itemsize if rule.gate is not None else 0)
     return _Kept(param, BESIDE[effective][1] if effective in BESIDE else None, rule.forms(group), scalars, grad)
 
 

@@ -37,7 +37,7 @@ from .plan import Item, Plan
 from .rule import Group, Rule
 from .runtime import Runtime
 from .state import entry_names, fit
-from .storage import effective_weights
+from .storage import effective_weights, outside_inference_mode
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -116,7 +116,7 @@ class SignOptimizer(Optimizer):
                 # A frozen parameter, quantized perhaps, never gets a gradient and may be of any kind.
                 if param.requires_grad:
                     label = _label(group, len(self.param_groups) - 1, i)
-                    checks.parameter(label, param)
+                    checks.parameter(label, param, at_step=False)
                     checks.weights(label, group["weights"], param.dtype)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -160,18 +160,23 @@ class SignOptimizer(Optimizer):
         """The step of every parameter with a gradient."""
         runtime = self._runtime
         runtime.lock.refuse_nested()
-        with runtime.lock.held:
-            groups = self._read_groups()
-            key = [self._plan_key_of(group) for group in groups]
-            plan = runtime.plan
-            if plan is None or key != runtime.plan_key or not plan.read(self.param_groups, self.state):
-                # The old one lets go of what it has read before the new one takes it.
-                runtime.plan = None
-                plan = self._make_plan(groups)
-            plan.run(groups, runtime.lock)
-            runtime.plan, runtime.plan_key = plan, key
-            runtime.round += 1
-            plan.round = runtime.round
+        enabled = torch.is_grad_enabled()
+        try:
+            with runtime.lock.held:
+                groups = self._read_groups()
+                key = [self._plan_key_of(group) for group in groups]
+                plan = runtime.plan
+                if plan is None or key != runtime.plan_key or not plan.read(self.param_groups, self.state):
+                    # The old one lets go of what it has read before the new one takes it.
+                    runtime.plan = None
+                    plan = self._make_plan(groups)
+                plan.run(groups, runtime.lock)
+                runtime.plan, runtime.plan_key = plan, key
+                runtime.round += 1
+                plan.round = runtime.round
+        finally:
+            # Where a signal handler raises as torch.no_grad is left, gradients would stay disabled.
+            torch._C._set_grad_enabled(enabled)
 
     def _step_parameter(self, param: Tensor) -> bool:
         """The step of one parameter, as if no other had a gradient; False where no group has it.
@@ -261,7 +266,7 @@ class SignOptimizer(Optimizer):
     def _plan_of(self, items: list[Item], groups: Sequence[dict[str, Any]]) -> Plan:
         """A plan that has read its first gradients."""
         # What is made for later steps must not be of one that runs in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with outside_inference_mode(), torch.no_grad():
             plan = Plan(items, state=self.state, observes=self._runtime.observes)
         if not plan.read(groups, self.state):
             raise RuntimeError(
@@ -506,16 +511,21 @@ class SignOptimizer(Optimizer):
         changes: dict[str, None] = {}
         state: defaultdict[Any, Any] = defaultdict(dict, others)
         seeds = [group["seed"] for group in groups for _ in group["params"]]
-        # What is made for later steps must not be of inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            for own_number, (number, layout) in enumerate(numbered):
-                found = entries(number)
-                if found is None or _is_empty(found):
-                    continue
-                saved = realized(layout, found)
-                check(layout, saved)
-                state[layout.param], changed = adopt(layout, saved, seeds[own_number], own_number)
-                changes.update(dict.fromkeys(changed))
+        enabled = torch.is_grad_enabled()
+        try:
+            # What is made for later steps must not be of inference mode.
+            with outside_inference_mode(), torch.no_grad():
+                for own_number, (number, layout) in enumerate(numbered):
+                    found = entries(number)
+                    if found is None or _is_empty(found):
+                        continue
+                    saved = realized(layout, found)
+                    check(layout, saved)
+                    state[layout.param], changed = adopt(layout, saved, seeds[own_number], own_number)
+                    changes.update(dict.fromkeys(changed))
+        finally:
+            # As in a step.
+            torch._C._set_grad_enabled(enabled)
         runtime = self._runtime
         runtime.lock.refuse_nested()
         with runtime.lock.held:
@@ -578,8 +588,8 @@ def _portable(value: Any) -> Any:
         named = value if hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}.{named.__qualname__}"
     if type(value) in (list, tuple):
-        return type(value)(checks.plain_number(each) for each in value)
-    return checks.plain_number(value)
+        return type(value)(checks.plain(each) for each in value)
+    return checks.plain(value)
 
 
 def _is_function_name(value: Any) -> bool:

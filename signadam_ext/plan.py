@@ -250,6 +250,7 @@ class Plan:
         "_sharing",
         "_strides",
         "_variances",
+        "_writes_by_torch",
         "entries",
         "labels",
         "launches",
@@ -311,6 +312,7 @@ class Plan:
             bucket = Bucket(rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
             self._bound += entries if backend.name == "reference" else bucket.gappy
+        self._writes_by_torch = bool(self._bound)
         self._buffers = self._own_buffers()
         self._watch(items, chosen)
 
@@ -423,7 +425,6 @@ class Plan:
             self._reader.replace(slot, grad.data_ptr() or 1)  # without elements it has no address, but takes part
         return True
 
-    @torch.no_grad()
     def run(self, groups: Sequence[Group], lock: StepLock | None = None) -> None:
         """Takes the step whose gradients :meth:`read` has found, as a whole or not at all.
 
@@ -435,7 +436,11 @@ class Plan:
             lock: of the optimizer, to be told while functions of its user run.
         """
         try:
-            self._run(groups, lock)
+            if self._writes_by_torch:
+                with torch.no_grad():
+                    self._run(groups, lock)
+            else:
+                self._run(groups, lock)
         finally:
             self.release()
 

@@ -79,7 +79,7 @@ def fit(layout: Layout, state: Mapping[str, Any], seed: int, number: int) -> Fit
         TypeError, ValueError: an entry that cannot be the parameter's, by its name.
     """
     # What is made for later steps must not be of one that runs in inference mode.
-    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with storage.outside_inference_mode(), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         return _Fitting(layout, state, seed, number).fitted()
 
 

@@ -6,6 +6,7 @@ checkpoints. All tensors are flat, in memory order.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -74,6 +75,14 @@ BESIDE = {
     "split8": ("param_low", torch.int8),
     "master": ("master_param", torch.float32),
 }
+
+
+def outside_inference_mode() -> contextlib.AbstractContextManager[object]:
+    """For what is made for later steps, which must not be inference tensors.
+
+    Nothing is entered where nothing is to be left: an interrupted exit would put back an older state of autograd later.
+    """
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
 def flat(x: Tensor) -> Tensor:

@@ -366,7 +366,9 @@ def initial_state(case: TensorCase, rule: Rule, forms: tuple[Form, ...], generat
     variance = None
     if rule.reads_variance:
         variance = Operand(values(case, generator).abs(), torch.float32, case.offsets[2])
-    return State(param, beside, moments, deviation, torch.tensor(float(case.steps_taken)), variance)
+    return State(
+        param, beside, moments, deviation, torch.tensor(float(case.steps_taken), dtype=torch.float64), variance
+    )
 
 
 def take_step(

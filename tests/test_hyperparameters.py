@@ -175,7 +175,7 @@ def test_only_what_changed_is_checked():
     )
     (group,) = optimizer.param_groups
     assert reader.read(0, group, optimizer.defaults) is group
-    assert set(checked) == group.keys() - {"params", "lr"}
+    assert set(checked) == group.keys() - {"params", "lr", "method"}
     checked.clear()
     for lr in (0.2, 0.3, 1):
         group["lr"] = lr
@@ -454,12 +454,12 @@ def test_the_reference_names_device_and_dtype(dtype):
                 gate = None if statistics == "NONE" else deviation.clone()
                 own = {**scalars, "steers": steers, "coupled": 1.0}
                 g = reference.effective_gradient(own, p, g)
-                p, moments, alpha = reference.update(
+                p, moments, alpha, gate = reference.update(
                     getattr(reference, name), statistics, own, p, g, tuple(moments), gate
                 )
                 found += [p, *moments, alpha, *([] if gate is None else [gate])]
         own = {name: value for name, value in scalars.items() if name != "alpha"}
-        p, _, alpha = reference.update(reference.lion, "NONE", own, *given[:2], (given[2],), None)
+        p, _, alpha, _ = reference.update(reference.lion, "NONE", own, *given[:2], (given[2],), None)
         return [*found, p, alpha]
 
     given = [torch.randn(5, generator=torch.Generator().manual_seed(k)).abs() for k in range(5)]

@@ -162,7 +162,7 @@ def test_nothing_enters_a_checkpoint() -> None:
     saved = a.state_dict()
     assert saved["param_groups"] == b.state_dict()["param_groups"]
     assert set(saved["state"][0]) == {"step", "exp_avg"}
-    assert not copy.deepcopy(a)._observes
+    assert not copy.deepcopy(a)._runtime.observes
 
 
 def test_released_gradients() -> None:

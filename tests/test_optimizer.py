@@ -779,3 +779,22 @@ def test_gradients_are_let_go_after_the_step(reader: Any, monkeypatch: pytest.Mo
         optimizer.step()
         optimizer.zero_grad()
         assert alive() is None
+
+
+def test_made_before_its_parameters_have_memory(backend) -> None:
+    """With lazy modules and on the meta device an optimizer may be made first, as in torch.optim."""
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Linear(4, 2, device="meta"))
+    optimizer = signadam_ext.SignAdamPP(model.parameters(), lr=1.0, beta=0.0, state_dtype="int8", backend=backend)
+    optimizer.step()
+    assert not optimizer.state
+    model[0](torch.ones(1, 3))
+    model[1].to_empty(device="cpu")
+    for param in model.parameters():
+        param.data.zero_()
+        param.grad = torch.ones_like(param)
+    # to_empty made new parameters: those of the optimizer are still on the meta device, and have no gradient.
+    optimizer.step()
+    assert all((param == -1).all() for param in model[0].parameters())
+    lazy = torch.nn.LazyLinear(4).weight
+    optimizer = signadam_ext.SignAdamPP([lazy], backend=backend)
+    assert optimizer.state_dict()["state"] == {}

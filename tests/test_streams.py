@@ -183,7 +183,7 @@ def test_statistics_wait_before_they_read() -> None:
         def wait(self) -> None:
             rows.copy_(torch.tensor([[3.0, 4.0, 1.0, 2.0, 5.0, 0.5]], dtype=torch.float64))
 
-    entry = SimpleNamespace(work=torch.zeros(10), forms=(), slot=0, number=0)
+    entry = SimpleNamespace(numel=10, forms=(), slot=0, number=0)
     bucket = SimpleNamespace(observed=rows, device=CPU, entries=[entry], table=SimpleNamespace(grads=lambda: [True]))
     plan = SimpleNamespace(launches=[(bucket, Launch())], labels=["parameter 'w'"])
     found = observed.collect([plan]).all  # type: ignore[list-item]

@@ -123,9 +123,9 @@ def train(
         items = [optimizer._item(str(i), param, group, 0, number=i) for i, param in enumerate(params)]
         for item, (_, _, first) in zip(items, tensors, strict=True):
             item.first = first
-        plan = Plan(items, optimizer.param_groups)
-        assert plan.read(optimizer.param_groups, None)
-        plan.run()
+        plan = Plan(items, state=optimizer.state)
+        assert plan.read(optimizer.param_groups, optimizer.state)
+        plan.run(optimizer.param_groups)
         if step + 1 < steps:
             for param in params:
                 param[::3] *= -1.5

@@ -54,8 +54,10 @@ def commit(
         states: (optimizer's state, parameter, its state or None, entries to put in, names to take out).
         params: the parameters that were written.
     """
-    # Modes and subclasses would run Python code between two of the writes.
-    guards = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()]
+    guards: list[Any] = []
+    if any(type(operation) is tuple for operation in operations):
+        # Modes and subclasses would run Python code between two of the writes.
+        guards = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()]
     _C.commit(operations, list(tables), list(states), list(params), torch._C._increment_version, guards)
 
 
