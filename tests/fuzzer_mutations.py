@@ -43,7 +43,7 @@ PLAN, STATE, CHECKS = "signadam_ext/plan.py", "signadam_ext/state.py", "signadam
 OPTIMIZER, CHECKPOINT = "signadam_ext/optimizer.py", "signadam_ext/checkpoint.py"
 LOCK, RELEASE = "signadam_ext/step_lock.py", "signadam_ext/release.py"
 BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference.py"
-READER, SHIM, TABLE = "csrc/reader.cpp", "csrc/torch_shim.cpp", "csrc/host_table.cpp"
+READER, TABLE = "csrc/reader.cpp", "csrc/host_table.cpp"
 
 COMMIT = "backends.commit(operations, tables, self._pending, self._reader.present_params())"
 
@@ -85,8 +85,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 READER,
-                "    if (!same(value, entries_[e].tensor)) return false;",
-                "    if (entries_[e].tensor.dim == 0 && !same(value, entries_[e].tensor)) return false;",
+                "    if (!same(value, entry.tensor)) return false;",
+                "    if (entry.tensor.dim == 0 && !same(value, entry.tensor)) return false;",
             ),
         ),
     ),
@@ -96,8 +96,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 READER,
-                "    if (!same(value, entries_[e].tensor)) return false;",
-                "    if (entries_[e].tensor.dim != 0 && !same(value, entries_[e].tensor)) return false;",
+                "    if (!same(value, entry.tensor)) return false;",
+                "    if (entry.tensor.dim != 0 && !same(value, entry.tensor)) return false;",
             ),
         ),
     ),
@@ -119,11 +119,6 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "now.dim == noted.dim && same_sizes(now, layouts_.data() + noted.layout) &&\n"
                 "                       same_strides(now, layouts_.data() + noted.layout + noted.dim) &&",
                 "true &&",
-            ),
-            (
-                SHIM,
-                "std::memcmp(tensor + storage_at_, trace, tensor_bytes_) == 0 &&",
-                "std::memcmp(tensor + storage_at_, trace, sizeof(void*)) == 0 &&",
             ),
         ),
     ),
@@ -189,8 +184,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 OPTIMIZER,
-                "        with runtime.lock.held:\n            groups = self._read_groups()",
-                "        if True:\n            groups = self._read_groups()",
+                "            with runtime.lock.held:\n                groups = self._read_groups()",
+                "            if True:\n                groups = self._read_groups()",
             ),
         ),
     ),
@@ -322,14 +317,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         7,
         (
             (
-                STATE,
-                "    with torch.inference_mode(False), torch.no_grad(), torch._C",
-                "    with torch.no_grad(), torch._C",
-            ),
-            (
-                OPTIMIZER,
-                "        with torch.inference_mode(False), torch.no_grad():\n            plan = Plan(",
-                "        with torch.no_grad():\n            plan = Plan(",
+                "signadam_ext/storage.py",
+                "torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()",
+                "contextlib.nullcontext()",
             ),
         ),
     ),
