@@ -393,7 +393,9 @@ class Plan:
         for entry, variance in given:
             assert entry.variance is not None
             if entry.variance_address is None:
-                entry.variance.copy_(checks.made_real(f"grad_variance of {self.labels[entry.slot]}", variance))
+                entry.variance.copy_(
+                    checks.made_real(f"grad_variance of {self.labels[entry.slot]}", variance, entry.strides)
+                )
             else:
                 entry.variance = variance
         return True

@@ -378,8 +378,7 @@ def test_bad_results_are_found_before_anything_is_written(function: Any, error: 
         optimizer.step()
     for param in (first, second, other):
         assert torch.equal(param, torch.ones(4))
-        state = optimizer.state[param]
-        assert state.get("step", 0) == 0 and not state["exp_avg"].any()
+    assert not optimizer.state
 
 
 def test_nan_gradient_is_no_fault_of_the_function() -> None:
