@@ -195,7 +195,7 @@ def test_one_of_many_without_memory():
     for param in [*params, elsewhere]:
         param.grad = torch.ones_like(param)
     before = [param.clone() for param in params]
-    with pytest.raises(TypeError, match="parameter 0 of group 1 is a .* on meta, which has no memory of its own"):
+    with pytest.raises(TypeError, match=r"parameter 0 of group 1 is a .* on meta, which has no memory of its own"):
         optimizer.step()
     assert all(map(torch.equal, before, params))
     assert not optimizer.state
