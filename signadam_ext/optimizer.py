@@ -105,7 +105,7 @@ class SignOptimizer(Optimizer):
                 for name in checks.TORCH_OPTIONS:
                     checks.torch_option(name, param_group.get(name))
                 hyperparameters.check_beta_names(type(self), param_group, folded=True)
-                self._fold_beta(param_group)
+                _fold_beta(param_group, self.defaults)
                 checked = self._check_group({**self.defaults, **param_group})
                 param_group["seed"] = checked["seed"]
         super().add_param_group(param_group)
@@ -317,10 +317,6 @@ class SignOptimizer(Optimizer):
                 stacklevel=6,  # past the constructors
             )
 
-    def _fold_beta(self, group: dict[str, Any]) -> None:
-        """A group keeps its one ``beta`` as ``betas=(beta,)``, where schedulers that cycle momentum look for it."""
-        _fold_beta(group, self.defaults)
-
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. Holds plain tensors and numbers, loads into any backend, storage form and parameter dtype.
 
@@ -410,7 +406,11 @@ class SignOptimizer(Optimizer):
     def _exported_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Groups as a checkpoint holds them: with their method, plain numbers, and names of functions."""
         return [
-            {**{name: _portable(value) for name, value in group.items()}, "method": self._method()} for group in groups
+            {
+                **{name: _portable(value) for name, value in hyperparameters.kept(group).items()},
+                "method": self._method(),
+            }
+            for group in groups
         ]
 
     @classmethod
@@ -565,6 +565,7 @@ def _label(group: dict[str, Any], group_index: int, index: int) -> str:
 
 
 def _fold_beta(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """A group keeps its one ``beta`` as ``betas=(beta,)``, where schedulers that cycle momentum look for it."""
     if "beta" in group and len(defaults.get("betas", ())) == 1:
         group["betas"] = (group.pop("beta"),)
 
@@ -583,13 +584,11 @@ def _constructors_of(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _portable(value: Any) -> Any:
-    """A group's entry as a checkpoint holds it."""
+    """A group's entry as a checkpoint holds it: a function by its qualified name."""
     if callable(value) and not isinstance(value, Tensor):
         named = value if hasattr(value, "__qualname__") else type(value)
         return f"{named.__module__}.{named.__qualname__}"
-    if type(value) in (list, tuple):
-        return type(value)(checks.plain(each) for each in value)
-    return checks.plain(value)
+    return value
 
 
 def _is_function_name(value: Any) -> bool:
