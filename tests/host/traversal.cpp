@@ -234,7 +234,7 @@ class Model {
       entry.head = entry.formats.packed() ? 0 : head_of(entry.param, spec.param);
       entry.low = t.low.begin();
       entry.first = spec.first;
-      table_.add(entry, nullptr, t.group, tensors_.size(), 0x0123456789abcdefu, static_cast<uint32_t>(tensors_.size()));
+      table_.add(entry, {}, t.group, tensors_.size(), 0x0123456789abcdefu, static_cast<uint32_t>(tensors_.size()));
       tensors_.push_back(std::move(t));
     }
     table_.finish(false);
@@ -440,7 +440,7 @@ void huge() {
     entry.exp_avg = reinterpret_cast<void*>(bases.back() << 1);
     entry.low = reinterpret_cast<void*>(bases.back() << 2);
     entry.head = head_of(entry.param, format);
-    table.add(entry, nullptr, 0, i, 0, 0);
+    table.add(entry, {}, 0, i, 0, 0);
   }
   table.finish(false);
   REQUIRE(table.chunks() == 3 * chunks, "%u", table.chunks());
@@ -477,7 +477,7 @@ void huge() {
   TensorEntry beyond{};
   beyond.numel = (int64_t{1} << 31) * chunk_size;
   try {
-    HostTable(false).add(beyond, nullptr, 0, 0, 0, 0);
+    HostTable(false).add(beyond, {}, 0, 0, 0, 0);
     fail("2^31 chunks were accepted");
   } catch (const std::length_error&) {
   }
