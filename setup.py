@@ -135,6 +135,9 @@ class BuildWithNinja(build_ext):
 
         headers = (pybind11.get_include(), sysconfig.get_paths()["include"])
         includes = [f"-isystem {shlex.quote(path)}" for path in headers]
+        if not sanitize:
+            # pybind11 asks the interpreter at every reference whether the lock is held: a tenth of a step of many tensors.
+            includes.append("-DPYBIND11_NO_ASSERT_GIL_HELD_INCREF_DECREF")
         defines = [f"-DSIGNADAM_VERSION={version()}", f"-DSIGNADAM_COMMIT={commit()}"]
         # A capability is baked in as machine code; the last also as PTX, which the driver compiles for newer devices.
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -184,7 +187,7 @@ class BuildWithNinja(build_ext):
             extra = X86_FLAGS.get(source.stem, []) if machine in ("x86_64", "amd64") else []
             if source.stem == "bindings":
                 extra = [*includes, *defines]
-            if source.stem in ("reader", "torch_shim", "commit"):
+            if source.stem in ("reader", "torch_shim", "torch_objects", "commit"):
                 extra = includes
             objects.append(obj)
             lines.append(f"build {obj}: {'device' if source.suffix == '.cu' else 'host'} {ninja_path(ROOT / source)}")

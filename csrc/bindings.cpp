@@ -163,7 +163,9 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<TorchShim>(m, "TorchShim")
       .def(py::init<const char*, const py::object&, const py::list&>(), py::arg("library"), py::arg("tensor_type"),
-           py::arg("samples"));
+           py::arg("samples"))
+      .def_property_readonly("recognises", [](const TorchShim& shim) { return shim.objects().recognises(); })
+      .def_property_readonly("counts_versions", [](const TorchShim& shim) { return shim.objects().counts_versions(); });
 
   py::class_<Reader>(m, "Reader")
       .def(py::init<const TorchShim*>(), py::keep_alive<1, 2>())
@@ -172,7 +174,6 @@ PYBIND11_MODULE(_C, m) {
       .def("read", &Reader::read, py::arg("param_groups"), py::arg("state"))
       .def("replace", &Reader::replace, py::arg("slot"), py::arg("address"))
       .def("present", &Reader::present)
-      .def("present_params", &Reader::present_params)
       .def("held", &Reader::held, py::arg("slot"))
       .def("release", &Reader::release)
       .def("addresses", [](const Reader& reader) {
@@ -182,7 +183,7 @@ PYBIND11_MODULE(_C, m) {
       });
 
   py::class_<CpuLaunch>(m, "CpuLaunch");
-  m.def("commit", &commit, py::arg("operations"), py::arg("tables"), py::arg("states"), py::arg("params"),
+  m.def("commit", &commit, py::arg("operations"), py::arg("tables"), py::arg("states"), py::arg("written"),
         py::arg("increment_version"), py::arg("guards"));
 
   py::class_<HostTable>(m, "Table")

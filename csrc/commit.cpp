@@ -68,9 +68,17 @@ void put_state(const py::tuple& entry, Insistent& insist) {
     if (PyMapping_HasKey(own.ptr(), name.ptr()) == 1) insist([&] { return PyObject_DelItem(own.ptr(), name.ptr()); });
 }
 
+// Inference tensors have no version.
+void count(py::handle param, const py::object& increment_version) {
+  py::list one;
+  one.append(param);
+  Py_XDECREF(PyObject_CallFunctionObjArgs(increment_version.ptr(), one.ptr(), nullptr));
+  PyErr_Clear();
+}
+
 }  // namespace
 
-void commit(const py::list& operations, const py::list& tables, const py::list& states, const py::list& params,
+void commit(const py::list& operations, const py::list& tables, const py::list& states, const py::object& written,
             const py::object& increment_version, const py::list& guards) {
   const Guards guarded(guards);
   for (const auto& operation : operations) {
@@ -91,18 +99,10 @@ void commit(const py::list& operations, const py::list& tables, const py::list& 
   Insistent insist;
   for (const auto& state : states) put_state(state.cast<py::tuple>(), insist);
   // Raw writes go unnoticed by autograd until the version counters say so.
-  PyObject* counted = PyObject_CallFunctionObjArgs(increment_version.ptr(), params.ptr(), nullptr);
-  if (counted == nullptr) {
-    // Inference tensors have no version; each of the others has.
-    PyErr_Clear();
-    for (const auto& param : params) {
-      py::list one;
-      one.append(param);
-      Py_XDECREF(PyObject_CallFunctionObjArgs(increment_version.ptr(), one.ptr(), nullptr));
-      PyErr_Clear();
-    }
-  }
-  Py_XDECREF(counted);
+  if (py::isinstance<Reader>(written))
+    written.cast<const Reader&>().increment_versions([&](const py::object& param) { count(param, increment_version); });
+  else
+    for (const auto& param : written.cast<py::list>()) count(param, increment_version);
   insist.rethrow();
 }
 

@@ -56,16 +56,17 @@ std::vector<std::pair<uint32_t, int64_t>> HostTable::begin(const std::vector<voi
   using Row = std::pair<uint32_t, int64_t>;
   std::vector<Row> rows;
   std::map<Row, uint32_t> row_of;
-  for (std::size_t i = 0; i < tensors_.size(); ++i) {
-    if (grads.at(slots_[i]) == nullptr || steps_[i].address == nullptr) continue;
-    const double count = steps_[i].value();
-    if (!(count >= 0 && count < steps_[i].limit() && count == std::floor(count))) throw BadStepCount{slots_[i], count};
-  }
   uint32_t latest = 0;  // neighbours mostly share a row
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
     grads_[i] = grads.at(slots_[i]);
     if (grads_[i] == nullptr) continue;
-    const int64_t t = steps_[i].address == nullptr ? 0 : static_cast<int64_t>(steps_[i].value()) + 1;
+    int64_t t = 0;
+    if (steps_[i].address != nullptr) {
+      const double count = steps_[i].value();
+      if (!(count >= 0 && count < steps_[i].limit() && count == std::floor(count)))
+        throw BadStepCount{slots_[i], count};
+      t = static_cast<int64_t>(count) + 1;
+    }
     if (!plain_) noise_[i] = Noise::of(seeds_[i].first, seeds_[i].second, static_cast<uint64_t>(t));
     const Row row{groups_[i], rows_by_step_ ? t : 0};
     if (rows.empty() || rows[latest] != row) {

@@ -45,7 +45,7 @@ class HostTable {
   void finish(bool statistics);
 
   // Takes this step's gradients and returns the rows of scalars it needs, each (group, t).
-  // Throws BadStepCount, before anything has changed.
+  // Throws BadStepCount; nothing of a tensor has been written then.
   std::vector<std::pair<uint32_t, int64_t>> begin(const std::vector<void*>& grads);
 
   // Counts the step for every tensor that took part.

@@ -51,6 +51,21 @@ bool is_negated(PyObject* tensor) {
 
 char empty_storage;
 
+// A tensor that goes may run Python code of its user's, which must not meet half a list.
+void drop(std::vector<py::object>& tensors) {
+  constexpr std::size_t next = 16;
+  auto dropped = std::exchange(tensors, {});
+  for (std::size_t i = 0; i < dropped.size(); ++i) {
+    if (i + next < dropped.size()) __builtin_prefetch(dropped[i + next].ptr(), 1);
+    dropped[i] = {};
+  }
+  dropped.clear();
+  if (tensors.empty()) tensors.swap(dropped);  // keeps the room
+}
+
+// Parameters between the one that is looked at and the one whose objects are fetched.
+constexpr std::size_t ahead = 4;
+
 }  // namespace
 
 void* empty_tensor() { return &empty_storage; }
@@ -72,7 +87,7 @@ Reader::Noted Reader::note(const py::object& tensor) {
   layouts_.insert(layouts_.end(), view.strides, view.strides + view.dim);
   return {
       view.address, view.dim, element_size, reach(view) * element_size, view.dtype, view.device_type, view.device_index,
-      layout,       0};
+      layout,       {}};
 }
 
 void Reader::watch(std::size_t group, const py::object& param, const py::tuple& grad_strides,
@@ -114,7 +129,7 @@ bool Reader::same(PyObject* object, Noted& noted) const {
                        now.dim == noted.dim && same_sizes(now, layouts_.data() + noted.layout) &&
                        same_strides(now, layouts_.data() + noted.layout + noted.dim) &&
                        covered(now, now.storage_offset * noted.element_size, noted.extent);
-  if (is_same) noted.trace = torch_->trace(object, now);
+  if (is_same) noted.trace = torch_->objects().trace(object, now.dim);
   return is_same;
 }
 
@@ -132,7 +147,7 @@ bool Reader::usable(PyObject* grad, Parameter& parameter) const {
   if (now.device_type != torch_->cpu() &&
       reinterpret_cast<uintptr_t>(now.address) % static_cast<uintptr_t>(parameter.grad_element_size) != 0)
     return false;
-  parameter.grad_trace = torch_->trace(grad, now);
+  parameter.grad_trace = torch_->objects().trace(grad, now.dim);
   parameter.grad_address = now.address;
   return true;
 }
@@ -231,8 +246,10 @@ bool Reader::take_state(const Parameter& parameter, PyObject* own) {
 void Reader::take_gradients() {
   grad_objects_.resize(parameters_.size());
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
-    constexpr std::size_t ahead = 6;
-    if (i + ahead < parameters_.size()) __builtin_prefetch(params_[i + ahead].ptr());
+    if (i + ahead < parameters_.size()) {
+      torch_->objects().prefetch(parameters_[i + ahead].param.trace);
+      torch_->objects().prefetch(parameters_[i + ahead].grad_trace);
+    }
     PyObject* const grad = get_grad(params_[i].ptr());
     if (grad == nullptr) throw py::error_already_set();
     if (grad == Py_None)
@@ -240,6 +257,16 @@ void Reader::take_gradients() {
     else
       grad_objects_[i] = py::reinterpret_steal<py::object>(grad);
   }
+}
+
+// What the loop of `read` will look at: most of its time would be spent waiting for it.
+void Reader::prefetch(std::size_t index) const {
+  const Parameter& parameter = parameters_[index];
+  if (!states_.empty()) __builtin_prefetch(states_[index]);
+  const TorchObjects& objects = torch_->objects();
+  objects.prefetch(parameter.param.trace);
+  objects.prefetch(parameter.grad_trace);
+  for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e) objects.prefetch(entries_[e].tensor.trace);
 }
 
 py::object Reader::read(const py::object& param_groups, const py::object& state) {
@@ -255,6 +282,7 @@ py::object Reader::read(const py::object& param_groups, const py::object& state)
   py::list odd;
   std::vector<std::size_t> single;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    if (i + ahead < parameters_.size()) prefetch(i + ahead);
     if (!grad_objects_[i]) continue;
     Parameter& parameter = parameters_[i];
     if (!parameter.known || !same(params_[i].ptr(), parameter.param)) return py::none();
@@ -276,26 +304,13 @@ py::object Reader::read(const py::object& param_groups, const py::object& state)
 }
 
 void Reader::release() {
-  // A tensor that goes may run Python code of its user's, which must not meet half-cleared lists.
-  auto params = std::exchange(params_, {});
-  auto grads = std::exchange(grad_objects_, {});
-  auto tensors = std::exchange(state_tensors_, {});
-  const std::size_t size = params.size();
-  params.clear();
-  grads.clear();
-  tensors.clear();
-  if (params_.empty() && size != 0) params_.swap(params);  // keeps the room
+  drop(params_);
+  drop(grad_objects_);
+  drop(state_tensors_);
 }
 
 std::size_t Reader::present() const {
   return static_cast<std::size_t>(std::count_if(grads_.begin(), grads_.end(), [](void* g) { return g != nullptr; }));
-}
-
-py::list Reader::present_params() const {
-  py::list present;
-  for (std::size_t i = 0; i < params_.size(); ++i)
-    if (grads_[i] != nullptr) present.append(params_[i]);
-  return present;
 }
 
 py::tuple Reader::held(std::size_t index) const {

@@ -43,8 +43,13 @@ class Reader {
 
   const std::vector<void*>& grads() const { return grads_; }
   std::size_t present() const;
-  // The parameters that have a gradient, from `read` to `release`.
-  py::list present_params() const;
+  // Counts a write in the version of each parameter that has a gradient, from `read` to `release`. `by_torch` is called
+  // with those that only torch can do it for.
+  template <class Call>
+  void increment_versions(Call by_torch) const {
+    for (std::size_t i = 0; i < params_.size(); ++i)
+      if (grads_[i] != nullptr && !torch_->objects().increment_version(params_[i].ptr())) by_torch(params_[i]);
+  }
   // The parameter at `index`, its gradient (or None), and the state entries named to `watch`, from `read` to `release`;
   // no state entries where `read` has not been given the state.
   py::tuple held(std::size_t index) const;
@@ -56,7 +61,7 @@ class Reader {
     int64_t dim, element_size, extent;  // bytes from the address to behind the last element
     int32_t dtype, device_type, device_index;
     std::size_t layout;  // index of its sizes, and then its strides, in layouts_
-    uint64_t trace;      // when it was last found to be as noted
+    Trace trace;         // when it was last found to be as noted
   };
   struct StateEntry {
     py::object name;
@@ -70,8 +75,8 @@ class Reader {
     std::size_t grad_layout;  // index of sizes and strides
     int32_t grad_dtype;
     int64_t grad_element_size;
-    uint64_t grad_trace;  // of the last gradient that could be read where it lies
-    void* grad_address;   // its address
+    Trace grad_trace;    // of the last gradient that could be read where it lies
+    void* grad_address;  // its address
     std::size_t first_entry, end_entry;
   };
 
@@ -83,6 +88,7 @@ class Reader {
   static PyObject* find(PyObject* own, StateEntry& entry);
   bool take_state(const Parameter& parameter, PyObject* own);
   void take_gradients();
+  void prefetch(std::size_t index) const;
   PyObject* get_grad(PyObject* param);
 
   const TorchShim* torch_;

@@ -28,6 +28,9 @@ from .storage import WEIGHTS, Form, effective_weights
 
 _C = load()
 
+#: A row of scalars of which a rule reads none, in the order of kernels.
+_NO_SCALARS = dict.fromkeys(_C.SCALARS, 0.0)
+
 #: Stands for a tensor between two steps.
 _NONE = torch.empty(0, dtype=torch.float32, device="cpu")
 
@@ -471,7 +474,7 @@ class Plan:
                 for entry in gappy:
                     entry.param.detach().copy_(entry.work)
         tables = [bucket.table for bucket, _, _ in prepared]
-        backends.commit(operations, tables, self._pending, self._reader.present_params())
+        backends.commit(operations, tables, self._pending, self._reader.written())
         self._pending = []
         self._is_first = False
 
@@ -591,8 +594,7 @@ def _is_readable(variance: Tensor, strides: Sequence[int]) -> bool:
 
 
 def _row(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
-    scalars = rule.row(group, t)
-    return tuple(scalars.get(name, 0.0) for name in _C.SCALARS)
+    return tuple({**_NO_SCALARS, **rule.row(group, t)}.values())
 
 
 def _give_images(entries: Sequence[Entry]) -> None:

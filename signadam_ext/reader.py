@@ -52,8 +52,8 @@ class Reader(Protocol):
     def present(self) -> int:
         """How many parameters have a gradient this step."""
 
-    def present_params(self) -> list[Tensor]:
-        """Those parameters."""
+    def written(self) -> Any:
+        """Those parameters, as :func:`signadam_ext.backends.commit` takes them."""
 
     def held(self, slot: int) -> tuple[Any, ...]:
         """The parameter, its gradient or None, and the state entries watched, while a step is under way."""
@@ -77,7 +77,6 @@ class CompiledReader:
         "addresses",
         "held",
         "present",
-        "present_params",
         "read",
         "release",
         "replace",
@@ -90,7 +89,6 @@ class CompiledReader:
         self.read = source.read
         self.replace = source.replace
         self.present = source.present
-        self.present_params = source.present_params
         self.held = source.held
         self.addresses = source.addresses
         self.release = source.release
@@ -104,6 +102,9 @@ class CompiledReader:
         state: StateEntries,
     ) -> None:
         self.source.watch(group, param, tuple(grad_strides), _sample(grad_dtype), tuple(state))
+
+    def written(self) -> Any:
+        return self.source
 
 
 class Addresses:
@@ -140,7 +141,7 @@ class ListReader(Addresses):
     def read(self, *_: object) -> list[int]:
         return [slot for slot, grad in enumerate(self._given) if grad is not None]
 
-    def present_params(self) -> list[Tensor]:
+    def written(self) -> list[Tensor]:
         return [param for param, address in zip(self._params, self._grads, strict=True) if address]
 
     def held(self, slot: int) -> tuple[Any, ...]:
@@ -207,7 +208,7 @@ class PythonReader(Addresses):
                 odd.append(slot)
         return odd
 
-    def present_params(self) -> list[Tensor]:
+    def written(self) -> list[Tensor]:
         return [held[0] for slot, held in self._held.items() if self._grads[slot]]
 
     def held(self, slot: int) -> tuple[Any, ...]:
@@ -222,8 +223,11 @@ def _shim() -> Any | None:
     """torch's C shim, or None where this torch does not have what is needed of it."""
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     path = os.path.join(os.path.dirname(torch.__file__), "lib", name)
-    samples: list[Tensor] = [torch.empty(1, dtype=torch.float32, device="cpu") for _ in range(16)]
-    samples.insert(1, torch.nn.Parameter(torch.empty(1, dtype=torch.float32, device="cpu")))
+    # Of sizes and versions by which they are told apart.
+    samples: list[Tensor] = [torch.empty(1009 + 2 * i, dtype=torch.float32, device="cpu") for i in range(16)]
+    samples.insert(1, torch.nn.Parameter(torch.empty(997, dtype=torch.float32, device="cpu")))
+    for i, sample in enumerate(samples):
+        torch._C._increment_version([sample] * (500 + i))
     try:
         return _C.TorchShim(path, torch._C.TensorBase, samples)
     except RuntimeError:
@@ -238,7 +242,11 @@ def make_reader() -> Reader:
 
 def kind() -> str:
     """What ``python -m signadam_ext`` says of the reader."""
-    return "Python (torch's C shim was not found)" if _shim() is None else "C++ (torch's C shim)"
+    shim = _shim()
+    if shim is None:
+        return "Python (torch's C shim was not found)"
+    found = [text for text, holds in (("tensors", shim.recognises), ("versions", shim.counts_versions)) if holds]
+    return f"C++ (torch's C shim; knows torch's objects for {' and '.join(found) or 'nothing'})"
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...] | None:

@@ -59,8 +59,20 @@ class Rule:
                 f"state_dtype={few[0]!r} with {self.moments[2]}: a largest value cannot be kept in few bits; "
                 "use 'fp32' or 'bf16'"
             )
-        first = storage.BOUNDED if self.bounded else storage.UNBOUNDED
-        return tuple(self._form(dtype, first if i == 0 else storage.SECOND) for i, dtype in enumerate(dtypes))
+        return tuple(
+            self._form(dtype, self._first_forms if i == 0 else storage.SECOND) for i, dtype in enumerate(dtypes)
+        )
+
+    @property
+    def _first_forms(self) -> Mapping[str, storage.Form]:
+        return storage.BOUNDED if self.bounded else storage.UNBOUNDED
+
+    def _levels(self, group: Group) -> int | None:
+        """Of the codes of the first moment, in a group whose ``state_dtype`` has been checked."""
+        if not self.moments:
+            return None
+        dtypes = group.get("state_dtype", "fp32")
+        return self._first_forms[dtypes if isinstance(dtypes, str) else dtypes[0]].levels
 
     def _form(self, dtype: object, allowed: Mapping[str, storage.Form]) -> storage.Form:
         if isinstance(dtype, str) and dtype in storage.BOUNDED and dtype not in allowed:
@@ -76,7 +88,7 @@ class Rule:
         A bounded moment in codes is ``m * L`` to the rule, which then takes ``lr / L`` and ``(1 - beta1) * L``.
         """
         scalars = {**common_scalars(group), **self.scalars(group, t)}
-        levels = self.forms(group)[0].levels if self.moments else None
+        levels = self._levels(group)
         if levels is not None:
             scalars["lr"] /= levels
             scalars["one_minus_beta1"] *= levels

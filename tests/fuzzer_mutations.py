@@ -43,9 +43,11 @@ PLAN, STATE, CHECKS = "signadam_ext/plan.py", "signadam_ext/state.py", "signadam
 OPTIMIZER, CHECKPOINT = "signadam_ext/optimizer.py", "signadam_ext/checkpoint.py"
 LOCK, RELEASE = "signadam_ext/step_lock.py", "signadam_ext/release.py"
 BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference.py"
-READER, TABLE = "csrc/reader.cpp", "csrc/host_table.cpp"
+READER, TABLE, OBJECTS = "csrc/reader.cpp", "csrc/host_table.cpp", "csrc/torch_objects.h"
 
-COMMIT = "backends.commit(operations, tables, self._pending, self._reader.present_params())"
+COMMIT = "backends.commit(operations, tables, self._pending, self._reader.written())"
+#: The parameters that a step writes.
+WRITTEN = "[self._reader.held(e.slot)[0] for e in self.entries if self._reader.addresses()[e.slot]]"
 
 #: By the kinds of the issue that this package's memory safety and whole steps are about.
 MUTATIONS: tuple[Mutation, ...] = (
@@ -89,6 +91,16 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "    if (entry.tensor.dim == 0 && !same(value, entry.tensor)) return false;",
             ),
         ),
+    ),
+    Mutation(
+        "a storage's size does not show in a trace",
+        2,
+        ((OBJECTS, "word_at<uint64_t>(storage, size_at_)", "uint64_t{0}"),),
+    ),
+    Mutation(
+        "of a tensor only its storage shows in a trace",
+        2,
+        ((OBJECTS, "ObjectHash::of(object + storage_at_, tensor_bytes_)", "word_at<uint64_t>(object, storage_at_)"),),
     ),
     Mutation(
         "the number of steps is not watched",
@@ -173,7 +185,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             (
                 PLAN,
                 COMMIT,
-                "params = self._reader.present_params()\n        self._reader.release()\n"
+                f"params = {WRITTEN}\n        self._reader.release()\n"
                 "        backends.commit(operations, tables, self._pending, params)",
             ),
         ),
@@ -203,7 +215,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 PLAN,
                 COMMIT,
                 "for table in tables:\n            table.commit()\n"
-                "        backends.commit(operations, [], self._pending, self._reader.present_params())",
+                "        backends.commit(operations, [], self._pending, self._reader.written())",
             ),
         ),
     ),
@@ -214,7 +226,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             (
                 PLAN,
                 COMMIT,
-                "backends.commit(operations, [], self._pending, self._reader.present_params())\n"
+                "backends.commit(operations, [], self._pending, self._reader.written())\n"
                 "        backends.commit([], tables, [], [])",
             ),
         ),
@@ -227,7 +239,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 PLAN,
                 COMMIT,
                 "backends.commit(operations, tables, self._pending, [])\n"
-                "        own = [p for p in self._reader.present_params() if not p.is_inference()]\n"
+                f"        own = [p for p in {WRITTEN} if not p.is_inference()]\n"
                 "        torch.autograd.graph.increment_version(own)",
             ),
         ),

@@ -10,10 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from host.toolchain import build, build_traced
+from host.toolchain import ADDRESS, build, build_traced
 
 # -O1: the sanitizers' checks survive and it runs five times as fast as at -O0.
-ADDRESS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREAD = ("-O1", "-g1", "-fsanitize=thread", "-pthread")
 
 

@@ -44,7 +44,7 @@ def commit(
     operations: list[Any],
     tables: Sequence[Any] = (),
     states: Sequence[tuple[Any, ...]] = (),
-    params: Sequence[Tensor] = (),
+    written: Any = None,
 ) -> None:
     """Writes a step, all of it in one call into C++, in which no signal handler runs.
 
@@ -52,13 +52,15 @@ def commit(
         operations: of :class:`HostLaunch`, in order: CPU launches, and builtin functions of torch with arguments.
         tables: those whose tensors count the step.
         states: (optimizer's state, parameter, its state or None, entries to put in, names to take out).
-        params: the parameters that were written.
+        written: the parameters that are written, or the compiled reader that has read them, or None.
     """
     guards: list[Any] = []
     if any(type(operation) is tuple for operation in operations):
         # Modes and subclasses would run Python code between two of the writes.
         guards = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()]
-    _C.commit(operations, list(tables), list(states), list(params), torch._C._increment_version, guards)
+    _C.commit(
+        operations, list(tables), list(states), [] if written is None else written, torch._C._increment_version, guards
+    )
 
 
 @runtime_checkable

@@ -18,6 +18,8 @@ HERE = Path(__file__).resolve().parent
 #: As setup.py compiles the arithmetic: one rounding per operation.
 ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
 WARNINGS = ("-Wall", "-Wextra")
+#: With every access and every operation checked.
+ADDRESS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def compiler() -> str:

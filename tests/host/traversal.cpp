@@ -20,7 +20,7 @@
 
 namespace signadam::cpu {
 std::vector<uint32_t> make_units(const TableView&, uint32_t, uint32_t) { return {}; }
-void run(RuleIndex, Statistics, const TableView&, uint32_t, const Step&, const std::vector<uint32_t>&, int) {
+void run(RuleIndex, Statistics, const TableView&, uint32_t, const Step&, const std::vector<uint32_t>&, int, Sums*) {
   std::abort();
 }
 }  // namespace signadam::cpu

@@ -1,0 +1,101 @@
+// What torch's own objects show in memory: whether a tensor is what it was, at a fraction of what asking torch costs.
+// Where torch keeps what is found out from samples. Where they do not agree, nothing is known, and torch is asked.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#include "object_hash.h"
+
+namespace signadam {
+
+namespace py = pybind11;
+
+// What a tensor showed when torch was last asked about it.
+struct Trace {
+  uint64_t hash = 0;  // 0: it must be asked again
+  // Where its objects lay: what to fetch ahead of the next look. They may be gone by then, and are not read.
+  const char *object = nullptr, *tensor = nullptr, *storage = nullptr;
+};
+
+class TorchObjects {
+ public:
+  // `samples`: plain tensors of different sizes and versions.
+  // Throws std::runtime_error where torch's Python objects do not hold their tensor.
+  explicit TorchObjects(const py::list& samples);
+
+  // What has been found of them: enough for traces, enough for versions.
+  bool recognises() const { return tensor_bytes_ != 0; }
+  bool counts_versions() const { return version_at_ != 0; }
+
+  // Where a tensor's Python object holds the one word of its at::Tensor.
+  std::size_t handle_offset() const { return handle_offset_; }
+
+  // What a tensor of `dim` dimensions shows. The hash is 0 where torch's objects are not known, it is another kind of
+  // tensor, or has more dimensions than lie in its object.
+  Trace trace(PyObject* tensor, int64_t dim) const;
+
+  // Whether a tensor is as it was when it had that trace: the bytes of the object are the same, but for its reference
+  // count, and so are the address and the size of its storage. Which byte means what need not be known.
+  bool follows(PyObject* tensor, const Trace& trace) const {
+    if (trace.hash == 0) return false;
+    const char* const object = object_of(tensor);
+    return word_at<const void*>(object, 0) == tensor_class_ && hash(object) == trace.hash;
+  }
+
+  // Has the memory that `follows` will read on its way to the caches.
+  void prefetch(const Trace& trace) const {
+    __builtin_prefetch(trace.object);
+    __builtin_prefetch(trace.tensor);
+    __builtin_prefetch(trace.tensor + 64);
+    __builtin_prefetch(trace.tensor + 128);
+    __builtin_prefetch(trace.storage + data_at_);
+    __builtin_prefetch(trace.storage + size_at_);
+  }
+
+  // What torch's builtin of that name does, without the reference that it takes and drops, which costs ten times as
+  // much. False for a tensor of another kind, and where versions have not been found: the builtin must be called.
+  bool increment_version(PyObject* tensor) const {
+    const char* const object = object_of(tensor);
+    if (version_at_ == 0 || word_at<const void*>(object, 0) != tensor_class_) return false;
+    char* const version = word_at<char*>(object, version_at_);
+    if (version != nullptr) count_of(version)->fetch_add(1);  // an inference tensor has none
+    return true;
+  }
+
+ private:
+  template <class T>
+  static T word_at(const char* object, std::size_t offset) {
+    T word;
+    std::memcpy(&word, object + offset, sizeof(word));
+    return word;
+  }
+  const char* object_of(PyObject* tensor) const {
+    return word_at<const char*>(reinterpret_cast<const char*>(tensor), handle_offset_);
+  }
+  std::atomic<uint32_t>* count_of(char* version) const {
+    return reinterpret_cast<std::atomic<uint32_t>*>(version + count_at_);
+  }
+  // Never 0.
+  uint64_t hash(const char* object) const {
+    const char* const storage = word_at<const char*>(object, storage_at_);
+    return (ObjectHash::of(object + storage_at_, tensor_bytes_) +
+            ObjectHash::of(word_at<uint64_t>(storage, data_at_), word_at<uint64_t>(storage, size_at_))) |
+           1;
+  }
+
+  void find_handle(const py::list& samples);
+  void find_objects(const py::list& samples);
+  void find_versions(const py::list& samples);
+
+  std::size_t handle_offset_ = 0;
+  const void *tensor_class_ = nullptr, *storage_class_ = nullptr;  // of plain ones: their virtual tables
+  std::size_t storage_at_ = 0, tensor_bytes_ = 0;  // where a tensor names its storage, and the bytes from there on
+  std::size_t data_at_ = 0, size_at_ = 0;          // where a storage names its memory, and the size of it
+  std::size_t version_at_ = 0, count_at_ = 0;      // where a tensor names its version, and that holds its count
+};
+
+}  // namespace signadam
