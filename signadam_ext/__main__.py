@@ -1,4 +1,7 @@
-"""``python -m signadam_ext``: what was built, and what can be used here; ``... memory``: bytes that training keeps."""
+"""The command ``signadam``, or ``python -m signadam_ext``.
+
+``signadam info`` tells what was built and what can be used here, ``signadam memory`` the bytes that training keeps.
+"""
 
 from __future__ import annotations
 
@@ -71,13 +74,14 @@ def _version_of(package: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m signadam_ext", description=(__doc__ or "").replace("``", "`"))
+    parser = argparse.ArgumentParser(prog="signadam", description="Sign-based optimizers for PyTorch.")
     commands = parser.add_subparsers(dest="command")
+    commands.add_parser("info", help="what was built, and what can be used here (without a command, too)")
     about = "bytes per parameter, GB and GiB that a model and its optimizer keep in memory, beside AdamW's"
     calculator = commands.add_parser("memory", help=about, description=about)
     memory.add_arguments(calculator)
     options = parser.parse_args(arguments)
-    if options.command is None:
+    if options.command in (None, "info"):
         print(report())
         return
     try:

@@ -1,6 +1,6 @@
 """What training with an optimizer of this package keeps in memory, computed from its storage forms.
 
-``python -m signadam_ext memory`` prints it; :func:`estimate` and :func:`bytes_per_parameter` are the same for programs.
+``signadam memory`` prints it; :func:`estimate` and :func:`bytes_per_parameter` are the same for programs.
 """
 
 from __future__ import annotations

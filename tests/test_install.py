@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,21 @@ def test_report_tells_what_is_built() -> None:
     assert facts["cpu"] == "usable"
     built = _C.build_info()["cuda"]
     assert facts["CUDA"].startswith(built if built else "not built")
+
+
+def test_the_command_works_from_anywhere() -> None:
+    """In the source tree too, where ``python -m signadam_ext`` finds the sources in place of what was installed."""
+    command = shutil.which("signadam", path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip("the package is on the path, but not installed")
+    for folder in (ROOT, Path("/")):
+        done = subprocess.run([command, "info"], capture_output=True, text=True, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[:2] == ["signadam_ext", signadam_ext.__version__]
+    memory = subprocess.run([command, "memory", "--params=7e9"], capture_output=True, text=True)
+    assert memory.returncode == 0 and "bytes" in memory.stdout, memory.stderr
+    wrong = subprocess.run([command, "remember"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "usage: signadam" in wrong.stderr
 
 
 def test_kernels_have_one_name_each() -> None:
