@@ -31,7 +31,7 @@ SIGNADAM_HD constexpr int64_t bytes_before(Format format, int64_t index) { retur
 // Bytes of one element of a format that is not packed.
 SIGNADAM_HD constexpr int size_of(Format format) { return format == Format::fp32 ? 4 : 2; }
 
-// How the fp32 result of a step is kept (ALGORITHMS, random bits): rounded to nearest; stochastically; with the low 16
+// How the fp32 result of a step is kept (docs/numerics.md): rounded to nearest; stochastically; with the low 16
 // or 8 bits beside it; as a copy in fp32.
 enum class Weights : uint8_t { as_is, stochastic, split16, split8, master };
 

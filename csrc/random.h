@@ -1,4 +1,4 @@
-// Counter-based random bits (ALGORITHMS, random bits): a function of seed, tensor, step and element, so every backend,
+// Counter-based random bits (docs/numerics.md): a function of seed, tensor, step and element, so every backend,
 // any chunking and any number of threads draw the same ones.
 #pragma once
 

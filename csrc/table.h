@@ -8,8 +8,9 @@
 
 namespace signadam {
 
-// A chunk is the unit of work of a block and of the confidence statistics: 8 rows of 2048 lanes (ALGORITHMS, adaptive
-// confidence). Its size in bytes is a multiple of 16 for every format, so all chunks of a tensor are aligned alike.
+// A chunk is the unit of work of a block and of the confidence statistics: 8 rows of 2048 lanes (docs/numerics.md,
+// statistics of a gradient). Its size in bytes is a multiple of 16 for every format, so all chunks of a tensor are
+// aligned alike.
 constexpr int64_t lane_count = 2048;
 constexpr int64_t row_count = 8;
 constexpr int64_t chunk_size = lane_count * row_count;

@@ -1,4 +1,4 @@
-"""Few-bit moments, stored parameters and random bits: what ALGORITHMS promises of them, derived and counted."""
+"""Few-bit moments, stored parameters and random bits: what docs/numerics.md promises of them, derived and counted."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ using Memory = std::unique_ptr<unsigned char, void (*)(void*)>;
 Memory allocate(std::size_t size) { return {static_cast<unsigned char*>(std::malloc(size)), std::free}; }
 #endif
 
-// Bytes of a moment, as ALGORITHMS has them: packed codes fill whole runs, and exponents follow them.
+// Bytes of a moment, as docs/numerics.md has them: packed codes fill whole runs, and exponents follow them.
 std::size_t bytes_of(Format format, int64_t count) {
   const auto n = static_cast<std::size_t>(count), runs = (n + 31) / 32;
   switch (format) {
@@ -569,7 +569,7 @@ void counts() {
 
 // ----------------------------------------------------------------------------------------------------------- rules
 
-// ALGORITHMS' order of additions, written for clarity: pad, add rows, halve, repeat on the chunk sums.
+// The order of additions of docs/numerics.md, written for clarity: pad, add rows, halve, repeat on the chunk sums.
 double ordered_sum(std::vector<double> x) {
   do {
     x.resize((x.size() + chunk_size - 1) / chunk_size * chunk_size, 0.0);
