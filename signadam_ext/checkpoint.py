@@ -54,6 +54,8 @@ class Layout:
         moments: form of each moment, by name.
         weights: form of the parameter, as :func:`storage.effective_weights` gives it.
         gate: name of what the threshold is made of, or None.
+        bounded: whether no entry of the first moment exceeds 1.
+        uses_step: whether the rule computes with the number of steps.
     """
 
     label: str
@@ -61,6 +63,8 @@ class Layout:
     moments: Mapping[str, Form]
     weights: str
     gate: str | None
+    bounded: bool = False
+    uses_step: bool = False
 
 
 @functools.cache  # one string for all parameters
@@ -229,15 +233,19 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
     """Raises unless a checkpoint's state fits the parameter.
 
     Raises:
-        TypeError, ValueError: a missing moment, another shape or dtype, an unknown kind, codes beyond their levels,
-            values that no bounded momentum has, low bits and a master copy at once, an impossible number of steps.
+        TypeError, ValueError: a missing moment or number of steps, another shape or dtype, an unknown kind, codes
+            beyond their levels, values that no bounded momentum has, low bits and a master copy at once, an impossible
+            number of steps.
     """
     label, param = layout.label, layout.param
-    for name, form in layout.moments.items():
-        if name in saved:
-            _check_moment(f"state {name!r} of {label}", name, form, saved, param)
-        elif not OPTIMIZERS_OWN.isdisjoint(saved):
+    needed = (*layout.moments, *(("step",) if layout.uses_step else ()))
+    for name in needed:
+        if name not in saved and not OPTIMIZERS_OWN.isdisjoint(saved):
             raise ValueError(f"state {name!r} of {label} is missing: the checkpoint holds {_listed(saved)}")
+    for i, (name, form) in enumerate(layout.moments.items()):
+        if name in saved:
+            bounded = i == 0 and layout.bounded
+            _check_moment(f"state {name!r} of {label}", name, form, saved, param, bounded=bounded)
     for name, dtypes in BESIDE_DTYPES.items():
         if name in saved:
             checks.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
@@ -264,14 +272,21 @@ def _listed(saved: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, saved))
 
 
-def _check_moment(label: str, name: str, form: Form, saved: Mapping[str, Any], param: Tensor) -> None:
+def _check_moment(label: str, name: str, form: Form, saved: Mapping[str, Any], param: Tensor, *, bounded: bool) -> None:
     source = form_said(label, name, saved)
     if source is None:
         checks.state_tensor(label, saved[name], param.shape, (torch.float32, torch.bfloat16))
         value = saved[name]
+        largest = float(value.abs().amax()) if value.numel() else 0.0
         # A momentum of signs exceeds 1 by rounding errors at the most.
-        if form.levels is not None and value.numel() and not bool((value.abs().amax() <= 1.0001).item()):
+        if form.levels is not None and not largest <= 1.0001:
             raise ValueError(f"{label} has entries beyond 1 or NaN: no momentum of signs has, and codes cannot hold it")
+        if bounded and largest > 1.0001:
+            raise ValueError(
+                f"{label} has entries up to {largest:g}, and no momentum of signs exceeds 1. Are they codes? A "
+                "distributed checkpoint of another state_dtype must be loaded into an optimizer that has it, and be "
+                "converted by its state_dict()"
+            )
         return
     if form is BLOCK8 and source.levels is not None:
         raise ValueError(f"{label} is {source.kind}, codes of a bounded momentum: must be fp32, bf16 or {BLOCK8.kind}")
@@ -465,8 +480,10 @@ def opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     """
     try:
         archive = zipfile.ZipFile(os.fsdecode(path))
-    except NotImplementedError as error:  # a version or method that no file of ours names
-        raise zipfile.BadZipFile(f"{os.fspath(path)}: {error}") from error
+    except (NotImplementedError, zipfile.BadZipFile) as error:  # the first: a version that no file of ours names
+        raise zipfile.BadZipFile(
+            f"{os.fsdecode(path)}: {error}; it is cut short, or was not written by save_state"
+        ) from error
     with archive:
         yield archive
 
@@ -545,9 +562,12 @@ def read_entries(archive: zipfile.ZipFile, members: Iterable[Member]) -> dict[An
 
 
 def _read(archive: zipfile.ZipFile, name: str) -> Any:
-    with archive.open(name) as member:
-        content = io.BytesIO(member.read())
+    try:
+        with archive.open(name) as member:
+            content = io.BytesIO(member.read())
+    except zipfile.BadZipFile as error:
+        raise zipfile.BadZipFile(f"{archive.filename}: {error}") from error
     try:
         return torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, LookupError, AttributeError) as error:
-        raise ValueError(f"member {name!r} of the file does not hold what save_state writes") from error
+        raise ValueError(f"{archive.filename}: member {name!r} does not hold what save_state writes") from error

@@ -142,12 +142,12 @@ def _kept(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def of_group(index: int) -> Iterator[None]:
-    """Has errors say which group they are about."""
+def of_group(index: int, whose: str = "") -> Iterator[None]:
+    """Has errors say which group they are about, and whose it is."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"group {index}: {error}") from None
+        raise type(error)(f"group {index}{whose and ' '}{whose}: {error}") from None
 
 
 def checked(optimizer: type[SignOptimizer], group: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class Hyperparameters:
                 check_beta_names(self._optimizer, group, folded=True)
             group["betas"] = (group.pop("beta"),)
         given = {"lr": _value(group, "lr")}
-        found = {"lr": _learning_rate(given["lr"], group, defaults)}
+        found = {"lr": learning_rate(given["lr"], group, defaults)}
         try:
             values = self._values(group)
         except KeyError as error:
@@ -258,8 +258,12 @@ def _is_fixed(value: Any) -> bool:
     return type(value) in _FIXED or callable(value)
 
 
-def _learning_rate(value: Any, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
-    """As the constructor takes it, or below zero by what a scheduler's rounding leaves."""
+def learning_rate(value: Any, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
+    """As the constructor takes it, or below zero by what a scheduler's rounding leaves.
+
+    Raises:
+        TypeError, ValueError: another value.
+    """
     found = checks.learning_rate("lr", value, math.inf)
     if found >= 0:
         return found

@@ -301,6 +301,9 @@ class SignOptimizer(Optimizer):
             dict(zip(rule.moments, rule.forms(group), strict=True)),
             effective_weights(group["weights"], param.dtype),
             rule.gate,
+            # A function of the user's may be larger than 1.
+            bounded=rule.bounded and rule.confidence is None,
+            uses_step=rule.uses_step,
         )
 
     def _warn_of_variance(self, group: dict[str, Any]) -> None:
@@ -346,7 +349,13 @@ class SignOptimizer(Optimizer):
                 example; nothing has been loaded then, nor after any other exception.
         """
         # Not by Optimizer.load_state_dict, which casts state to the parameters' dtypes on the way.
-        state_dict = state_dict.copy()
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            held = f" with {', '.join(map(repr, list(state_dict)[:5]))}" if isinstance(state_dict, Mapping) else ""
+            raise TypeError(
+                f"state_dict is a {type(state_dict).__name__}{held}: must be what an optimizer's state_dict() gives, a "
+                "dict of 'state' and 'param_groups'"
+            )
+        state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             if changed is not None:
@@ -465,7 +474,9 @@ class SignOptimizer(Optimizer):
                         f"{name}={saved[name]!r} of group {index} of the checkpoint is a function, which no checkpoint "
                         f"holds: construct the optimizer with {name}= that function, and then load"
                     )
-            self._check_group({**group, "lr": _not_negative(group["lr"])})
+            with hyperparameters.of_group(index, "of the checkpoint"):
+                lr = hyperparameters.learning_rate(group["lr"], group, self.defaults)
+                self._check_group({**group, "lr": max(lr, 0.0)})
             group["params"] = own["params"]
             groups.append(group)
             for i, (number, param) in enumerate(zip(saved["params"], own["params"], strict=True)):
@@ -594,11 +605,6 @@ def _portable(value: Any) -> Any:
 def _is_function_name(value: Any) -> bool:
     """Whether this stands for a function in a checkpoint. No name of a choice has a dot in it."""
     return isinstance(value, str) and "." in value
-
-
-def _not_negative(lr: Any) -> Any:
-    """A learning rate to be checked: schedulers may leave a rounding error below zero."""
-    return abs(lr) if isinstance(lr, (int, float, Tensor)) and not isinstance(lr, bool) else lr
 
 
 def _is_empty(saved: Any) -> bool:

@@ -6,7 +6,9 @@ would silently do nothing, so it is refused wherever it can be seen.
 
 from __future__ import annotations
 
+import functools
 import gc
+import math
 import sys
 import warnings
 import weakref
@@ -72,6 +74,9 @@ def release_gradients(
       parts, and the second is an error, when the first has been applied. Parameters used in one segment get the right
       update, but the loop must call ``step()``, or the next backward would look like another part.
     - Parameters that share memory, which would be updated in another order.
+    - Steps taken as a whole: where backward raises, a lack of memory or Ctrl-C, parameters that it has updated stay so,
+      each with its own count of steps, and the others have kept their values. The loop may go on with
+      ``optimizer.zero_grad()`` and the next backward.
     - ``GradScaler``: it looks at all gradients to decide whether the step is taken. An enabled one is refused in
       ``scaler.step(optimizer)``, which is one backward too late, or here if it is given as ``grad_scaler``.
     - Clipping by the norm of all gradients, which is known only when the last of them is complete and the others are
@@ -86,7 +91,7 @@ def release_gradients(
         accumulation_steps: how many backwards make one step. Gradients are summed as always (so divide the loss), and
             each is freed after the last of them; between, all exist, and no memory is saved. ``zero_grad()`` (to None)
             begins anew.
-        max_norm: the loop's, to be refused unless it is None.
+        max_norm: the loop's, to be refused unless it is None or infinite.
         grad_scaler: the loop's, to be refused if it is enabled.
 
     Returns:
@@ -107,12 +112,14 @@ def release_gradients(
         raise TypeError(f"accumulation_steps={accumulation_steps!r}: must be an int")
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps={accumulation_steps!r}: must be at least 1")
-    if max_norm is not None:
+    if max_norm is not None and max_norm != math.inf:
         raise ValueError(
             f"max_norm={max_norm!r}: the norm of all gradients is known only when the last of them is complete, and by "
             "then the others have been applied and freed; clip each by value with Tensor.register_hook, or do not "
             "release gradients"
         )
+    if grad_scaler is not None and not callable(getattr(grad_scaler, "is_enabled", None)):
+        raise TypeError(f"grad_scaler is a {type(grad_scaler).__name__}: must be a torch.amp.GradScaler")
     if grad_scaler is not None and grad_scaler.is_enabled():
         raise ValueError(f"grad_scaler={type(grad_scaler).__name__}: {_NO_SCALER}")
     # A trainer may have wrapped it in an object that poses as its class.
@@ -146,6 +153,7 @@ class _Slot:
         task: number of the backward that last brought a gradient.
         nested: whether that backward ran inside another one.
         backwards: how many gradients have been summed up.
+        refused: the gradient that a step has refused and left, by torch's object and its version then.
     """
 
     implementation: int
@@ -153,6 +161,7 @@ class _Slot:
     task: int = -1
     nested: bool = False
     backwards: int = 0
+    refused: tuple[int, int] | None = None
 
 
 class GradientRelease:
@@ -171,6 +180,7 @@ class GradientRelease:
         self._removed = False
         self._window = 0
         self._task = -1
+        self._running: set[int] = set()  # backwards that have begun and not come to their end
         self._nested = False
         self._step_called = False
         self._others = False
@@ -348,8 +358,12 @@ class GradientRelease:
             slot.backwards += 1
             if slot.backwards < self.accumulation_steps:
                 return
-            if not optimizer._step_parameter(param):
-                return  # no longer the optimizer's
+            try:
+                if not optimizer._step_parameter(param):
+                    return  # no longer the optimizer's
+            except BaseException:
+                slot.refused = _identity(param.grad)
+                raise
             param.grad = None
             slot.backwards = 0
             slot.window = self._window
@@ -359,6 +373,14 @@ class GradientRelease:
     def _begin(self, optimizer: SignOptimizer, task: int) -> None:
         """Once for each backward, or each turn in a nested one."""
         self._nested = _inside_custom_backward()
+        if not self._nested and self._running - {task}:
+            # One has raised before its end. What it has updated stays so, and the loop goes on with another.
+            self._running.clear()
+            self._window += 1
+        if task != -1 and task not in self._running:
+            self._running.add(task)
+            # Called only where a backward comes to its end.
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._running.discard, task))
         if not self._searched and _processes_may_exist():
             self._refuse_ddp([param for param in _own_parameters(optimizer) if self._slot(param) is not None])
             self._searched = True
@@ -373,7 +395,14 @@ class GradientRelease:
     def _check_accumulation(self, optimizer: SignOptimizer, slot: _Slot, param: Tensor, task: int) -> None:
         """Raises where this gradient is another part of one that has been applied, before anything is written."""
         why = None
-        if slot.task == task != -1:
+        refused, slot.refused = slot.refused, None
+        if refused is not None and refused != _identity(param.grad) and refused[0] == _identity(param.grad)[0]:
+            slot.refused = _identity(param.grad)
+            why = (
+                "a gradient that was added to one which the step before had refused, and left: call "
+                "optimizer.zero_grad() after a backward that has raised"
+            )
+        elif slot.task == task != -1:
             why = (
                 "its gradient in parts, of which the first has been taken for the whole: did its dtype or device "
                 "change while the graph was built?"
@@ -410,6 +439,11 @@ class GradientRelease:
             if issubclass(type(thing), DistributedDataParallel):
                 if any(id(param) in ours for param in thing.parameters()):
                     raise RuntimeError(_NO_DDP)
+
+
+def _identity(grad: Tensor | None) -> tuple[int, int]:
+    """A gradient and what has been written to it: adding to one changes the second number."""
+    return (0, 0) if grad is None else (grad._cdata, grad._version)
 
 
 _SECOND = "a second gradient since the last optimizer.step(), but the first was applied and freed in backward"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import same_bits
 from manners import (
     ROWS,
     assert_same,
@@ -665,6 +667,87 @@ def test_a_gradient_that_cannot_be_served() -> None:
     optimizer.zero_grad()
     linear(table.weight).sum().backward()
     assert optimizer.state[table.weight]["step"] == 1
+
+
+class Raises(torch.autograd.Function):
+    """Lets everything pass forward, and nothing back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise MemoryError("out of memory")
+
+
+@pytest.mark.parametrize("calls_step", [False, True])
+def test_an_ordinary_loop_goes_on_after_a_backward_that_has_raised(calls_step: bool) -> None:
+    """What it had updated is not taken for the first of two gradients."""
+    first, last = nn.Linear(3, 3), nn.Linear(3, 1)
+    optimizer = make(ROW, [*first.parameters(), *last.parameters()])
+    release_gradients(params_of(optimizer), optimizer)
+    x = torch.ones(2, 3)
+
+    def turn(between: Callable[[Tensor], Tensor]) -> None:
+        optimizer.zero_grad()
+        last(between(first(x))).sum().backward()
+        if calls_step:
+            optimizer.step()
+
+    turn(torch.tanh)
+    with pytest.raises(MemoryError, match="out of memory"):
+        turn(Raises.apply)
+    taken = [int(optimizer.state[p]["step"]) for p in params_of(optimizer)]
+    assert taken == [1, 1, 2, 2]
+    for more in (1, 2):
+        turn(torch.tanh)
+        assert [int(optimizer.state[p]["step"]) for p in params_of(optimizer)] == [n + more for n in taken]
+    if calls_step:  # and two gradients for one step are still an error
+        optimizer.zero_grad()
+        last(first(x)).sum().backward()
+        with pytest.raises(RuntimeError, match="a second gradient"):
+            last(first(x)).sum().backward()
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_a_refused_gradient_is_not_added_to(accumulation_steps: int) -> None:
+    """It is left, so that nothing is lost: the next backward must not count it a second time without a word."""
+    layer, twin = nn.Linear(3, 1), nn.Linear(3, 1)
+    twin.load_state_dict(layer.state_dict())
+    optimizer, other = make(ROW, layer.parameters()), make(ROW, twin.parameters())
+    release_gradients(layer, optimizer, accumulation_steps=accumulation_steps)
+    release_gradients(twin, other, accumulation_steps=accumulation_steps)
+    x, lr = torch.ones(2, 3), optimizer.param_groups[0]["lr"]
+
+    def backward(of: nn.Module) -> None:
+        for _ in range(accumulation_steps):
+            of(x).sum().backward()
+
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr=-1"):
+        backward(layer)
+    optimizer.param_groups[0]["lr"] = lr
+    for _ in range(2):
+        before = [p.detach().clone() for p in layer.parameters()]
+        with pytest.raises(RuntimeError, match=r"added to one which the step before had refused.*zero_grad\(\)"):
+            layer(x).sum().backward()
+        assert any(torch.equal(p, old) for p, old in zip(layer.parameters(), before, strict=True))
+    optimizer.zero_grad()
+    for p, q in zip(layer.parameters(), twin.parameters(), strict=True):
+        p.data.copy_(q)
+        optimizer.state.pop(p, None)
+    backward(layer)
+    backward(twin)
+    assert all(same_bits(p, q) for p, q in zip(layer.parameters(), twin.parameters(), strict=True))
+
+
+def test_arguments_that_ask_for_nothing() -> None:
+    layer = nn.Linear(3, 1)
+    with release_gradients(layer, make(ROW, layer.parameters()), max_norm=math.inf):
+        pass
+    with pytest.raises(TypeError, match="grad_scaler is a int: must be a torch"):
+        release_gradients(layer, make(ROW, layer.parameters()), grad_scaler=3)
 
 
 # --- the end of a release

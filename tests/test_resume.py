@@ -6,6 +6,7 @@ import copy
 import functools
 import signal
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import signadam_ext
-from signadam_ext import MSGD, Adam, AdamW, SignAdamPP, SignSGD, Signum
+from signadam_ext import MSGD, Adam, AdamW, SignAdam, SignAdamPP, SignSGD, Signum
 from signadam_ext.checkpoint import MOMENTS
 from signadam_ext.optimizer import SignOptimizer
 
@@ -370,3 +371,85 @@ def test_all_moments_are_known_as_an_optimizers_own():
     for row in TABLE:
         optimizer = row.optimizer([nn.Parameter(torch.ones(3))], **row.hyperparameters)
         assert set(row.optimizer._rule(optimizer.param_groups[0]).moments) <= set(MOMENTS)
+
+
+# What cannot be meant
+
+
+@pytest.mark.parametrize("target", ["fp32", "bf16"])
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_codes_read_into_a_distributed_checkpoint_of_another_form_are_refused(flat, target, tmp_path):
+    """torch reads numbers into the tensors that there are, and leaves what says that they are codes."""
+    how = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = nn.Linear(6, 4)
+    optimizer = SignAdamPP(model.parameters(), lr=0.01, state_dtype="int8")
+    for _ in range(3):
+        model(torch.ones(2, 6)).sum().backward()
+        optimizer.step()
+    other = copy.deepcopy(model)
+    resumed = SignAdamPP(other.parameters(), lr=0.01, state_dtype=target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp_files.save({"o": dcp.get_optimizer_state_dict(model, optimizer, options=how)}, checkpoint_id=tmp_path)
+        there = {"o": dcp.get_optimizer_state_dict(other, resumed, options=how)}
+        dcp_files.load(there, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="no momentum of signs exceeds 1"):
+        dcp.set_optimizer_state_dict(other, resumed, there["o"], options=how)
+    with pytest.warns(UserWarning, match="exp_avg: int8 to"):
+        resumed.load_state_dict(optimizer.state_dict())  # which says what they are
+
+
+def test_a_momentum_of_a_function_may_exceed_one():
+    (param,) = params = [nn.Parameter(torch.ones(4))]
+    optimizer = SignAdamPP(params, lr=0.01, confidence=lambda g, alpha: 5 * g)
+    param.grad = torch.full((4,), 40.0)
+    optimizer.step()
+    assert float(optimizer.state[param]["exp_avg"][0]) > 1
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "cls, options, needs",
+    [(AdamW, {}, True), (SignAdam, {"second_moment": "analytic"}, True), (SignAdamPP, {}, False), (Signum, {}, False)],
+)
+def test_a_rule_that_counts_needs_the_count(cls, options, needs):
+    """It would begin at 1 with moments of many steps."""
+    optimizer = stepped(cls, **options)
+    saved = optimizer.state_dict()
+    del saved["state"][0]["step"]
+    other = stepped(cls, **options)
+    if needs:
+        with pytest.raises(ValueError, match=r"state 'step' of .* is missing: the checkpoint holds 'exp_avg'"):
+            other.load_state_dict(saved)
+    else:
+        other.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("lr", [-1, -1e9, -1e-3])
+def test_a_negative_learning_rate_is_refused_as_a_step_would(lr):
+    saved = stepped(Signum).state_dict()
+    saved["param_groups"][0]["lr"] = lr
+    with pytest.raises(ValueError, match="group 0 of the checkpoint: lr="):
+        stepped(Signum).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("saved", [None, [], {}, {"weight": torch.ones(2)}, {"model": {}, "optimizer": {}}])
+def test_what_is_no_state_dict_is_refused(saved):
+    with pytest.raises(TypeError, match=r"state_dict is a .*must be what an optimizer's state_dict"):
+        stepped(Signum).load_state_dict(saved)
+
+
+def test_damaged_files_are_named(tmp_path):
+    optimizer = stepped(Signum)
+    path = tmp_path / "state"
+    optimizer.save_state(path)
+    whole = path.read_bytes()
+    for content in (b"no zip file", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises((ValueError, zipfile.BadZipFile), match=str(path)):
+            optimizer.load_state(path)
+    flipped = bytearray(whole)
+    flipped[whole.index(b"exp_avg") + 400] ^= 1
+    path.write_bytes(bytes(flipped))
+    with pytest.raises((ValueError, zipfile.BadZipFile), match=str(path)):
+        optimizer.load_state(path)
