@@ -172,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
       .def("watch", &Reader::watch, py::arg("group"), py::arg("param"), py::arg("grad_strides"), py::arg("grad_like"),
            py::arg("state"))
       .def("read", &Reader::read, py::arg("param_groups"), py::arg("state"))
+      .def("unchanged", &Reader::unchanged)
       .def("replace", &Reader::replace, py::arg("slot"), py::arg("address"))
       .def("present", &Reader::present)
       .def("held", &Reader::held, py::arg("slot"))

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <unordered_set>
 #include <utility>
 
 namespace signadam {
@@ -121,7 +122,7 @@ void Reader::watch(std::size_t group, const py::object& param, const py::tuple& 
   grads_.push_back(nullptr);
 }
 
-bool Reader::same(PyObject* object, Noted& noted) const {
+bool Reader::same(PyObject* object, Noted& noted) {
   if (torch_->follows(object, noted.trace)) return true;
   TensorView now;
   const bool is_same = torch_->look(object, now) && now.address == noted.address && now.dtype == noted.dtype &&
@@ -129,11 +130,14 @@ bool Reader::same(PyObject* object, Noted& noted) const {
                        now.dim == noted.dim && same_sizes(now, layouts_.data() + noted.layout) &&
                        same_strides(now, layouts_.data() + noted.layout + noted.dim) &&
                        covered(now, now.storage_offset * noted.element_size, noted.extent);
-  if (is_same) noted.trace = torch_->objects().trace(object, now.dim);
+  if (is_same) {
+    noted.trace = torch_->objects().trace(object, now.dim);
+    unsure_.push_back(object);
+  }
   return is_same;
 }
 
-bool Reader::usable(PyObject* grad, Parameter& parameter) const {
+bool Reader::usable(PyObject* grad, Parameter& parameter) {
   if (torch_->follows(grad, parameter.grad_trace)) return true;
   TensorView now;
   if (!torch_->is_strided(grad) || !torch_->look(grad, now)) return false;
@@ -149,6 +153,7 @@ bool Reader::usable(PyObject* grad, Parameter& parameter) const {
     return false;
   parameter.grad_trace = torch_->objects().trace(grad, now.dim);
   parameter.grad_address = now.address;
+  unsure_.push_back(grad);
   return true;
 }
 
@@ -156,10 +161,11 @@ bool Reader::usable(PyObject* grad, Parameter& parameter) const {
 PyObject* Reader::get_grad(PyObject* param) {
   static PyObject* const grad_name = name("grad");
   PyTypeObject* const type = Py_TYPE(param);
-  if (type != plain_type_) {
+  if (reinterpret_cast<PyObject*>(type) != plain_type_.ptr() || type->tp_version_tag != plain_version_) {
     if (grad_descriptor_ == nullptr || _PyType_Lookup(type, grad_name) != grad_descriptor_)
       return PyObject_GetAttr(param, grad_name);
-    plain_type_ = type;
+    plain_type_ = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
+    plain_version_ = type->tp_version_tag;  // 0 where the type has none: looked up each time
   }
   return getter_->get(param, getter_->closure);
 }
@@ -271,6 +277,7 @@ void Reader::prefetch(std::size_t index) const {
 
 py::object Reader::read(const py::object& param_groups, const py::object& state) {
   release();
+  unsure_.clear();
   std::fill(grads_.begin(), grads_.end(), nullptr);
   if (!find_parameters(param_groups)) return py::none();
   take_gradients();  // which may run Python code; what follows does not, up to the last loop
@@ -279,8 +286,7 @@ py::object Reader::read(const py::object& param_groups, const py::object& state)
     if (!find_states(state.ptr())) return py::none();
     state_tensors_.resize(entries_.size());
   }
-  py::list odd;
-  std::vector<std::size_t> single;
+  std::vector<std::size_t> odd;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     if (i + ahead < parameters_.size()) prefetch(i + ahead);
     if (!grad_objects_[i]) continue;
@@ -288,19 +294,44 @@ py::object Reader::read(const py::object& param_groups, const py::object& state)
     if (!parameter.known || !same(params_[i].ptr(), parameter.param)) return py::none();
     if (has_state && !take_state(parameter, states_[i])) return py::none();
     if (!usable(grad_objects_[i].ptr(), parameter)) {
-      odd.append(i);
+      odd.push_back(i);
       continue;
     }
-    grads_[i] = parameter.grad_address != nullptr ? parameter.grad_address : empty_tensor();
-    if (parameter.param.extent == parameter.param.element_size) single.push_back(i);
+    grads_[i] = address_of(parameter);
   }
-  // One element can be a lazy negative: autograd takes it as it is, since no stride tells.
-  for (const std::size_t i : single)
-    if (is_negated(grad_objects_[i].ptr())) {
-      grads_[i] = nullptr;
-      odd.append(i);
+  std::unordered_set<PyObject*> negated;
+  for (PyObject* object : std::exchange(unsure_, {}))  // which may run Python code
+    if (is_negated(object)) negated.insert(object);
+  if (!negated.empty())
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      if (negated.count(grad_objects_[i].ptr()) != 0 && grads_[i] != nullptr) {
+        parameters_[i].grad_trace = {};
+        grads_[i] = nullptr;
+        odd.push_back(i);
+      }
+      if (grad_objects_[i] && negated.count(params_[i].ptr()) != 0) return py::none();
     }
-  return std::move(odd);
+  for (const auto& tensor : state_tensors_)
+    if (negated.count(tensor.ptr()) != 0) return py::none();
+  py::list slots;
+  for (const std::size_t i : odd) slots.append(i);
+  return std::move(slots);
+}
+
+bool Reader::unchanged() {
+  for (std::size_t i = 0; i < params_.size(); ++i) {
+    if (!grad_objects_[i]) continue;
+    Parameter& parameter = parameters_[i];
+    // A gradient that has been copied, or that the step is taken without, is not read.
+    const bool is_read = grads_[i] != nullptr && grads_[i] == address_of(parameter);
+    if (!same(params_[i].ptr(), parameter.param) ||
+        (is_read && !(usable(grad_objects_[i].ptr(), parameter) && grads_[i] == address_of(parameter))))
+      return false;
+    for (std::size_t e = parameter.first_entry; e < parameter.end_entry && e < state_tensors_.size(); ++e)
+      if (!same(state_tensors_[e].ptr(), entries_[e].tensor)) return false;
+  }
+  unsure_.clear();
+  return true;
 }
 
 void Reader::release() {

@@ -35,6 +35,10 @@ class Reader {
   // optimizer's; None while what the step uses is not in it yet. Parameters without a gradient are not looked at.
   py::object read(const py::object& param_groups, const py::object& state);
 
+  // Whether all that `read` has found is still so: for a step in which code of its user's has run since. Raises
+  // nothing, and forgets nothing.
+  bool unchanged();
+
   // Gives gradient `index` an address of the caller's (a copy with the right strides).
   void replace(std::size_t index, uintptr_t address) { grads_.at(index) = reinterpret_cast<void*>(address); }
 
@@ -80,9 +84,13 @@ class Reader {
     std::size_t first_entry, end_entry;
   };
 
+  static void* address_of(const Parameter& parameter) {
+    return parameter.grad_address != nullptr ? parameter.grad_address : empty_tensor();
+  }
   Noted note(const py::object& tensor);
-  bool same(PyObject* object, Noted& noted) const;
-  bool usable(PyObject* grad, Parameter& parameter) const;
+  // Both put what may be lazily negative, which torch's interface does not tell, on `unsure_`.
+  bool same(PyObject* object, Noted& noted);
+  bool usable(PyObject* grad, Parameter& parameter);
   bool find_parameters(const py::object& param_groups);
   bool find_states(PyObject* state);
   static PyObject* find(PyObject* own, StateEntry& entry);
@@ -94,7 +102,9 @@ class Reader {
   const TorchShim* torch_;
   PyGetSetDef* getter_ = nullptr;  // of Tensor.grad
   PyObject* grad_descriptor_ = nullptr;
-  PyTypeObject* plain_type_ = nullptr;  // the last type met whose `grad` is that getter
+  // The last type met whose `grad` is that getter, and its version then, which changes with it and its bases.
+  py::object plain_type_;
+  unsigned int plain_version_ = 0;
   std::vector<Parameter> parameters_;
   std::vector<StateEntry> entries_;
   std::vector<int64_t> layouts_;
@@ -102,6 +112,7 @@ class Reader {
   // What is owned during a step, by parameter, and by state entry.
   std::vector<py::object> params_, grad_objects_, state_tensors_;
   std::vector<PyObject*> states_;     // borrowed, while `read` runs no Python code
+  std::vector<PyObject*> unsure_;     // borrowed from what is owned
   std::vector<std::size_t> slot_at_;  // by position in the optimizer's state, the parameter that was there last time
 };
 

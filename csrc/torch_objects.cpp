@@ -68,7 +68,7 @@ void TorchObjects::find_objects(const py::list& samples) {
     const std::size_t storage_at = find_word(sample.object, size, reinterpret_cast<uintptr_t>(sample.storage));
     const std::size_t data_at = find_word(sample.storage, storage_size, sample.address);
     const std::size_t size_at = find_word(sample.storage, storage_size, sample.bytes);
-    if (storage_at == 0 || data_at == 0 || size_at == 0) return;
+    if (storage_at == 0 || data_at == 0 || size_at <= data_at) return;
     const void* const tensor_class = word_at<const void*>(sample.object, 0);
     const void* const storage_class = word_at<const void*>(sample.storage, 0);
     if (tensor_class_ == nullptr) {
@@ -135,7 +135,8 @@ Trace TorchObjects::trace(PyObject* tensor, int64_t dim) const {
   const char* const object = object_of(tensor);
   if (word_at<const void*>(object, 0) != tensor_class_) return {};
   const char* const storage = word_at<const char*>(object, storage_at_);
-  if (word_at<const void*>(storage, 0) != storage_class_) return {};
+  // torch.func leaves objects without one.
+  if (storage == nullptr || word_at<const void*>(storage, 0) != storage_class_) return {};
   return {hash(object), reinterpret_cast<const char*>(tensor), object, storage};
 }
 

@@ -39,11 +39,13 @@ class TorchObjects {
   Trace trace(PyObject* tensor, int64_t dim) const;
 
   // Whether a tensor is as it was when it had that trace: the bytes of the object are the same, but for its reference
-  // count, and so are the address and the size of its storage. Which byte means what need not be known.
+  // count, and so is what its storage says of its memory: address, owner and size. Which byte means what need not be
+  // known.
   bool follows(PyObject* tensor, const Trace& trace) const {
     if (trace.hash == 0) return false;
     const char* const object = object_of(tensor);
-    return word_at<const void*>(object, 0) == tensor_class_ && hash(object) == trace.hash;
+    return word_at<const void*>(object, 0) == tensor_class_ &&
+           word_at<const char*>(object, storage_at_) == trace.storage && hash(object) == trace.hash;
   }
 
   // Has the memory that `follows` will read on its way to the caches.
@@ -79,11 +81,15 @@ class TorchObjects {
   std::atomic<uint32_t>* count_of(char* version) const {
     return reinterpret_cast<std::atomic<uint32_t>*>(version + count_at_);
   }
-  // Never 0.
+  // Of an object that has a storage. Never 0.
   uint64_t hash(const char* object) const {
     const char* const storage = word_at<const char*>(object, storage_at_);
+    // Between the address and the size are the owner and its deleter: another one when memory is to be copied on write.
+    auto memory = word_at<uint64_t>(storage, data_at_);
+    for (std::size_t at = data_at_ + 8; at < size_at_; at += 8)
+      memory = (memory << 23 | memory >> 41) + word_at<uint64_t>(storage, at);
     return (ObjectHash::of(object + storage_at_, tensor_bytes_) +
-            ObjectHash::of(word_at<uint64_t>(storage, data_at_), word_at<uint64_t>(storage, size_at_))) |
+            ObjectHash::of(memory, word_at<uint64_t>(storage, size_at_))) |
            1;
   }
 

@@ -170,11 +170,10 @@ def copied(value: Tensor) -> Tensor:
 
 
 def realized(layout: Layout, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A checkpoint's state, in which the optimizer's own tensors have their numbers in memory."""
+    """A checkpoint's state, in which tensors have their numbers in memory."""
     if not isinstance(saved, Mapping):
         raise TypeError(f"the state of {layout.label} is a {type(saved).__name__}: must be a dict")
-    own = (*layout.moments, *BESIDE_DTYPES, "step", *(() if layout.gate is None else (layout.gate,)))
-    return {**saved, **{name: real(f"state {name!r} of {layout.label}", saved[name]) for name in own if name in saved}}
+    return {name: real(f"state {name!r} of {layout.label}", value) for name, value in saved.items()}
 
 
 def export(layout: Layout, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,6 +196,16 @@ def export_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
             said = form_said(layout.label, moment, state)
             return said and said.number
     return checks.plain(value)
+
+
+def written_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
+    """The same for a file, which must hold the numbers themselves.
+
+    Raises:
+        TypeError, ValueError: as :func:`export_entry`, and for a tensor of the optimizer's own without its memory.
+    """
+    value = export_entry(layout, state, name)
+    return real(f"state {name!r} of {layout.label}", value) if name in OPTIMIZERS_OWN or name == layout.gate else value
 
 
 def _exported(layout: Layout, name: str, form: Form, state: Mapping[str, Any]) -> Tensor:
@@ -437,6 +446,8 @@ def writer(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
         OSError: a path that cannot be written, or that is no regular file.
     """
     path = os.fsdecode(os.fspath(path))
+    if not path:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     try:
         old = os.stat(path)
     except FileNotFoundError:

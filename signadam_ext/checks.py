@@ -315,8 +315,9 @@ def memory_fault(tensor: Tensor) -> tuple[type[Exception], str] | None:
         return TypeError, f"has layout {tensor.layout}"
     if tensor.numel() == 0:
         return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return TypeError, f"{nowhere} but torch.func's"
+    # Asked first: torch.func's own question fails on what `.data = ` has made of its tensors.
+    if not torch._C._has_storage(tensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return TypeError, f"{nowhere} but torch.func's, or another tensor's"
     try:
         storage = tensor.untyped_storage()
         nbytes = storage.nbytes()

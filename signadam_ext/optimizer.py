@@ -22,7 +22,6 @@ from .checkpoint import (
     adopt,
     check,
     export,
-    export_entry,
     members_of,
     opened,
     read_entries,
@@ -31,6 +30,7 @@ from .checkpoint import (
     write_entry,
     write_head,
     writer,
+    written_entry,
 )
 from .observed import Statistics, collect
 from .plan import Item, Plan
@@ -110,18 +110,18 @@ class SignOptimizer(Optimizer):
                 param_group["seed"] = checked["seed"]
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _keep_first_of_each(group)
         try:
+            _keep_first_of_each(group)
             for i, param in enumerate(group["params"]):
                 # A frozen parameter, quantized perhaps, never gets a gradient and may be of any kind.
                 if param.requires_grad:
                     label = _label(group, len(self.param_groups) - 1, i)
                     checks.parameter(label, param, at_step=False)
                     checks.weights(label, group["weights"], param.dtype)
-        except (TypeError, ValueError):
+            self._warn_of_variance(group)  # which raises where warnings are errors
+        except BaseException:
             self.param_groups.pop()
             raise
-        self._warn_of_variance(group)
         self._runtime.forget_plans()
         if self._runtime.released is not None:
             self._runtime.released.extend(group["params"])
@@ -217,6 +217,7 @@ class SignOptimizer(Optimizer):
         """
         checks.flag("enabled", enabled)
         runtime = self._runtime
+        runtime.lock.refuse_nested()
         if enabled != runtime.observes:
             runtime.observes = enabled
             runtime.forget_plans()
@@ -330,11 +331,12 @@ class SignOptimizer(Optimizer):
         Raises:
             TypeError, ValueError: a moment kept in few bits, of a parameter that has been offloaded or resized.
         """
-        state_dict = super().state_dict()
-        for number, layout in self._layouts():
-            if number in state_dict["state"]:
-                state_dict["state"][number] = export(layout, state_dict["state"][number])
-        state_dict["param_groups"] = self._exported_groups(state_dict["param_groups"])
+        with self._runtime.lock.held:  # a step on another thread is of before or of after
+            state_dict = super().state_dict()
+            for number, layout in self._layouts():
+                if number in state_dict["state"]:
+                    state_dict["state"][number] = export(layout, state_dict["state"][number])
+            state_dict["param_groups"] = self._exported_groups(state_dict["param_groups"])
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -364,10 +366,9 @@ class SignOptimizer(Optimizer):
         groups, numbered = self._checked_groups(state_dict["param_groups"])
         numbers = {number for number, _ in numbered}
         others = {key: value for key, value in saved.items() if key not in numbers}
-        changes = self._put_in_place(groups, numbered, saved.get, others)
+        self._put_in_place(groups, numbered, saved.get, others)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-        _warn_of_changes(changes)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Writes what :meth:`state_dict` holds, one tensor at a time, to a file that appears when it is complete.
@@ -381,6 +382,10 @@ class SignOptimizer(Optimizer):
             TypeError, ValueError: as of :meth:`state_dict`; the old file is still there then.
             OSError: a path that cannot be written, or that is no regular file.
         """
+        with self._runtime.lock.held:  # a step on another thread is of before or of after
+            self._save_state(path)
+
+    def _save_state(self, path: str | os.PathLike[str]) -> None:
         groups = self._exported_groups(Optimizer.state_dict(self)["param_groups"])
         state = self.state
         kept = [(number, layout, state[layout.param]) for number, layout in self._layouts() if state.get(layout.param)]
@@ -391,7 +396,7 @@ class SignOptimizer(Optimizer):
             by_number = {number: (layout, entries) for number, layout, entries in kept}
             for member in members:
                 layout, entries = by_number[member.number]
-                write_entry(archive, member, export_entry(layout, entries, member.name))
+                write_entry(archive, member, written_entry(layout, entries, member.name))
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Reads what :meth:`save_state` wrote, one tensor at a time, as :meth:`load_state_dict` would.
@@ -404,13 +409,12 @@ class SignOptimizer(Optimizer):
         with opened(path) as archive:
             head, members = read_head(archive)
             groups, numbered = self._checked_groups(head["param_groups"])
-            changes = self._put_in_place(
+            self._put_in_place(
                 groups,
                 numbered,
                 lambda number: read_entries(archive, members.get(number, ())),
                 head.get("others", {}),
             )
-        _warn_of_changes(changes)
 
     def _exported_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Groups as a checkpoint holds them: with their method, plain numbers, and names of functions."""
@@ -507,17 +511,14 @@ class SignOptimizer(Optimizer):
         numbered: list[tuple[Any, Layout]],
         entries: Callable[[Any], Mapping[str, Any] | None],
         others: Mapping[Any, Any],
-    ) -> list[str]:
-        """Makes the state that a checkpoint holds, and then takes it and the groups at once.
+    ) -> None:
+        """Makes the state that a checkpoint holds, warns of what changes, and then takes it and the groups at once.
 
         Args:
             groups: the new ones.
             numbered: (number in the checkpoint, layout) of each parameter.
             entries: a parameter's state by its number in the checkpoint, or nothing.
             others: state of no parameter.
-
-        Returns:
-            What changed its precision, each change once.
         """
         changes: dict[str, None] = {}
         state: defaultdict[Any, Any] = defaultdict(dict, others)
@@ -537,12 +538,12 @@ class SignOptimizer(Optimizer):
         finally:
             # As in a step.
             torch._C._set_grad_enabled(enabled)
+        _warn_of_changes(list(changes))  # which raises where warnings are errors
         runtime = self._runtime
         runtime.lock.refuse_nested()
         with runtime.lock.held:
             # An object that poses as the optimizer's class would keep it to itself.
             (runtime.owner() or self).__setstate__({"state": state, "param_groups": groups})
-        return list(changes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SignOptimizer:
         """As by default, but functions in groups are shared: those of Triton cannot be copied."""
@@ -640,7 +641,7 @@ def _warn_of_changes(changes: list[str]) -> None:
         warnings.warn(
             "the loaded state has been converted to this optimizer's storage forms (" + "; ".join(changes) + "): "
             "training goes on, but not bit for bit as it would have",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

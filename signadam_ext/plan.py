@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -147,6 +147,7 @@ class Bucket:
         self.gappy = [entry for entry in self.entries if not entry.is_dense]
         self.table = _C.Table(rows_by_step=self.rule.uses_step)
         for entry in self.entries:
+            _refuse_simulated(entry)
             addresses = [0 if x is None else x.data_ptr() for x in entry.operands()]
             formats = [form.number for form in entry.forms] + [FORMATS[torch.float32]] * 3
             self.table.add(
@@ -277,7 +278,8 @@ class Plan:
             self._reader: Any = make_reader()
             grads = [item.param.grad for item in items]
         else:
-            self._reader = ListReader([item.param for item in items], grads)
+            runs_user_code = any(item.rule.confidence is not None for item in items)
+            self._reader = ListReader([item.param for item in items], grads, runs_user_code=runs_user_code)
         # Before a plan or state is made, which a capture would take into its graph's memory.
         refuse_capture({item.param.device for item, grad in zip(items, grads, strict=True) if grad is not None})
         chosen = [found for slot, item in enumerate(items) if (found := _choose(slot, item, grads[slot])) is not None]
@@ -365,11 +367,15 @@ class Plan:
                 buffers.use()
             self._copies.clear()
             odd = self._reader.read(param_groups, None if self._is_first else state)
-            if odd is not None and self._is_first:
-                odd = sorted({*odd, *self._negated()})
-            holds = (
-                odd is not None and (not odd or self._adopt(odd)) and (not self._variances or self._read_variances())
-            )
+            if odd or (odd is not None and self._variances):
+                # Both may run code of the user's, which may change what has been read.
+                holds = (
+                    self._adopt(odd)
+                    and (not self._variances or self._read_variances())
+                    and cast(bool, self._reader.unchanged())
+                )
+            else:
+                holds = odd is not None
         finally:
             if not holds:
                 self.release()
@@ -402,13 +408,6 @@ class Plan:
             else:
                 entry.variance = variance
         return True
-
-    def _negated(self) -> list[int]:
-        """Slots of gradients that are lazily negative. Later steps see this where strides or a single element tell."""
-        present = self._reader.addresses()
-        return [
-            entry.slot for entry in self.entries if present[entry.slot] and self._reader.held(entry.slot)[1].is_neg()
-        ]
 
     def _variance(self, slot: int, param: Tensor) -> Any:
         if self._given_variances is not None:
@@ -464,6 +463,11 @@ class Plan:
                 else:
                     with lock.runs_user_code():
                         operations += launch.operations(rows)
+        if any(bucket.rule.confidence is not None for bucket, _, _ in prepared) and not self._reader.unchanged():
+            raise RuntimeError(
+                "a confidence function has changed tensors of the step that it was called in: their memory, their "
+                "shape or what holds them; no parameter has been updated"
+            )
         for bucket, launch, rows in prepared:
             if not isinstance(launch, backends.HostLaunch):
                 # Around each launch by itself: a parameter may share memory with one of an earlier launch.
@@ -591,6 +595,21 @@ def _is_readable(variance: Tensor, strides: Sequence[int]) -> bool:
         and checks.memory_fault(variance) is None
         and not variance.is_neg()
     )
+
+
+def _refuse_simulated(entry: Entry) -> None:
+    """Raises where what has been made for a step has no memory.
+
+    Raises:
+        RuntimeError: a mode, FakeTensorMode for example, has made tensors of its own.
+    """
+    made = (entry.work, *entry.operands(), entry.beside, entry.gate, entry.step)
+    for tensor in made:
+        if tensor is not None and (fault := checks.memory_fault(tensor)) is not None:
+            raise RuntimeError(
+                f"state made for a step {fault[1]}: a mode such as FakeTensorMode is active, under which no real "
+                "parameter can be updated; take the step outside it"
+            )
 
 
 def _row(rule: Rule, group: Group, t: int) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks
 from ._extension import load
+from .storage import outside_inference_mode
 
 _C = load()
 
@@ -46,6 +47,9 @@ class Reader(Protocol):
         ``state`` is the optimizer's, or None while what the step uses is not in it yet.
         """
 
+    def unchanged(self) -> bool:
+        """Whether all that ``read`` has found is still so, after code of the user's has run."""
+
     def replace(self, slot: int, address: int) -> None:
         """Gives a gradient another address, of a copy that can be read."""
 
@@ -67,7 +71,8 @@ class Reader(Protocol):
 
 @functools.cache
 def _sample(dtype: torch.dtype) -> Tensor:
-    return torch.empty(1, dtype=dtype, device="cpu")
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        return torch.empty(1, dtype=dtype, device="cpu")
 
 
 class CompiledReader:
@@ -81,12 +86,14 @@ class CompiledReader:
         "release",
         "replace",
         "source",
+        "unchanged",
     )
 
     def __init__(self, shim: Any) -> None:
         source = _C.Reader(shim)
         self.source = source
         self.read = source.read
+        self.unchanged = source.unchanged
         self.replace = source.replace
         self.present = source.present
         self.held = source.held
@@ -128,15 +135,25 @@ class Addresses:
 
 
 class ListReader(Addresses):
-    """Tensors handed over in lists, for one step: nothing is known of them, and nothing watched."""
+    """Tensors handed over in lists, for one step, of which nothing is known before.
 
-    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    Args:
+        runs_user_code: whether the step will run functions of the user's, so that they are watched meanwhile.
+    """
+
+    def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], *, runs_user_code: bool) -> None:
         self._grads = [0] * len(grads)
         self._params = params
         self._given = grads
+        self._runs_user_code = runs_user_code
+        self._places: list[tuple[Tensor, Any]] = []
 
-    def watch(self, *_: object) -> None:
-        pass
+    def watch(self, group: int, param: Tensor | None, strides: object, dtype: object, state: StateEntries) -> None:
+        if self._runs_user_code and param is not None:
+            self._places += [(tensor, _place(tensor)) for tensor in (param, *(value for _, value in state))]
+
+    def unchanged(self) -> bool:
+        return all(_place(tensor) == place for tensor, place in self._places)
 
     def read(self, *_: object) -> list[int]:
         return [slot for slot, grad in enumerate(self._given) if grad is not None]
@@ -158,6 +175,7 @@ class PythonReader(Addresses):
         super().__init__()
         self._watched: list[tuple[Any, ...]] = []
         self._held: dict[int, tuple[Any, ...]] = {}
+        self._places: dict[int, tuple[Any, ...]] = {}  # of the gradients that are read where they lie
 
     def watch(
         self,
@@ -195,18 +213,28 @@ class PythonReader(Addresses):
                         return None
                     held.append(own[name])
             self._held[slot] = tuple(held)
+            found = _place(grad)
             if (
-                checks.memory_fault(grad) is None
+                found is not None
                 and grad.dtype == dtype
                 and grad.shape == param.shape
                 and grad.device == param.device
                 and checks.same_strides(grad, strides)
-                and not grad.is_neg()
             ):
                 self._grads[slot] = grad.data_ptr() or 1
+                self._places[slot] = found
             else:
                 odd.append(slot)
         return odd
+
+    def unchanged(self) -> bool:
+        for slot, (param, grad, *state) in self._held.items():
+            _, place, _, _, entries = self._watched[slot]
+            if _place(param) != place or (slot in self._places and _place(grad) != self._places[slot]):
+                return False
+            if any(_place(value) != noted for value, (_, noted) in zip(state, entries, strict=False)):
+                return False
+        return True
 
     def written(self) -> list[Tensor]:
         return [held[0] for slot, held in self._held.items() if self._grads[slot]]
@@ -216,6 +244,7 @@ class PythonReader(Addresses):
 
     def release(self) -> None:
         self._held = {}
+        self._places = {}
 
 
 @functools.cache
@@ -224,14 +253,16 @@ def _shim() -> Any | None:
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     path = os.path.join(os.path.dirname(torch.__file__), "lib", name)
     # Of sizes and versions by which they are told apart.
-    samples: list[Tensor] = [torch.empty(1009 + 2 * i, dtype=torch.float32, device="cpu") for i in range(16)]
-    samples.insert(1, torch.nn.Parameter(torch.empty(997, dtype=torch.float32, device="cpu")))
-    for i, sample in enumerate(samples):
-        torch._C._increment_version([sample] * (500 + i))
-    try:
-        return _C.TorchShim(path, torch._C.TensorBase, samples)
-    except RuntimeError:
-        return None
+    # Real ones, whatever modes their user is in.
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), outside_inference_mode():
+        samples: list[Tensor] = [torch.empty(1009 + 2 * i, dtype=torch.float32, device="cpu") for i in range(16)]
+        samples.insert(1, torch.nn.Parameter(torch.empty(997, dtype=torch.float32, device="cpu")))
+        for i, sample in enumerate(samples):
+            torch._C._increment_version([sample] * (500 + i))
+        try:
+            return _C.TorchShim(path, torch._C.TensorBase, samples)
+        except RuntimeError:
+            return None
 
 
 def make_reader() -> Reader:
@@ -250,8 +281,8 @@ def kind() -> str:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Where a tensor lies and how; None where it has not the memory that it needs."""
-    if checks.memory_fault(tensor) is not None:
+    """Where a tensor lies and how; None where it has not the memory that it needs, or not the numbers themselves."""
+    if checks.memory_fault(tensor) is not None or tensor.is_neg():
         return None
     strides = [1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, strides

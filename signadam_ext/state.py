@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +86,8 @@ def fit(layout: Layout, state: Mapping[str, Any], seed: int, number: int) -> Fit
 class _Fitting:
     def __init__(self, layout: Layout, state: Mapping[str, Any], seed: int, number: int) -> None:
         label, param = layout.label, layout.param
-        if not isinstance(state, Mapping):
-            raise TypeError(f"the state of {label} is a {type(state).__name__}: must be a dict")
+        if not isinstance(state, MutableMapping):
+            raise TypeError(f"the state of {label} is a {type(state).__name__}: must be a dict, which a step can write")
         checks.weights(label, layout.weights, param.dtype)
         self.layout, self.state, self.seed, self.number = layout, state, seed, number
         self.strides = storage.strides_of(param)

@@ -453,3 +453,62 @@ def test_damaged_files_are_named(tmp_path):
     path.write_bytes(bytes(flipped))
     with pytest.raises((ValueError, zipfile.BadZipFile), match=str(path)):
         optimizer.load_state(path)
+
+
+@pytest.mark.parametrize("how", ["dict", "file"])
+def test_nothing_is_loaded_where_a_warning_is_an_error(how, tmp_path):
+    optimizer = stepped(SignAdamPP, state_dtype="int8")
+    other = stepped(SignAdamPP)
+    before = other.state[other.param_groups[0]["params"][0]]["exp_avg"].clone()
+    optimizer.param_groups[0]["lr"] = 0.75
+    optimizer.save_state(tmp_path / "state")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="int8 to fp32"):
+            if how == "dict":
+                other.load_state_dict(optimizer.state_dict())
+            else:
+                other.load_state(tmp_path / "state")
+    assert torch.equal(other.state[other.param_groups[0]["params"][0]]["exp_avg"], before)
+    assert other.param_groups[0]["lr"] == 0.1
+
+
+def test_no_group_is_added_where_a_warning_is_an_error():
+    optimizer = stepped(SignAdamPP)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="momentum with beta"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "state_dtype": "int2", "beta": 0.99})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "step"])
+@pytest.mark.parametrize("bytes_left", [0, -4])
+def test_a_file_holds_numbers_or_is_not_written(name, bytes_left, tmp_path):
+    optimizer = stepped(SignAdamPP)
+    path = tmp_path / "state"
+    optimizer.save_state(path)
+    before = path.read_bytes()
+    storage = optimizer.state[optimizer.param_groups[0]["params"][0]][name].untyped_storage()
+    storage.resize_(0 if bytes_left == 0 else storage.nbytes() + bytes_left)
+    with pytest.raises(ValueError, match=rf"state '{name}' of .* needs a storage"):
+        optimizer.save_state(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["a user's", "exp_avg_levels"])
+def test_entries_whose_storage_was_freed_are_refused_by_name(name):
+    optimizer = stepped(SignAdamPP, state_dtype="int8")
+    saved = optimizer.state_dict()
+    saved["state"][0][name] = torch.ones(1000)
+    saved["state"][0][name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"state [\"']{name}[\"'] of .* needs a storage of 4000 bytes, and has 0"):
+        stepped(SignAdamPP, state_dtype="int8").load_state_dict(saved)
+
+
+def test_a_path_of_nothing_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    with pytest.raises(FileNotFoundError):
+        stepped(SignAdamPP).save_state("")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["inside"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -276,3 +277,157 @@ def test_overlapping_parameters_on_the_reference_and_cpu():
     expected = run(["reference"] * 3)
     assert run(["cpu"] * 3) == run(["cpu", "reference", "cpu"]) == run(["reference", "cpu", "auto"]) == expected
     assert len(set(expected)) > 3
+
+
+# What code of the user's, or of somebody else's, does between the look and the write
+
+
+@pytest.mark.parametrize("what", ["freed", "moved", "reshaped"])
+@pytest.mark.parametrize("of", ["parameter", "gradient", "moment"])
+def test_a_confidence_function_that_changes_the_tensors_of_its_step_is_refused(backend, what, of):
+    """It runs after all have been looked at, and before any is written."""
+    first, second = (nn.Parameter(torch.ones(2, 1000)) for _ in range(2))
+    meddles = []
+
+    def confidence(g, alpha):
+        if meddles:
+            tensor = {"parameter": second, "gradient": second.grad, "moment": optimizer.state[second]["exp_avg"]}[of]
+            if what == "freed":
+                tensor.untyped_storage().resize_(0)
+            elif what == "moved":
+                tensor.data = tensor.detach().clone()
+            else:
+                tensor.data = tensor.detach().view(1000, 2)
+        return g.sign()
+
+    optimizer = SignAdamPP([{"params": [second]}, {"params": [first], "confidence": confidence}], lr=0.125)
+    optimizer.param_groups[0]["backend"] = backend
+    for _ in range(2):
+        first.grad, second.grad = torch.ones(2, 1000), torch.ones(2, 1000)
+        optimizer.step()
+    kept = first.detach().clone(), int(optimizer.state[first]["step"]), first._version
+    meddles.append(True)
+    with pytest.raises(RuntimeError, match="a confidence function has changed tensors of the step"):
+        optimizer.step()
+    assert torch.equal(first, kept[0])
+    assert (int(optimizer.state[first]["step"]), first._version) == kept[1:]
+    assert int(optimizer.state[second]["step"]) == 2
+
+
+def test_memory_that_is_to_be_copied_on_write_is(backend):
+    """A clone that waits for the first write keeps its numbers."""
+    param = nn.Parameter(torch.ones(1000))
+    optimizer = Adam([param], lr=0.125, backend=backend)
+    for _ in range(3):
+        param.grad = torch.ones(1000)
+        optimizer.step()
+    state = optimizer.state[param]
+    clones = [torch._lazy_clone(x) for x in (param.detach(), state["exp_avg"], state["step"])]
+    before = [float(x.sum()) for x in (param.detach().clone(), state["exp_avg"].clone(), state["step"].clone())]
+    param.grad = torch.ones(1000)
+    optimizer.step()
+    assert [float(clone.clone().sum()) for clone in clones] == before
+    assert float(param.detach().sum()) != before[0] and float(state["step"]) == 4
+
+
+@pytest.mark.parametrize("what", ["gradient", "moment"])
+def test_tensors_of_torch_func_taken_by_data_are_refused(backend, what):
+    """What torch leaves in a plain tensor then has no storage at all."""
+    param = nn.Parameter(torch.ones(4, 6))
+    optimizer = Adam([param], lr=0.125, backend=backend)
+    for _ in range(2):
+        param.grad = torch.ones(4, 6)
+        optimizer.step()
+    before = param.detach().clone()
+    raised = []
+
+    def inside(x):
+        tensor = param.grad if what == "gradient" else optimizer.state[param]["exp_avg"]
+        tensor.data = x
+        with pytest.raises(ERRORS, match=r"torch\.func"):
+            optimizer.step()
+        raised.append(True)
+        return x.sum()
+
+    torch.func.grad(inside)(torch.ones(4, 6))
+    assert raised and torch.equal(param, before)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_real_parameters_under_a_mode_that_makes_fakes(backend, steps, gaps):
+    """Either nothing happens, or the real step: no kernel is given the address of a fake tensor."""
+    base = torch.ones(4, 6)
+    param = nn.Parameter(base[:, :3] if gaps else base)
+    optimizer = Adam([param], lr=0.125, backend=backend)
+    param.grad = torch.ones_like(param)
+    for _ in range(steps):
+        optimizer.step()
+    before = param.detach().clone()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            optimizer.step()
+        except ERRORS:
+            pass
+        else:
+            steps += 1
+    assert torch.equal(param, before) or float(optimizer.state[param]["step"]) == steps
+    optimizer.step()
+    assert float(optimizer.state[param]["step"]) == steps + 1
+
+
+@pytest.mark.parametrize("what", ["parameter", "moment", "step"])
+def test_one_element_that_becomes_lazily_negative(backend, what):
+    """No stride tells, and torch's interface does not either."""
+    param = nn.Parameter(torch.ones(1))
+    optimizer = Adam([param], lr=0.125, backend=backend)
+    for _ in range(2):
+        param.grad = torch.ones(1)
+        optimizer.step()
+    state = optimizer.state[param]
+    twin = nn.Parameter(param.detach().clone())
+    other = Adam([twin], lr=0.125, backend="reference")
+    other.load_state_dict(optimizer.state_dict())
+    if what == "parameter":
+        param.data = torch._neg_view(param.detach())
+        with pytest.raises(ERRORS, match="is the negative of what its memory holds"):
+            optimizer.step()
+        return
+    if what == "step":
+        state["step"] = torch._neg_view(state["step"])
+        with pytest.raises(ERRORS, match="must be the number of steps taken"):
+            optimizer.step()
+        return
+    state["exp_avg"] = torch._neg_view(state["exp_avg"])
+    other.state[twin]["exp_avg"].neg_()
+    twin.grad = torch.ones(1)
+    optimizer.step()
+    other.step()
+    assert torch.equal(param, twin)
+
+
+def test_the_gradient_of_a_class_that_changes(backend):
+    """A property put into the class after a step is what its user means by ``grad``."""
+
+    class Own(nn.Parameter):
+        pass
+
+    param = Own(torch.zeros(4))
+    optimizer = SignSGD([param], lr=0.125, backend=backend)
+    for _ in range(2):
+        param.grad = torch.ones(4)
+        optimizer.step()
+    before = param.detach().clone()
+    Own.grad = property(lambda self: -torch.ones(4))
+    optimizer.step()
+    assert torch.equal(param.detach(), before + 0.125)
+
+
+def test_state_that_cannot_be_written_is_refused_before_the_step(backend):
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = Adam([param], lr=0.125, backend=backend)
+    optimizer.state[param] = MappingProxyType({"step": torch.tensor(5.0)})
+    param.grad = torch.ones(4)
+    with pytest.raises(TypeError, match="is a mappingproxy: must be a dict, which a step can write"):
+        optimizer.step()
+    assert torch.equal(param, torch.zeros(4)) and param._version == 0

@@ -53,11 +53,17 @@ def commit(
         tables: those whose tensors count the step.
         states: (optimizer's state, parameter, its state or None, entries to put in, names to take out).
         written: the parameters that are written, or the compiled reader that has read them, or None.
+
+    Raises:
+        TypeError, ValueError: a tensor to be copied has no memory; nothing has been written.
     """
-    guards: list[Any] = []
-    if any(type(operation) is tuple for operation in operations):
-        # Modes and subclasses would run Python code between two of the writes.
-        guards = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()]
+    copies = [operation for operation in operations if type(operation) is tuple]
+    for _, targets, results in copies:
+        for tensor in (*targets, *results):
+            # A mode of the user's, FakeTensorMode for example, may have made it.
+            checks.allocated("what a step copies", tensor)
+    # Modes and subclasses would run Python code between two of the writes. Made last: they work as soon as they exist.
+    guards = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()] if copies else []
     _C.commit(
         operations, list(tables), list(states), [] if written is None else written, torch._C._increment_version, guards
     )
