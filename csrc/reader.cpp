@@ -114,7 +114,7 @@ void Reader::watch(std::size_t group, const py::object& param, const py::tuple& 
       py::object entry_name = pair[0];
       PyObject* interned = entry_name.release().ptr();
       PyUnicode_InternInPlace(&interned);
-      entries_.push_back({py::reinterpret_steal<py::object>(interned), note(pair[1]), 0});
+      entries_.push_back({py::reinterpret_steal<py::object>(interned), note(pair[1]), 0, nullptr});
     }
   }
   parameter.end_entry = entries_.size();
@@ -230,22 +230,40 @@ PyObject* Reader::find(PyObject* own, StateEntry& entry) {
   return value;
 }
 
+// A number that no other dictionary has had, and this one only for as long as it has not changed; 0 where Python does
+// not tell.
+uint64_t Reader::version_of(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  (void)dict;
+  return 0;
+#endif
+}
+
 // Whether a parameter's state is as it was noted; from here on it is owned.
-bool Reader::take_state(const Parameter& parameter, PyObject* own) {
+bool Reader::take_state(Parameter& parameter, PyObject* own) {
   if (parameter.first_entry == parameter.end_entry) return true;
   if (own == nullptr || !PyDict_Check(own)) return false;
+  const uint64_t version = version_of(own);
+  const bool is_known = version != 0 && version == parameter.state_version;
   for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e) {
     StateEntry& entry = entries_[e];
-    PyObject *key = nullptr, *value = nullptr;
-    Py_ssize_t position = entry.position;
-    // Mostly it is where it was; a position that no longer exists is noticed.
-    if (PyDict_Next(own, &position, &key, &value) == 0 || key != entry.name.ptr()) {
-      value = find(own, entry);
-      if (value == nullptr) return false;
+    PyObject* value = entry.last;
+    if (!is_known) {
+      PyObject* key = nullptr;
+      Py_ssize_t position = entry.position;
+      // Mostly it is where it was; a position that no longer exists is noticed.
+      if (PyDict_Next(own, &position, &key, &value) == 0 || key != entry.name.ptr()) {
+        value = find(own, entry);
+        if (value == nullptr) return false;
+      }
+      entry.last = value;
     }
     if (!same(value, entry.tensor)) return false;
     state_tensors_[e] = py::reinterpret_borrow<py::object>(value);
   }
+  parameter.state_version = version;
   return true;
 }
 

@@ -71,6 +71,7 @@ class Reader {
     py::object name;
     Noted tensor;
     Py_ssize_t position;  // in the parameter's state, where it was last time
+    PyObject* last;       // what was there; read only where the state has not changed since
   };
   struct Parameter {
     std::size_t group;
@@ -82,6 +83,7 @@ class Reader {
     Trace grad_trace;    // of the last gradient that could be read where it lies
     void* grad_address;  // its address
     std::size_t first_entry, end_entry;
+    uint64_t state_version;  // of its state when all entries were last found in it
   };
 
   static void* address_of(const Parameter& parameter) {
@@ -94,7 +96,8 @@ class Reader {
   bool find_parameters(const py::object& param_groups);
   bool find_states(PyObject* state);
   static PyObject* find(PyObject* own, StateEntry& entry);
-  bool take_state(const Parameter& parameter, PyObject* own);
+  static uint64_t version_of(PyObject* dict);
+  bool take_state(Parameter& parameter, PyObject* own);
   void take_gradients();
   void prefetch(std::size_t index) const;
   PyObject* get_grad(PyObject* param);
