@@ -339,7 +339,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "a moment may be missing",
         8,
-        ((CHECKPOINT, "        elif not OPTIMIZERS_OWN.isdisjoint(saved):", "        elif False:"),),
+        ((CHECKPOINT, "        if name not in saved and not OPTIMIZERS_OWN.isdisjoint(saved):", "        if False:"),),
     ),
     Mutation(
         "low bits and a master copy may come together",
@@ -355,7 +355,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 '        ours, method = self._method(), saved.get("method")\n',
                 '        return\n        ours, method = self._method(), saved.get("method")\n',
             ),
-            (CHECKPOINT, "        elif not OPTIMIZERS_OWN.isdisjoint(saved):", "        elif False:"),
+            (CHECKPOINT, "        if name not in saved and not OPTIMIZERS_OWN.isdisjoint(saved):", "        if False:"),
         ),
     ),
     Mutation(
