@@ -320,17 +320,17 @@ py::object Reader::read(const py::object& param_groups, const py::object& state)
   std::unordered_set<PyObject*> negated;
   for (PyObject* object : std::exchange(unsure_, {}))  // which may run Python code
     if (is_negated(object)) negated.insert(object);
-  if (!negated.empty())
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      if (negated.count(grad_objects_[i].ptr()) != 0 && grads_[i] != nullptr) {
+  const auto is_any = [&negated](const py::object& tensor) { return negated.count(tensor.ptr()) != 0; };
+  if (!negated.empty()) {
+    if (std::any_of(params_.begin(), params_.end(), is_any)) return py::none();
+    if (std::any_of(state_tensors_.begin(), state_tensors_.end(), is_any)) return py::none();
+    for (std::size_t i = 0; i < parameters_.size(); ++i)
+      if (grads_[i] != nullptr && is_any(grad_objects_[i])) {
         parameters_[i].grad_trace = {};
         grads_[i] = nullptr;
         odd.push_back(i);
       }
-      if (grad_objects_[i] && negated.count(params_[i].ptr()) != 0) return py::none();
-    }
-  for (const auto& tensor : state_tensors_)
-    if (negated.count(tensor.ptr()) != 0) return py::none();
+  }
   py::list slots;
   for (const std::size_t i : odd) slots.append(i);
   return std::move(slots);
