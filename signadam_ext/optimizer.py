@@ -47,6 +47,9 @@ CONSTRUCTORS = ("backend", "state_dtype", "weights")
 #: Largest beta, by levels of a momentum's codes, that goes without a warning of the variance that rounding adds.
 VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
 
+#: How often a step is planned where another thread gives or drops gradients meanwhile.
+PLANNING_ATTEMPTS = 3
+
 
 class SignOptimizer(Optimizer):
     """Base of the optimizers. A subclass names its rule and says what its own hyperparameters may be."""
@@ -267,13 +270,12 @@ class SignOptimizer(Optimizer):
     def _plan_of(self, items: list[Item], groups: Sequence[dict[str, Any]]) -> Plan:
         """A plan that has read its first gradients."""
         # What is made for later steps must not be of one that runs in inference mode.
-        with outside_inference_mode(), torch.no_grad():
-            plan = Plan(items, state=self.state, observes=self._runtime.observes)
-        if not plan.read(groups, self.state):
-            raise RuntimeError(
-                "gradients changed while the step was being planned; is another thread running backward?"
-            )
-        return plan
+        for _ in range(PLANNING_ATTEMPTS):
+            with outside_inference_mode(), torch.no_grad():
+                plan = Plan(items, state=self.state, observes=self._runtime.observes)
+            if plan.read(groups, self.state):
+                return plan
+        raise RuntimeError("gradients changed while the step was being planned; is another thread running backward?")
 
     def _item(self, label: str, param: Tensor, group: dict[str, Any], index: int, number: int) -> Item:
         layout = self._layout(label, param, group)

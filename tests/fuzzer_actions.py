@@ -433,7 +433,7 @@ def shrunk(side: Side, draw: Draw) -> str | None:
     tensor = p if where == "parameter" else side.state[p][where]
     size = draw.randrange(1, tensor.numel() - 1)
     # Where no state tells how many elements there were, a smaller parameter is one like any other.
-    sized = [x for x in side.state[p].values() if isinstance(x, Tensor) and x.dim() and x.numel()]
+    sized = [x for x in map(side.state[p].get, side.tensors_of(i)) if isinstance(x, Tensor) and x.dim()]
     runs = all(x.dtype == torch.uint8 for x in sized) and -(-size // 32) == -(-p.numel() // 32)
     if where == "parameter" and (not sized or runs):
         raise Skip
@@ -1577,7 +1577,8 @@ def confidence_function(side: Side, draw: Draw) -> str | None:
             how
         )
 
-    if how == "NaN" and any(side.params[k].grad.isnan().any() for k in own_params):
+    # Coupled decay brings what is no number from the parameter.
+    if how == "NaN" and not all(x.isfinite().all() for k in own_params for x in (side.params[k], side.params[k].grad)):
         how = "None"
     before = side.look()
     before.groups = side.look(clone=False).groups
