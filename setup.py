@@ -136,7 +136,7 @@ class BuildWithNinja(build_ext):
         headers = (pybind11.get_include(), sysconfig.get_paths()["include"])
         includes = [f"-isystem {shlex.quote(path)}" for path in headers]
         if not sanitize:
-            # pybind11 would ask at every reference whether the lock is held: a tenth of a step of many tensors.
+            # pybind11 would ask the interpreter at every reference that is taken or dropped whether the lock is held.
             includes.append("-DPYBIND11_NO_ASSERT_GIL_HELD_INCREF_DECREF")
         defines = [f"-DSIGNADAM_VERSION={version()}", f"-DSIGNADAM_COMMIT={commit()}"]
         # A capability is baked in as machine code; the last also as PTX, which the driver compiles for newer devices.
