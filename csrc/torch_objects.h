@@ -58,8 +58,8 @@ class TorchObjects {
     __builtin_prefetch(trace.storage + size_at_);
   }
 
-  // What torch's builtin of that name does, without the reference that it takes and drops, which costs ten times as
-  // much. False for a tensor of another kind, and where versions have not been found: the builtin must be called.
+  // What torch's builtin of that name does, without the reference that it takes and drops. False for a tensor of
+  // another kind, and where versions have not been found: the builtin must be called.
   bool increment_version(PyObject* tensor) const {
     const char* const object = object_of(tensor);
     if (version_at_ == 0 || word_at<const void*>(object, 0) != tensor_class_) return false;

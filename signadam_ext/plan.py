@@ -147,7 +147,6 @@ class Bucket:
         self.gappy = [entry for entry in self.entries if not entry.is_dense]
         self.table = _C.Table(rows_by_step=self.rule.uses_step)
         for entry in self.entries:
-            _refuse_simulated(entry)
             addresses = [0 if x is None else x.data_ptr() for x in entry.operands()]
             formats = [form.number for form in entry.forms] + [FORMATS[torch.float32]] * 3
             self.table.add(
@@ -298,6 +297,7 @@ class Plan:
         buckets: dict[tuple[Any, ...], list[Entry]] = {}
         for found, level in zip(chosen, levels, strict=True):
             entry, backend = _entry(found), found.backend
+            _refuse_simulated(entry, found.fitted)
             self.entries.append(entry)
             self._strides[found.slot] = entry.strides
             self._grad_dtypes[found.slot] = entry.grad_dtype
@@ -597,15 +597,18 @@ def _is_readable(variance: Tensor, strides: Sequence[int]) -> bool:
     )
 
 
-def _refuse_simulated(entry: Entry) -> None:
+def _refuse_simulated(entry: Entry, fitted: Fitted) -> None:
     """Raises where what has been made for a step has no memory.
 
     Raises:
         RuntimeError: a mode, FakeTensorMode for example, has made tensors of its own.
     """
-    made = (entry.work, *entry.operands(), entry.beside, entry.gate, entry.step)
+    made = [value for value in fitted.changes.values() if isinstance(value, Tensor)]
+    made += [] if entry.is_dense else [entry.work]
+    if entry.variance is not None and entry.variance_address is None:
+        made.append(entry.variance)
     for tensor in made:
-        if tensor is not None and (fault := checks.memory_fault(tensor)) is not None:
+        if (fault := checks.memory_fault(tensor)) is not None:
             raise RuntimeError(
                 f"state made for a step {fault[1]}: a mode such as FakeTensorMode is active, under which no real "
                 "parameter can be updated; take the step outside it"

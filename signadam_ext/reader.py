@@ -252,8 +252,7 @@ def _shim() -> Any | None:
     """torch's C shim, or None where this torch does not have what is needed of it."""
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     path = os.path.join(os.path.dirname(torch.__file__), "lib", name)
-    # Of sizes and versions by which they are told apart.
-    # Real ones, whatever modes their user is in.
+    # Real ones, whatever modes their user is in, of sizes and versions by which they are told apart.
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), outside_inference_mode():
         samples: list[Tensor] = [torch.empty(1009 + 2 * i, dtype=torch.float32, device="cpu") for i in range(16)]
         samples.insert(1, torch.nn.Parameter(torch.empty(997, dtype=torch.float32, device="cpu")))
@@ -272,7 +271,7 @@ def make_reader() -> Reader:
 
 
 def kind() -> str:
-    """What ``python -m signadam_ext`` says of the reader."""
+    """What ``signadam info`` says of the reader."""
     shim = _shim()
     if shim is None:
         return "Python (torch's C shim was not found)"

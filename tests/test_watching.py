@@ -85,6 +85,16 @@ def trained(cls, backend: str, steps: int = 1, **options):
     return params, optimizer
 
 
+def trained_alone(backend: str, *shape: int, steps: int):
+    """One parameter after some steps, and its optimizer."""
+    param = nn.Parameter(torch.ones(shape))
+    optimizer = Adam([param], lr=0.125, backend=backend)
+    for _ in range(steps):
+        param.grad = torch.ones(shape)
+        optimizer.step()
+    return param, optimizer
+
+
 def seen(params, optimizer) -> str:
     return str([[p.tolist() for p in params], [p._version for p in params], optimizer.state_dict()["state"]])
 
@@ -316,11 +326,7 @@ def test_a_confidence_function_that_changes_the_tensors_of_its_step_is_refused(b
 
 def test_memory_that_is_to_be_copied_on_write_is(backend):
     """A clone that waits for the first write keeps its numbers."""
-    param = nn.Parameter(torch.ones(1000))
-    optimizer = Adam([param], lr=0.125, backend=backend)
-    for _ in range(3):
-        param.grad = torch.ones(1000)
-        optimizer.step()
+    param, optimizer = trained_alone(backend, 1000, steps=3)
     state = optimizer.state[param]
     clones = [torch._lazy_clone(x) for x in (param.detach(), state["exp_avg"], state["step"])]
     before = [float(x.sum()) for x in (param.detach().clone(), state["exp_avg"].clone(), state["step"].clone())]
@@ -333,11 +339,7 @@ def test_memory_that_is_to_be_copied_on_write_is(backend):
 @pytest.mark.parametrize("what", ["gradient", "moment"])
 def test_tensors_of_torch_func_taken_by_data_are_refused(backend, what):
     """What torch leaves in a plain tensor then has no storage at all."""
-    param = nn.Parameter(torch.ones(4, 6))
-    optimizer = Adam([param], lr=0.125, backend=backend)
-    for _ in range(2):
-        param.grad = torch.ones(4, 6)
-        optimizer.step()
+    param, optimizer = trained_alone(backend, 4, 6, steps=2)
     before = param.detach().clone()
     raised = []
 
@@ -379,11 +381,7 @@ def test_real_parameters_under_a_mode_that_makes_fakes(backend, steps, gaps):
 @pytest.mark.parametrize("what", ["parameter", "moment", "step"])
 def test_one_element_that_becomes_lazily_negative(backend, what):
     """No stride tells, and torch's interface does not either."""
-    param = nn.Parameter(torch.ones(1))
-    optimizer = Adam([param], lr=0.125, backend=backend)
-    for _ in range(2):
-        param.grad = torch.ones(1)
-        optimizer.step()
+    param, optimizer = trained_alone(backend, 1, steps=2)
     state = optimizer.state[param]
     twin = nn.Parameter(param.detach().clone())
     other = Adam([twin], lr=0.125, backend="reference")
@@ -431,3 +429,28 @@ def test_state_that_cannot_be_written_is_refused_before_the_step(backend):
     with pytest.raises(TypeError, match="is a mappingproxy: must be a dict, which a step can write"):
         optimizer.step()
     assert torch.equal(param, torch.zeros(4)) and param._version == 0
+
+
+@pytest.mark.parametrize("disturbances", [1, 2, 3])
+def test_a_step_that_is_disturbed_while_it_is_planned_is_planned_again(backend, disturbances, monkeypatch):
+    """Another thread gives or drops a gradient meanwhile; not for ever."""
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = SignSGD([param], lr=0.125, backend=backend)
+    param.grad = torch.ones(4)
+    read, calls = signadam_ext.plan.Plan.read, []
+
+    def disturbed(self, *arguments):
+        calls.append(self)
+        if len(calls) > disturbances:
+            return read(self, *arguments)
+        self.release()
+        return False
+
+    monkeypatch.setattr(signadam_ext.plan.Plan, "read", disturbed)
+    if disturbances < 3:
+        optimizer.step()
+        assert torch.equal(param.detach(), torch.full((4,), -0.125))
+    else:
+        with pytest.raises(RuntimeError, match="gradients changed while the step was being planned"):
+            optimizer.step()
+        assert torch.equal(param, torch.zeros(4)) and param._version == 0 and not optimizer.state[param]
