@@ -177,6 +177,11 @@ class SignOptimizer(Optimizer):
                 runtime.plan, runtime.plan_key = plan, key
                 runtime.round += 1
                 plan.round = runtime.round
+        except BaseException:
+            # A signal handler may have raised just before the plan lets go of what it has read.
+            if runtime.plan is not None and runtime.plan.owns:
+                runtime.plan = None
+            raise
         finally:
             # Where a signal handler raises as torch.no_grad is left, gradients would stay disabled.
             torch._C._set_grad_enabled(enabled)
@@ -197,10 +202,15 @@ class SignOptimizer(Optimizer):
         alone = [{**group, "params": [param]}]
         own = self.state.get(param)
         plan, plan_key = runtime.plans_alone.get(id(param), (None, None))
-        if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
-            runtime.plans_alone.pop(id(param), None)
-            plan = self._plan_of([self._item(_label(group, index, i), param, group, 0, number)], alone)
-        plan.run(alone, runtime.lock)
+        try:
+            if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
+                runtime.plans_alone.pop(id(param), None)
+                plan = self._plan_of([self._item(_label(group, index, i), param, group, 0, number)], alone)
+            plan.run(alone, runtime.lock)
+        except BaseException:
+            if plan is not None and plan.owns:  # as above
+                runtime.plans_alone.pop(id(param), None)
+            raise
         runtime.plans_alone[id(param)] = plan, key
         plan.round = runtime.round
         return True

@@ -257,6 +257,7 @@ class Plan:
         "entries",
         "labels",
         "launches",
+        "owns",
         "round",
     )
 
@@ -268,6 +269,7 @@ class Plan:
         observes: bool = False,
     ):
         self.round = 0  # the number of the optimizer's step that this plan has last taken
+        self.owns = True  # tensors of a step, until they are released
         self.labels = [item.label for item in items]
         self._copies: dict[int, Tensor] = {}
         self._is_first = True
@@ -362,6 +364,7 @@ class Plan:
                 at it.
         """
         holds = False
+        self.owns = True
         try:
             for buffers in self._buffers:
                 buffers.use()
@@ -516,6 +519,7 @@ class Plan:
             entry.unbind()
         self._holds_all = False
         self._reader.release()
+        self.owns = False
 
 
 def _choose(slot: int, item: Item, grad: Tensor | None) -> _Chosen | None:

@@ -271,9 +271,6 @@ def odd_gradients(side: Side, draw: Draw) -> str | None:
     p.grad_dtype = odd.dtype
     p.grad = ordinary if side.plain else odd
     for _ in range(draw.choice((1, 2))):
-        if odd.is_neg() and not side.plain:
-            # Of dense ones, which only torch._neg_view makes, no strides tell: they are seen where a plan is made.
-            side.optimizer._runtime.forget_plans()
         side.step()
     p.grad = None
     return kind
@@ -487,7 +484,7 @@ def offloaded(side: Side, draw: Draw) -> str | None:
                 side.step()
     else:
         moved = side.state.pop(p)
-        copies = {name: x.clone() if isinstance(x, Tensor) else x for name, x in moved.items()}
+        copies = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in moved.items()}
         for x in moved.values():
             if isinstance(x, Tensor):
                 x.untyped_storage().resize_(0)
@@ -734,7 +731,7 @@ def other_doors(side: Side, draw: Draw) -> str | None:
     if x.dtype != torch.uint8 and name not in ("step", "param_low", "master_param"):
         side.state[p][name] = x.detach() * 0.5
     else:
-        side.state[p][name] = x.clone()
+        side.state[p][name] = x.detach().clone()
     side.step(step)
     return how
 
@@ -1196,8 +1193,12 @@ def flattened(side: Side, draw: Draw) -> str | None:
 
     if side.spec.shares or any("ema" in x for x in side.state.values()):
         raise Skip
+    if not all(group["params"] for group in side.optimizer.param_groups):
+        raise Skip  # groups go by the names of their parameters there, and torch writes nothing of an empty one
     give(side, draw, everyone=True)
     side.step()
+    if not all(p.isfinite().all() for p in side.params):
+        raise Skip  # torch makes state by a step with a learning rate of 0, and 0 times infinity is NaN
     without_gradients(side)
     flat = dcp.StateDictOptions(flatten_optimizer_state_dict=draw.random() < 0.8)
     if not side.plain:

@@ -235,15 +235,22 @@ class Side:
         """A fresh optimizer with the same groups, over the same parameters or copies of them."""
         known = {"betas", *self.optimizer.HYPERPARAMETERS, *self.optimizer.COMMON}
         twins = {id(p): q for p, q in zip(self.params, params or self.params, strict=True)}
-        groups = []
-        for group in self.optimizer.param_groups:
+        groups, empty = [], []
+        for k, group in enumerate(self.optimizer.param_groups):
             listed: list[Any] = [twins[id(p)] for p in group["params"]]
+            own = {name: x for name, x in group.items() if name in known}
+            if not listed:  # a constructor would take it for one without names
+                empty.append((k, {**own, "params": [], **({"param_names": []} if "param_names" in group else {})}))
+                continue
             if "param_names" in group:
                 listed = list(zip(group["param_names"], listed, strict=True))
-            groups.append({**{name: x for name, x in group.items() if name in known}, "params": listed})
+            groups.append({**own, "params": listed})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return self.spec.row.optimizer(groups, backend=self.backend, **self.spec.row.hyperparameters)
+            optimizer = self.spec.row.optimizer(groups, backend=self.backend, **self.spec.row.hyperparameters)
+        for k, group in empty:
+            optimizer.param_groups.insert(k, {**optimizer.defaults, **group})
+        return optimizer
 
     # What it holds.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from fuzzer_failures import at_point
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -118,6 +121,39 @@ def test_interrupts(cls, options, backend, gaps):
             assert interrupted > 0
     finally:
         signal.signal(signal.SIGALRM, old)
+
+
+@both
+@pytest.mark.parametrize("released", [False, True], ids=["step", "released"])
+def test_an_interrupted_step_owns_nothing(backend, released):
+    """At every place of a step whose plan is made: what its user drops after the interrupt is freed."""
+    params, optimizer = make(*FORMS[0], backend, 1)
+    if released:
+        optimizer.zero_grad()
+        release_gradients(params, optimizer)
+
+    def step() -> None:
+        if released:
+            sum((p * p.detach()).sum() for p in params).backward()
+        else:
+            optimizer.step()
+
+    for n in range(1, 10_000):
+        for p in params:
+            p.grad = None if released else torch.ones_like(p)
+        step()
+        for p in params:
+            p.grad = None if released else torch.ones_like(p)
+        where, points = at_point(step, n)
+        grads = [weakref.ref(p.grad) for p in params if p.grad is not None]
+        optimizer.zero_grad()
+        if any(ref() is not None for ref in grads):
+            gc.collect()
+        assert all(ref() is None for ref in grads), where
+        if points < n:
+            break
+    else:
+        raise AssertionError("the step never got through")
 
 
 @both
