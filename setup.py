@@ -21,7 +21,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -208,6 +208,8 @@ def sources() -> list[str]:
 
 
 setup(
+    # The Triton kernels lie at the top of the repository, where no search finds them by this name.
+    packages=[*find_packages(include=["signadam_ext", "signadam_ext.*"]), "signadam_ext.triton_kernels"],
     ext_modules=[Extension("signadam_ext._C", sources=sources())],
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from signadam_ext.storage import BOUNDED, WEIGHTS
+from signadam_ext.core.formats import BOUNDED, WEIGHTS
 
 from . import machine
 

@@ -10,8 +10,8 @@ The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`
 from . import functional
 from ._version import __version__
 from .optimizers import MSGD, MSVAG, SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum
-from .release import GradientRelease, release_gradients
-from .variance import per_sample_variance
+from .training.gradient_release import GradientRelease, release_gradients
+from .training.per_sample_variance import per_sample_variance
 
 __all__ = [
     "MSGD",

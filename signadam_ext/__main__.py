@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import torch
 
-from . import backends, memory, reader
-from ._extension import load
+from . import backends, memory
 from ._version import __version__
+from .core.native import load
+from .engine import gradients
 
 
 def report() -> str:
@@ -44,7 +45,7 @@ def report() -> str:
         ("Python", sys.version.split()[0]),
         ("torch", f"{torch.__version__} ({_torch_device_support()})"),
         ("triton", _version_of("triton")),
-        ("reader", reader.kind()),
+        ("reader", gradients.kind()),
     ]
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
     for device in devices:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from . import checks, optimizers
-from .checkpoint import STEP_DTYPE
-from .optimizer import SignOptimizer
-from .storage import BESIDE, BF16, BOUNDED, FP32, WEIGHTS, Form, effective_weights
+from . import optimizers
+from .core import checks
+from .core.formats import BESIDE, BF16, BOUNDED, FP32, WEIGHTS, Form, effective_weights
+from .optimizers.base import SignOptimizer
+from .state.checkpoint import STEP_DTYPE
 
 OPTIMIZERS: dict[str, type[SignOptimizer]] = {
     name: found for name, found in vars(optimizers).items() if isinstance(found, type) and name in optimizers.__all__

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from table import TABLE, Row
 from torch import Tensor
 
-from signadam_ext.storage import WEIGHTS
+from signadam_ext.core.formats import WEIGHTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Sizes around every border of the kernels: vectors, pieces, rows, chunks, units of threads.

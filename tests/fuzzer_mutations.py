@@ -39,10 +39,10 @@ class Mutation:
         return any(file.startswith("csrc/") for file, _, _ in self.edits)
 
 
-PLAN, STATE, CHECKS = "signadam_ext/plan.py", "signadam_ext/state.py", "signadam_ext/checks.py"
-OPTIMIZER, CHECKPOINT = "signadam_ext/optimizer.py", "signadam_ext/checkpoint.py"
-LOCK, RELEASE = "signadam_ext/step_lock.py", "signadam_ext/release.py"
-BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference.py"
+PLAN, STATE, CHECKS = "signadam_ext/engine/plan.py", "signadam_ext/state/schema.py", "signadam_ext/core/checks.py"
+OPTIMIZER, CHECKPOINT = "signadam_ext/optimizers/base.py", "signadam_ext/state/checkpoint.py"
+LOCK, RELEASE = "signadam_ext/engine/step_lock.py", "signadam_ext/training/gradient_release.py"
+BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference/backend.py"
 READER, TABLE, OBJECTS = "csrc/reader.cpp", "csrc/host_table.cpp", "csrc/torch_objects.h"
 
 COMMIT = "backends.commit(operations, tables, self._pending, self._reader.written())"
@@ -280,7 +280,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         5,
         (
             (
-                "signadam_ext/hyperparameters.py",
+                "signadam_ext/core/hyperparameters.py",
                 "given[name], found[name] = value, check(name, value)",
                 "given[name], found[name] = value, value if isinstance(value, (tuple, list)) else checks.plain(value)",
             ),
@@ -322,14 +322,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the order in which codes lie is not looked at",
         7,
-        ((STATE, "        if order != storage.order_of(param.shape, self.strides):", "        if order < 0:"),),
+        ((STATE, "        if order != formats.order_of(param.shape, self.strides):", "        if order < 0:"),),
     ),
     Mutation(
         "state made in inference mode stays of that mode",
         7,
         (
             (
-                "signadam_ext/storage.py",
+                "signadam_ext/core/formats.py",
                 "torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()",
                 "contextlib.nullcontext()",
             ),

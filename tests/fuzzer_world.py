@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import signadam_ext
-from signadam_ext.optimizer import SignOptimizer
+from signadam_ext.optimizers.base import SignOptimizer
 
 #: What the package may raise over what a user hands in.
 REFUSALS = (TypeError, ValueError, RuntimeError)

@@ -12,7 +12,7 @@ from table import OF_A_KIND, TABLE, Row
 from torch import Tensor
 from torch.nn import Parameter
 
-from signadam_ext.optimizer import SignOptimizer
+from signadam_ext.optimizers.base import SignOptimizer
 
 ROWS = {row.id: row for row in TABLE if row.id in OF_A_KIND}
 

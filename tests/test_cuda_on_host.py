@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from signadam_ext import _C, backends, storage
-from signadam_ext.dtypes import FORMATS
-from signadam_ext.plan import Bucket, Entry
-from signadam_ext.rule import Rule, Scalars
-from signadam_ext.storage import BESIDE, BF16, BOUNDED, UNBOUNDED, Form, effective_weights
+from signadam_ext import _C, backends
+from signadam_ext.core import formats
+from signadam_ext.core.dtypes import FORMATS
+from signadam_ext.core.formats import BESIDE, BF16, BOUNDED, UNBOUNDED, Form, effective_weights
+from signadam_ext.core.rule import Rule, Scalars
+from signadam_ext.engine.plan import Bucket, Entry
 
 DTYPES = tuple(FORMATS)
 FUNCTORS = rules()
@@ -337,7 +338,7 @@ def stored_moment(case: TensorCase, form: Form, second: bool, generator: torch.G
         x = values(case, generator)
         x = x.abs() if second else x
     # fp32 of each element, or the codes that stand for it, without rounding.
-    stored = storage.encode(form, x, torch.zeros(case.size, dtype=torch.int64))
+    stored = formats.encode(form, x, torch.zeros(case.size, dtype=torch.int64))
     assert stored.numel() * form.dtype.itemsize == form.nbytes(case.size)
     return Operand(stored, form.dtype, 0 if form.packed else case.offsets[2], exact=form.packed or form is BF16)
 
@@ -565,7 +566,7 @@ def test_stochastic_narrowing(
 ) -> None:
     x, narrowed = every_upper_half, torch.empty(len(every_upper_half), dtype=torch.int16)
     call(library.narrow_stochastic_all, FORMATS[dtype], x, random_halves.int(), narrowed)
-    assert torch.equal(narrowed, storage.narrow_stochastic(x, random_halves, dtype).view(torch.int16))
+    assert torch.equal(narrowed, formats.narrow_stochastic(x, random_halves, dtype).view(torch.int16))
     # Down or up to a neighbour, whatever the bits, and what is exact stays.
     finite = x.isfinite() & (x.abs() < 65520 if dtype == torch.float16 else x.abs() <= 3.3895e38)
     wide = narrowed.view(dtype).double()
@@ -586,17 +587,17 @@ def test_splitting_and_joining(
     call(library.split_all, width, x, random_halves.int(), high, low)
     param = torch.empty(count, dtype=torch.bfloat16)
     beside = torch.empty(count, dtype=BESIDE[weights][1])
-    storage.store_param(weights, x, random_halves, param, beside)
+    formats.store_param(weights, x, random_halves, param, beside)
     assert torch.equal(high, param.view(torch.int16)) and torch.equal(low, beside.int())
     joined = torch.empty(count)
     call(library.join_all, high, low * (256 if width == 8 else 1), joined)
-    assert same_bits(joined, storage.load_param(weights, param, beside))
+    assert same_bits(joined, formats.load_param(weights, param, beside))
     if width == 16:
         assert same_bits(joined, x)
     # Low bits that somebody else left beside a parameter.
     strange = torch.flip(low, (0,))
     call(library.join_all, high, strange * (256 if width == 8 else 1), joined)
-    assert same_bits(joined, storage.load_param(weights, param, strange.to(beside.dtype)))
+    assert same_bits(joined, formats.load_param(weights, param, strange.to(beside.dtype)))
     assert not joined[~param.isnan()].isnan().any()
 
 
@@ -614,12 +615,12 @@ def test_block_scaling(library: ctypes.CDLL, every_upper_half: Tensor, random_ha
         e = (exponent + extra).clamp(max=120)
         codes, back = torch.empty(count, dtype=torch.int32), torch.empty(count)
         call(library.block_code_all, x, e, random_halves.int(), codes)
-        inverse = storage.from_bits(127 - e.long() << 23)
+        inverse = formats.from_bits(127 - e.long() << 23)
         scaled = torch.where(x.isnan(), 0.0, x * inverse).clamp(-127.0, 127.0)
-        expected = torch.where(x.isnan(), storage.NAN_CODE, storage.stochastic_integer(scaled, random_halves))
+        expected = torch.where(x.isnan(), formats.NAN_CODE, formats.stochastic_integer(scaled, random_halves))
         assert torch.equal(codes.long(), expected)
         call(library.from_block_code_all, codes, e, back)
-        one = torch.where(x.isnan(), torch.nan, codes.float() * storage.from_bits(e.long() + 127 << 23))
+        one = torch.where(x.isnan(), torch.nan, codes.float() * formats.from_bits(e.long() + 127 << 23))
         assert same_bits(back, one)
 
 

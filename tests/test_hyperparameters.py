@@ -26,8 +26,9 @@ from manners import (
 from torch.optim import lr_scheduler
 
 import signadam_ext
-from signadam_ext import SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum, functional, reference
-from signadam_ext.hyperparameters import Hyperparameters
+from signadam_ext import SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum, functional
+from signadam_ext.backends.reference import rules
+from signadam_ext.core.hyperparameters import Hyperparameters
 
 INF, NAN = float("inf"), float("nan")
 CLASSES = [
@@ -453,13 +454,13 @@ def test_the_reference_names_device_and_dtype(dtype):
                 p, g, *moments = (x.clone() for x in given[: 2 + count])
                 gate = None if statistics == "NONE" else deviation.clone()
                 own = {**scalars, "steers": steers, "coupled": 1.0}
-                g = reference.effective_gradient(own, p, g)
-                p, moments, alpha, gate = reference.update(
-                    getattr(reference, name), statistics, own, p, g, tuple(moments), gate
+                g = rules.effective_gradient(own, p, g)
+                p, moments, alpha, gate = rules.update(
+                    getattr(rules, name), statistics, own, p, g, tuple(moments), gate
                 )
                 found += [p, *moments, alpha, *([] if gate is None else [gate])]
         own = {name: value for name, value in scalars.items() if name != "alpha"}
-        p, _, alpha, _ = reference.update(reference.lion, "NONE", own, *given[:2], (given[2],), None)
+        p, _, alpha, _ = rules.update(rules.lion, "NONE", own, *given[:2], (given[2],), None)
         return [*found, p, alpha]
 
     given = [torch.randn(5, generator=torch.Generator().manual_seed(k)).abs() for k in range(5)]

@@ -16,7 +16,7 @@ import torch
 from table import TABLE
 
 import signadam_ext
-from signadam_ext import reference
+from signadam_ext.backends.reference import rules
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,7 +74,7 @@ def test_the_command_works_from_anywhere() -> None:
 
 def test_kernels_have_one_name_each() -> None:
     """Functor, reference and Triton twin of each rule go by one name, and each has a row in the table."""
-    assert all(callable(getattr(reference, name)) for name in _C.RULES)
+    assert all(callable(getattr(rules, name)) for name in _C.RULES)
     code = f"import signadam_ext.triton_kernels.rules as r; print(all(hasattr(r, n) for n in {_C.RULES!r}))"
     assert python("-c", code).stdout.strip() == "True"
     used = set()
@@ -86,7 +86,7 @@ def test_kernels_have_one_name_each() -> None:
 
 def test_a_rule_is_five_places() -> None:
     """What is Lion's own lies in its functor, twin, reference, class and row; beside them only lines that export it."""
-    own = {"csrc/rules.h", "triton_kernels/rules.py", "signadam_ext/reference.py", "tests/table.py"}
+    own = {"csrc/rules.h", "triton_kernels/rules.py", "signadam_ext/backends/reference/rules.py", "tests/table.py"}
     own.add("signadam_ext/optimizers/lion.py")
     exports = {"signadam_ext/__init__.py", "signadam_ext/functional.py", "signadam_ext/optimizers/__init__.py"}
     sources = [path for folder in ("csrc", "triton_kernels", "signadam_ext") for path in (ROOT / folder).rglob("*.*")]

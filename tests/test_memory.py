@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 import signadam_ext
 from signadam_ext import memory
-from signadam_ext.storage import BOUNDED, FORMS, WEIGHTS
+from signadam_ext.core.formats import BOUNDED, FORMS, WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from signadam_ext import SignAdamPP, SignSGD, Signum, release_gradients
-from signadam_ext.observed import TensorStatistics
+from signadam_ext.engine.statistics import TensorStatistics
 
 BACKEND = os.environ.get("SIGNADAM_TEST_BACKEND", "cpu")
 SHAPES = ((130, 127), (3,), (), (17000,))

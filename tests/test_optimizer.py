@@ -29,10 +29,10 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
-import signadam_ext.plan
-from signadam_ext.optimizer import SignOptimizer
-from signadam_ext.plan import overlap_levels
-from signadam_ext.reader import CompiledReader, PythonReader, make_reader
+import signadam_ext.engine.plan
+from signadam_ext.engine.gradients import CompiledReader, PythonReader, make_reader
+from signadam_ext.engine.plan import overlap_levels
+from signadam_ext.optimizers.base import SignOptimizer
 
 
 @pytest.fixture(params=["cpu", "reference", "cpu, read in Python"])
@@ -40,7 +40,7 @@ def backend(request, monkeypatch):
     """A backend's name. The cpu backend comes with both readers of gradients, whichever this torch calls for."""
     name, _, python = request.param.partition(",")
     if python:
-        monkeypatch.setattr(signadam_ext.plan, "make_reader", PythonReader)
+        monkeypatch.setattr(signadam_ext.engine.plan, "make_reader", PythonReader)
     return name
 
 
@@ -770,7 +770,7 @@ def test_freed_storage_is_refused(what: str) -> None:
 
 @pytest.mark.parametrize("reader", [make_reader, PythonReader], ids=["compiled", "python"])
 def test_gradients_are_let_go_after_the_step(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(signadam_ext.plan, "make_reader", reader)
+    monkeypatch.setattr(signadam_ext.engine.plan, "make_reader", reader)
     param = torch.nn.Parameter(torch.ones(3, 4))
     optimizer = signadam_ext.SignAdamPP([param])
     for transposed in (False, True):

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from signadam_ext.optimizer import SignOptimizer
-from signadam_ext.release import GradientRelease, release_gradients
+from signadam_ext.optimizers.base import SignOptimizer
+from signadam_ext.training.gradient_release import GradientRelease, release_gradients
 
 ROW = ROWS["sign_adam_pp"]
 
@@ -1018,7 +1018,7 @@ TWO_PROCESSES = """
 import sys, torch
 from torch.nn.parallel import DistributedDataParallel
 from signadam_ext import SignAdamPP
-from signadam_ext.release import release_gradients
+from signadam_ext.training.gradient_release import release_gradients
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
 model = torch.nn.Linear(3, 2)
 optimizer = SignAdamPP(model.parameters())

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import signadam_ext
 from signadam_ext import MSGD, Adam, AdamW, SignAdam, SignAdamPP, SignSGD, Signum
-from signadam_ext.checkpoint import MOMENTS
-from signadam_ext.optimizer import SignOptimizer
+from signadam_ext.optimizers.base import SignOptimizer
+from signadam_ext.state.checkpoint import MOMENTS
 
 
 def made(cls, params, **options):

@@ -14,10 +14,11 @@ from cases import same_bits
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from signadam_ext import SignAdamPP, Signum, storage
-from signadam_ext.checkpoint import Layout
-from signadam_ext.state import STEP_DTYPE, entry_names, fit
-from signadam_ext.storage import BF16, BLOCK8, FP32, INT2, INT4, INT8
+from signadam_ext import SignAdamPP, Signum
+from signadam_ext.core import formats
+from signadam_ext.core.formats import BF16, BLOCK8, FP32, INT2, INT4, INT8
+from signadam_ext.state.checkpoint import Layout
+from signadam_ext.state.schema import STEP_DTYPE, entry_names, fit
 
 PACKED = (INT8, INT4, INT2, BLOCK8)
 SHAPES = ((), (1,), (0,), (7,), (3, 5), (1, 4), (2, 3, 4), (2, 1, 4, 3), (2, 8, 3, 3), (2, 3, 2, 3, 2))
@@ -67,22 +68,22 @@ def test_an_order_has_one_number_and_a_number_one_order(shape):
     counted = [size for size in shape if size > 1] if 0 not in shape else []
     seen = {}
     for number in range(math.factorial(len(counted))):
-        strides = storage.strides_in_order(shape, number)
-        assert storage.order_of(shape, strides) == number
+        strides = formats.strides_in_order(shape, number)
+        assert formats.order_of(shape, strides) == number
         seen[tuple(stride for stride, size in zip(strides, shape, strict=True) if size > 1)] = number
     assert len(seen) == max(1, math.factorial(len(counted)))
     contiguous = torch.empty(shape).stride()
-    assert storage.order_of(shape, contiguous) == 0
+    assert formats.order_of(shape, contiguous) == 0
     for wrong in (-1, math.factorial(len(counted))):
         with pytest.raises(ValueError, match="is no order of"):
-            storage.strides_in_order(shape, wrong)
+            formats.strides_in_order(shape, wrong)
 
 
 def test_dimensions_of_one_element_do_not_count():
     shape = (2, 1, 4)
-    assert {storage.order_of(shape, (4, stride, 1)) for stride in (0, 1, 4, 77)} == {0}
+    assert {formats.order_of(shape, (4, stride, 1)) for stride in (0, 1, 4, 77)} == {0}
     x = torch.zeros(2, 3, 1, 1)
-    assert storage.order_of(x.shape, x.to(memory_format=torch.channels_last).stride()) == 0
+    assert formats.order_of(x.shape, x.to(memory_format=torch.channels_last).stride()) == 0
 
 
 @pytest.mark.parametrize("form", PACKED, ids=lambda form: form.kind)
@@ -96,19 +97,19 @@ def test_codes_follow_their_elements_into_another_memory_order(form, shape):
             own = layout(param, form)
             state = {"step": torch.zeros((), dtype=STEP_DTYPE)}
             state.update(fit(own, state, 0, 0).changes)
-            state["exp_avg"] = storage.encode(
-                form, storage.flat(values), torch.zeros(values.numel(), dtype=torch.int64)
+            state["exp_avg"] = formats.encode(
+                form, formats.flat(values), torch.zeros(values.numel(), dtype=torch.int64)
             )
             moved = Layout(own.label, dense(shape, second), own.moments, "as_is", None)
             before = content(state)
             found = fit(moved, state, 0, 0)
             assert unchanged(state, before)
-            flat = storage.decode(form, found.moments[0], param.numel())
-            back = flat.as_strided(shape, storage.strides_of(moved.param))
+            flat = formats.decode(form, found.moments[0], param.numel())
+            back = flat.as_strided(shape, formats.strides_of(moved.param))
             # Blocks may be formed anew; whole numbers up to 1 are exact in them.
             assert torch.equal(back, values)
             assert ("exp_avg_order" in found.changes) == (
-                storage.order_of(shape, storage.strides_of(param)) != storage.order_of(shape, moved.param.stride())
+                formats.order_of(shape, formats.strides_of(param)) != formats.order_of(shape, moved.param.stride())
             )
 
 
@@ -168,7 +169,7 @@ def test_fit_makes_what_is_missing_and_writes_nothing():
     }
     assert found.step.dtype == STEP_DTYPE and found.step == 3 and found.step.device.type == "cpu"
     assert found.beside.stride() == (1, 3) and torch.equal(
-        found.beside, storage.load_param("split16", param.detach(), low)
+        found.beside, formats.load_param("split16", param.detach(), low)
     )
     assert found.gate.dtype == torch.float64 and found.gate == 0
     state.update(found.changes)
@@ -186,7 +187,7 @@ def test_a_master_copy_becomes_low_bits():
     state = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3, 5), "master_param": master}
     found = fit(layout(param, FP32, "split16"), state, 0, 0)
     assert found.removed == ("master_param",)
-    joined = storage.load_param("split16", param.detach(), found.beside)
+    joined = formats.load_param("split16", param.detach(), found.beside)
     assert joined[0, 0] == 9.0 and torch.equal(joined.flatten()[1:], master.flatten()[1:])
 
 
@@ -225,7 +226,7 @@ def test_what_a_checkpoint_holds_is_adopted_where_it_is_put_into_the_state(form,
     want = optimizer.state[param]
     put = {name: x.to(cast) if cast and name == "exp_avg" else copy.copy(x) for name, x in exported.items()}
     found = fit(layout(param, form), put, 0, 0)
-    decoded = [storage.decode(form, stored, 15) for stored in (found.moments[0], want["exp_avg"])]
+    decoded = [formats.decode(form, stored, 15) for stored in (found.moments[0], want["exp_avg"])]
     assert torch.equal(*decoded) and {**put, **found.changes}.keys() == want.keys()
     optimizer.state[param] = put
     assert torch.equal(optimizer.state_dict()["state"][0]["exp_avg"].float(), exported["exp_avg"].float())
@@ -394,7 +395,7 @@ def test_state_that_does_not_fit_is_refused(changes, message):
 def test_kinds_that_are_strings_become_numbers():
     """As version 0.1 pickled them, without an order."""
     param = nn.Parameter(dense((3, 5), (1, 0)))
-    stored = storage.pack(INT4, torch.arange(-7, 8, dtype=torch.int8))
+    stored = formats.pack(INT4, torch.arange(-7, 8, dtype=torch.int8))
     state = {"step": torch.ones(()), "exp_avg": stored, "exp_avg_kind": "int4", "exp_avg_levels": 7}
     found = fit(layout(param, INT4), state, 0, 0)
     assert found.moments[0] is stored

@@ -12,7 +12,7 @@ from cases import same_bits
 from torch import Tensor
 
 from signadam_ext import SignAdamPP, Signum
-from signadam_ext.storage import FORMS
+from signadam_ext.core.formats import FORMS
 
 
 def trained(steps=2, **options):

@@ -15,8 +15,8 @@ from table import STATE_DTYPES
 from torch import Tensor
 
 import signadam_ext
-from signadam_ext import storage
-from signadam_ext.random_bits import bits_for_m, bits_for_v, keys, random_bits
+from signadam_ext.core import formats
+from signadam_ext.core.random_bits import bits_for_m, bits_for_v, keys, random_bits
 
 ALL_BITS = torch.arange(1 << 16)
 BACKENDS = ("cpu", "reference")
@@ -131,7 +131,7 @@ def test_the_expectation_of_a_code_is_the_moment(levels):
         [torch.rand(200, generator=generator) * 2 - 1, torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-9, -1e-9, 1e-4])]
     )
     scaled = m * levels
-    q = storage.stochastic_integer(scaled[:, None].expand(-1, 1 << 16), ALL_BITS)
+    q = formats.stochastic_integer(scaled[:, None].expand(-1, 1 << 16), ALL_BITS)
     fixed = (scaled * 65536.0).trunc().double()
     assert torch.equal(q.double().sum(1), fixed)
     assert (q.double().mean(1) / levels - scaled.double() / levels).abs().max() < 2.0**-16 / levels
@@ -150,8 +150,8 @@ def test_no_code_leaves_its_levels(levels):
     top = s[0] * float(levels) + s[1]
     assert (top > levels).any() or levels == 1, "the test has teeth"
     for r in (0, 65535):
-        assert storage.stochastic_integer(top, torch.tensor(r)).max() <= levels
-        assert storage.stochastic_integer(-top, torch.tensor(r)).min() >= -levels
+        assert formats.stochastic_integer(top, torch.tensor(r)).max() <= levels
+        assert formats.stochastic_integer(-top, torch.tensor(r)).min() >= -levels
 
 
 @pytest.mark.parametrize("sd,levels", [("int8", 127), ("int4", 7), ("int2", 1)])
@@ -166,15 +166,15 @@ def test_the_variance_of_a_few_bit_moment(sd, levels):
     p = torch.nn.Parameter(torch.zeros(n))
     optimizer = made(signadam_ext.SignAdamPP, [p], lr=0.0, beta=beta, state_dtype=sd)
     generator = torch.Generator().manual_seed(0)
-    form = storage.FORMS[sd]
+    form = formats.FORMS[sd]
     b, a = torch.tensor(beta), torch.tensor((1 - beta) * levels)
     for _ in range(steps):
-        q = torch.zeros(n) if p not in optimizer.state else storage.decode(form, optimizer.state[p]["exp_avg"], n)
+        q = torch.zeros(n) if p not in optimizer.state else formats.decode(form, optimizer.state[p]["exp_avg"], n)
         g = torch.randint(0, 2, (n,), generator=generator).float() * 2 - 1
         p.grad = g
         optimizer.step()
         exact = b * q + a * g  # before rounding
-        new = storage.decode(form, optimizer.state[p]["exp_avg"], n)
+        new = formats.decode(form, optimizer.state[p]["exp_avg"], n)
         fraction = exact.double() - exact.double().floor()
         error = new.double() - exact.double()
         predicted = float((fraction * (1 - fraction)).mean())
@@ -187,7 +187,7 @@ def test_the_variance_of_a_few_bit_moment(sd, levels):
 def test_stochastic_rounding_of_parameters_has_the_right_expectation(dtype):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(60, generator=generator) * torch.tensor([1e-6, 1e-3, 1.0, 100.0]).repeat(15)
-    rounded = storage.narrow_stochastic(x[:, None].expand(-1, 1 << 16).reshape(-1), ALL_BITS.repeat(60), dtype)
+    rounded = formats.narrow_stochastic(x[:, None].expand(-1, 1 << 16).reshape(-1), ALL_BITS.repeat(60), dtype)
     rounded = rounded.view(60, -1).double()
     below, above = rounded.min(1).values, rounded.max(1).values
     mean = rounded.mean(1)
@@ -196,7 +196,7 @@ def test_stochastic_rounding_of_parameters_has_the_right_expectation(dtype):
     assert ((mean - x.double()).abs() <= (above - below) * 2.0**-16 * tolerance + x.double().abs() * 1e-15).all()
     assert ((rounded == below[:, None]) | (rounded == above[:, None])).all(), "one of the two neighbours"
     kept = x.to(dtype).float()
-    again = storage.narrow_stochastic(kept[:, None].expand(-1, 1 << 16).reshape(-1), ALL_BITS.repeat(60), dtype)
+    again = formats.narrow_stochastic(kept[:, None].expand(-1, 1 << 16).reshape(-1), ALL_BITS.repeat(60), dtype)
     assert torch.equal(again.view(60, -1), x.to(dtype)[:, None].expand(-1, 1 << 16)), "what can be held stays as it is"
 
 
@@ -204,7 +204,7 @@ def test_stochastic_rounding_at_the_borders_of_fp16():
     cases = torch.tensor(
         [65504.0, 65520.0, 65535.0, 65536.0, 1e30, torch.inf, -torch.inf, torch.nan, 2.0**-24, 6e-8, 0.0]
     )
-    low, high = (storage.narrow_stochastic(cases, torch.full(cases.shape, r), torch.float16) for r in (0, 65535))
+    low, high = (formats.narrow_stochastic(cases, torch.full(cases.shape, r), torch.float16) for r in (0, 65535))
     assert low[:3].tolist() == [65504.0] * 3 and high[:2].tolist() == [65504.0] * 2
     assert high[2] == torch.inf and (low[3:6] == torch.inf).all() and (low[6] == -torch.inf)
     assert low[7].isnan() and high[7].isnan()
@@ -232,20 +232,20 @@ def test_bf16_moments_do_not_stop_where_rounding_to_nearest_would():
 @pytest.mark.parametrize("kind", ["int8", "int4", "int2"])
 @pytest.mark.parametrize("numel", [0, 1, 3, 31, 32, 33, 100])
 def test_codes_are_packed_and_unpacked(kind, numel):
-    form = storage.FORMS[kind]
+    form = formats.FORMS[kind]
     codes = torch.randint(-form.levels, form.levels + 1, (numel,), dtype=torch.int8)
-    packed = storage.pack(form, codes)
+    packed = formats.pack(form, codes)
     assert packed.dtype == torch.uint8 and packed.numel() == form.nbytes(numel) == -(-numel // 32) * 32 * form.bits // 8
-    assert torch.equal(storage.codes_of(form, packed, numel), codes)
-    padding = storage.codes_of(form, packed, -(-numel // 32) * 32)[numel:]
+    assert torch.equal(formats.codes_of(form, packed, numel), codes)
+    padding = formats.codes_of(form, packed, -(-numel // 32) * 32)[numel:]
     assert not padding.any()
 
 
 def test_block_exponents_are_the_smallest_that_hold_the_block():
     x = torch.cat([torch.randn(32) * 10.0**e for e in range(-44, 38, 2)] + [torch.zeros(32), torch.full((32,), 127.0)])
     zero = torch.zeros(x.numel(), dtype=torch.int64)
-    stored = storage.encode(storage.BLOCK8, x, zero)
-    exponents = storage._exponents(stored, x.numel()).long()
+    stored = formats.encode(formats.BLOCK8, x, zero)
+    exponents = formats._exponents(stored, x.numel()).long()
     largest = x.view(-1, 32).abs().amax(1).double()
     ceiling = 127 * 2.0 ** exponents.double()
     assert ((ceiling >= largest) | (exponents == 120)).all()
@@ -257,19 +257,19 @@ def test_block_exponents_are_the_smallest_that_hold_the_block():
 def test_block_codes_hold_nan_and_saturate_infinities(r):
     x = torch.linspace(-1, 1, 32)
     x[3], x[4], x[5] = torch.nan, torch.inf, -torch.inf
-    stored = storage.encode(storage.BLOCK8, x, torch.full((32,), r))
-    back = storage.decode(storage.BLOCK8, stored, 32)
+    stored = formats.encode(formats.BLOCK8, x, torch.full((32,), r))
+    back = formats.decode(formats.BLOCK8, stored, 32)
     assert back[3].isnan() and back.isfinite().sum() == 31
-    assert back[4] == -back[5] == 127 * 2.0 ** float(storage._exponents(stored, 32))
+    assert back[4] == -back[5] == 127 * 2.0 ** float(formats._exponents(stored, 32))
 
 
 def test_block_scaled_momentum_keeps_tiny_values():
     """fp16 scales flush a block below 3e-8 to zero; here the expectation holds down to the smallest normal number."""
     for scale in (1e-10, 1e-30, 1e-37):
         x = torch.rand(32, generator=torch.Generator().manual_seed(0)) * scale
-        stored = storage.encode(storage.BLOCK8, x.repeat(1 << 16), ALL_BITS.repeat_interleave(32))
-        back = storage.decode(storage.BLOCK8, stored, 32 << 16).view(-1, 32).double()
-        unit = 2.0 ** float(storage._exponents(stored, 32 << 16)[0])
+        stored = formats.encode(formats.BLOCK8, x.repeat(1 << 16), ALL_BITS.repeat_interleave(32))
+        back = formats.decode(formats.BLOCK8, stored, 32 << 16).view(-1, 32).double()
+        unit = 2.0 ** float(formats._exponents(stored, 32 << 16)[0])
         assert (back.mean(0) - x.double()).abs().max() <= unit * 2.0**-15
         assert back.abs().amax() > 0
 
@@ -284,10 +284,10 @@ def test_split_weights_are_put_together_again(weights):
         ]
     )
     zero = torch.zeros(x.numel(), dtype=torch.int64)
-    param, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(x.shape, dtype=storage.BESIDE[weights][1])
-    storage.store_param(weights, x, zero, param, low)
-    back = storage.load_param(weights, param, low)
-    expected = x if weights == "split16" else storage.from_bits(storage.bits(x) & 0xFFFFFF00)
+    param, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(x.shape, dtype=formats.BESIDE[weights][1])
+    formats.store_param(weights, x, zero, param, low)
+    back = formats.load_param(weights, param, low)
+    expected = x if weights == "split16" else formats.from_bits(formats.bits(x) & 0xFFFFFF00)
     assert same_bits(back, torch.where(x.isnan(), torch.nan, expected))
 
 
@@ -309,9 +309,9 @@ def test_split16_follows_the_fp32_run(cls, backend):
         a.step()
         b.step()
         low = a.state[half]["param_low"]
-        joined = storage.load_param("split16", half.detach().flatten(), low.flatten()).view_as(full)
+        joined = formats.load_param("split16", half.detach().flatten(), low.flatten()).view_as(full)
         assert torch.equal(joined, full), step
-        high = storage._halves(storage.bits(full.detach()) + 0x8000 >> 16).view(torch.bfloat16)
+        high = formats._halves(formats.bits(full.detach()) + 0x8000 >> 16).view(torch.bfloat16)
         assert torch.equal(half, high)
 
 
@@ -421,7 +421,7 @@ FORMS = [
         (signadam_ext.SignAdam, STATE_DTYPES),
         (signadam_ext.Signum, ("fp32", "bf16", "int8")),
     )
-    for sd, weights in product(names, storage.WEIGHTS)
+    for sd, weights in product(names, formats.WEIGHTS)
 ]
 
 
@@ -464,8 +464,8 @@ def test_state_dicts_hold_codes_of_the_parameters_shape(sd):
     saved, own = state_dict["state"][0], optimizer.state[p]
     assert saved.keys() == own.keys() == {"step", "exp_avg", "exp_avg_kind", "exp_avg_levels", "exp_avg_order"}
     assert saved["exp_avg"].dtype == torch.int8 and saved["exp_avg"].shape == p.shape
-    assert saved["exp_avg_kind"] == storage.FORMS[sd].number and saved["exp_avg_levels"] == storage.FORMS[sd].levels
-    codes = storage.codes_of(storage.FORMS[sd], own["exp_avg"], p.numel())
+    assert saved["exp_avg_kind"] == formats.FORMS[sd].number and saved["exp_avg_levels"] == formats.FORMS[sd].levels
+    codes = formats.codes_of(formats.FORMS[sd], own["exp_avg"], p.numel())
     assert torch.equal(saved["exp_avg"].t().flatten(), codes)
     group = state_dict["param_groups"][0]
     assert (group["backend"], group["state_dtype"], group["weights"]) == ("auto", sd, "stochastic")
@@ -510,13 +510,13 @@ def test_a_change_of_precision_warns_once_and_keeps_the_expectation(source, targ
     assert len(caught) == 1
 
     def moment(which, name):
-        form = storage.FORMS[name]
-        x = storage.decode(form, which.state[params[0]]["exp_avg"].flatten(), 20000).double()
+        form = formats.FORMS[name]
+        x = formats.decode(form, which.state[params[0]]["exp_avg"].flatten(), 20000).double()
         return x / (form.levels or 1)
 
     before, after = moment(optimizer, source), moment(other, target)
     # Rounding to codes errs by less than 1 / L each, independently; bf16 by 2^-8; both on average by 0.
-    unit = 1 / (storage.FORMS[target].levels or 2**8)
+    unit = 1 / (formats.FORMS[target].levels or 2**8)
     assert (after - before).abs().max() <= unit * 1.0001
     assert abs(float((after - before).mean())) < 5 * unit / 2 / math.sqrt(20000) + 2.0**-16
 
@@ -528,8 +528,8 @@ def test_stored_parameters_change_form_without_loss(source, target):
     p = parameter((50,))
     optimizer = signadam_ext.SignAdamPP([p], lr=1e-3, weights=source)
     train([p], optimizer, range(4))
-    beside = optimizer.state[p][storage.BESIDE[source][0]]
-    value = storage.load_param(source, p.detach(), beside)
+    beside = optimizer.state[p][formats.BESIDE[source][0]]
+    value = formats.load_param(source, p.detach(), beside)
     q = torch.nn.Parameter(p.detach().clone())
     other = signadam_ext.SignAdamPP([q], lr=0.5, weights=target)
     with warnings.catch_warnings():
@@ -538,7 +538,7 @@ def test_stored_parameters_change_form_without_loss(source, target):
     other.param_groups[0]["lr"] = 0.0
     q.grad = torch.zeros_like(q)
     other.step()
-    assert same_bits(storage.load_param(target, q.detach(), other.state[q][storage.BESIDE[target][0]]), value)
+    assert same_bits(formats.load_param(target, q.detach(), other.state[q][formats.BESIDE[target][0]]), value)
 
 
 def test_leaving_precision_behind_is_said():

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from signadam_ext import _C, SignAdam, checks, observed
+from signadam_ext import _C, SignAdam
 from signadam_ext.backends import device as device_module
 from signadam_ext.backends.device import RING_SIZE, PinnedRing, Resident, StreamLaunch, refuse_capture
+from signadam_ext.core import checks
+from signadam_ext.engine import statistics
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
 
@@ -175,7 +177,7 @@ def test_a_launch(cuda: SimpleNamespace, observes: bool) -> None:
 
 
 def test_statistics_wait_before_they_read() -> None:
-    rows = torch.zeros(1, len(observed.COLUMNS), dtype=torch.float64)
+    rows = torch.zeros(1, len(statistics.COLUMNS), dtype=torch.float64)
 
     class Launch:
         def __call__(self, rows: Any) -> None: ...
@@ -186,7 +188,7 @@ def test_statistics_wait_before_they_read() -> None:
     entry = SimpleNamespace(numel=10, forms=(), slot=0, number=0)
     bucket = SimpleNamespace(observed=rows, device=CPU, entries=[entry], table=SimpleNamespace(grads=lambda: [True]))
     plan = SimpleNamespace(launches=[(bucket, Launch())], labels=["parameter 'w'"])
-    found = observed.collect([plan]).all  # type: ignore[list-item]
+    found = statistics.collect([plan]).all  # type: ignore[list-item]
     assert (found.passed, found.norm_ratio, found.threshold) == (0.3, 0.5, 0.5) and math.isnan(found.flipped)
 
 

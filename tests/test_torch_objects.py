@@ -12,7 +12,8 @@ from host.toolchain import ADDRESS, build
 from torch import nn
 
 import signadam_ext
-from signadam_ext import SignAdamPP, reader
+from signadam_ext import SignAdamPP
+from signadam_ext.engine import gradients
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sizes of objects are asked of glibc")
 
@@ -30,9 +31,9 @@ def test_the_hash_sees_every_change(tmp_path: Path):
 
 @linux
 def test_torch_s_objects_are_known():
-    shim = reader._shim()
+    shim = gradients._shim()
     assert shim is not None and shim.recognises and shim.counts_versions
-    assert "tensors and versions" in reader.kind()
+    assert "tensors and versions" in gradients.kind()
 
 
 class Own(nn.Parameter):
@@ -64,8 +65,8 @@ KINDS = {
 def test_versions_are_counted_as_torch_counts_them(kind, backend, monkeypatch):
     """By one for each step with a gradient, whether torch's objects are known or torch is called."""
     moved = []
-    for shim in (reader._shim(), None):
-        monkeypatch.setattr(reader, "_shim", lambda shim=shim: shim)
+    for shim in (gradients._shim(), None):
+        monkeypatch.setattr(gradients, "_shim", lambda shim=shim: shim)
         param, other = KINDS[kind](), nn.Parameter(torch.ones(3))
         optimizer = SignAdamPP([param, other], lr=0.125, backend=backend)
         before, counts = (param._version, other._version), []
@@ -107,4 +108,4 @@ def test_inference_tensors_have_no_version():
 
 def test_the_module_says_what_its_reader_knows():
     done = subprocess.run([sys.executable, "-m", "signadam_ext"], capture_output=True, text=True, timeout=600)
-    assert signadam_ext.__version__ in done.stdout and reader.kind() in done.stdout
+    assert signadam_ext.__version__ in done.stdout and gradients.kind() in done.stdout

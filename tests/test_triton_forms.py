@@ -20,8 +20,8 @@ from cases import DTYPES, SPECIALS, same_bits
 from table import OF_A_KIND, TABLE, Row
 from torch import Tensor
 
-from signadam_ext import storage
-from signadam_ext.plan import Plan
+from signadam_ext.core import formats
+from signadam_ext.engine.plan import Plan
 
 pytest.importorskip("triton")
 
@@ -63,12 +63,12 @@ def combinations(row: Row) -> list[Combination]:
     """All that a rule can be asked for."""
     optimizer = row.optimizer([torch.zeros(1)], **row.hyperparameters)
     rule = optimizer._rule(optimizer.param_groups[0])
-    first = storage.BOUNDED if rule.bounded else storage.UNBOUNDED
+    first = formats.BOUNDED if rule.bounded else formats.UNBOUNDED
     wide = ("fp32", "bf16")
     forms = itertools.product(*(wide if len(rule.moments) > 2 else first, wide, wide)[: len(rule.moments)])
     weights = {
         torch.float32: ("as_is",),
-        torch.bfloat16: tuple(storage.WEIGHTS),
+        torch.bfloat16: tuple(formats.WEIGHTS),
         torch.float16: ("as_is", "stochastic", "master"),
     }
     return [Combination(form, name, dtype) for form in forms for dtype in DTYPES for name in weights[dtype]]

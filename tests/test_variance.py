@@ -21,8 +21,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import signadam_ext
-from signadam_ext import SignAdamPP, per_sample_variance, release_gradients, variance
-from signadam_ext.checks import same_strides
+from signadam_ext import SignAdamPP, per_sample_variance, release_gradients
+from signadam_ext.core.checks import same_strides
+from signadam_ext.training import per_sample_variance as variance
 
 U = 2.0**-24  # unit roundoff of fp32
 B = 7

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import signadam_ext.plan
+import signadam_ext.engine.plan
 from signadam_ext import Adam, AdamW, SignAdamPP, SignSGD, Signum, release_gradients
-from signadam_ext.reader import PythonReader
+from signadam_ext.engine.gradients import PythonReader
 
 ERRORS = (TypeError, ValueError, RuntimeError)
 
@@ -23,7 +23,7 @@ ERRORS = (TypeError, ValueError, RuntimeError)
 def backend(request, monkeypatch):
     name, _, python = request.param.partition(",")
     if python:
-        monkeypatch.setattr(signadam_ext.plan, "make_reader", PythonReader)
+        monkeypatch.setattr(signadam_ext.engine.plan, "make_reader", PythonReader)
     return name
 
 
@@ -437,7 +437,7 @@ def test_a_step_that_is_disturbed_while_it_is_planned_is_planned_again(backend, 
     param = nn.Parameter(torch.zeros(4))
     optimizer = SignSGD([param], lr=0.125, backend=backend)
     param.grad = torch.ones(4)
-    read, calls = signadam_ext.plan.Plan.read, []
+    read, calls = signadam_ext.engine.plan.Plan.read, []
 
     def disturbed(self, *arguments):
         calls.append(self)
@@ -446,7 +446,7 @@ def test_a_step_that_is_disturbed_while_it_is_planned_is_planned_again(backend, 
         self.release()
         return False
 
-    monkeypatch.setattr(signadam_ext.plan.Plan, "read", disturbed)
+    monkeypatch.setattr(signadam_ext.engine.plan.Plan, "read", disturbed)
     if disturbances < 3:
         optimizer.step()
         assert torch.equal(param.detach(), torch.full((4,), -0.125))

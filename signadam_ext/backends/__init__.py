@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .. import checks
-from .._extension import load
+from ..core import checks
+from ..core.native import load
 
 if TYPE_CHECKING:
-    from ..plan import Bucket
+    from ..engine.plan import Bucket
 
 _C = load()
 
@@ -94,7 +94,7 @@ class Backend(Protocol):
 def get(name: str) -> Backend:
     """The backend of that name, imported when it is first asked for."""
     if name == "reference":
-        from .reference import ReferenceBackend
+        from .reference.backend import ReferenceBackend
 
         return ReferenceBackend()
     if name == "cpu":

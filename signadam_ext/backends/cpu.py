@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._extension import load
+from ..core.native import load
 from . import HostLaunch
 
 if TYPE_CHECKING:
-    from ..plan import Bucket
+    from ..engine.plan import Bucket
     from . import Row
 
 _C = load()

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._extension import load
+from ..core.native import load
 from .device import Resident, StreamLaunch, to_device
 
 if TYPE_CHECKING:
-    from ..plan import Bucket
+    from ..engine.plan import Bucket
     from . import Launch, Row
 
 _C = load()

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._extension import load
-from ..confidence import Confidence, check_result, name_of
-from ..dtypes import FORMATS
-from ..storage import WEIGHTS
+from ..core.dtypes import FORMATS
+from ..core.formats import WEIGHTS
+from ..core.native import load
+from .confidence import Confidence, check_result, name_of
 from .device import Resident, StreamLaunch, is_current, to_device
 
 if TYPE_CHECKING:
-    from ..plan import Bucket, Entry
+    from ..engine.plan import Bucket, Entry
     from . import Launch, Row
 
 _C = load()

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
-from ..hyperparameters import FLAG, LEARNING_RATE, TWO_BETAS, Checks, Number
-from ..lists import step_lists
-from ..optimizer import Params, SignOptimizer
-from ..options import BUT_DECAY, CommonButDecay
-from ..rule import Group, Rule, Scalars, decays, power
+from ..core import checks
+from ..core.hyperparameters import FLAG, LEARNING_RATE, TWO_BETAS, Checks, Number
+from ..core.options import BUT_DECAY, CommonButDecay
+from ..core.rule import Group, Rule, Scalars, decays, power
+from .base import Params, SignOptimizer
+from .step_lists import step_lists
 
 
 def _scalars(group: Group, t: int) -> Scalars:

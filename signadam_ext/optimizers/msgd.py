@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..hyperparameters import LEARNING_RATE, ONE_BETA, Checks
-from ..lists import step_lists
-from ..optimizer import Params, SignOptimizer
-from ..options import Common
-from ..rule import Group, Rule, decays
+from ..core.hyperparameters import LEARNING_RATE, ONE_BETA, Checks
+from ..core.options import Common
+from ..core.rule import Group, Rule, decays
+from .base import Params, SignOptimizer
+from .step_lists import step_lists
 
 RULE = Rule("msgd", moments=("exp_avg",), scalars=lambda group, t: decays(group, 1))
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
-from ..hyperparameters import LEARNING_RATE, TWO_BETAS, Checks, Choice, Number
-from ..lists import step_lists
-from ..optimizer import Params, SignOptimizer
-from ..options import Common
-from ..rule import Group, Rule, Scalars, decays, power
+from ..core import checks
+from ..core.hyperparameters import LEARNING_RATE, TWO_BETAS, Checks, Choice, Number
+from ..core.options import Common
+from ..core.rule import Group, Rule, Scalars, decays, power
+from .base import Params, SignOptimizer
+from .step_lists import step_lists
 
 
 def _exact_scalars(group: Group, t: int) -> Scalars:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
-from ..confidence import Confidence, backend_for
-from ..hyperparameters import BETA, LEARNING_RATE, ONE_BETA, SHARE, Checks, Number, Optional
-from ..lists import step_lists
-from ..optimizer import Params, SignOptimizer
-from ..options import Common
-from ..rule import Group, Rule, Scalars, decays
+from ..backends.confidence import Confidence, backend_for
+from ..core import checks
+from ..core.hyperparameters import BETA, LEARNING_RATE, ONE_BETA, SHARE, Checks, Number, Optional
+from ..core.options import Common
+from ..core.rule import Group, Rule, Scalars, decays
+from .base import Params, SignOptimizer
+from .step_lists import step_lists
 
 #: ``alpha=None`` stands for these: a fixed threshold is in units of the gradient, an adaptive one multiplies a
 #: deviation. A steered one has no alpha.

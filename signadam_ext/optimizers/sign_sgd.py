@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..hyperparameters import LEARNING_RATE, Checks, Number
-from ..lists import step_lists
-from ..optimizer import Params, SignOptimizer
-from ..options import WITHOUT_MOMENTS, Common
-from ..rule import Group, Rule
+from ..core.hyperparameters import LEARNING_RATE, Checks, Number
+from ..core.options import WITHOUT_MOMENTS, Common
+from ..core.rule import Group, Rule
+from .base import Params, SignOptimizer
+from .step_lists import step_lists
 
 RULE = Rule("sign_sgd", moments=(), scalars=lambda group, t: {"alpha": float(group["alpha"])})
 

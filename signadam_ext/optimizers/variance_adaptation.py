@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .. import checks
-from ..hyperparameters import FLAG, LEARNING_RATE, ONE_BETA, Checks, Choice
-from ..lists import step_lists
-from ..optimizer import Params, SignOptimizer
-from ..options import Common
-from ..rule import Group, Rule, Scalars, decays, power
+from ..core import checks
+from ..core.hyperparameters import FLAG, LEARNING_RATE, ONE_BETA, Checks, Choice
+from ..core.options import Common
+from ..core.rule import Group, Rule, Scalars, decays, power
+from .base import Params, SignOptimizer
+from .step_lists import step_lists
 
 #: Where the variance comes from: exponential averages of the gradient, or ``param.grad_variance``.
 VARIANCES = ("ema", "minibatch")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .rule import Scalars
+from ...core.rule import Scalars
 
 CHUNK_ROWS, CHUNK_LANES = 8, 2048
 
@@ -200,7 +200,7 @@ def update(
 
     Args:
         rule: one of the functions above.
-        statistics: ``"NONE"``, ``"GATHER"`` or ``"ONLY"``, as in :class:`signadam_ext.rule.Rule`.
+        statistics: ``"NONE"``, ``"GATHER"`` or ``"ONLY"``, as in :class:`signadam_ext.core.rule.Rule`.
         scalars: unrounded doubles; each is rounded to fp32 once.
         p: parameter, flat, fp32.
         g: effective gradient, flat, fp32, in the same memory order.

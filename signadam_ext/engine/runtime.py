@@ -6,13 +6,13 @@ import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .hyperparameters import Hyperparameters
+from ..core.hyperparameters import Hyperparameters
 from .step_lock import StepLock
 
 if TYPE_CHECKING:
-    from .optimizer import SignOptimizer
+    from ..optimizers.base import SignOptimizer
+    from ..training.gradient_release import GradientRelease
     from .plan import Plan
-    from .release import GradientRelease
 
 
 @dataclass(eq=False)

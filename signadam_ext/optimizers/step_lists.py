@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from . import checks
-from .hyperparameters import check_beta_names
-from .optimizer import SignOptimizer
-from .options import DEFAULTS
-from .plan import Item, Plan
-from .state import Fitted
+from ..core import checks
+from ..core.hyperparameters import check_beta_names
+from ..core.options import DEFAULTS
+from ..engine.plan import Item, Plan
+from ..state.schema import Fitted
+from .base import SignOptimizer
 
 T = TypeVar("T")
 

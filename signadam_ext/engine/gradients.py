@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import checks
-from ._extension import load
-from .storage import outside_inference_mode
+from ..core import checks
+from ..core.formats import outside_inference_mode
+from ..core.native import load
 
 _C = load()
 

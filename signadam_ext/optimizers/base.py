@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checks, hyperparameters, options
-from .checkpoint import (
+from ..core import checks, hyperparameters, options
+from ..core.formats import effective_weights, outside_inference_mode
+from ..core.rule import Group, Rule
+from ..engine.plan import Item, Plan
+from ..engine.runtime import Runtime
+from ..engine.statistics import Statistics, collect
+from ..state.checkpoint import (
     Layout,
     adopt,
     check,
@@ -32,12 +37,7 @@ from .checkpoint import (
     writer,
     written_entry,
 )
-from .observed import Statistics, collect
-from .plan import Item, Plan
-from .rule import Group, Rule
-from .runtime import Runtime
-from .state import entry_names, fit
-from .storage import effective_weights, outside_inference_mode
+from ..state.schema import entry_names, fit
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -639,7 +639,7 @@ _TORCH_HYPERPARAMETERS = frozenset(
 @functools.cache
 def hyperparameters_of_all() -> frozenset[str]:
     """Names of hyperparameters that tell one method from another, of this package and of torch.optim."""
-    from . import optimizers  # which needs this module
+    from .. import optimizers  # which needs this module
 
     names = {"beta"}
     for found in vars(optimizers).values():

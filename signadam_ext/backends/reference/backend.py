@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .. import reference, storage
-from .._extension import load
+from ...core import formats
+from ...core.formats import flat
+from ...core.native import load
+from ...core.random_bits import MOMENT_BITS, random_bits
+from .. import HostLaunch
 from ..confidence import Confidence, check_result
-from ..random_bits import MOMENT_BITS, random_bits
-from ..storage import flat
-from . import HostLaunch
+from . import rules
 
 if TYPE_CHECKING:
-    from ..plan import Bucket, Entry
-    from ..rule import Rule
-    from . import Row
+    from ...core.rule import Rule
+    from ...engine.plan import Bucket, Entry
+    from .. import Row
 
 _C = load()
 
@@ -67,23 +68,23 @@ def _update(
     param = flat(source if entry.is_dense else torch.empty_like(source).copy_(source))
     beside = None if entry.beside is None else flat(entry.beside)
     stored = [moment if form.packed else flat(moment) for form, moment in zip(entry.forms, entry.moments, strict=True)]
-    p = storage.load_param(entry.weights, param, beside)
-    moments = tuple(storage.decode(form, x, numel) for form, x in zip(entry.forms, stored, strict=True))
+    p = formats.load_param(entry.weights, param, beside)
+    moments = tuple(formats.decode(form, x, numel) for form, x in zip(entry.forms, stored, strict=True))
     before = moments[0] if moments else None
     if entry.variance is not None:
         moments = (*moments, flat(entry.variance))
-    g = reference.effective_gradient(scalars, p, flat(grad).float())
+    g = rules.effective_gradient(scalars, p, flat(grad).float())
     confident = None if rule.confidence is None else _confident(rule.confidence, scalars, g)
-    p, moments, alpha, gate = reference.update(
-        getattr(reference, rule.name), rule.statistics, scalars, p, g, moments, entry.gate, confident
+    p, moments, alpha, gate = rules.update(
+        getattr(rules, rule.name), rule.statistics, scalars, p, g, moments, entry.gate, confident
     )
     if observed is not None:
         observed.copy_(_observe(g, alpha, before, moments[0] if moments else None))
     r = None
-    if entry.weights in ("stochastic", "split8") or any(form is not storage.FP32 for form in entry.forms):
+    if entry.weights in ("stochastic", "split8") or any(form is not formats.FP32 for form in entry.forms):
         t = 0 if entry.step is None else int(entry.step) + 1
         r = random_bits(entry.seed, entry.number, t, entry.first, numel, param.device)
-    new, new_beside = storage.stored_param(entry.weights, p, r, param.dtype, None if beside is None else beside.dtype)
+    new, new_beside = formats.stored_param(entry.weights, p, r, param.dtype, None if beside is None else beside.dtype)
     shaped = new.as_strided(entry.param.shape, entry.strides)
     if entry.image is not None:
         # Those that share memory with it, and come after it, start from here.
@@ -94,7 +95,7 @@ def _update(
         assert new_beside is not None
         written.append((beside, new_beside))
     for form, old, moment, own_bits in zip(entry.forms, stored, moments, MOMENT_BITS, strict=False):
-        written.append((old, storage.encode(form, moment, None if r is None else own_bits(r))))
+        written.append((old, formats.encode(form, moment, None if r is None else own_bits(r))))
     if entry.gate is not None and gate is not entry.gate:
         assert gate is not None
         written.append((entry.gate, gate))
@@ -107,18 +108,18 @@ def _confident(confidence: Confidence, scalars: dict[str, float], g: Tensor) -> 
     Raises:
         TypeError, ValueError: a result that cannot be used.
     """
-    alpha = reference.as_fp32(scalars["alpha"], g.device)
+    alpha = rules.as_fp32(scalars["alpha"], g.device)
     c = confidence(g.clone(), alpha)  # which may work in place
     check_result(confidence, g, c)
     return cast(Tensor, c)
 
 
 def _observe(g: Tensor, alpha: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
-    """A row of what :data:`signadam_ext.observed.COLUMNS` names."""
-    passed, squares = reference.passes(g, alpha), g.double().square()
+    """A row of what :data:`signadam_ext.engine.statistics.COLUMNS` names."""
+    passed, squares = rules.passes(g, alpha), g.double().square()
     flips = magnitude = torch.zeros((), dtype=torch.float64, device=g.device)
     if before is not None and after is not None:
-        flips = (reference.sign(before) * reference.sign(after) < 0).sum().double()
+        flips = (rules.sign(before) * rules.sign(after) < 0).sum().double()
         magnitude = after.double().abs().sum()
     kept = torch.where(passed, squares, 0.0)
     return torch.stack([passed.sum().double(), squares.sum(), kept.sum(), flips, magnitude, alpha.double()])

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, storage
-from ._extension import load
+from ..core import checks, formats
+from ..core.formats import BESIDE, BLOCK8, Form
+from ..core.native import load
+from ..core.random_bits import MOMENT_BITS
 from .checkpoint import (
     BESIDE_DTYPES,
     STEP_DTYPE,
@@ -27,8 +29,6 @@ from .checkpoint import (
     step_tensor,
     taken,
 )
-from .random_bits import MOMENT_BITS
-from .storage import BESIDE, BLOCK8, Form
 
 #: Kernels read packed codes in words of so many bytes.
 ALIGNMENT = 16
@@ -79,7 +79,7 @@ def fit(layout: Layout, state: Mapping[str, Any], seed: int, number: int) -> Fit
         TypeError, ValueError: an entry that cannot be the parameter's, by its name.
     """
     # What is made for later steps must not be of one that runs in inference mode.
-    with storage.outside_inference_mode(), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+    with formats.outside_inference_mode(), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         return _Fitting(layout, state, seed, number).fitted()
 
 
@@ -90,7 +90,7 @@ class _Fitting:
             raise TypeError(f"the state of {label} is a {type(state).__name__}: must be a dict, which a step can write")
         checks.weights(label, layout.weights, param.dtype)
         self.layout, self.state, self.seed, self.number = layout, state, seed, number
-        self.strides = storage.strides_of(param)
+        self.strides = formats.strides_of(param)
         self.changes: dict[str, Any] = {}
         one_beside(label, state)
         # Everything is checked before anything is made.
@@ -157,7 +157,7 @@ class _Fitting:
         value = self.found.get(name)
         said = said_beside(name, form, param)
         if value is None:
-            value = _huge_pages(storage.allocate(form, param))
+            value = _huge_pages(formats.allocate(form, param))
         elif not form.packed:
             value = self._strided(value)
         elif is_packed(form, value):
@@ -170,15 +170,15 @@ class _Fitting:
         return self._put(name, value)
 
     def _strided(self, value: Tensor) -> Tensor:
-        return value if checks.same_strides(value, self.strides) else storage.restrided(value, self.layout.param)
+        return value if checks.same_strides(value, self.strides) else formats.restrided(value, self.layout.param)
 
     def _in_order(self, stored: Tensor, name: str, form: Form, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
         """A packed buffer whose codes lie in the memory order of the parameter."""
         param = self.layout.param
         order = order_said(self._shown(name), name, self.state, param)
-        if order != storage.order_of(param.shape, self.strides):
-            values = storage.decode if form is BLOCK8 else storage.codes_of
-            placed = storage.reordered(values(form, stored, param.numel()), param.shape, order, self.strides)
+        if order != formats.order_of(param.shape, self.strides):
+            values = formats.decode if form is BLOCK8 else formats.codes_of
+            placed = formats.reordered(values(form, stored, param.numel()), param.shape, order, self.strides)
             return self._packed(placed, form, own_bits)
         if not stored.is_contiguous() or stored.data_ptr() % ALIGNMENT != 0:
             return stored.clone(memory_format=torch.contiguous_format)
@@ -186,11 +186,11 @@ class _Fitting:
 
     def _packed(self, value: Tensor, form: Form, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
         """Codes, or values of blocks, in the parameter's memory order, as a packed buffer."""
-        flat = storage.flat(value)
+        flat = formats.flat(value)
         if form is not BLOCK8:
-            return _huge_pages(storage.pack(form, flat.to(torch.int8)))
+            return _huge_pages(formats.pack(form, flat.to(torch.int8)))
         bits = conversion_bits(own_bits, self.seed, self.number, self.steps, flat)
-        return _huge_pages(storage.encode(form, flat.float(), bits))
+        return _huge_pages(formats.encode(form, flat.float(), bits))
 
     # The others
 
@@ -205,15 +205,15 @@ class _Fitting:
             return self._put(name, self._strided(self.found[name])), ()
         from_other = self.found.get(other)
         if from_other is None:
-            return self._put(name, storage.make_beside(weights, param)), ()
+            return self._put(name, formats.make_beside(weights, param)), ()
         if weights == "master":
-            made = storage.make_beside(weights, param, from_other)
+            made = formats.make_beside(weights, param, from_other)
         else:
-            master, own = (storage.flat(storage.restrided(x, param)) for x in (from_other, param.detach()))
-            made = storage.reordered(
-                storage.low_of_master(weights, master, own),
+            master, own = (formats.flat(formats.restrided(x, param)) for x in (from_other, param.detach()))
+            made = formats.reordered(
+                formats.low_of_master(weights, master, own),
                 param.shape,
-                storage.order_of(param.shape, self.strides),
+                formats.order_of(param.shape, self.strides),
                 self.strides,
             )
         return self._put(name, made), (other,)

@@ -14,17 +14,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import backends, checks
-from ._extension import load
-from .backends.device import Resident, refuse_capture
-from .confidence import backend_for, name_of
-from .dtypes import FORMATS
-from .observed import COLUMNS
-from .reader import ListReader, make_reader
-from .rule import Group, Rule
-from .state import Fitted
+from .. import backends
+from ..backends.confidence import backend_for, name_of
+from ..backends.device import Resident, refuse_capture
+from ..core import checks
+from ..core.dtypes import FORMATS
+from ..core.formats import WEIGHTS, Form, effective_weights
+from ..core.native import load
+from ..core.rule import Group, Rule
+from ..state.schema import Fitted
+from .gradients import ListReader, make_reader
+from .statistics import COLUMNS
 from .step_lock import StepLock
-from .storage import WEIGHTS, Form, effective_weights
 
 _C = load()
 
@@ -132,7 +133,7 @@ class Bucket:
 
     Attributes:
         gappy: those whose ``work`` is a copy.
-        observed: where it is wanted, a row of :data:`signadam_ext.observed.COLUMNS` for each chunk.
+        observed: where it is wanted, a row of :data:`signadam_ext.engine.statistics.COLUMNS` for each chunk.
     """
 
     rule: Rule

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import backends, checks
-from .storage import WEIGHTS
+from .. import backends
+from . import checks
+from .formats import WEIGHTS
 
 if TYPE_CHECKING:
-    from .optimizer import SignOptimizer
+    from ..optimizers.base import SignOptimizer
 
 Check = Callable[[str, Any], Any]
 Checks = Mapping[str, Check]

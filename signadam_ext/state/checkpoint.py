@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, storage
-from .random_bits import MOMENT_BITS, random_bits
-from .storage import BF16, BLOCK8, FORMS, FORMS_BY_NUMBER, FP32, Form
+from ..core import checks, formats
+from ..core.formats import BF16, BLOCK8, FORMS, FORMS_BY_NUMBER, FP32, Form
+from ..core.random_bits import MOMENT_BITS, random_bits
 
 #: What may lie beside a parameter, by its name in the state.
 BESIDE_DTYPES = {
-    name: tuple(dtype for other, dtype in storage.BESIDE.values() if other == name)
-    for name, _ in storage.BESIDE.values()
+    name: tuple(dtype for other, dtype in formats.BESIDE.values() if other == name)
+    for name, _ in formats.BESIDE.values()
 }
 
 #: Of the number of steps in the state: a 0-dim tensor on the CPU.
@@ -99,7 +99,7 @@ def said_beside(name: str, form: Form, param: Tensor) -> dict[str, int]:
     if form.levels is not None:
         said[levels_key(name)] = form.levels
     if form.packed:
-        said[order_key(name)] = storage.order_of(param.shape, storage.strides_of(param))
+        said[order_key(name)] = formats.order_of(param.shape, formats.strides_of(param))
     return said
 
 
@@ -134,11 +134,11 @@ def order_said(label: str, name: str, state: Mapping[str, Any], param: Tensor) -
     """
     order = state.get(order_key(name))
     if order is None:
-        return storage.order_of(param.shape, storage.strides_of(param))
+        return formats.order_of(param.shape, formats.strides_of(param))
     shown = f"{order_key(name)} of {label}"
     found = checks.whole_number(shown, order)
     try:
-        storage.strides_in_order(param.shape, found)
+        formats.strides_in_order(param.shape, found)
     except ValueError as error:
         raise ValueError(f"{shown} is {found}, but {error}") from None
     return found
@@ -165,7 +165,7 @@ def real(label: str, value: Any) -> Any:
 
 def copied(value: Tensor) -> Tensor:
     """The same numbers in memory of their own, dense, with the dimensions in the same order."""
-    strides = storage.strides_of(value)
+    strides = formats.strides_of(value)
     return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
@@ -220,22 +220,22 @@ def _exported(layout: Layout, name: str, form: Form, state: Mapping[str, Any]) -
             "that has been offloaded or resized needs its elements back before its state can be saved"
         )
     order = order_said(label, name, state, param)
-    strides = storage.strides_of(param)
-    values = storage.codes_of(form, stored, numel) if form is not BLOCK8 else _block_values(stored, numel)
-    return storage.reordered(values, param.shape, order, strides)
+    strides = formats.strides_of(param)
+    values = formats.codes_of(form, stored, numel) if form is not BLOCK8 else _block_values(stored, numel)
+    return formats.reordered(values, param.shape, order, strides)
 
 
 def _block_values(stored: Tensor, numel: int) -> Tensor:
     """Exact: a code has seven bits, and bf16 eight."""
-    return storage.decode(BLOCK8, stored, numel).bfloat16()
+    return formats.decode(BLOCK8, stored, numel).bfloat16()
 
 
 def _padding(form: Form, stored: Tensor, numel: int) -> bool:
     """Whether there are codes where only zeros can be, behind the last element."""
-    padded = -(-numel // storage.RUN) * storage.RUN
-    last = max(0, padded - storage.RUN)
+    padded = -(-numel // formats.RUN) * formats.RUN
+    last = max(0, padded - formats.RUN)
     runs = stored[last * form.bits // 8 : padded * form.bits // 8]
-    return numel != padded and bool(storage.codes_of(form, runs, padded - last)[numel - last :].any())
+    return numel != padded and bool(formats.codes_of(form, runs, padded - last)[numel - last :].any())
 
 
 def check(layout: Layout, saved: Mapping[str, Any]) -> None:
@@ -348,17 +348,17 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> t
         if source is form and not form.packed:
             adopted[name] = _shaped(flat, param)
         elif source is form and form.levels is not None:
-            adopted[name] = storage.pack(form, flat)
+            adopted[name] = formats.pack(form, flat)
         else:
             m = flat.float()
             if source.levels is not None:
                 m = m / torch.full((), float(source.levels), dtype=torch.float32, device=m.device)
             if form.levels is not None:
                 m = m.clamp(-1.0, 1.0) * form.levels
-            stored = storage.encode(form, m, conversion_bits(own_bits, seed, number, t, m))
+            stored = formats.encode(form, m, conversion_bits(own_bits, seed, number, t, m))
             adopted[name] = stored if form.packed else _shaped(stored, param)
             exact = source is form and torch.equal(
-                storage.decode(form, stored, param.numel()).nan_to_num(), flat.float().nan_to_num()
+                formats.decode(form, stored, param.numel()).nan_to_num(), flat.float().nan_to_num()
             )
             if not exact:
                 changes.append(f"{name}: {source.kind} to {form.kind}")
@@ -401,7 +401,7 @@ def _adopt_weights(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, 
         adopted["param_low" if was != "master" else "master_param"] = _shaped(flat, param)
         return []
     change = f"weights: {was} to {weights}"
-    if weights not in storage.BESIDE:
+    if weights not in formats.BESIDE:
         return [change]
     if was == "split8":
         adopted["param_low"] = _shaped(flat.to(torch.int16) * 256, param)
@@ -409,21 +409,21 @@ def _adopt_weights(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, 
     if was == "split16":
         adopted["param_low"] = _shaped((flat.int() + 128 >> 8).clamp(-128, 127).to(torch.int8), param)
         return [change]
-    adopted["param_low"] = _shaped(storage.low_of_master(weights, flat), param)
+    adopted["param_low"] = _shaped(formats.low_of_master(weights, flat), param)
     return [change] if weights == "split8" else []
 
 
 def _flat(value: Tensor, param: Tensor) -> Tensor:
     """The elements of a tensor of the parameter's shape, in the parameter's memory order."""
-    lies_so = checks.same_strides(value, storage.strides_of(param))
-    return storage.flat(value if lies_so else storage.restrided(value, param))
+    lies_so = checks.same_strides(value, formats.strides_of(param))
+    return formats.flat(value if lies_so else formats.restrided(value, param))
 
 
 def _shaped(flat: Tensor, param: Tensor) -> Tensor:
     """The reverse, as a tensor of its own."""
-    strides = storage.strides_of(param)
+    strides = formats.strides_of(param)
     shaped = torch.empty_strided(param.shape, strides, dtype=flat.dtype, device=flat.device)
-    storage.flat(shaped).copy_(flat)
+    formats.flat(shaped).copy_(flat)
     return shaped
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import checks, storage
+from . import checks, formats
 
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
@@ -43,7 +43,7 @@ class Rule:
     gate: str | None = None
     confidence: Callable[..., Any] | None = field(default=None, hash=False)  # one may have no hash
 
-    def forms(self, group: Group) -> tuple[storage.Form, ...]:
+    def forms(self, group: Group) -> tuple[formats.Form, ...]:
         """How each moment is stored.
 
         Raises:
@@ -60,12 +60,12 @@ class Rule:
                 "use 'fp32' or 'bf16'"
             )
         return tuple(
-            self._form(dtype, self._first_forms if i == 0 else storage.SECOND) for i, dtype in enumerate(dtypes)
+            self._form(dtype, self._first_forms if i == 0 else formats.SECOND) for i, dtype in enumerate(dtypes)
         )
 
     @property
-    def _first_forms(self) -> Mapping[str, storage.Form]:
-        return storage.BOUNDED if self.bounded else storage.UNBOUNDED
+    def _first_forms(self) -> Mapping[str, formats.Form]:
+        return formats.BOUNDED if self.bounded else formats.UNBOUNDED
 
     def _levels(self, group: Group) -> int | None:
         """Of the codes of the first moment, in a group whose ``state_dtype`` has been checked."""
@@ -74,13 +74,13 @@ class Rule:
         dtypes = group.get("state_dtype", "fp32")
         return self._first_forms[dtypes if isinstance(dtypes, str) else dtypes[0]].levels
 
-    def _form(self, dtype: object, allowed: Mapping[str, storage.Form]) -> storage.Form:
-        if isinstance(dtype, str) and dtype in storage.BOUNDED and dtype not in allowed:
+    def _form(self, dtype: object, allowed: Mapping[str, formats.Form]) -> formats.Form:
+        if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
             raise ValueError(
                 f"state_dtype={dtype!r}: this momentum has no bound, so it needs a scale; use one of "
                 f"{', '.join(map(repr, allowed))}"
             )
-        return allowed[checks.one_of("state_dtype", dtype, storage.BOUNDED)]
+        return allowed[checks.one_of("state_dtype", dtype, formats.BOUNDED)]
 
     def row(self, group: Group, t: int) -> Scalars:
         """All scalars of a group at step ``t``: those every rule takes, and the rule's own.

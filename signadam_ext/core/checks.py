@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .dtypes import FORMATS
-from .storage import FP32, Form
+from .formats import FP32, Form
 
 T = TypeVar("T")
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 
-from .optimizer import SignOptimizer, _label
-from .plan import overlap_levels
+from ..engine.plan import overlap_levels
+from ..optimizers.base import SignOptimizer, _label
 
 
 def release_gradients(

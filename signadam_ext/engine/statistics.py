@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._extension import load
-from .backends import StreamedLaunch
+from ..backends import StreamedLaunch
+from ..core.native import load
 
 if TYPE_CHECKING:
     from .plan import Plan

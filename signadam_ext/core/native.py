@@ -19,7 +19,7 @@ def load() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "signadam_ext._C":
             raise
-        package = Path(__file__).resolve().parent
+        package = Path(__file__).resolve().parents[1]
         source_tree = (package.parent / "setup.py").exists()
         command = (
             f"`pip install -e {package.parent}`" if source_tree else "`pip install --force-reinstall signadam_ext`"

@@ -1,0 +1,1 @@
+"""What a parameter keeps between steps: its creation and checking, checkpoints, files."""
