@@ -16,6 +16,7 @@ import torch
 from . import backends, memory
 from ._version import __version__
 from .core.native import load
+from .core.options import BACKENDS
 from .engine import gradients
 
 
@@ -51,7 +52,7 @@ def report() -> str:
     for device in devices:
         label = "cpu" if device.type == "cpu" else f"{device}: {torch.cuda.get_device_name(device)}"
         lines.append(("device", label))
-        for name in backends.NAMES:
+        for name in BACKENDS:
             reason = backends.get(name).unusable(device)
             lines.append((f"  {name}", "usable" if reason is None else f"not usable: {reason}"))
     if len(devices) == 1:

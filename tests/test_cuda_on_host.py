@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from signadam_ext import _C, backends
+from signadam_ext.backends import Bucket, Entry
 from signadam_ext.core import formats
 from signadam_ext.core.dtypes import FORMATS
 from signadam_ext.core.formats import BESIDE, BF16, BOUNDED, UNBOUNDED, Form, effective_weights
 from signadam_ext.core.rule import Rule, Scalars
-from signadam_ext.engine.plan import Bucket, Entry
 
 DTYPES = tuple(FORMATS)
 FUNCTORS = rules()

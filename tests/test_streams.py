@@ -17,6 +17,7 @@ from signadam_ext import _C, SignAdam
 from signadam_ext.backends import device as device_module
 from signadam_ext.backends.device import RING_SIZE, PinnedRing, Resident, StreamLaunch, refuse_capture
 from signadam_ext.core import checks
+from signadam_ext.core.step_statistics import COLUMNS
 from signadam_ext.engine import statistics
 
 CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
@@ -177,7 +178,7 @@ def test_a_launch(cuda: SimpleNamespace, observes: bool) -> None:
 
 
 def test_statistics_wait_before_they_read() -> None:
-    rows = torch.zeros(1, len(statistics.COLUMNS), dtype=torch.float64)
+    rows = torch.zeros(1, len(COLUMNS), dtype=torch.float64)
 
     class Launch:
         def __call__(self, rows: Any) -> None: ...

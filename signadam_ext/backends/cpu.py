@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..core.native import load
-from . import HostLaunch
+from .base import HostLaunch
 
 if TYPE_CHECKING:
-    from ..engine.plan import Bucket
-    from . import Row
+    from .base import Row
+    from .bucket import Bucket
 
 _C = load()
 

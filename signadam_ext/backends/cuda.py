@@ -14,8 +14,8 @@ from ..core.native import load
 from .device import Resident, StreamLaunch, to_device
 
 if TYPE_CHECKING:
-    from ..engine.plan import Bucket
-    from . import Launch, Row
+    from .base import Launch, Row
+    from .bucket import Bucket
 
 _C = load()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from . import Row
+    from .base import Row
 
 #: Pinned buffers in use at once. None is written again before the copy that reads it is done.
 RING_SIZE = 4

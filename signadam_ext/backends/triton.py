@@ -16,8 +16,8 @@ from .confidence import Confidence, check_result, name_of
 from .device import Resident, StreamLaunch, is_current, to_device
 
 if TYPE_CHECKING:
-    from ..engine.plan import Bucket, Entry
-    from . import Launch, Row
+    from .base import Launch, Row
+    from .bucket import Bucket, Entry
 
 _C = load()
 

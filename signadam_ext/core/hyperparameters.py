@@ -12,14 +12,11 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
-from .. import backends
 from . import checks
 from .formats import WEIGHTS
-
-if TYPE_CHECKING:
-    from ..optimizers.base import SignOptimizer
+from .options import BACKENDS
 
 Check = Callable[[str, Any], Any]
 Checks = Mapping[str, Check]
@@ -93,12 +90,23 @@ COMMON: Checks = {
     "state_dtype": _state_dtype,
     "weights": Choice(tuple(WEIGHTS)),
     "seed": checks.seed,
-    "backend": lambda _, value: backends.check_name(value),
+    "backend": Choice(("auto", *BACKENDS)),
 }
 
 #: A learning rate below zero by no more than this, in units of the largest it has been, is a scheduler's rounding.
 ROUNDING = 1e-5
 SMALLEST_ROUNDING = 1e-12
+
+
+class Declaring(Protocol):
+    """A class of optimizers, as far as it says what its groups hold."""
+
+    HYPERPARAMETERS: ClassVar[Checks]
+    COMMON: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def check_relations(cls, group: Mapping[str, Any]) -> None:
+        """Raises on hyperparameters that make no sense together. Each by itself has been checked."""
 
 
 def how_betas_are_given(check: Check | None) -> str:
@@ -107,7 +115,7 @@ def how_betas_are_given(check: Check | None) -> str:
     return ("this rule has none", "this rule has one, beta=...", "this rule has two, betas=(..., ...)")[count]
 
 
-def check_beta_names(optimizer: type[SignOptimizer], given: Mapping[str, Any], *, folded: bool = False) -> None:
+def check_beta_names(optimizer: type[Declaring], given: Mapping[str, Any], *, folded: bool = False) -> None:
     """Raises where ``beta`` is given to a rule that has two, or ``betas`` to one that has one.
 
     Args:
@@ -151,7 +159,7 @@ def of_group(index: int, whose: str = "") -> Iterator[None]:
         raise type(error)(f"group {index}{whose and ' '}{whose}: {error}") from None
 
 
-def checked(optimizer: type[SignOptimizer], group: Mapping[str, Any]) -> dict[str, Any]:
+def checked(optimizer: type[Declaring], group: Mapping[str, Any]) -> dict[str, Any]:
     """A group with its hyperparameters as Python numbers.
 
     Raises:
@@ -160,11 +168,11 @@ def checked(optimizer: type[SignOptimizer], group: Mapping[str, Any]) -> dict[st
     """
     checks_by_name = of_groups(optimizer)
     found = {**group, **{name: check(name, _value(group, name)) for name, check in checks_by_name.items()}}
-    optimizer._check_relations(found)
+    optimizer.check_relations(found)
     return found
 
 
-def of_groups(optimizer: type[SignOptimizer]) -> dict[str, Check]:
+def of_groups(optimizer: type[Declaring]) -> dict[str, Check]:
     """The checks of what a group of this class holds."""
     common = {name: check for name, check in COMMON.items() if name != "state_dtype" or name in optimizer.COMMON}
     return {**common, **optimizer.HYPERPARAMETERS}
@@ -189,7 +197,7 @@ class Hyperparameters:
     in place, so they are always looked at, and none is kept alive.
     """
 
-    def __init__(self, optimizer: type[SignOptimizer]) -> None:
+    def __init__(self, optimizer: type[Declaring]) -> None:
         self._optimizer = optimizer
         self._checks = tuple((name, check) for name, check in of_groups(optimizer).items() if name != "lr")
         self._values = operator.itemgetter(*(name for name, _ in self._checks))
@@ -239,7 +247,7 @@ class Hyperparameters:
         converted = {name: value for name, value in found.items() if value is not given[name]}
         result = {**group, **converted} if converted else group
         if len(found) > 1:
-            self._optimizer._check_relations(result)
+            self._optimizer.check_relations(result)
             self._seen[index] = tuple(value if _is_fixed(value) else _UNSEEN for value in values)
         return result
 

@@ -32,6 +32,9 @@ class Common(CommonButDecay, total=False):
     weight_decay: float | Tensor
 
 
+#: The backends that ``backend=`` may name, beside "auto".
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
 DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "decoupled_weight_decay": True,

@@ -1,1 +1,1 @@
-"""One step: the plan that a list of parameters is cut into, the reading of gradients, and what a step tells of itself."""
+"""One step: the plan that parameters are cut into, the reading of gradients, and what a step tells of itself."""

@@ -8,183 +8,28 @@ no tensor of its user's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.bucket import Bucket, Entry
 from ..backends.confidence import backend_for, name_of
 from ..backends.device import Resident, refuse_capture
 from ..core import checks
-from ..core.dtypes import FORMATS
-from ..core.formats import WEIGHTS, Form, effective_weights
+from ..core.formats import Form, effective_weights
 from ..core.native import load
 from ..core.rule import Group, Rule
 from ..state.schema import Fitted
 from .gradients import ListReader, make_reader
-from .statistics import COLUMNS
 from .step_lock import StepLock
 
 _C = load()
 
 #: A row of scalars of which a rule reads none, in the order of kernels.
 _NO_SCALARS = dict.fromkeys(_C.SCALARS, 0.0)
-
-#: Stands for a tensor between two steps.
-_NONE = torch.empty(0, dtype=torch.float32, device="cpu")
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One parameter that takes part, and its state.
-
-    Attributes:
-        slot: index of the parameter in the plan, and of its gradient in the reader.
-        param: the parameter itself, during a step.
-        work: what kernels update: ``param``, or a dense copy when its elements do not fill a run of memory.
-        grad_dtype: dtype of its gradient.
-        forms, moments: how the moments are stored, and the stored tensors, during a step.
-        weights, beside: how the parameter is stored, and what lies beside it, during a step, or None.
-        variance: of the gradient, with the strides of ``work``, for a rule that reads it: ``param.grad_variance``, or a
-            buffer into which every step copies it; None where it has not been asked for yet.
-        gate: 0-dim float64 on the parameter's device, what the threshold is made of, during a step, or None.
-        step: 0-dim float64 on the CPU, the number of steps taken, during a step; fp32 in the functional forms; None
-            where nobody counts.
-        group: index of its parameter group.
-        seed, number, first: what its random bits are made of: the seed, the number under which ``state_dict()`` lists
-            the parameter, and the index of the first element in the unsharded tensor.
-        image: where the reference computes parameters that share memory, during a step: the place of ``param`` in a
-            copy of its storage; None for others.
-        numel, strides: of ``work``.
-        is_dense: whether ``work`` is the parameter itself.
-        variance_address: of ``variance``, or None where it is a buffer of the plan's.
-    """
-
-    slot: int
-    param: Tensor
-    work: Tensor
-    grad_dtype: torch.dtype
-    forms: tuple[Form, ...]
-    moments: tuple[Tensor, ...]
-    weights: str
-    beside: Tensor | None
-    variance: Tensor | None
-    gate: Tensor | None
-    step: Tensor | None
-    group: int
-    seed: int
-    number: int
-    first: int
-    image: Tensor | None = None
-    numel: int = field(init=False)
-    strides: tuple[int, ...] = field(init=False)
-    is_dense: bool = field(init=False)
-    variance_address: int | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        self.numel = self.work.numel()
-        self.strides = self.work.stride()
-        self.is_dense = self.work is self.param
-
-    def operands(self) -> list[Tensor | None]:
-        """What kernels call ``m``, ``v`` and ``x``."""
-        found: list[Tensor | None] = [*self.moments, None, None, None][:3]
-        if self.variance is not None:
-            found[2] = self.variance
-        return found
-
-    def bind(self, param: Tensor, _: object, *state: Tensor) -> None:
-        """Takes the tensors of a step, as a reader holds them."""
-        self.param = param
-        if self.is_dense:
-            self.work = param
-        rest = list(state)
-        self.moments = tuple(rest[: len(self.forms)])
-        del rest[: len(self.forms)]
-        if self.beside is not None:
-            self.beside = rest.pop(0)
-        if self.gate is not None:
-            self.gate = rest.pop(0)
-        if self.step is not None:
-            self.step = rest.pop(0)
-
-    def unbind(self) -> None:
-        """Lets the tensors of a step go. What is None stays None."""
-        self.param = _NONE
-        if self.is_dense:
-            self.work = _NONE
-        self.moments = (_NONE,) * len(self.moments)
-        self.image = None
-        if self.beside is not None:
-            self.beside = _NONE
-        if self.gate is not None:
-            self.gate = _NONE
-        if self.step is not None:
-            self.step = _NONE
-        if self.variance_address is not None:
-            self.variance = _NONE
-
-
-@dataclass(slots=True)
-class Bucket:
-    """Entries of one launch, with their table in C++.
-
-    Attributes:
-        gappy: those whose ``work`` is a copy.
-        observed: where it is wanted, a row of :data:`signadam_ext.engine.statistics.COLUMNS` for each chunk.
-    """
-
-    rule: Rule
-    device: torch.device
-    entries: list[Entry]
-    observes: bool
-    gappy: list[Entry] = field(init=False)
-    table: Any = field(init=False)
-    observed: Tensor | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        self.gappy = [entry for entry in self.entries if not entry.is_dense]
-        self.table = _C.Table(rows_by_step=self.rule.uses_step)
-        for entry in self.entries:
-            addresses = [0 if x is None else x.data_ptr() for x in entry.operands()]
-            formats = [form.number for form in entry.forms] + [FORMATS[torch.float32]] * 3
-            self.table.add(
-                param=entry.work.data_ptr(),
-                low=0 if entry.beside is None else entry.beside.data_ptr(),
-                exp_avg=addresses[0],
-                exp_avg_sq=addresses[1],
-                third=addresses[2],
-                gate=0 if entry.gate is None else entry.gate.data_ptr(),
-                step=0 if entry.step is None else entry.step.data_ptr(),
-                step_is_double=entry.step is None or entry.step.dtype == torch.float64,
-                numel=entry.numel,
-                first=entry.first,
-                param_format=FORMATS[entry.work.dtype],
-                grad_format=FORMATS[entry.grad_dtype],
-                exp_avg_format=formats[0],
-                exp_avg_sq_format=formats[1],
-                third_format=formats[2],
-                weights=WEIGHTS[entry.weights],
-                group=entry.group,
-                slot=entry.slot,
-                seed=entry.seed,
-                number=entry.number,
-            )
-        self.table.finish(statistics=self.rule.statistics != "NONE")
-        if self.observes:
-            shape = (self.table.chunks, len(COLUMNS))
-            self.observed = torch.zeros(shape, dtype=torch.float64, device=self.device)
-
-    def observations(self) -> tuple[Tensor, ...]:
-        return () if self.observed is None else (self.observed,)
-
-    def present_gappy(self) -> list[Entry]:
-        """Those of ``gappy`` that take part in the step that the table has begun."""
-        if not self.gappy:
-            return []
-        return [e for e, present in zip(self.entries, self.table.grads(), strict=True) if present and not e.is_dense]
 
 
 @dataclass(slots=True)

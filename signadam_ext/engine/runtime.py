@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
 
 from ..core.hyperparameters import Hyperparameters
 from .step_lock import StepLock
 
 if TYPE_CHECKING:
-    from ..optimizers.base import SignOptimizer
-    from ..training.gradient_release import GradientRelease
     from .plan import Plan
+
+
+class StepDriver(Protocol):
+    """Takes an optimizer's steps in place of ``step()``: inside backward, for example."""
+
+    def step(self, closure: Callable[[], float] | None) -> float | None:
+        """What ``optimizer.step()`` does while this drives it."""
+
+    def extend(self, params: Sequence[Tensor]) -> None:
+        """Takes in the parameters of a new group."""
 
 
 @dataclass(eq=False)
@@ -31,11 +43,11 @@ class Runtime:
         places: where each parameter is: its group's index, and its own in the group, by its id.
         observes: whether steps gather what ``statistics()`` tells.
         round: number of the last step.
-        released: set while gradients are released.
+        driver: takes the steps, while there is one.
         has_warned: whether the variance of few bits has been warned of.
     """
 
-    owner: weakref.ref[SignOptimizer]
+    owner: weakref.ref[Optimizer]
     hyperparameters: Hyperparameters
     lock: StepLock = field(default_factory=StepLock)
     plan: Plan | None = None
@@ -44,7 +56,7 @@ class Runtime:
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
     observes: bool = False
     round: int = 0
-    released: GradientRelease | None = None
+    driver: StepDriver | None = None
     has_warned: bool = False
 
     def forget_plans(self) -> None:

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 _C = load()
 
-#: Of a row for each chunk, in the order of ``Observed`` in csrc/table.h.
-COLUMNS = ("passed", "squares", "passed_squares", "flips", "magnitude", "threshold")
-
 
 @dataclass(frozen=True)
 class TensorStatistics:

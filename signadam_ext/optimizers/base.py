@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import os
 import warnings
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import backends
 from ..core import checks, hyperparameters, options
 from ..core.formats import effective_weights, outside_inference_mode
 from ..core.rule import Group, Rule
@@ -51,6 +51,16 @@ VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
 PLANNING_ATTEMPTS = 3
 
 
+#: Names of hyperparameters that tell one method from another: those of torch.optim's optimizers, beside what they share
+#: with ours, and of every subclass here.
+_DISTINCTIVE = {
+    *("beta", "momentum", "dampening", "nesterov", "amsgrad", "eps", "alpha", "centered", "rho", "etas", "step_sizes"),
+    *("lambd", "t0", "momentum_decay", "lr_decay", "initial_accumulator_value", "beta2_decay", "d", "max_iter"),
+    *("max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn", "ns_coefficients"),
+    *("ns_steps", "adjust_lr_fn"),
+}
+
+
 class SignOptimizer(Optimizer):
     """Base of the optimizers. A subclass names its rule and says what its own hyperparameters may be."""
 
@@ -69,6 +79,7 @@ class SignOptimizer(Optimizer):
         if cls.__doc__ is not None:
             cls.__doc__ = options.documented(cls.__doc__)
         cls.__signature__ = options.signature(cls.__init__, cls.COMMON)
+        _DISTINCTIVE.update(cls.HYPERPARAMETERS)
 
     def __init__(self, params: Params, own: dict[str, Any], common: Mapping[str, Any]) -> None:
         hyperparameters.check_beta_names(type(self), common)
@@ -92,8 +103,9 @@ class SignOptimizer(Optimizer):
         return hyperparameters.checked(cls, group)
 
     @classmethod
-    def _check_relations(cls, group: Group) -> None:
+    def check_relations(cls, group: Group) -> None:
         """Raises on hyperparameters that make no sense together. Each by itself has been checked."""
+        backends.check_usable(group["backend"])
         cls._rule(group).forms(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -126,8 +138,8 @@ class SignOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self._runtime.forget_plans()
-        if self._runtime.released is not None:
-            self._runtime.released.extend(group["params"])
+        if self._runtime.driver is not None:
+            self._runtime.driver.extend(group["params"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -148,9 +160,9 @@ class SignOptimizer(Optimizer):
         Whatever else raises, a signal handler or a lack of memory, a step on the CPU and on the reference backend is
         taken as a whole or not at all.
         """
-        released = self._runtime.released
-        if released is not None:
-            return released.step(closure)
+        driver = self._runtime.driver
+        if driver is not None:
+            return driver.step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -507,7 +519,7 @@ class SignOptimizer(Optimizer):
                 raise ValueError(f"group {index} of the checkpoint is of the method {method}: must be of {ours}")
             return
         known = {*self.defaults, *self.HYPERPARAMETERS, "beta"}
-        foreign = sorted(name for name in saved if name in hyperparameters_of_all() and name not in known)
+        foreign = sorted(name for name in saved if name in _DISTINCTIVE and name not in known)
         if foreign:
             raise ValueError(
                 f"group {index} of the checkpoint has the hyperparameter {foreign[0]!r}, which {ours} has not: it is "
@@ -623,29 +635,6 @@ def _is_function_name(value: Any) -> bool:
 def _is_empty(saved: Any) -> bool:
     """Whether a checkpoint has no state of a parameter. A flattened one gives an empty dict for each entry."""
     return isinstance(saved, Mapping) and all(isinstance(value, dict) and not value for value in saved.values())
-
-
-#: Hyperparameters of torch.optim's optimizers, beside those that they share with ours.
-_TORCH_HYPERPARAMETERS = frozenset(
-    [
-        *("momentum", "dampening", "nesterov", "amsgrad", "eps", "alpha", "centered", "rho", "etas", "step_sizes"),
-        *("lambd", "t0", "momentum_decay", "lr_decay", "initial_accumulator_value", "beta2_decay", "d", "max_iter"),
-        *("max_eval", "tolerance_grad", "tolerance_change", "history_size", "line_search_fn", "ns_coefficients"),
-        *("ns_steps", "adjust_lr_fn"),
-    ]
-)
-
-
-@functools.cache
-def hyperparameters_of_all() -> frozenset[str]:
-    """Names of hyperparameters that tell one method from another, of this package and of torch.optim."""
-    from .. import optimizers  # which needs this module
-
-    names = {"beta"}
-    for found in vars(optimizers).values():
-        if isinstance(found, type) and issubclass(found, SignOptimizer):
-            names.update(found.HYPERPARAMETERS)
-    return frozenset(names) | _TORCH_HYPERPARAMETERS
 
 
 def _warn_of_changes(changes: list[str]) -> None:

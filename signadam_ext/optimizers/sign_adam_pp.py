@@ -169,8 +169,8 @@ class SignAdamPP(SignOptimizer):
         return replace(_OWN, confidence=confidence) if callable(confidence) else RULES[confidence]
 
     @classmethod
-    def _check_relations(cls, group: Group) -> None:
-        super()._check_relations(group)
+    def check_relations(cls, group: Group) -> None:
+        super().check_relations(group)
         if group["confidence"] == "sparsity" and group["target"] is None:
             raise ValueError("target=None with confidence='sparsity': give the share of the entries that may pass")
         if callable(group["confidence"]):

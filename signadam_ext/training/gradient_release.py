@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,15 +123,15 @@ def release_gradients(
     if grad_scaler is not None and grad_scaler.is_enabled():
         raise ValueError(f"grad_scaler={type(grad_scaler).__name__}: {_NO_SCALER}")
     # A trainer may have wrapped it in an object that poses as its class.
-    optimizer = optimizer._runtime.owner() or optimizer
-    if optimizer._runtime.released is not None:
+    optimizer = cast(SignOptimizer, optimizer._runtime.owner() or optimizer)
+    if optimizer._runtime.driver is not None:
         raise RuntimeError("this optimizer's gradients are released already: call remove() of that release first")
     params = _parameters_of(model_or_params)
     if isinstance(model_or_params, nn.Module):
         for name, module in model_or_params.named_modules():
             _refuse_wrapper(name, module)
     release = GradientRelease(optimizer, params, accumulation_steps)
-    optimizer._runtime.released = release
+    optimizer._runtime.driver = release
     return release
 
 
@@ -230,7 +230,7 @@ class GradientRelease:
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        optimizer._runtime.released = None
+        optimizer._runtime.driver = None
         if self._scaling is None:
             del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
         else:

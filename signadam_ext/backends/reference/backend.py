@@ -12,14 +12,14 @@ from ...core import formats
 from ...core.formats import flat
 from ...core.native import load
 from ...core.random_bits import MOMENT_BITS, random_bits
-from .. import HostLaunch
+from ..base import HostLaunch
 from ..confidence import Confidence, check_result
 from . import rules
 
 if TYPE_CHECKING:
     from ...core.rule import Rule
-    from ...engine.plan import Bucket, Entry
-    from .. import Row
+    from ..base import Row
+    from ..bucket import Bucket, Entry
 
 _C = load()
 
@@ -115,7 +115,7 @@ def _confident(confidence: Confidence, scalars: dict[str, float], g: Tensor) -> 
 
 
 def _observe(g: Tensor, alpha: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
-    """A row of what :data:`signadam_ext.engine.statistics.COLUMNS` names."""
+    """A row of what :data:`signadam_ext.core.step_statistics.COLUMNS` names."""
     passed, squares = rules.passes(g, alpha), g.double().square()
     flips = magnitude = torch.zeros((), dtype=torch.float64, device=g.device)
     if before is not None and after is not None:

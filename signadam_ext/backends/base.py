@@ -1,0 +1,85 @@
+"""What a backend is: it takes a bucket of tensors and scalars, and updates them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..core import checks
+from ..core.native import load
+
+if TYPE_CHECKING:
+    from .bucket import Bucket
+
+_C = load()
+
+Row = tuple[float, ...]
+#: Updates a bucket on a device whose table has begun a step, given one row of scalars per row of the table.
+DeviceLaunch = Callable[[Sequence[Row]], None]
+
+
+class HostLaunch:
+    """A launch whose writes are operations of one commit, so that a step is taken as a whole or not at all."""
+
+    def operations(self, rows: Sequence[Row]) -> list[Any]:
+        """What :func:`commit` is to do for a bucket whose table has begun a step. Nothing has been written before."""
+        raise NotImplementedError
+
+    def __call__(self, rows: Sequence[Row]) -> None:
+        commit(self.operations(rows))
+
+
+Launch = DeviceLaunch | HostLaunch
+
+
+def commit(
+    operations: list[Any],
+    tables: Sequence[Any] = (),
+    states: Sequence[tuple[Any, ...]] = (),
+    written: Any = None,
+) -> None:
+    """Writes a step, all of it in one call into C++, in which no signal handler runs.
+
+    Args:
+        operations: of :class:`HostLaunch`, in order: CPU launches, and builtin functions of torch with arguments.
+        tables: those whose tensors count the step.
+        states: (optimizer's state, parameter, its state or None, entries to put in, names to take out).
+        written: the parameters that are written, or the compiled reader that has read them, or None.
+
+    Raises:
+        TypeError, ValueError: a tensor to be copied has no memory; nothing has been written.
+    """
+    copies = [operation for operation in operations if type(operation) is tuple]
+    for _, targets, results in copies:
+        for tensor in (*targets, *results):
+            # A mode of the user's, FakeTensorMode for example, may have made it.
+            checks.allocated("what a step copies", tensor)
+    # Modes and subclasses would run Python code between two of the writes. Made last: they work as soon as they exist.
+    guards = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()] if copies else []
+    _C.commit(
+        operations, list(tables), list(states), [] if written is None else written, torch._C._increment_version, guards
+    )
+
+
+@runtime_checkable
+class StreamedLaunch(Protocol):
+    """A launch whose kernels run on a stream of their device, after it has returned."""
+
+    def wait(self) -> None: ...
+    def __call__(self, rows: Sequence[Row]) -> None: ...
+
+
+class Backend(Protocol):
+    """One way to update tensors."""
+
+    name: str
+    splits_formats: bool  # whether a launch takes one combination of dtypes and storage forms only
+
+    def unusable(self, device: torch.device | None) -> str | None:
+        """Why tensors on ``device`` (None: any) cannot be served here, or None when they can."""
+
+    def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
+        """Whatever can be done before the first step; ``grad`` gives a slot's gradient to those who need the tensor."""
