@@ -43,7 +43,7 @@ PLAN, STATE, CHECKS = "signadam_ext/engine/plan.py", "signadam_ext/state/schema.
 OPTIMIZER, CHECKPOINT = "signadam_ext/optimizers/base.py", "signadam_ext/state/checkpoint.py"
 LOCK, RELEASE = "signadam_ext/engine/step_lock.py", "signadam_ext/training/gradient_release.py"
 BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference/backend.py"
-READER, TABLE, OBJECTS = "csrc/reader.cpp", "csrc/host_table.cpp", "csrc/torch_objects.h"
+READER, TABLE, OBJECTS = "csrc/python/gradient_reader.cpp", "csrc/python/host_table.cpp", "csrc/python/torch_objects.h"
 
 COMMIT = "backends.commit(operations, tables, self._pending, self._reader.written())"
 #: The parameters that a step writes.
@@ -294,7 +294,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         6,
         (
             (
-                "csrc/host_table.h",
+                "csrc/python/host_table.h",
                 "      *static_cast<double*>(address) += 1;",
                 "      *static_cast<double*>(address) = static_cast<float>(value()) + 1.0f;",
             ),

@@ -78,7 +78,7 @@ class Preparer(Protocol):
         """As of a backend."""
 
 
-#: Scalars as kernels take them, in csrc/scalars.h: doubles, floats, flags.
+#: Scalars as kernels take them, in csrc/core/scalars.h: doubles, floats, flags.
 DOUBLES = ("alpha", "confidence_beta", "one_minus_confidence_beta", "target", "gain", "quantile")
 FLAGS = ("coupled", "maximize", "steers")
 FLOATS = tuple(name for name in _C.SCALARS if name not in (*DOUBLES[1:], *FLAGS))

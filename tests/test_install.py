@@ -86,7 +86,7 @@ def test_kernels_have_one_name_each() -> None:
 
 def test_a_rule_is_five_places() -> None:
     """What is Lion's own lies in its functor, twin, reference, class and row; beside them only lines that export it."""
-    own = {"csrc/rules.h", "triton_kernels/rules.py", "signadam_ext/backends/reference/rules.py", "tests/table.py"}
+    own = {"csrc/core/rules.h", "triton_kernels/rules.py", "signadam_ext/backends/reference/rules.py", "tests/table.py"}
     own.add("signadam_ext/optimizers/lion.py")
     exports = {"signadam_ext/__init__.py", "signadam_ext/functional.py", "signadam_ext/optimizers/__init__.py"}
     sources = [path for folder in ("csrc", "triton_kernels", "signadam_ext") for path in (ROOT / folder).rglob("*.*")]

@@ -1,4 +1,4 @@
-"""The traversal of csrc/block.h on the host: every element exactly once, nothing else, and no races.
+"""The traversal of csrc/block/block.h on the host: every element exactly once, nothing else, and no races.
 
 The programs are in tests/host; they compile without the package, under sanitizers that abort at the first finding.
 """

@@ -22,7 +22,7 @@ from host.toolchain import PTX_ARITHMETIC, Instruction, exact_ptx, instruction, 
 pytest.importorskip("triton")
 
 STATISTICS = ("none", "gather", "only")
-#: As in csrc/dtypes.h, with the bits of an element.
+#: As in csrc/core/formats.h, with the bits of an element.
 FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "block8": 8}
 #: With the bits of what lies beside an element of the parameter.
 WEIGHTS = {"as_is": 0, "stochastic": 0, "split16": 16, "split8": 8, "master": 32}

@@ -1,8 +1,8 @@
 """Every update rule's twin: fp32 tensors ``p, g, m, v, x``, and ``s``, the address of the group's row of scalars.
 
-As in csrc/rules.h: each operation rounds once, in the order written. ``tl.div_rn`` and ``tl.sqrt_rn``, because ``/``
-and ``tl.sqrt`` compile to approximations; ``g * -1.0``, because ``-g`` compiles to ``0 - g`` and loses the sign of
-zero.
+As in csrc/core/rules.h: each operation rounds once, in the order written. ``tl.div_rn`` and ``tl.sqrt_rn``, because
+``/`` and ``tl.sqrt`` compile to approximations; ``g * -1.0``, because ``-g`` compiles to ``0 - g`` and loses the sign
+of zero.
 """
 
 import triton

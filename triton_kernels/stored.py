@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from .dtypes import (
+from .formats import (
     BF16,
     BLOCK8,
     FP32,
@@ -31,7 +31,7 @@ from .dtypes import (
     stochastic_integer,
     widen,
 )
-from .statistics import LANES
+from .threshold import LANES
 
 # Codes lie in storage that is padded to runs of this many; those of block8 share an exponent.
 RUN = tl.constexpr(32)

@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from .dtypes import FP32, SPLIT8, STOCHASTIC, widen
-from .random_bits import bits_for_m, bits_for_third, bits_for_v, has_whole_words, random_halves
+from .formats import FP32, SPLIT8, STOCHASTIC, widen
+from .random import bits_for_m, bits_for_third, bits_for_v, has_whole_words, random_halves
 from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, sign
-from .statistics import CHUNK, LANES, ROWS, finish, halve
 from .stored import RUN, load, load_moment, load_param, low_operand, operand, pointer_to, store_moment, store_param
+from .threshold import CHUNK, LANES, ROWS, finish, halve
 
-# Columns of the table of tensors, one int64 each, as in csrc/table.h. ``aligned``: all but the gradient lie on 16-byte
-# boundaries.
+# Columns of the table of tensors, one int64 each, as in csrc/core/table.h. ``aligned``: all but the gradient lie on
+# 16-byte boundaries.
 COLUMNS = ("param", "low", "exp_avg", "exp_avg_sq", "third", "gate", "numel", "first", "first_chunk", "aligned")
 COLUMN_COUNT = tl.constexpr(len(COLUMNS))
 PARAM_AT = tl.constexpr(COLUMNS.index("param"))
@@ -173,10 +173,10 @@ def update(
         rows: int32, each tensor's row of ``scalars``.
         scalars: float64 ``[rows, SCALAR_COUNT]``.
         sums: float64, S1 and S2 of each chunk; unused without statistics.
-        observed: float64 ``[chunks, 6]``, as in csrc/table.h; unused unless OBSERVES.
+        observed: float64 ``[chunks, 6]``, as in csrc/core/table.h; unused unless OBSERVES.
         arrivals: int32, finished chunks of each tensor, zero between launches; unused without statistics.
         RULE: a function of rules.py; MOMENTS: how many it has.
-        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD: formats, FP32 for what the rule lacks; WEIGHTS: see dtypes.py.
+        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD: formats, FP32 for what the rule lacks; WEIGHTS: see formats.py.
         READS_VARIANCE: whether the third operand is the variance of the gradient, which is only read.
         STATISTICS: NONE, GATHER or ONLY.
         CONFIDENCE: a function of the gradient and the threshold that takes the gradient's place, or None.

@@ -1,9 +1,9 @@
 // The CPU kernels, compiled once per instruction set from kernels.inl.
 #pragma once
 
-#include "../observed.h"
-#include "../rules.h"
-#include "../statistics.h"
+#include "../core/rules.h"
+#include "../core/step_statistics.h"
+#include "../core/threshold.h"
 
 namespace signadam::cpu {
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "../block.h"
+#include "../block/block.h"
 #include "kernels.h"
 
 namespace signadam::cpu {

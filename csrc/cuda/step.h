@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "../block.h"
+#include "../block/block.h"
 
 namespace signadam::cuda {
 

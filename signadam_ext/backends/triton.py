@@ -128,7 +128,7 @@ def step_bytes(tensors: int, rows: int) -> int:
 
 def _probe(confidence: Confidence, device: torch.device) -> None:
     """Raises where a confidence function does not compile, or makes NaN of a number."""
-    from ..triton_kernels.statistics import LANES
+    from ..triton_kernels.threshold import LANES
     from ..triton_kernels.update import probe
 
     half = LANES.value // 2

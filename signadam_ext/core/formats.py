@@ -25,7 +25,7 @@ class Form:
 
     Attributes:
         kind: its name in a checkpoint.
-        number: of ``Format`` in csrc/dtypes.h.
+        number: of ``Format`` in csrc/core/formats.h.
         bits: of one element.
         levels: L of codes q in [-L, L] that stand for q / L; None for the others.
     """
@@ -67,7 +67,7 @@ BOUNDED = {"fp32": FP32, "bf16": BF16, "int8": INT8, "int4": INT4, "int2": INT2}
 UNBOUNDED = {"fp32": FP32, "bf16": BF16, "int8": BLOCK8}
 SECOND = {"fp32": FP32, "bf16": BF16, "int8": BF16, "int4": BF16, "int2": BF16}
 
-#: The numbers of ``Weights`` in csrc/dtypes.h.
+#: The numbers of ``Weights`` in csrc/core/formats.h.
 WEIGHTS = {"as_is": 0, "stochastic": 1, "split16": 2, "split8": 3, "master": 4}
 #: Name in the state and dtype of what lies beside a parameter.
 BESIDE = {

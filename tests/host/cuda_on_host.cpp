@@ -1,5 +1,5 @@
-// The CUDA backend without a GPU, as a library for ctypes: the kernels of csrc/block.h over all blocks and threads, in
-// the launches that csrc/cuda/step.cu and csrc/bindings.cpp make of them.
+// The CUDA backend without a GPU, as a library for ctypes: the kernels of csrc/block/block.h over all blocks and
+// threads, in the launches that csrc/cuda/step.cu and csrc/python/bindings.cpp make of them.
 #include "host_block.h"
 
 using namespace signadam;

@@ -1,4 +1,4 @@
-// Blocks that run csrc/block.h on the host, and the table they run over.
+// Blocks that run csrc/block/block.h on the host, and the table they run over.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../../csrc/block.h"
+#include "../../csrc/block/block.h"
 
 namespace signadam::host {
 

@@ -1,4 +1,4 @@
-// Runs the hash of csrc/object_hash.h over objects that differ little, and prints what two builds must agree on.
+// Runs the hash of csrc/python/object_hash.h over objects that differ little, and prints what two builds must agree on.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/object_hash.h"
+#include "../../csrc/python/object_hash.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
-// Runs csrc/block.h with threads that are really concurrent, under ThreadSanitizer: two threads that touch the same
-// bytes without a barrier between them, or blocks without the count of arrivals between them, are found whatever the
-// timing. Few operating-system threads share the 256 of a block, neighbours never on the same one.
+// Runs csrc/block/block.h with threads that are really concurrent, under ThreadSanitizer: two threads that touch the
+// same bytes without a barrier between them, or blocks without the count of arrivals between them, are found whatever
+// the timing. Few operating-system threads share the 256 of a block, neighbours never on the same one.
 #include <array>
 #include <atomic>
 #include <condition_variable>

@@ -1,4 +1,4 @@
-"""What the tests of compiled code share: the compiler, the lister of machine code, and what csrc/rules.h declares."""
+"""What tests of compiled code share: compiler, lister of machine code, and what csrc/core/rules.h declares."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def exact_ptx(size: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule as csrc/rules.h declares it."""
+    """An update rule as csrc/core/rules.h declares it."""
 
     struct: str
     moments: int
@@ -118,7 +118,7 @@ class Rule:
 
 def rules() -> dict[str, Rule]:
     """All rules by name, in order."""
-    text = re.sub(r"//.*", "", (HERE.parent.parent / "csrc" / "rules.h").read_text(encoding="utf-8"))
+    text = re.sub(r"//.*", "", (HERE.parent.parent / "csrc" / "core" / "rules.h").read_text(encoding="utf-8"))
     structs = dict(re.findall(r"^struct (\w+)[ \w:<>]* \{(.*?)^\};", text, re.DOTALL | re.MULTILINE))
     said = {
         name: dict(re.findall(r"static constexpr [\w *]*?(\w+) = \"?(\w+)", body)) for name, body in structs.items()

@@ -1,5 +1,5 @@
-// Proves, on the host and under sanitizers, that the traversal of csrc/block.h touches every element of every tensor
-// exactly once and nothing else. Run with the name of a part; prints what it looked at, or what is wrong.
+// Proves, on the host and under sanitizers, that the traversal of csrc/block/block.h touches every element of every
+// tensor exactly once and nothing else. Run with the name of a part; prints what it looked at, or what is wrong.
 //
 // With SIGNADAM_TRACED it is compiled for ThreadSanitizer but linked without it: the functions that every access then
 // calls are defined here, and count the accesses to each byte.
@@ -15,7 +15,7 @@
 
 // The table is built as the launchers build it. Of the CPU backend only these two are needed, by name.
 #include "../../csrc/cpu/step.h"
-#include "../../csrc/host_table.cpp"
+#include "../../csrc/python/host_table.cpp"
 #include "host_block.h"
 
 namespace signadam::cpu {

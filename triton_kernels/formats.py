@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# As in csrc/dtypes.h: Format ...
+# As in csrc/core/formats.h: Format ...
 FP32 = tl.constexpr(0)
 BF16 = tl.constexpr(1)
 FP16 = tl.constexpr(2)

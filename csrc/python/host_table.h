@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "block.h"
+#include "../block/block.h"
 
 namespace signadam {
 

@@ -6,8 +6,8 @@
 
 #include <vector>
 
+#include "gradient_reader.h"
 #include "host_table.h"
-#include "reader.h"
 
 namespace signadam {
 

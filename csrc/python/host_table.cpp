@@ -5,7 +5,7 @@
 #include <map>
 #include <stdexcept>
 
-#include "cpu/step.h"
+#include "../cpu/step.h"
 
 namespace signadam {
 

@@ -4,15 +4,15 @@
 
 #include <array>
 
+#include "../cpu/float_environment.h"
+#include "../cpu/kernels.h"
+#include "../cpu/pages.h"
 #include "commit.h"
-#include "cpu/float_environment.h"
-#include "cpu/kernels.h"
-#include "cpu/pages.h"
+#include "gradient_reader.h"
 #include "host_table.h"
-#include "reader.h"
 
 #if defined(SIGNADAM_CUDA)
-#include "cuda/step.h"
+#include "../cuda/step.h"
 #endif
 
 #define SIGNADAM_STRING2(x) #x

@@ -2,7 +2,7 @@
 // (gradient addresses, scalars). Plain data, the same on host and device.
 #pragma once
 
-#include "dtypes.h"
+#include "formats.h"
 #include "random.h"
 #include "scalars.h"
 

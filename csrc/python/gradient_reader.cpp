@@ -1,4 +1,4 @@
-#include "reader.h"
+#include "gradient_reader.h"
 
 #include <algorithm>
 #include <stdexcept>

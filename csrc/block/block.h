@@ -2,10 +2,10 @@
 // waits for them, so the very text that a GPU executes also runs on the host, thread by thread, under sanitizers.
 #pragma once
 
-#include "observed.h"
+#include "../core/rules.h"
+#include "../core/step_statistics.h"
+#include "../core/threshold.h"
 #include "operand.h"
-#include "rules.h"
-#include "statistics.h"
 #include "stored.h"
 
 namespace signadam {

@@ -1,9 +1,9 @@
-"""Counter-based random bits, as in csrc/random.h: a function of seed, tensor, step and element."""
+"""Counter-based random bits, as in csrc/core/random.h: a function of seed, tensor, step and element."""
 
 import triton
 import triton.language as tl
 
-from .statistics import CHUNK, LANES
+from .threshold import CHUNK, LANES
 
 
 @triton.jit

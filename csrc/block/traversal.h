@@ -5,7 +5,7 @@
 // keeps the same 8 lanes of the statistics, which it can sum in registers, in row order, however the head falls.
 #pragma once
 
-#include "table.h"
+#include "../core/table.h"
 
 namespace signadam {
 
