@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from . import machine, present
+from reporting import machine, present
+
 from .candidates import plan, references
 from .harness import Candidate, Row, Trial, Workload
 

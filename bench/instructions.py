@@ -14,9 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from reporting import machine
 from signadam_ext.core.formats import BOUNDED, WEIGHTS
-
-from . import machine
 
 CHUNK = 16384
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-mavx2", "-mf16c")

@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import machine, present
+from reporting import machine, present
+
 from .harness import gpt2_shapes
 
 Row = dict[str, Any]

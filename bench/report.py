@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import machine, present
+from reporting import machine, present
 
 ROOT = machine.ROOT
 TOTAL_SECONDS = 530  # nine minutes, less the time to write the results
@@ -130,7 +130,7 @@ def _needs_build(facts: dict[str, Any]) -> str | None:
 def run(stages: Stages, folder: Path, quick: bool) -> dict[str, Any]:
     """All stages; returns the report without name and command."""
     python = [sys.executable]
-    facts = _json_line(stages.run("facts", [*python, "-m", "bench.machine"], 60))
+    facts = _json_line(stages.run("facts", [*python, "-m", "reporting.machine"], 60))
     if facts is None:
         raise SystemExit(f"the machine's facts cannot be read, see {stages.log}")
     gpu = facts["machine"]["gpu"]
@@ -141,7 +141,7 @@ def run(stages: Stages, folder: Path, quick: bool) -> dict[str, Any]:
         # Editable, so that the Triton package is found too; with what is installed, as there may be no network.
         install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
         stages.run("build", [*python, *install], 100, **arch)
-        facts = _json_line(stages.run("facts after build", [*python, "-m", "bench.machine"], 60)) or facts
+        facts = _json_line(stages.run("facts after build", [*python, "-m", "reporting.machine"], 60)) or facts
     else:
         stages.leave_out("build", "already built")
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from . import present
+from reporting import present
+from reporting.pages import replaced
 
 RESULTS = Path(__file__).resolve().parent / "results"
 EXAMPLES = RESULTS.parent.parent / "examples" / "results"
+EXPERIMENTS = RESULTS.parent.parent / "experiments" / "results"
 
 
 def _cell(row: present.Row | None) -> str:
@@ -161,7 +163,7 @@ def large_model(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
     return "\n\n".join(parts)
 
 
-def convergence(folder: Path = RESULTS / "convergence") -> str:
+def convergence(folder: Path = EXPERIMENTS / "convergence") -> str:
     """Final losses of every method, with paired differences, from the collected runs."""
     path = folder / "gpt.json"
     if not path.exists():
@@ -210,18 +212,6 @@ def _difference(found: dict[str, float] | None) -> str:
 
 def _link(path: Path) -> str:
     return path.relative_to(RESULTS.parent.parent).as_posix()
-
-
-def replaced(
-    text: str, name: str, block: str, markers: tuple[str, str] = ("<!-- {}:begin -->", "<!-- {}:end -->")
-) -> str:
-    """The text with `block` between the two lines that mark the place of `name`."""
-    begin, end = (marker.format(name) for marker in markers)
-    head, found_begin, rest = text.partition(begin)
-    _, found_end, tail = rest.partition(end)
-    if not found_begin or not found_end:
-        raise SystemExit(f"the README has no lines {begin} and {end}")
-    return f"{head}{begin}\n{block}\n{end}{tail}"
 
 
 #: What stands between the markers of each name.

@@ -55,7 +55,7 @@ except ImportError as error:
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # last, so that an installed signadam_ext stays the one that is used
-from bench import machine  # noqa: E402
+from reporting import machine  # noqa: E402
 
 # The same depth at every width but the smallest, so that a small size says what learning rate suits a large one.
 SIZES = {

@@ -31,10 +31,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench.present import markdown
-from bench.runs import Run, paired
 from experiments import training
 from experiments.training import DIGITS, GPT_TEXT, LSTM_TEXT, Method, Plan, Store, Study
+from reporting.present import markdown
+from reporting.runs import Run, paired
 
 CODE_ALPHA = 5e-4  # the released code's threshold
 SCHEDULE = ((1 / 2, 0.1), (5 / 6, 0.01))

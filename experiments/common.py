@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import machine
+from reporting import machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUT = RESULTS.with_name("out")  # what --quick writes: never over a full run

@@ -38,10 +38,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.present import markdown
-from bench.runs import Run, band
 from experiments import training
 from experiments.training import DIGITS, GPT_TEXT, LSTM_TEXT, Method, Plan, Problem, Store, Study, rate
+from reporting.present import markdown
+from reporting.runs import Run, band
 
 DROP = ((125 / 200, 0.1),)
 DRAWS = 4000

@@ -37,11 +37,11 @@ from typing import Any
 
 import torch
 
-from bench.present import markdown
-from bench.runs import Run, band, paired
 from experiments import ablation, training
 from experiments.ablation import ADAPTIVE, FIXED, PAPER, SIGN_ADAM
 from experiments.training import Job, Method, Plan, Problem, Store, Study
+from reporting.present import markdown
+from reporting.runs import Run, band, paired
 
 SHOWN = (FIXED[1e-5], FIXED[1e-4], PAPER, FIXED[1e-3], FIXED[1e-2], ADAPTIVE[0.5])
 BOUNDED = (*SHOWN, FIXED[0.0], *(method for method in ADAPTIVE.values() if method not in SHOWN), SIGN_ADAM)

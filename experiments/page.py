@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from bench.summary import replaced
+from reporting.pages import replaced
 
 from . import common
 

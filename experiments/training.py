@@ -37,10 +37,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import signadam_ext
-from bench import machine
-from bench import runs as kept
-from bench.convergence import GPT, GPTConfig, Preset, digest, load_data, training_batch, windows
-from bench.runs import Run, compact_json, paired, rounded, write
+from experiments.convergence import GPT, GPTConfig, Preset, digest, load_data, training_batch, windows
+from reporting import machine
+from reporting import runs as kept
+from reporting.runs import Run, compact_json, paired, rounded, write
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS, RUNS = FOLDER / "results", FOLDER / "out" / "training"

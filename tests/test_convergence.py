@@ -13,7 +13,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench import convergence
+from experiments import convergence
 
 TEXT = bytes(range(32, 127)) * 40
 

@@ -15,9 +15,9 @@ pytest.importorskip("matplotlib")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import signadam_ext
-from bench import runs as kept
 from experiments import ablation, four_ways, lemma, training
 from experiments.training import Job, Method
+from reporting import runs as kept
 
 PLUS = Method("plus", "SignAdamPP", "SignAdamPP", measured=True)
 

@@ -1,4 +1,4 @@
-"""What was measured, where and with what: `python -m bench.machine` prints it as JSON."""
+"""What was measured, where and with what: `python -m reporting.machine` prints it as JSON."""
 
 import contextlib
 import importlib.metadata

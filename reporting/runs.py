@@ -26,7 +26,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
-from bench import machine
+from reporting import machine
 
 DIGITS = 5  # significant ones, of a float in the results
 
