@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from table import TABLE, Row
+from support.paper_formulas import TABLE, Row
 from torch import Tensor
 from torch.nn import Parameter
 

@@ -1,0 +1,634 @@
+"""The CUDA kernels' own text, run on the host block by block, against the reference bit for bit; and the CPU backend.
+
+Blocks and threads run in several orders, tensors lie at any address and in any storage form, values include every
+special one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.toolchain import build, rules
+from torch import Tensor
+
+from signadam_ext import _C, backends
+from signadam_ext.backends import Bucket, Entry
+from signadam_ext.core import formats
+from signadam_ext.core.dtypes import FORMATS
+from signadam_ext.core.formats import BESIDE, BF16, BOUNDED, UNBOUNDED, Form, effective_weights
+from signadam_ext.core.rule import Rule, Scalars
+
+DTYPES = tuple(FORMATS)
+FUNCTORS = rules()
+#: Every kernel; the exact form's first launch serves any gated rule.
+KERNELS = [
+    *((rule, "NONE") for rule in _C.RULES),
+    ("sign_adam_pp", "GATHER"),
+    ("sign_adam_pp", "ONLY"),
+    ("sign_sgd", "ONLY"),
+]
+each_kernel = pytest.mark.parametrize(("rule", "statistics"), KERNELS, ids=["-".join(kernel) for kernel in KERNELS])
+#: Around every border: vectors, pieces, runs of codes, rows, chunks.
+SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 255, 1025, 2047, 2048, 2049, 4099, 16383, 16384, 16385)
+LARGE_SIZES = (2 * 16384, 3 * 16384 + 2057)
+#: Zeros of both signs, subnormals and largest finite values of each format, ties of rounding, infinities, NaN.
+SPECIALS = (
+    *(0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 2.0**-126, 6e-8, -6e-8, 3e-8, 2.0**-14, 65504.0, -65519.99, 65520.0),
+    *(3.4028234e38, -3.4028234e38, 1.00390625, 1.00048828125, torch.inf, -torch.inf, torch.nan),
+)
+#: Index of a tensor's first element in the unsharded one: odd, no multiple of four, and where random keys change.
+FIRSTS = (0, 0, 1, 2, 3, 5, 32, 2**31 - 1, 2**32 - 6, *(2**33 - n for n in (1, 2, 7, 8, 33, 1021, 1024, 16383)))
+#: How a parameter of each dtype may be kept.
+WEIGHTS = {
+    torch.float32: ("as_is",),
+    torch.bfloat16: ("as_is", "stochastic", "split16", "split8", "master"),
+    torch.float16: ("as_is", "stochastic", "master"),
+}
+GUARD = 64
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    target = tmp_path_factory.mktemp("host") / "libcuda_on_host.so"
+    return ctypes.CDLL(str(build("cuda_on_host.cpp", target, "-O2", "-shared", "-fPIC")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The reference is many small operations: on a busy machine each would wait for the last of several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Preparer(Protocol):
+    name: str
+
+    def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Callable[[Sequence[tuple[float, ...]]], None]:
+        """As of a backend."""
+
+
+#: Scalars as kernels take them, in csrc/core/scalars.h: doubles, floats, flags.
+DOUBLES = ("alpha", "confidence_beta", "one_minus_confidence_beta", "target", "gain", "quantile")
+FLAGS = ("coupled", "maximize", "steers")
+FLOATS = tuple(name for name in _C.SCALARS if name not in (*DOUBLES[1:], *FLAGS))
+
+
+def assert_same_step(table: Any, rows: Sequence[tuple[float, ...]], step: np.ndarray, offsets: Sequence[int]) -> None:
+    """The CUDA backend writes what the step's data for Triton holds, in a layout of its own."""
+    own = np.full(table.cuda_step_bytes(rows=len(rows)), 0xA5, dtype=np.uint8)
+    table.write_cuda_step(scalars=rows, address=own.ctypes.data)
+    expected = []
+    for row in rows:
+        named = dict(zip(_C.SCALARS, row, strict=True))
+        expected.append(np.array([named[name] for name in DOUBLES]).tobytes())
+        with np.errstate(over="ignore"):
+            expected.append(np.array([named[name] for name in FLOATS]).astype(np.float32).tobytes())
+        expected.append(np.array([named[name] != 0 for name in FLAGS], dtype=np.uint32).tobytes())
+    grads, noise, numbers = (
+        step[at : at + size * len(table)].tobytes() for at, size in zip(offsets, (8, 8, 4), strict=False)
+    )
+    plain = len(b"".join(expected)) + 12 * len(table) == own.size  # which draws no random bits
+    assert own.tobytes() == b"".join([*expected, grads, b"" if plain else noise, numbers])
+
+
+@dataclass
+class CudaOnHost:
+    """The backend of the kernels: they get the bytes of table and step that a device would get."""
+
+    library: ctypes.CDLL
+    order: int  # of blocks and threads: forward, reversed, shuffled
+    seed: int
+    name: str = "cuda_on_host"
+
+    def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Callable[[Sequence[tuple[float, ...]]], None]:
+        table = bucket.table
+
+        def launch(rows: Sequence[tuple[float, ...]]) -> None:
+            *offsets, size = _C.step_layout(tensors=len(table), rows=len(rows))
+            step = np.full(size, 0xA5, dtype=np.uint8)
+            table.write_step(scalars=rows, address=step.ctypes.data)
+            assert not any(offset % 16 for offset in offsets)
+            if _C.build_info()["cuda"] is not None:
+                assert_same_step(table, rows, step, offsets)
+            device_table = np.frombuffer(table.device_bytes(), dtype=np.uint8).copy()
+            status = self.library.cuda_on_host(
+                _C.RULES.index(bucket.rule.name),
+                getattr(_C.Statistics, bucket.rule.statistics).value,
+                *(ctypes.c_int64(len(table)), ctypes.c_int64(table.chunks)),
+                *(ctypes.c_void_p(device_table.ctypes.data), ctypes.c_int64(device_table.size)),
+                ctypes.c_void_p(step.ctypes.data),
+                *((ctypes.c_int64 * 4)(*offsets), ctypes.c_int64(len(rows))),
+                *(self.order, ctypes.c_uint32(self.seed)),
+            )
+            assert status == 0
+
+        return launch
+
+
+@dataclass(frozen=True)
+class TensorCase:
+    size: int
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    state_dtype: tuple[str, ...] = ()
+    weights: str = "as_is"
+    #: Of parameter, gradient, moments and what lies beside the parameter, in elements from an aligned address.
+    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
+    scale: float = 1.0
+    specials: bool = False
+    present: bool = True
+    group: int = 0
+    seed: int = 0
+    number: int = 0
+    first: int = 0
+    steps_taken: int = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    order: int
+    steps: int
+    groups: tuple[dict[str, Any], ...]
+    tensors: tuple[TensorCase, ...]
+
+
+def rule_of(name: str, statistics: str) -> Rule:
+    """The rule with scalars that a group names itself."""
+    functor = FUNCTORS[name]
+    return Rule(
+        name,
+        ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: functor.moments],
+        lambda group, t: group["scalars"],
+        bounded=functor.bounded,
+        reads_variance=functor.reads_variance,
+        statistics=statistics,
+        gate=None if statistics == "NONE" else "gate",
+    )
+
+
+def state_dtypes(rule: str) -> list[tuple[str, ...]]:
+    """Every combination that the rule allows."""
+    wide = ("fp32", "bf16")
+    few = BOUNDED if FUNCTORS[rule].bounded else UNBOUNDED
+    first = wide if FUNCTORS[rule].moments > 2 else few
+    return list(itertools.product(*(first, wide, wide)[: FUNCTORS[rule].moments]))
+
+
+def scalars_of(beta1: float, beta2: float, confidence_beta: float, **others: float) -> Scalars:
+    return {
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "confidence_beta": confidence_beta,
+        "one_minus_confidence_beta": 1 - confidence_beta,
+        "steers": 0.0,
+        **others,
+    }
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> dict[str, Any]:
+    unit = st.sampled_from((0.0, 0.9, 0.999)) | st.floats(0, 0.999)
+    return {
+        "lr": draw(st.sampled_from((0.0, 1e-3, 1.0)) | st.floats(1e-12, 10)),
+        "weight_decay": draw(st.sampled_from((0.0, 0.1)) | st.floats(1e-12, 2)),
+        "decoupled_weight_decay": draw(st.booleans()),
+        "maximize": draw(st.booleans()),
+        "scalars": scalars_of(
+            *(draw(unit), draw(unit), draw(unit)),
+            alpha=draw(st.sampled_from((0.0, 0.5, 1.0, 1e-40)) | st.floats(0, 3)),
+            eps=draw(st.sampled_from((0.0, 1e-8, 1e-3))),
+            denominator=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 2)),
+            bias_correction=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
+            rho=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
+            one_minus_rho=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
+            steers=float(draw(st.booleans())),
+            target=draw(st.floats(1e-6, 1 - 1e-6)),
+            gain=draw(st.floats(1e-6, 1)),
+            quantile=draw(st.floats(1e-3, 5)),
+        ),
+    }
+
+
+@st.composite
+def tensor_cases(draw: st.DrawFn, rule: str, group_count: int, stored: bool) -> TensorCase:
+    dtype = draw(st.sampled_from((torch.bfloat16, *DTYPES) if stored else DTYPES))
+    return TensorCase(
+        size=draw(st.sampled_from(SIZES) | st.integers(0, 300) | st.sampled_from(LARGE_SIZES)),
+        dtype=dtype,
+        grad_dtype=draw(st.sampled_from(DTYPES)),
+        state_dtype=draw(st.sampled_from(state_dtypes(rule))) if stored else ("fp32",) * FUNCTORS[rule].moments,
+        weights=draw(st.sampled_from(WEIGHTS[dtype])) if stored else "as_is",
+        offsets=draw(st.tuples(*4 * [st.sampled_from((0, 0, 1, 2, 3, 4, 5, 6, 7))])),
+        scale=draw(st.sampled_from((1.0, 1.0, 1e-6, 1e4, 1e-39))),
+        specials=draw(st.booleans()),
+        present=draw(st.sampled_from((True, True, True, False))),
+        group=draw(st.integers(0, group_count - 1)),
+        seed=draw(st.integers(0, 2**64 - 1)),
+        number=draw(st.integers(0, 2**32 - 1)),
+        first=draw(st.sampled_from(FIRSTS) | st.integers(0, 2**40)),
+        steps_taken=draw(st.sampled_from((0, 1, 1000, 2**24 - 2, 2**35))),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, rule: str, stored: bool) -> Case:
+    """``stored``: tensors in any form, plain ones among them; otherwise plain ones alone, which have kernels of their
+    own."""
+    rows = tuple(draw(st.lists(groups(), min_size=1, max_size=2)))
+    return Case(
+        seed=draw(st.integers(0, 2**31)),
+        order=draw(st.integers(0, 2)),
+        steps=draw(st.integers(1, 2)),
+        groups=rows,
+        tensors=tuple(draw(st.lists(tensor_cases(rule, len(rows), stored), min_size=1, max_size=4))),
+    )
+
+
+def values(case: TensorCase, generator: torch.Generator, threshold: float = 0.0) -> Tensor:
+    """fp32 numbers; where specials are asked for, also these and the threshold, which the gate must drop."""
+    x = torch.randn(case.size, generator=generator) * case.scale
+    if case.specials and case.size > 0:
+        special = torch.tensor((*SPECIALS, threshold, -threshold))
+        where = torch.rand(case.size, generator=generator) < 0.3
+        x[where] = special[torch.randint(len(special), (int(where.sum()),), generator=generator)]
+    return x
+
+
+class Operand:
+    """A view into memory of its own, ``offset`` elements from an aligned address, with a guard on both sides.
+
+    ``exact``: every bit counts, those of NaN as well.
+    """
+
+    def __init__(self, x: Tensor, dtype: torch.dtype, offset: int, exact: bool = False):
+        self.memory = torch.full((GUARD + offset + x.numel() + GUARD,), 77, dtype=dtype)
+        self.view = self.memory[GUARD + offset :][: x.numel()]
+        self.exact = exact
+        assert self.memory.data_ptr() % 16 == 0
+        self.view.copy_(x)
+
+    def clone(self) -> Operand:
+        copy = object.__new__(Operand)
+        copy.memory, copy.exact = self.memory.clone(), self.exact
+        copy.view = copy.memory.as_strided(self.view.shape, (1,), self.view.storage_offset())
+        return copy
+
+    def equals(self, other: Operand) -> bool:
+        if self.exact:
+            return torch.equal(self.memory.view(torch.uint8), other.memory.view(torch.uint8))
+        return same_bits(self.memory, other.memory)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, but for the payload of NaN."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    nan = a.isnan()
+    return torch.equal(nan, b.isnan()) and torch.equal(a.view(integer)[~nan], b.view(integer)[~nan])
+
+
+@dataclass
+class State:
+    param: Operand
+    beside: Operand | None
+    moments: list[Operand]
+    gate: Tensor | None
+    step: Tensor
+    variance: Operand | None = None
+
+    def clone(self) -> State:
+        beside = None if self.beside is None else self.beside.clone()
+        deviation = None if self.gate is None else self.gate.clone()
+        variance = None if self.variance is None else self.variance.clone()
+        moments = [moment.clone() for moment in self.moments]
+        return State(self.param.clone(), beside, moments, deviation, self.step.clone(), variance)
+
+    def differences(self, other: State) -> list[str]:
+        found = [] if self.param.equals(other.param) else ["param"]
+        if self.beside is not None and not self.beside.equals(other.beside):
+            found.append("beside")
+        found += [f"moment {i}" for i, moment in enumerate(self.moments) if not moment.equals(other.moments[i])]
+        if self.gate is not None and not same_bits(self.gate, other.gate):
+            found.append(f"deviation {self.gate} {other.gate}")
+        if self.variance is not None and not self.variance.equals(other.variance):
+            found.append("variance")
+        if not torch.equal(self.step, other.step):
+            found.append("step")
+        return found
+
+
+def stored_moment(case: TensorCase, form: Form, second: bool, generator: torch.Generator) -> Operand:
+    """A moment in its form, with the largest codes and every special value that the form can hold."""
+    if form.levels is not None:
+        x = torch.randint(-form.levels, form.levels + 1, (case.size,), generator=generator).float()
+    else:
+        x = values(case, generator)
+        x = x.abs() if second else x
+    # fp32 of each element, or the codes that stand for it, without rounding.
+    stored = formats.encode(form, x, torch.zeros(case.size, dtype=torch.int64))
+    assert stored.numel() * form.dtype.itemsize == form.nbytes(case.size)
+    return Operand(stored, form.dtype, 0 if form.packed else case.offsets[2], exact=form.packed or form is BF16)
+
+
+def initial_state(case: TensorCase, rule: Rule, forms: tuple[Form, ...], generator: torch.Generator) -> State:
+    x = values(case, generator)
+    moments = [stored_moment(case, form, i > 0, generator) for i, form in enumerate(forms)]
+    weights = effective_weights(case.weights, case.dtype)
+    exact = case.dtype == torch.bfloat16 and weights in ("stochastic", "split16", "split8")
+    param = Operand(x, case.dtype, case.offsets[0], exact)
+    beside = None
+    if weights in BESIDE:
+        dtype = BESIDE[weights][1]
+        if weights == "master":
+            # Now and then a parameter has been set from outside.
+            low = torch.where(torch.rand(case.size, generator=generator) < 0.1, torch.flip(x, (0,)), x)
+        else:
+            # Any low bits, those included that make a NaN of an infinity or a zero.
+            info = torch.iinfo(dtype)
+            low = torch.randint(info.min, info.max + 1, (case.size,), generator=generator)
+        beside = Operand(low, dtype, case.offsets[3])
+        beside.exact = not dtype.is_floating_point
+    deviation = None
+    if rule.statistics != "NONE":
+        deviation = torch.rand((), dtype=torch.float64, generator=generator)
+    variance = None
+    if rule.reads_variance:
+        variance = Operand(values(case, generator).abs(), torch.float32, case.offsets[2])
+    return State(
+        param, beside, moments, deviation, torch.tensor(float(case.steps_taken), dtype=torch.float64), variance
+    )
+
+
+def take_step(
+    backend: Preparer, rule: Rule, case: Case, own: list[dict[str, Any]], states: list[State], grads: list[Tensor]
+) -> None:
+    """One launch over all tensors, as a plan makes it."""
+    entries = [
+        Entry(
+            slot=i,
+            param=state.param.view,
+            work=state.param.view,
+            grad_dtype=tensor.grad_dtype,
+            forms=rule.forms(own[i]),
+            moments=tuple(moment.view for moment in state.moments),
+            weights=effective_weights(tensor.weights, tensor.dtype),
+            beside=None if state.beside is None else state.beside.view,
+            variance=None if state.variance is None else state.variance.view,
+            gate=state.gate,
+            step=state.step,
+            group=i,
+            seed=tensor.seed,
+            number=tensor.number,
+            first=tensor.first,
+        )
+        for i, (tensor, state) in enumerate(zip(case.tensors, states, strict=True))
+    ]
+    bucket = Bucket(rule, torch.device("cpu"), entries, observes=False)
+    launch = backend.prepare(bucket, grads.__getitem__)
+    addresses = [
+        (grad.data_ptr() or 1) if tensor.present else 0 for tensor, grad in zip(case.tensors, grads, strict=True)
+    ]
+    rows = []
+    for group, t in bucket.table.begin(addresses):
+        scalars = rule.row(own[group], t)
+        rows.append(tuple(scalars.get(name, 0.0) for name in _C.SCALARS))
+    launch(rows)
+    bucket.table.commit()
+
+
+def check(library: ctypes.CDLL, name: str, statistics: str, case: Case) -> None:
+    rule = rule_of(name, statistics)
+    generator = torch.Generator().manual_seed(case.seed)
+    own = [{**case.groups[tensor.group], "state_dtype": tensor.state_dtype} for tensor in case.tensors]
+    expected = [
+        initial_state(tensor, rule, rule.forms(group), generator)
+        for tensor, group in zip(case.tensors, own, strict=True)
+    ]
+    tested = [CudaOnHost(library, case.order, case.seed), backends.get("cpu")]
+    actual = [[state.clone() for state in expected] for _ in tested]
+    for step in range(case.steps):
+        grads = []
+        for tensor, group, state in zip(case.tensors, own, expected, strict=True):
+            deviation = 1.0 if state.gate is None else state.gate.item()
+            threshold = group["scalars"]["alpha"] * deviation
+            grads.append(Operand(values(tensor, generator, threshold), tensor.grad_dtype, tensor.offsets[1]))
+        untouched = [grad.clone() for grad in grads]
+        views = [grad.view for grad in grads]
+        take_step(backends.get("reference"), rule, case, own, expected, views)
+        for backend, states in zip(tested, actual, strict=True):
+            take_step(backend, rule, case, own, states, views)
+            for tensor, want, got, grad, before in zip(case.tensors, expected, states, grads, untouched, strict=True):
+                assert not got.differences(want), (backend.name, step, tensor)
+                assert grad.equals(before), (backend.name, step, tensor, "gradient")
+
+
+@each_kernel
+@pytest.mark.parametrize("stored", [False, True], ids=["plain", "stored"])
+def test_equals_the_reference(library: ctypes.CDLL, rule: str, statistics: str, stored: bool) -> None:
+    @settings(max_examples=settings.default.max_examples // 4)
+    @given(case=cases(rule, stored))
+    def run(case: Case) -> None:
+        check(library, rule, statistics, case)
+
+    run()
+
+
+#: A coupled and a decoupled decay, and momentum that reaches the largest codes.
+GROUPS = (
+    {
+        "lr": 0.0123,
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": False,
+        "maximize": True,
+        "scalars": scalars_of(
+            *(0.9, 0.99, 0.8),
+            **{"alpha": 0.25, "eps": 1e-8, "denominator": 0.37, "bias_correction": 0.19, "rho": 0.5},
+            **{"one_minus_rho": 0.5, "steers": 1.0, "target": 0.3, "gain": 0.7, "quantile": 1.3},
+        ),
+    },
+    {
+        "lr": 1e-3,
+        "weight_decay": 0.3,
+        "decoupled_weight_decay": True,
+        "maximize": False,
+        "scalars": scalars_of(
+            *(0.4, 0.9, 0.0),
+            **{"alpha": 0.5, "eps": 1e-3, "denominator": 1.7, "bias_correction": 1.0, "rho": 1.0},
+            **{"one_minus_rho": 0.0, "steers": 0.0},
+        ),
+    },
+)
+
+
+def every_form(rule: str) -> Iterator[TensorCase]:
+    """All storage forms, each at every small size and a large one, at offsets that differ."""
+    combinations = itertools.product(
+        state_dtypes(rule), [(dtype, weights) for dtype in DTYPES for weights in WEIGHTS[dtype]]
+    )
+    count = 0
+    for i, (state_dtype, (dtype, weights)) in enumerate(combinations):
+        large = (16383, 16384, 16385, 40_000)[i % 4]
+        for size in (0, 1, 3, 31, 32, 33, 255, 2047, 2048, 2049, large):
+            count += 1
+            yield TensorCase(
+                size=size,
+                dtype=dtype,
+                grad_dtype=DTYPES[count % 3],
+                state_dtype=state_dtype,
+                weights=weights,
+                offsets=(count % 8, count // 2 % 8, count // 3 % 8, count // 5 % 8),
+                specials=count % 3 == 0,
+                present=count % 11 != 7,
+                group=count // 2 % 2,
+                seed=count * 0x9E3779B97F4A7C15 % 2**64,
+                number=count,
+                # In the middle of a chunk the keys change, at an odd or an even index.
+                first=2**33 * (1 + i % 3) - 8190 - i % 2 if size > 16000 else FIRSTS[count % len(FIRSTS)],
+                steps_taken=i % 5 * 2**31,
+            )
+
+
+@each_kernel
+def test_every_form_and_size_in_one_launch(library: ctypes.CDLL, rule: str, statistics: str) -> None:
+    check(library, rule, statistics, Case(1, 2, 2, GROUPS, tuple(every_form(rule))))
+
+
+def test_deviation_of_many_chunks(library: ctypes.CDLL) -> None:
+    """Blocks in every order: the last to arrive is another one each time, the deviation is not."""
+    size = 40 * 16384 + 5
+    plain = TensorCase(size, torch.float32, torch.float32, ("fp32",), offsets=(1, 0, 0, 0))
+    stored = TensorCase(size, torch.bfloat16, torch.bfloat16, ("int4",), "master", first=2**33 - size // 2)
+    for tensor, order in ((plain, 0), (plain, 1), (plain, 2), (stored, 1), (stored, 2)):
+        check(library, "sign_adam_pp", "GATHER", Case(3, order, 2, GROUPS, (tensor,)))
+
+
+def call(function: Callable[..., None], *arguments: int | Tensor) -> None:
+    """Numbers before the first tensor are of C's int; the count of elements comes before the tensors."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    numbers = [x for x in arguments if not isinstance(x, Tensor)]
+    function(*numbers, ctypes.c_int64(len(tensors[0])), *(ctypes.c_void_p(x.data_ptr()) for x in tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_widening_every_pattern(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    wide = torch.empty(2**16)
+    call(library.widen_all, FORMATS[dtype], patterns, wide)
+    assert same_bits(wide, patterns.view(dtype).float())
+
+
+@pytest.fixture(scope="module")
+def every_upper_half() -> Tensor:
+    """Every upper half of an fp32 with lower halves around every border of rounding: down, tie, up."""
+    upper = torch.arange(2**16, dtype=torch.int64) << 16
+    # bf16 drops 16 bits, a normal fp16 13; a subnormal fp16 drops up to 24, whose ties have zeros below.
+    lower = [0, 1, 0x0FFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x2FFF, 0x3000, 0x3001]
+    lower += [0x4000, 0x7FFF, 0x8000, 0x8001, 0xC000, 0xE000, 0xEFFF, 0xF000, 0xF001, 0xFFFF]
+    generator = torch.Generator().manual_seed(1)
+    patterns = torch.cat([upper | low for low in lower] + [torch.randint(2**32, (2**20,), generator=generator)])
+    return patterns.to(torch.int32).view(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def random_halves(every_upper_half: Tensor) -> Tensor:
+    """16 random bits for each number, the outermost ones often; int64."""
+    generator = torch.Generator().manual_seed(2)
+    r = torch.randint(2**16, every_upper_half.shape, generator=generator)
+    for k, extreme in enumerate((0, 1, 0x7FFF, 0x8000, 0xFFFE, 0xFFFF)):
+        r[k::17] = extreme
+    return r
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrowing(library: ctypes.CDLL, every_upper_half: Tensor, dtype: torch.dtype) -> None:
+    x = every_upper_half
+    narrowed = torch.empty(len(x), dtype=torch.int16)
+    call(library.narrow_all, FORMATS[dtype], x, narrowed)
+    assert same_bits(narrowed.view(dtype), x.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stochastic_narrowing(
+    library: ctypes.CDLL, every_upper_half: Tensor, random_halves: Tensor, dtype: torch.dtype
+) -> None:
+    x, narrowed = every_upper_half, torch.empty(len(every_upper_half), dtype=torch.int16)
+    call(library.narrow_stochastic_all, FORMATS[dtype], x, random_halves.int(), narrowed)
+    assert torch.equal(narrowed, formats.narrow_stochastic(x, random_halves, dtype).view(torch.int16))
+    # Down or up to a neighbour, whatever the bits, and what is exact stays.
+    finite = x.isfinite() & (x.abs() < 65520 if dtype == torch.float16 else x.abs() <= 3.3895e38)
+    wide = narrowed.view(dtype).double()
+    reach = torch.finfo(dtype).eps * x.double().abs()
+    smallest = 2.0**-24 if dtype == torch.float16 else 2.0**-133
+    assert ((wide - x.double()).abs() <= reach.clamp(min=smallest))[finite].all()
+    exact = finite & (x.to(dtype).float() == x)
+    assert torch.equal(wide[exact], x[exact].double())
+
+
+@pytest.mark.parametrize("width", [16, 8])
+def test_splitting_and_joining(
+    library: ctypes.CDLL, every_upper_half: Tensor, random_halves: Tensor, width: int
+) -> None:
+    x, count = every_upper_half, len(every_upper_half)
+    weights = f"split{width}"
+    high, low = torch.empty(count, dtype=torch.int16), torch.empty(count, dtype=torch.int32)
+    call(library.split_all, width, x, random_halves.int(), high, low)
+    param = torch.empty(count, dtype=torch.bfloat16)
+    beside = torch.empty(count, dtype=BESIDE[weights][1])
+    formats.store_param(weights, x, random_halves, param, beside)
+    assert torch.equal(high, param.view(torch.int16)) and torch.equal(low, beside.int())
+    joined = torch.empty(count)
+    call(library.join_all, high, low * (256 if width == 8 else 1), joined)
+    assert same_bits(joined, formats.load_param(weights, param, beside))
+    if width == 16:
+        assert same_bits(joined, x)
+    # Low bits that somebody else left beside a parameter.
+    strange = torch.flip(low, (0,))
+    call(library.join_all, high, strange * (256 if width == 8 else 1), joined)
+    assert same_bits(joined, formats.load_param(weights, param, strange.to(beside.dtype)))
+    assert not joined[~param.isnan()].isnan().any()
+
+
+def test_block_scaling(library: ctypes.CDLL, every_upper_half: Tensor, random_halves: Tensor) -> None:
+    """Each number as the largest of its block, and as a smaller one."""
+    x, count = every_upper_half, len(every_upper_half)
+    exponent = torch.empty(count, dtype=torch.int32)
+    call(library.block_exponent_all, x, exponent)
+    magnitude = torch.where(x.isfinite(), x.abs(), 0.0).double()
+    inside = exponent < 120
+    assert (exponent >= -126).all() and (exponent <= 120).all()
+    assert (127 * 2.0 ** exponent.double() >= magnitude)[inside].all()
+    assert (127 * 2.0 ** (exponent.double() - 1) < magnitude)[exponent > -126].all()
+    for extra in (0, 1, 5, 40):
+        e = (exponent + extra).clamp(max=120)
+        codes, back = torch.empty(count, dtype=torch.int32), torch.empty(count)
+        call(library.block_code_all, x, e, random_halves.int(), codes)
+        inverse = formats.from_bits(127 - e.long() << 23)
+        scaled = torch.where(x.isnan(), 0.0, x * inverse).clamp(-127.0, 127.0)
+        expected = torch.where(x.isnan(), formats.NAN_CODE, formats.stochastic_integer(scaled, random_halves))
+        assert torch.equal(codes.long(), expected)
+        call(library.from_block_code_all, codes, e, back)
+        one = torch.where(x.isnan(), torch.nan, codes.float() * formats.from_bits(e.long() + 127 << 23))
+        assert same_bits(back, one)
+
+
+def test_there_is_no_kernel_for_what_no_rule_does(library: ctypes.CDLL) -> None:
+    status = library.cuda_on_host(
+        _C.RULES.index("signum"),
+        _C.Statistics.GATHER.value,
+        *(ctypes.c_int64(0), ctypes.c_int64(0), None, ctypes.c_int64(0), None),
+        *((ctypes.c_int64 * 4)(), ctypes.c_int64(0), 0, ctypes.c_uint32(0)),
+    )
+    assert status == 1

@@ -1,0 +1,196 @@
+"""The machine code of the built module: wide streaming accesses, no spills, no contraction. Needs no GPU."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+from support.toolchain import PTX_ARITHMETIC, Instruction, exact_ptx, instruction, listing, resources, rules
+
+from signadam_ext import _C
+
+BUILT = _C.build_info()
+pytestmark = pytest.mark.skipif(BUILT["cuda"] is None, reason="the module was built without CUDA")
+ARCHITECTURES = [name for name in BUILT["cuda_architectures"].split("+") if name.startswith("sm_")]
+VIRTUAL = [name for name in BUILT["cuda_architectures"].split("+") if name.startswith("compute_")]
+STATISTICS = ("none", "gather", "only")
+#: Tensors of a table: fp32 moments and parameters rounded to nearest, or any storage form; or that, with statistics().
+STORAGE = ("plain", "any", "observed")
+
+RULES = rules()
+#: Of every kernel in csrc/cuda/step.cu the functor, statistics and storage.
+Name = tuple[str, str, str]
+#: (rule, statistics, storage) of every kernel.
+KERNELS = [
+    (rule, statistics, storage)
+    for storage in STORAGE
+    for rule, statistics in [*((name, "none") for name in RULES), ("sign_adam_pp", "gather"), ("sign_adam_pp", "only")]
+    if not (storage == "plain" and RULES[rule].third) and not (storage == "observed" and statistics == "only")
+]
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+each_kernel = pytest.mark.parametrize(
+    ("rule", "statistics", "storage"), KERNELS, ids=["-".join(kernel) for kernel in KERNELS]
+)
+
+
+@dataclass
+class Kernel:
+    registers: int = 0
+    stack: int = 0
+    local: int = 0
+    code: list[Instruction] = field(default_factory=list)
+
+    def of(self, pattern: str) -> list[Instruction]:
+        """Instructions of this kind, whatever their modifiers."""
+        return [x for x in self.code if re.match(pattern + r"(\.|$)", x.operation)]
+
+
+def kernel_name(mangled: str) -> Name | None:
+    match = re.search(r"6kernelINS_\d+(\w+?)ELNS_10StatisticsE(\d)ELNS_7StorageE(\d)E", mangled)
+    return None if match is None else (match[1], STATISTICS[int(match[2])], STORAGE[int(match[3])])
+
+
+@cache
+def module() -> dict[str, dict[Name, Kernel]]:
+    """Kernels of each architecture with machine code in the module."""
+    found: dict[str, dict[Name, Kernel]] = defaultdict(lambda: defaultdict(Kernel))
+    architecture, kernel = "", None
+    for line in listing("--dump-resource-usage", _C.__file__).splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture, kernel = match[1], None
+            found[architecture]  # an image without kernels counts as well
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = kernel_name(match[1])
+            assert name is not None, match[1]
+            kernel = found[architecture][name]
+        elif kernel is not None and (used := resources(line)):
+            kernel.registers, kernel.stack, kernel.local = used
+    for line in listing("-sass", _C.__file__).splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture, kernel = match[1], None
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            name = kernel_name(match[1])
+            assert name is not None, match[1]
+            kernel = found[architecture][name]
+        elif kernel is not None and (found_here := instruction(line)):
+            kernel.code.append(found_here)
+    return found
+
+
+@cache
+def ptx() -> dict[str, dict[Name, str]]:
+    """PTX of each kernel, by virtual architecture; what ptxas makes machine code of, at build time or in the driver."""
+    found: dict[str, dict[Name, str]] = defaultdict(dict)
+    for image in listing("-ptx", _C.__file__).split("Fatbin ptx code:")[1:]:
+        architecture = re.search(r"^arch = sm_(\w+)", image, re.MULTILINE)
+        assert architecture is not None
+        for entry in re.split(r"^\.(?:visible |weak )?entry ", image, flags=re.MULTILINE)[1:]:
+            name = kernel_name(entry)
+            assert name is not None, entry[:200]
+            found[f"compute_{architecture[1]}"][name] = entry
+    return found
+
+
+def kernel_of(architecture: str, rule: str, statistics: str, storage: str) -> Kernel:
+    return module()[architecture][RULES[rule].struct, statistics, storage]
+
+
+def test_architectures_and_kernels() -> None:
+    """What the build says it holds, and nothing else: no stub for another architecture, no kernel left out."""
+    assert ARCHITECTURES
+    expected = {(RULES[rule].struct, statistics, storage) for rule, statistics, storage in KERNELS}
+    assert len(expected) == len(KERNELS)
+    assert set(RULES) == set(_C.RULES)
+    assert set(module()) == set(ARCHITECTURES)
+    for architecture, kernels in module().items():
+        assert set(kernels) == expected, architecture
+        assert all(len(kernel.code) > 100 for kernel in kernels.values()), architecture
+    assert set(ptx()) == set(VIRTUAL)
+    for architecture, entries in ptx().items():
+        assert set(entries) == expected, architecture
+
+
+@each_architecture
+@each_kernel
+def test_wide_streaming_accesses(architecture: str, rule: str, statistics: str, storage: str) -> None:
+    kernel = kernel_of(architecture, rule, statistics, storage)
+    updates = statistics != "only"
+    moments = RULES[rule].moments if updates else 0
+    reads = moments + (updates and RULES[rule].reads_variance)
+    wide = {name: [x for x in kernel.of(name) if x.operation.endswith(".128")] for name in ("LDG", "STG")}
+    # A piece of 8 elements is 32 bytes of each fp32 operand: two accesses, of which the first serves 16-bit ones.
+    assert len(wide["LDG"]) >= 2 * (2 + reads)
+    assert len(wide["STG"]) >= 2 * (1 + moments) if updates else not wide["STG"]
+    if storage != "plain":
+        # 8 bytes of the first moment's codes; of split8 as many beside the parameter, of a master four times that.
+        halves = {name: [x for x in kernel.of(name) if x.operation.endswith(".EF.64")] for name in ("LDG", "STG")}
+        assert len(halves["LDG"]) >= 4 + min(moments, 1)
+        assert len(halves["STG"]) >= 4 + min(moments, 1) if updates else not halves["STG"]
+    # Each element is used once: evict first. What is not said to be streamed is the table and the statistics.
+    streamed = [x for name in ("LDG", "STG") for x in wide[name]]
+    assert all(".EF." in x.operation for x in streamed)
+    if updates and statistics == "none" and storage != "observed":
+        assert all(".EF" in x.operation for x in kernel.of("STG"))
+
+
+@each_architecture
+@each_kernel
+def test_no_spills(architecture: str, rule: str, statistics: str, storage: str) -> None:
+    kernel = kernel_of(architecture, rule, statistics, storage)
+    # Two blocks of 256 threads on a multiprocessor, or one: see blocks_at_once.
+    alone = storage == "any" and RULES[rule].moments > 1 and not RULES[rule].bounded
+    assert 0 < kernel.registers <= (255 if alone or storage == "observed" else 128)
+    assert kernel.stack == kernel.local == 0
+    assert not kernel.of("LDL") and not kernel.of("STL")
+
+
+@each_architecture
+@each_kernel
+def test_only_exponents_take_neighbours(architecture: str, rule: str, statistics: str, storage: str) -> None:
+    """Four threads find the largest magnitude of their block in two exchanges, without a word of shared memory."""
+    scaled = storage != "plain" and RULES[rule].moments > 0 and not RULES[rule].bounded
+    exchanges = kernel_of(architecture, rule, statistics, storage).of("SHFL")
+    assert len(exchanges) == (2 if scaled else 0)
+
+
+@each_architecture
+@each_kernel
+def test_no_contraction(architecture: str, rule: str, statistics: str, storage: str) -> None:
+    """Multiplications and additions are instructions of their own.
+
+    Correctly rounded division and root are made of FFMA, so rules that have one are not looked at here: their PTX is.
+    The statistics end with division and root in double, made of DFMA and, to look at a divisor's exponent, an FFMA that
+    multiplies by zero.
+    """
+    kernel = kernel_of(architecture, rule, statistics, storage)
+    fused = kernel.of("FFMA2?")
+    assert kernel.of("FADD2?") and kernel.of("FMUL2?")
+    if statistics != "none":
+        assert all(x.operands[1] == "RZ" for x in fused), fused
+        at = [i for i, x in enumerate(kernel.code) if x.operation.startswith("ATOM")]
+        assert len(at) == 1
+        # Before the count of arrivals gradients are summed; after it come division and root.
+        sums, end = Kernel(code=kernel.code[: at[0]]), Kernel(code=kernel.code[at[0] :])
+        assert len(sums.of("DMUL")) >= 8 and len(sums.of("DADD")) >= 16
+        assert not sums.of("DFMA")
+        assert len(end.of("DMUL")) >= 3  # mean * mean, b1 * a, (1 - b1) * std
+    elif RULES[rule].divides:
+        assert fused and kernel.of("MUFU")
+    else:
+        assert not fused and not kernel.of("DFMA") and not kernel.of("MUFU")
+
+
+@pytest.mark.parametrize("architecture", VIRTUAL)
+@each_kernel
+def test_ptx_rounds_every_operation(architecture: str, rule: str, statistics: str, storage: str) -> None:
+    """In PTX division and root are instructions, so here no kernel may contain a fused or an approximate one."""
+    entry = ptx()[architecture][RULES[rule].struct, statistics, storage]
+    arithmetic = set(PTX_ARITHMETIC.findall(entry))
+    assert arithmetic <= exact_ptx("f32") | exact_ptx("f64")
+    assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic
+    assert ("div.rn.f32" in arithmetic) == (RULES[rule].divides and statistics != "only")
+    assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (statistics != "none")
+    assert not re.search(r"\.(approx|ftz|full)\b", entry)

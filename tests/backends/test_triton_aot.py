@@ -1,0 +1,230 @@
+"""The Triton kernels compiled ahead of time for NVIDIA and AMD: no approximation, no contraction, wide accesses.
+
+Every kernel that the backend can launch in fp32, and every storage form in one kernel or another, for one target of
+each maker, most of them for the others; some mixtures of dtypes, with a rule of one moment and one of two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support.toolchain import HOST, PTX_ARITHMETIC, Instruction, exact_ptx, instruction, listing, resources, rules
+
+pytest.importorskip("triton")
+
+STATISTICS = ("none", "gather", "only")
+#: As in csrc/core/formats.h, with the bits of an element.
+FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "block8": 8}
+#: With the bits of what lies beside an element of the parameter.
+WEIGHTS = {"as_is": 0, "stochastic": 0, "split16": 16, "split8": 8, "master": 32}
+RULES = rules()
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+AMD = "gfx942"
+
+
+class Job(NamedTuple):
+    target: str
+    rule: str
+    statistics: str = "none"
+    param: str = "fp32"
+    grad: str = "fp32"
+    exp_avg: str = "fp32"
+    exp_avg_sq: str = "fp32"
+    weights: str = "as_is"
+    observes: str = "unobserved"
+
+    def arguments(self) -> list[object]:
+        formats = list(FORMATS)
+        constants = {
+            "RULE": self.rule,
+            "MOMENTS": RULES[self.rule].moments,
+            "PARAM": formats.index(self.param),
+            "GRAD": formats.index(self.grad),
+            "EXP_AVG": formats.index(self.exp_avg),
+            "EXP_AVG_SQ": formats.index(self.exp_avg_sq),
+            "THIRD": formats.index(self.exp_avg_sq if RULES[self.rule].moments > 2 else "fp32"),
+            "READS_VARIANCE": RULES[self.rule].reads_variance,
+            "WEIGHTS": list(WEIGHTS).index(self.weights),
+            "STATISTICS": STATISTICS.index(self.statistics),
+            "CONFIDENCE": None,
+            "OBSERVES": self.observes == "observed",
+        }
+        return [self.target, constants]
+
+
+#: Only the gated rule has statistics, as in csrc/cuda/step.cu.
+KERNELS = [*((rule, "none") for rule in RULES), ("sign_adam_pp", "gather"), ("sign_adam_pp", "only")]
+MIXTURES = [
+    ("sign_adam_pp", "none", "bf16", "bf16"),
+    ("sign_adam_pp", "none", "fp16", "fp16"),
+    ("sign_adam_pp", "gather", "fp32", "bf16"),
+    ("sign_adam_pp", "only", "bf16", "fp32"),
+    ("sign_adam", "none", "bf16", "fp32"),
+    ("sign_adam", "none", "fp32", "fp16"),
+]
+STORED = [
+    ("sign_adam_pp", "none", "bf16", "bf16", "int2", "fp32", "stochastic"),
+    ("sign_adam_pp", "gather", "bf16", "fp32", "int4", "fp32", "split16"),
+    ("sign_adam", "none", "bf16", "bf16", "int8", "bf16", "split8"),
+    ("signum", "none", "bf16", "bf16", "block8", "fp32", "master"),
+    ("sign_sgd", "none", "fp16", "fp16", "fp32", "fp32", "stochastic"),
+    ("adam_amsgrad", "none", "bf16", "bf16", "bf16", "bf16", "stochastic"),
+    ("sign_adam_pp", "gather", "fp32", "fp32", "fp32", "fp32", "as_is", "observed"),
+    ("msvag_minibatch", "none", "bf16", "fp32", "fp32", "fp32", "as_is", "observed"),
+]
+#: What is compiled for one architecture of NVIDIA only: rules of the same operations as others, mixed dtypes.
+LIKE_OTHERS = ("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion")
+NVIDIA_JOBS = [
+    Job(target, *kernel)
+    for target in NVIDIA
+    for kernel in (*KERNELS, *STORED)
+    if target == "sm_90" or kernel[0] not in LIKE_OTHERS
+]
+NVIDIA_JOBS += [Job("sm_90", *mixture) for mixture in MIXTURES]
+AMD_JOBS = [Job(AMD, *kernel) for kernel in (*KERNELS, *STORED, *MIXTURES)]
+
+
+def identify(job: Job) -> str:
+    return "-".join(job)
+
+
+def compile_all(jobs: Sequence[Job], folder: Path) -> dict[Job, Path]:
+    """Each job's output without its suffix."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # A cache of its own, so what is looked at was made now.
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    done = subprocess.run(
+        [sys.executable, str(HOST / "compile_triton.py"), str(folder)],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        input=json.dumps([job.arguments() for job in jobs]),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    # What went wrong is said last, or by ptxas first; between them is the whole program.
+    assert done.returncode == 0, done.stdout[:2000] + done.stderr[-2000:]
+    return {job: folder / str(number) for number, job in enumerate(jobs)}
+
+
+@pytest.fixture(scope="module")
+def nvidia(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Path]:
+    return compile_all(NVIDIA_JOBS, tmp_path_factory.mktemp("nvidia"))
+
+
+@pytest.fixture(scope="module")
+def amd(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Path]:
+    return compile_all(AMD_JOBS, tmp_path_factory.mktemp("amd"))
+
+
+def accesses(job: Job, lanes: int) -> tuple[Counter[int], Counter[int]]:
+    """Loads and stores of a row's thread with so many lanes, by bytes: at least these."""
+    moments = (job.exp_avg, job.exp_avg_sq, job.exp_avg_sq)[: RULES[job.rule].moments]
+    updated = [FORMATS[job.param], WEIGHTS[job.weights]]
+    stores = [] if job.statistics == "only" else [*updated, *(FORMATS[moment] for moment in moments)]
+    given = [FORMATS["fp32"]] if RULES[job.rule].reads_variance else []
+    loads = [FORMATS[job.grad], *(stores or updated), *given]
+    return tuple(Counter(size for bits in found for size in pieces(bits * lanes // 8)) for found in (loads, stores))
+
+
+def pieces(size: int) -> list[int]:
+    return [16] * (size // 16) if size > 16 else [size] * (size > 0)
+
+
+@pytest.mark.parametrize("job", NVIDIA_JOBS, ids=identify)
+def test_ptx(nvidia: dict[Job, Path], job: Job) -> None:
+    code = nvidia[job].with_suffix(".ptx").read_text()
+    arithmetic = set(PTX_ARITHMETIC.findall(code))
+    pairs = exact_ptx("f32x2")  # on sm_100
+    assert arithmetic <= exact_ptx("f32") | exact_ptx("f64") | pairs
+    assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic | {name.removesuffix("x2") for name in arithmetic & pairs}
+    divides = RULES[job.rule].divides and job.statistics != "only"
+    assert ("div.rn.f32" in arithmetic) == divides
+    assert ("sqrt.rn.f32" in arithmetic) == (divides and RULES[job.rule].roots)
+    assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (job.statistics != "none")
+    assert not re.search(r"\.(approx|ftz|full)\b", code)
+
+    # A thread has 8 of 2048 lanes: two accesses of 16 bytes for fp32, one for a 16-bit format, and so on down. Evict
+    # first: each element is used once.
+    loads, stores = accesses(job, lanes=8)
+    for size, name in {16: "v4.b32", 8: "v2.b32", 4: "b32", 2: "b16"}.items():
+        assert len(re.findall(rf"\bld\.global\.cs\.{name}\b", code)) >= loads[size]
+        assert len(re.findall(rf"\bst\.global\.cs\.{name}\b", code)) >= stores[size]
+    assert bool(stores) == ("st.global.cs" in code)
+
+
+@pytest.mark.parametrize("job", NVIDIA_JOBS, ids=identify)
+def test_cubin(nvidia: dict[Job, Path], job: Job) -> None:
+    cubin = str(nvidia[job].with_suffix(".cubin"))
+    used = [found for line in listing("--dump-resource-usage", cubin).splitlines() if (found := resources(line))]
+    assert len(used) == 1
+    registers, stack, local = used[0]
+    # ptxas may put a few words aside that are used outside of the wide path: a block's addresses and counts.
+    assert registers <= (255 if job.observes == "observed" else 128) and stack <= 16 and local == 0
+    code = [found for line in listing("-sass", cubin).splitlines() if (found := instruction(line))]
+    wide_loops = [body for body in loops(code) if any(x.operation == "LDG.E.EF.128" for x in body)]
+    assert wide_loops
+    for body in wide_loops:
+        assert not [x for x in body if x.operation.startswith(("LDL", "STL"))]
+    # The statistics' division and root in double have an FFMA that multiplies by zero, see test_sass.py.
+    fused = [x for x in code if x.operation.startswith("FFMA")]
+    if RULES[job.rule].divides and job.statistics != "only":
+        assert fused
+    else:
+        assert all(x.operands[1] == "RZ" for x in fused) and (not fused or job.statistics != "none"), fused
+
+
+def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """The instructions between each jump backwards and its target."""
+    found = []
+    for x in code:
+        if re.match(r"BRA\b", x.operation) and re.fullmatch(r"0x[0-9a-f]+", x.operands[-1]):
+            target = int(x.operands[-1], 16)
+            if target < x.address:
+                found.append([y for y in code if target <= y.address <= x.address])
+    return found
+
+
+def count(operation: str, code: str) -> int:
+    return len(re.findall(rf"\b{operation}(?:_e\d\d)?\b", code))
+
+
+@pytest.mark.parametrize("job", AMD_JOBS, ids=identify)
+def test_amdgcn(amd: dict[Job, Path], job: Job) -> None:
+    code = amd[job].with_suffix(".amdgcn").read_text()
+    fused = r"\bv_(?:pk_)?(?:fma|fmac|mad|mac|fmaak|fmamk|fma_mix\w*)_f(?:16|32)\w*"
+    if RULES[job.rule].divides and job.statistics != "only":
+        # Correctly rounded division ends with a fixup; it and the root are made of fused operations.
+        assert "v_div_fixup_f32" in code
+        assert count(r"v_div_fixup_f32", code) == count(r"v_rcp_f32", code)
+        # A root by the hardware is off by an ulp; what corrects it leaves out zero and infinity.
+        assert count(r"v_cmp_class_f32", code) >= count(r"v_sqrt_f32", code)
+        assert (count(r"v_sqrt_f32", code) > 0) == RULES[job.rule].roots
+    else:
+        assert not re.search(fused, code)
+        assert not re.search(r"\bv_(rcp|rsq|sqrt|div_\w+)_f32", code)
+    if job.statistics != "none":
+        # Gradients are summed before the count of arrivals; after it come division and root, made of fused operations.
+        sums, end = code.split("global_atomic_add", 1)
+        assert "v_mul_f64" in sums and not re.search(r"\bv_fma(c)?_f64", sums)
+        assert "v_div_fixup_f64" in end
+    # Subnormals stay, nothing is spilled.
+    assert re.search(r"\.amdhsa_float_denorm_mode_32 3$", code, re.MULTILINE)
+    assert re.search(r"\.amdhsa_float_denorm_mode_16_64 3$", code, re.MULTILINE)
+    assert re.search(r"\.private_segment_fixed_size: 0$", code, re.MULTILINE)
+    assert re.search(r"\.vgpr_spill_count: 0$", code, re.MULTILINE)
+
+    # 8 warps of 64: a thread has 4 lanes, one access of 16 bytes for fp32, of 8 for a 16-bit format, and so on down.
+    loads, stores = accesses(job, lanes=4)
+    for size, name in {16: "dwordx4", 8: "dwordx2", 4: "dword", 2: "u?short", 1: "u?byte"}.items():
+        assert len(re.findall(rf"\b(?:buffer|global)_load_{name} .*\bnt\b", code)) >= loads[size]
+        assert len(re.findall(rf"\b(?:buffer|global)_store_{name} .*\bnt\b", code)) >= stores[size]

@@ -1,0 +1,207 @@
+"""The Triton kernels in every storage form: parameters and state equal byte for byte to the reference's.
+
+Interpreted in a process of its own, every combination of forms, weights and dtype with one rule of each kind, some with
+the others; on a GPU some of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.paper_formulas import OF_A_KIND, TABLE, Row
+from support.strategies import DTYPES, SPECIALS, same_bits
+from torch import Tensor
+
+from signadam_ext.core import formats
+from signadam_ext.engine.plan import Plan
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+ROWS = {row.id: row for row in TABLE}
+#: Around the borders of runs of codes, rows and chunks; two chunks, of which one takes the wide path.
+SIZES = (0, 1, 3, 31, 32, 33, 1023, 1025, 2047, 2048, 2049, 16384, 16385)
+
+
+def test_interpreted() -> None:
+    if INTERPRETED:
+        pytest.skip("this is the process that interprets")
+    command = [sys.executable, "-m", "pytest", "-qx", "-m", "not gpu", __file__]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How the tensors of a run are stored."""
+
+    state_dtype: tuple[str, ...]
+    weights: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return "-".join((*self.state_dtype, self.weights, str(self.dtype).removeprefix("torch.")))
+
+
+def combinations(row: Row) -> list[Combination]:
+    """All that a rule can be asked for."""
+    optimizer = row.optimizer([torch.zeros(1)], **row.hyperparameters)
+    rule = optimizer._rule(optimizer.param_groups[0])
+    first = formats.BOUNDED if rule.bounded else formats.UNBOUNDED
+    wide = ("fp32", "bf16")
+    forms = itertools.product(*(wide if len(rule.moments) > 2 else first, wide, wide)[: len(rule.moments)])
+    weights = {
+        torch.float32: ("as_is",),
+        torch.bfloat16: tuple(formats.WEIGHTS),
+        torch.float16: ("as_is", "stochastic", "master"),
+    }
+    return [Combination(form, name, dtype) for form in forms for dtype in DTYPES for name in weights[dtype]]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Normal numbers, where ``specials`` every 7th a special one."""
+
+    dtype: torch.dtype
+    device: str
+    specials: bool
+    generator: torch.Generator
+
+    def tensor(self, size: int, offset: int) -> Tensor:
+        """``offset``: elements behind an allocation's beginning."""
+        x = torch.randn(size + offset, generator=self.generator)
+        if self.specials:
+            which = torch.randint(len(SPECIALS), (len(x[5::7]),), generator=self.generator)
+            x[5::7] = torch.tensor(SPECIALS)[which]
+        return x.to(self.dtype).to(self.device)[offset:]
+
+
+def train(
+    row: Row,
+    combination: Combination,
+    tensors: list[tuple[int, int, int]],
+    backend: str,
+    device: str,
+    steps: int,
+    **hyperparameters: Any,
+) -> tuple[list[Tensor], torch.optim.Optimizer]:
+    """Parameters and optimizer after some steps; between them parameters are set from outside.
+
+    ``tensors``: size, offset in memory, and index of the first element in the unsharded tensor.
+    """
+    # The deviation of adaptive confidence would not move with an infinite number about.
+    specials = "confidence" not in row.hyperparameters
+    values = Values(combination.dtype, device, specials, torch.Generator().manual_seed(1))
+    params = [values.tensor(size, offset) for size, offset, _ in tensors]
+    stored = {"weights": combination.weights}
+    if combination.state_dtype:
+        stored["state_dtype"] = combination.state_dtype
+    options = {**row.hyperparameters, **stored, **hyperparameters}
+    optimizer = row.optimizer(params, backend=backend, seed=2**63 + 7, **options)
+    group = optimizer.param_groups[0]
+    for step in range(steps):
+        for param, (size, offset, _) in zip(params, tensors, strict=True):
+            # Aligned only where the parameter is, and not always then.
+            param.grad = values.tensor(size, 0 if offset == 0 else step % 2)
+            param.grad_variance = values.tensor(size, 0).float().abs()
+        items = [optimizer._item(str(i), param, group, 0, number=i) for i, param in enumerate(params)]
+        for item, (_, _, first) in zip(items, tensors, strict=True):
+            item.first = first
+        plan = Plan(items, state=optimizer.state)
+        assert plan.read(optimizer.param_groups, optimizer.state)
+        plan.run(optimizer.param_groups)
+        if step + 1 < steps:
+            for param in params:
+                param[::3] *= -1.5
+                if specials:
+                    param[1::9] = torch.inf
+    return params, optimizer
+
+
+def assert_parity(
+    row: Row, combination: Combination, tensors: list[tuple[int, int, int]], device: str, **options: Any
+) -> None:
+    params, optimizer = train(row, combination, tensors, "triton", device, **options)
+    expected_params, reference = train(row, combination, tensors, "reference", "cpu", **options)
+    for tensor, param, expected in zip(tensors, params, expected_params, strict=True):
+        assert same_bits(param, expected), f"{combination}: parameter {tensor} differs"
+        state, expected_state = optimizer.state[param], reference.state[expected]
+        assert state.keys() == expected_state.keys()
+        for name, x in state.items():
+            expected_x = expected_state[name]
+            if isinstance(x, Tensor) and x.is_floating_point():
+                assert same_bits(x, expected_x), f"{combination}: {name} of {tensor} differs"
+            elif isinstance(x, Tensor):
+                assert torch.equal(x.cpu(), expected_x), f"{combination}: {name} of {tensor} differs"
+            else:
+                assert x == expected_x
+
+
+@pytest.mark.filterwarnings("ignore:.*momentum with beta")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("row", [row for row in TABLE if row.id != "sign_sgd"], ids=lambda row: row.id)
+def test_every_combination(row: Row, device: str) -> None:
+    """One small tensor each, of sizes and offsets that take turns. Both kinds of adaptive confidence share the lot."""
+    found = combinations(row)
+    if row.hyperparameters.get("confidence"):
+        found = found[row.id.endswith("delayed") :: 2]
+    # On a GPU each one is compiled: some of them. So are some of rules like another: storage is no business of theirs.
+    some = (1 if row.id in OF_A_KIND else 5) if INTERPRETED else 10
+    for i, combination in enumerate(found[::some]):
+        tensor = ((3, 31, 33, 1023, 1025, 2049, 63)[i % 7], i % 4, 0)
+        options = {"weight_decay": 0.1, "decoupled_weight_decay": i % 5 == 0, "maximize": i % 3 == 0}
+        assert_parity(row, combination, [tensor], device, steps=2, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*momentum with beta")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("rule", "combination"),
+    [
+        ("sign_sgd-gated", Combination((), "stochastic", torch.float16)),
+        ("signum", Combination(("int8",), "master", torch.bfloat16)),
+        ("sign_adam", Combination(("int4", "bf16"), "split8", torch.bfloat16)),
+        ("sign_adam_pp", Combination(("int2",), "stochastic", torch.bfloat16)),
+        ("sign_adam_pp-adaptive", Combination(("int8",), "split16", torch.bfloat16)),
+        ("sign_adam_pp-delayed", Combination(("int2",), "as_is", torch.float32)),
+    ],
+    ids=str,
+)
+def test_every_size(rule: str, combination: Combination, device: str) -> None:
+    tensors = [(size, i % 2, 0) for i, size in enumerate(SIZES)] + [(16384, 0, 0)]
+    assert_parity(ROWS[rule], combination, tensors, device, steps=2, weight_decay=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*momentum with beta")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("rule", "combination"),
+    [
+        ("sign_adam", Combination(("int8", "bf16"), "split8", torch.bfloat16)),
+        ("sign_adam_pp", Combination(("int2",), "stochastic", torch.bfloat16)),
+    ],
+    ids=str,
+)
+def test_shards(rule: str, combination: Combination, device: str) -> None:
+    """Random bits go by the index in the unsharded tensor: odd ones, and those around a change of keys."""
+    border = 1 << 33
+    chunks = (1, 4096, border - 16384, border - 8192, border - 8193)
+    tails = (1, border - 31, 3 * border, 5 * border - 33, 2**62 - 1)
+    tensors = [*((16384, 0, first) for first in chunks), *((40, 0, first) for first in tails)]
+    assert_parity(ROWS[rule], combination, tensors, device, steps=2)

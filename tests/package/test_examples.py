@@ -1,0 +1,124 @@
+"""The example runs as a visitor runs it, and a checkpoint continues bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm")
+pytest.importorskip("matplotlib")
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_gpt.py"
+
+
+def train_gpt(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd=cwd,
+        # One thread: with more, a busy machine makes each of many tiny operations wait for the last thread.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+def test_example_resumes_bit_for_bit(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(SCRIPT.read_bytes() * 3)
+    options = ("--preset", "tiny", "--data", str(text), "--device", "cpu", "--seed", "7")
+
+    whole = train_gpt(*options, cwd=tmp_path)  # --out is runs/ unless given
+    assert whole.returncode == 0, whole.stderr
+    stopped = train_gpt(*options, "--out", "parts", "--stop-at", "13", cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stderr
+    assert "--resume --out parts" in stopped.stdout
+    resumed = train_gpt("--resume", "--out", "parts", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "SignAdamPP continues after step 13" in resumed.stdout
+
+    for name in ("signadampp.pt", "adamw.pt"):
+        a, b = (torch.load(tmp_path / out / name, weights_only=True) for out in ("runs", "parts"))
+        assert a["step"] == b["step"] == 40
+        assert torch.equal(a["losses"], b["losses"])
+        assert a["val_losses"] == b["val_losses"]
+        assert a["model"].keys() == b["model"].keys()
+        for key in a["model"]:
+            assert torch.equal(a["model"][key], b["model"][key]), key
+
+    results = json.loads((tmp_path / "runs" / "results.json").read_text(encoding="utf-8"))
+    ours, adamw = results["runs"]["SignAdamPP"], results["runs"]["AdamW"]
+    assert ours["val_losses"][-1][1] < ours["train_losses"][0]
+    assert 4 <= ours["state_bytes_per_parameter"] < 4.1
+    assert 8 <= adamw["state_bytes_per_parameter"] < 8.1
+    assert results["sample"].startswith("\n")
+    assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_example_names_the_nearest_optimizer(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import argparse
+
+    import train_gpt as example
+
+    assert example.optimizer_name("signadampp") == "SignAdamPP"
+    assert example.optimizer_name("ADAMW") == "AdamW"
+    with pytest.raises(argparse.ArgumentTypeError, match="did you mean SignAdamPP"):
+        example.optimizer_name("signadamp")
+
+
+LARGE = SCRIPT.with_name("train_7b_in_18gb.py")
+
+
+def train_large(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, str(LARGE), "--size", "tiny", *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("products", ["native", "fp32"])
+def test_large_example_resumes_bit_for_bit_within_its_bound(tmp_path, products):
+    options = ("--products", products, "--lr", "0.05")
+    whole = train_large(*options, "--steps", "12", "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    stopped = train_large(*options, "--steps", "5", "--out", "parts", cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stderr
+    resumed = train_large("--resume", "--steps", "12", "--out", "parts", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+
+    logs = {}
+    for out in ("whole", "parts"):
+        lines = (tmp_path / out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        logs[out] = [json.loads(line) for line in lines]
+    losses = {out: [record["loss"] for record in log if "step" in record] for out, log in logs.items()}
+    assert losses["whole"] == losses["parts"]
+    weights = [tmp_path / out / "checkpoint-000012" / "weights.safetensors" for out in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+    start, result = logs["whole"][0], logs["whole"][-1]["result"]
+    assert result["peak_bytes"] <= result["bound_bytes"] == sum(start["needed"].values())
+    assert result["loss_last_five"] < result["loss_first_five"]
+    assert all(share > 0 for share in result["moved"].values())
+    assert (tmp_path / "whole" / "log.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_large_example_has_the_size_and_the_bound_of_its_name(monkeypatch):
+    monkeypatch.syspath_prepend(str(LARGE.parent))
+    import train_7b_in_18gb as example
+
+    config = example.replace(example.SIZES["7b"], block_size=128)
+    assert example.n_parameters(config) >= 7e9
+    # The interpreter and its libraries take less than half a gigabyte.
+    assert sum(example.memory_needed(config, 500_000_000).values()) < example.LIMIT["7b"]
+    config = example.replace(example.SIZES["tiny"], block_size=128)
+    model = example.build(config, torch.device("cpu"), 0, True)
+    assert sum(p.numel() for p in model.parameters()) == example.n_parameters(config)

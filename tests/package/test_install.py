@@ -1,0 +1,166 @@
+"""What an installation promises: what it links, what it imports, what it says of itself, how a build fails."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import signadam_ext._C as _C
+import torch
+from support.paper_formulas import TABLE
+
+import signadam_ext
+from signadam_ext.backends.reference import rules
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads an ELF file")
+def test_module_links_neither_torch_nor_cuda() -> None:
+    listing = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    needed = [line.split("[")[1].split("]")[0] for line in listing.splitlines() if "NEEDED" in line]
+    assert needed and not [name for name in needed if "torch" in name or "cuda" in name or "gomp" in name]
+
+
+def test_import_is_light() -> None:
+    """No Triton, no plotting, no CUDA context: nothing but torch and the compiled module."""
+    code = (
+        "import torch; before = set(__import__('sys').modules)\n"
+        "import signadam_ext, sys\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "print(sorted(new & {'triton', 'matplotlib', 'tqdm', 'hypothesis'}), torch.cuda.is_initialized())"
+    )
+    result = python("-c", code)
+    assert result.stdout.strip() == "[] False", result.stderr
+
+
+def test_report_tells_what_is_built() -> None:
+    result = python("-m", "signadam_ext")
+    assert result.returncode == 0, result.stderr
+    facts = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if len(line.split()) > 1)
+    assert facts["signadam_ext"] == signadam_ext.__version__ == _C.build_info()["version"]
+    assert facts["torch"].startswith(torch.__version__)
+    assert facts["module"] == _C.__file__
+    assert facts["cpu"] == "usable"
+    built = _C.build_info()["cuda"]
+    assert facts["CUDA"].startswith(built if built else "not built")
+
+
+def test_the_command_works_from_anywhere() -> None:
+    """In the source tree too, where ``python -m signadam_ext`` finds the sources in place of what was installed."""
+    command = shutil.which("signadam", path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip("the package is on the path, but not installed")
+    for folder in (ROOT, Path("/")):
+        done = subprocess.run([command, "info"], capture_output=True, text=True, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[:2] == ["signadam_ext", signadam_ext.__version__]
+    memory = subprocess.run([command, "memory", "--params=7e9"], capture_output=True, text=True)
+    assert memory.returncode == 0 and "bytes" in memory.stdout, memory.stderr
+    wrong = subprocess.run([command, "remember"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "usage: signadam" in wrong.stderr
+
+
+def test_kernels_have_one_name_each() -> None:
+    """Functor, reference and Triton twin of each rule go by one name, and each has a row in the table."""
+    assert all(callable(getattr(rules, name)) for name in _C.RULES)
+    code = f"import signadam_ext.triton_kernels.rules as r; print(all(hasattr(r, n) for n in {_C.RULES!r}))"
+    assert python("-c", code).stdout.strip() == "True"
+    used = set()
+    for row in TABLE:
+        optimizer = row.optimizer([torch.nn.Parameter(torch.zeros(1))], **row.hyperparameters)
+        used.add(optimizer._rule(optimizer.param_groups[0]).name)
+    assert used == set(_C.RULES)
+
+
+def test_a_rule_is_five_places() -> None:
+    """What is Lion's own lies in its functor, twin, reference, class and row; beside them only lines that export it."""
+    own = {
+        "csrc/core/rules.h",
+        "triton_kernels/rules.py",
+        "signadam_ext/backends/reference/rules.py",
+        "tests/support/paper_formulas.py",
+    }
+    own.add("signadam_ext/optimizers/lion.py")
+    exports = {"signadam_ext/__init__.py", "signadam_ext/functional.py", "signadam_ext/optimizers/__init__.py"}
+    sources = [path for folder in ("csrc", "triton_kernels", "signadam_ext") for path in (ROOT / folder).rglob("*.*")]
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*sources, ROOT / "tests" / "support" / "paper_formulas.py"]
+        if path.suffix in (".h", ".inl", ".cpp", ".cu", ".py")
+        and re.search(r"\blion\b", path.read_text(), re.IGNORECASE)
+    }
+    assert found == own | exports
+    for path in exports:
+        named = [line for line in (ROOT / path).read_text().splitlines() if re.search(r"\bLion\b|\blion\b", line)]
+        assert len(named) <= 4, (path, named)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in signadam_ext.__all__ if isinstance(getattr(signadam_ext, name), type)]
+)
+def test_documentation_is_complete(name: str) -> None:
+    """No placeholder is left, and every argument is described."""
+    found = getattr(signadam_ext, name)
+    assert not re.search(r"^ *\{\w+\}$", found.__doc__, re.MULTILINE)
+    if issubclass(found, torch.optim.Optimizer):
+        for argument in inspect.signature(found).parameters:
+            assert re.search(rf"^ +(\w+, )*{argument}(, \w+)*:", found.__doc__, re.MULTILINE), argument
+
+
+def test_unknown_argument_is_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"Signum\(\) got an unexpected keyword argument 'wieghts'; did you mean 'weights'"
+    ):
+        signadam_ext.Signum([torch.nn.Parameter(torch.zeros(1))], wieghts="as_is")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'state_dtype'"):
+        signadam_ext.SignSGD([torch.nn.Parameter(torch.zeros(1))], state_dtype="fp32")
+
+
+def test_triton_kernels_under_their_one_name_only() -> None:
+    result = python("-c", "import triton_kernels")
+    assert "import these kernels as signadam_ext.triton_kernels" in result.stderr
+
+
+def build(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build_ext` far enough to decide about CUDA; nothing is compiled, as every case here is refused."""
+    arguments = ("setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    return python(*arguments, **environment)
+
+
+def test_build_refuses_unknown_setting(tmp_path: Path) -> None:
+    result = build(tmp_path, SIGNADAM_CUDA="yes")
+    assert result.returncode != 0
+    assert "SIGNADAM_CUDA='yes': use 1 (demand CUDA), 0 (leave it out)" in result.stderr
+
+
+def test_build_demands_nvcc() -> None:
+    """With no nvcc anywhere: no file counts as executable."""
+    code = (
+        "import os, runpy, sys; os.access = lambda *_: False\n"
+        "sys.argv = ['setup.py', 'build_ext', '--inplace']; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = python("-c", code, SIGNADAM_CUDA="1")
+    assert result.returncode != 0
+    assert "SIGNADAM_CUDA=1, but there is no nvcc: install the CUDA toolkit" in result.stderr
+
+
+@pytest.mark.skipif(_C.build_info()["cuda"] is None, reason="no nvcc")
+@pytest.mark.parametrize(
+    "archs, message", [("ninety", "give compute capabilities"), ("12", "does not compile for [12]")]
+)
+def test_build_refuses_architectures(tmp_path: Path, archs: str, message: str) -> None:
+    result = build(tmp_path, SIGNADAM_CUDA="1", SIGNADAM_CUDA_ARCHS=archs)
+    assert result.returncode != 0
+    assert message in result.stderr
