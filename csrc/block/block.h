@@ -95,12 +95,12 @@ SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float al
 }
 
 // Null where nothing is observed.
-SIGNADAM_HD Observed* share_of(Observed* shares, int thread) { return shares == nullptr ? nullptr : shares + thread; }
+SIGNADAM_HD ChunkStatistics* share_of(ChunkStatistics* shares, int thread) { return shares == nullptr ? nullptr : shares + thread; }
 
 // A thread's share of what is observed, piece by piece.
 template <bool has_momentum>
 struct Observer {
-  Observed found{};
+  ChunkStatistics found{};
   uint32_t negative = 0, positive = 0;  // entries of the momentum before the step, a bit each
 
   SIGNADAM_HD void before(const Scalars& s, float alpha, const Piece& piece, const float* p, const float* g,
@@ -117,7 +117,7 @@ struct Observer {
     }
   }
 
-  SIGNADAM_HD void after(const Piece& piece, const float* m, Observed* own) {
+  SIGNADAM_HD void after(const Piece& piece, const float* m, ChunkStatistics* own) {
     if constexpr (has_momentum) {
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) {
@@ -163,7 +163,7 @@ struct StoredSlice {
 
   // `keep_m(m, r)` stores the new m or keeps it for later, with the random bits for it.
   template <class KeepM>
-  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, Observed* own, KeepM keep_m) const {
+  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, ChunkStatistics* own, KeepM keep_m) const {
     const Piece piece = this->piece(index);
     const bool reads_param = updates || s.coupled;
     // Random bits are drawn before the loads and the parameter is stored before m, but beside the sums later and after
@@ -200,7 +200,7 @@ struct StoredSlice {
 
 template <class Rule, Statistics statistics, Storage storage>
 SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes,
-                                   Observed* own) {
+                                   ChunkStatistics* own) {
   const auto stored = StoredSlice<Rule, statistics, storage>::of(slice);
   const int pieces = pieces_of(slice.count, slice.tensor.head);
   SIGNADAM_ROLLED
@@ -221,7 +221,7 @@ struct PendingMoment {
 
 // Block-scaled moments: four neighbouring threads have the pieces of one exponent.
 template <class Rule, Storage storage, class Block>
-SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha, Observed* observed) {
+SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* observed) {
   const auto stored = StoredSlice<Rule, Statistics::none, storage>::of(slice);
   const int pieces = pieces_of(slice.count, 0);
   for (int first = 0; first < pieces; first += threads_per_block)
@@ -247,7 +247,7 @@ SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalar
 }
 
 template <class Rule, Statistics statistics, Storage storage>
-SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes, Observed* own) {
+SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes, ChunkStatistics* own) {
   if constexpr (storage == Storage::plain)
     run_thread_plain<Rule, statistics>(slice, s, alpha, thread, lanes);
   else
@@ -292,7 +292,7 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
 
 // The threads' shares of what is observed become the chunk's.
 template <class Block>
-SIGNADAM_HD void finish_observed(Block& block, Observed* shares, float alpha, Observed* to) {
+SIGNADAM_HD void finish_observed(Block& block, ChunkStatistics* shares, float alpha, ChunkStatistics* to) {
   block.each([](int) {});  // neighbours of four have waited for each other only
   for (int h = threads_per_block / 2; h >= 1; h /= 2)
     block.each([=](int thread) {
@@ -307,7 +307,7 @@ SIGNADAM_HD void finish_observed(Block& block, Observed* shares, float alpha, Ob
 
 // The update of one chunk, without statistics for the gate.
 template <class Rule, Storage storage, class Block>
-SIGNADAM_HD void update_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha, Observed* shares) {
+SIGNADAM_HD void update_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* shares) {
   if constexpr (storage != Storage::plain && Rule::moments > 0 && !Rule::bounded)
     if (slice.tensor.formats.exp_avg == Format::block8)
       return run_block_scaled<Rule, storage>(block, slice, s, alpha, shares);
@@ -324,10 +324,10 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
   const Scalars& s = step.scalars[step.rows[index]];
   const float alpha = statistics == Statistics::only ? 0.0f : threshold(slice.tensor, s);
 
-  Observed* shares = nullptr;
+  ChunkStatistics* shares = nullptr;
   if constexpr (storage == Storage::observed) {
     shares = block.observed();
-    block.each([=](int thread) { shares[thread] = Observed{}; });
+    block.each([=](int thread) { shares[thread] = ChunkStatistics{}; });
   }
   if constexpr (statistics == Statistics::none) {
     update_chunk<Rule, storage>(block, slice, s, alpha, shares);

@@ -7,7 +7,7 @@
 namespace signadam {
 
 // A gradient entry as the gate sees it.
-SIGNADAM_HD void observe_gradient(Observed& to, float g, float alpha) {
+SIGNADAM_HD void observe_gradient(ChunkStatistics& to, float g, float alpha) {
   const double square = static_cast<double>(g) * static_cast<double>(g);
   const bool passes = g > alpha || g < -alpha;
   to.squares += square;
@@ -16,12 +16,12 @@ SIGNADAM_HD void observe_gradient(Observed& to, float g, float alpha) {
 }
 
 // The momentum of an entry before and after the step.
-SIGNADAM_HD void observe_momentum(Observed& to, float before, float after) {
+SIGNADAM_HD void observe_momentum(ChunkStatistics& to, float before, float after) {
   to.flips += (before < 0.0f && after > 0.0f) || (before > 0.0f && after < 0.0f) ? 1.0 : 0.0;
   to.magnitude += magnitude(after);
 }
 
-SIGNADAM_HD void add(Observed& to, const Observed& x) {
+SIGNADAM_HD void add(ChunkStatistics& to, const ChunkStatistics& x) {
   to.passed += x.passed;
   to.squares += x.squares;
   to.passed_squares += x.passed_squares;

@@ -24,7 +24,7 @@ struct Sums {
 
 // Of a chunk, or of some of its elements: entries that pass the gate, the sum of all squares and of theirs, entries of
 // the momentum that change their sign, the sum of its magnitudes; and the threshold.
-struct Observed {
+struct ChunkStatistics {
   double passed, squares, passed_squares, flips, magnitude, threshold;
 };
 
@@ -71,7 +71,7 @@ struct TableView {
   const uint32_t* tensor_of_chunk;  // null on the host, which goes through chunks in order
   Sums* sums;                       // one per chunk; null without statistics
   uint32_t* arrivals;               // one per tensor, zero between launches; the device counts finished chunks with it
-  Observed* observed;               // one per chunk; null unless they are asked for
+  ChunkStatistics* observed;               // one per chunk; null unless they are asked for
 };
 
 // The part of a tensor that one chunk covers.

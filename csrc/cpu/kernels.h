@@ -8,7 +8,7 @@
 namespace signadam::cpu {
 
 // `observed`: where what is observed of the chunk goes, or null.
-using ChunkUpdate = void (*)(const Slice& slice, const Scalars& s, float alpha, Observed* observed);
+using ChunkUpdate = void (*)(const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* observed);
 
 struct Kernels {
   const char* name;

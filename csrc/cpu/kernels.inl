@@ -95,11 +95,11 @@ const float* widened(const void* base, Format format, int64_t index, float* scra
 // What is observed of a block: the gradient as the gate sees it, and the momentum before and after the step. Sums of
 // every 16th element are independent, so that compilers make vectors of them.
 void observe_block(const float* SIGNADAM_RESTRICT g, float alpha, const float* SIGNADAM_RESTRICT before,
-                   const float* SIGNADAM_RESTRICT after, int count, Observed& to) {
+                   const float* SIGNADAM_RESTRICT after, int count, ChunkStatistics& to) {
   constexpr int lanes = 16;
   double passed[lanes] = {}, squares[lanes] = {}, passed_squares[lanes] = {}, flips[lanes] = {}, magnitudes[lanes] = {};
   const auto observe = [&](int i, int lane) {
-    Observed one{};
+    ChunkStatistics one{};
     observe_gradient(one, g[i], alpha);
     if (after != nullptr) observe_momentum(one, before[i], after[i]);
     passed[lane] += one.passed;
@@ -113,7 +113,7 @@ void observe_block(const float* SIGNADAM_RESTRICT g, float alpha, const float* S
     for (int lane = 0; lane < lanes; ++lane) observe(i + lane, lane);
   for (; i < count; ++i) observe(i, 0);
   for (int lane = 0; lane < lanes; ++lane)
-    add(to, Observed{passed[lane], squares[lane], passed_squares[lane], flips[lane], magnitudes[lane], 0.0});
+    add(to, ChunkStatistics{passed[lane], squares[lane], passed_squares[lane], flips[lane], magnitudes[lane], 0.0});
 }
 
 // Elements of a full chunk that are updated in one half before the other has its turn.
@@ -137,7 +137,7 @@ void update_fp32(const Slice& slice, const Scalars& s, float alpha) {
 
 // Any forms, a block at a time by way of scratch, from element `done` of the chunk on: the start of a packed run.
 template <class Rule>
-void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, Observed* observed) {
+void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, ChunkStatistics* observed) {
   const TensorEntry& tensor = slice.tensor;
   const Formats& formats = tensor.formats;
   alignas(64) float scratch_p[block_size], scratch_g[block_size], scratch_m[block_size], scratch_v[block_size],
@@ -175,10 +175,10 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, 
 }
 
 template <class Rule>
-void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, Observed* observed) {
+void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics* observed) {
   const Scalars s = scalars;  // a local copy cannot alias the tensors
   if (observed != nullptr) {
-    *observed = Observed{0.0, 0.0, 0.0, 0.0, 0.0, alpha};
+    *observed = ChunkStatistics{0.0, 0.0, 0.0, 0.0, 0.0, alpha};
     return update_blocks<Rule>(slice, s, alpha, 0, observed);
   }
   const Formats& formats = slice.tensor.formats;

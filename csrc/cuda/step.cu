@@ -30,10 +30,10 @@ static_assert(sizeof(LaunchArguments) <= parameter_bytes);
 
 struct DeviceBlock {
   Sums* shared_lanes;
-  Observed* shared_observed;
+  ChunkStatistics* shared_observed;
 
   __device__ Sums* lanes() const { return shared_lanes; }
-  __device__ Observed* observed() const { return shared_observed; }
+  __device__ ChunkStatistics* observed() const { return shared_observed; }
 
   template <class Phase>
   __device__ void each(Phase phase) {
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_at_once<Rule, storag
     block.shared_lanes = lanes;
   }
   if constexpr (storage == Storage::observed) {
-    __shared__ Observed observed[threads_per_block];
+    __shared__ ChunkStatistics observed[threads_per_block];
     block.shared_observed = observed;
   }
   run_block<Rule, statistics, storage>(block, header.table, step, blockIdx.x);

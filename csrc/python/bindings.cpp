@@ -114,7 +114,7 @@ void launch_cuda(const HostTable& table, int rule_index, Statistics statistics, 
   }
   const auto* entries = pointer<const TensorEntry>(device_table);
   const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
-                       pointer<uint32_t>(arrivals), pointer<Observed>(observed)};
+                       pointer<uint32_t>(arrivals), pointer<ChunkStatistics>(observed)};
   const Storage storage = observed == 0 ? table.storage() : Storage::observed;
   py::gil_scoped_release release;
   const auto launch = [&](Statistics which, Storage stored) {
@@ -243,7 +243,7 @@ PYBIND11_MODULE(_C, m) {
           [](HostTable& table, int rule, Statistics statistics, const std::vector<ScalarRow>& rows, int threads,
              uintptr_t observed) {
             return CpuLaunch{&table,  static_cast<RuleIndex>(rule), statistics, to_scalars(rows),
-                             threads, pointer<Observed>(observed)};
+                             threads, pointer<ChunkStatistics>(observed)};
           },
           py::keep_alive<0, 1>(), py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::arg("threads"),
           py::arg("observed"));

@@ -20,7 +20,7 @@ struct CpuLaunch {
   Statistics statistics;
   std::vector<Scalars> scalars;
   int threads;
-  Observed* observed;
+  ChunkStatistics* observed;
 
   void run() { table->run_cpu(rule, statistics, scalars, threads, observed); }
 };

@@ -85,7 +85,7 @@ void HostTable::commit() {
 }
 
 void HostTable::run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads,
-                        Observed* observed) {
+                        ChunkStatistics* observed) {
   cpu::run(rule, statistics, view(observed), static_cast<uint32_t>(tensors_.size()),
            {grads_.data(), plain_ ? nullptr : noise_.data(), rows_.data(), scalars.data()}, units_, threads,
            lanes_.data());

@@ -61,10 +61,10 @@ class HostTable {
   const std::vector<uint32_t>& rows() const { return rows_; }
 
   void run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads,
-               Observed* observed);
+               ChunkStatistics* observed);
 
  private:
-  TableView view(Observed* observed) { return {tensors_.data(), nullptr, sums_.data(), nullptr, observed}; }
+  TableView view(ChunkStatistics* observed) { return {tensors_.data(), nullptr, sums_.data(), nullptr, observed}; }
 
   bool rows_by_step_;
   std::vector<TensorEntry> tensors_;

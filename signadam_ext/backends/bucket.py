@@ -116,7 +116,7 @@ class Bucket:
     """Entries of one launch, with their table in C++.
 
     Attributes:
-        gappy: those whose ``work`` is a copy.
+        non_dense: those whose ``work`` is a copy.
         observed: where it is wanted, a row of :data:`signadam_ext.core.step_statistics.COLUMNS` for each chunk.
     """
 
@@ -124,12 +124,12 @@ class Bucket:
     device: torch.device
     entries: list[Entry]
     observes: bool
-    gappy: list[Entry] = field(init=False)
+    non_dense: list[Entry] = field(init=False)
     table: Any = field(init=False)
     observed: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.gappy = [entry for entry in self.entries if not entry.is_dense]
+        self.non_dense = [entry for entry in self.entries if not entry.is_dense]
         self.table = _C.Table(rows_by_step=self.rule.uses_step)
         for entry in self.entries:
             addresses = [0 if x is None else x.data_ptr() for x in entry.operands()]
@@ -164,8 +164,8 @@ class Bucket:
     def observations(self) -> tuple[Tensor, ...]:
         return () if self.observed is None else (self.observed,)
 
-    def present_gappy(self) -> list[Entry]:
-        """Those of ``gappy`` that take part in the step that the table has begun."""
-        if not self.gappy:
+    def present_non_dense(self) -> list[Entry]:
+        """Those of ``non_dense`` that take part in the step that the table has begun."""
+        if not self.non_dense:
             return []
         return [e for e, present in zip(self.entries, self.table.grads(), strict=True) if present and not e.is_dense]

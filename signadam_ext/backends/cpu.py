@@ -41,9 +41,9 @@ class CpuBucketLaunch(HostLaunch):
     def operations(self, rows: Sequence[Row]) -> list[Any]:
         threads = torch.get_num_threads()
         launch = self._bucket.table.cpu_launch(self._rule, self._statistics, rows, threads, self._observed)
-        gappy = self._bucket.present_gappy()
-        if not gappy:
+        non_dense = self._bucket.present_non_dense()
+        if not non_dense:
             return [launch]
         # Around each launch by itself: a parameter may share memory with one of an earlier launch.
-        work, params = [entry.work for entry in gappy], [entry.param.data for entry in gappy]
+        work, params = [entry.work for entry in non_dense], [entry.param.data for entry in non_dense]
         return [(torch._foreach_copy_, work, params), launch, (torch._foreach_copy_, params, work)]

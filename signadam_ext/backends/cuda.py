@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.native import load
-from .device import Resident, StreamLaunch, to_device
+from .device import StreamGuarded, StreamLaunch, to_device
 
 if TYPE_CHECKING:
     from .base import Launch, Row
@@ -70,7 +70,7 @@ class CudaBackend:
                 stream=stream.cuda_stream,
             )
 
-        made = Resident(device, resident, sums, arrivals, *bucket.observations())
+        made = StreamGuarded(device, resident, sums, arrivals, *bucket.observations())
         return StreamLaunch(device, made, bucket.observed is not None, copied, table.write_cuda_step, start)
 
 

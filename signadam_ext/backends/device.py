@@ -45,7 +45,7 @@ def refuse_capture(devices: Iterable[torch.device]) -> None:
             )
 
 
-class Resident:
+class StreamGuarded:
     """Tensors made on one stream and used on whichever is current at each step."""
 
     def __init__(self, device: torch.device, *tensors: Tensor) -> None:
@@ -132,7 +132,7 @@ class StreamLaunch:
     def __init__(
         self,
         device: torch.device,
-        resident: Resident,
+        resident: StreamGuarded,
         observes: bool,
         size: Callable[[int], int],
         write: Callable[[Sequence[Row], int], None],

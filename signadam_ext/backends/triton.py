@@ -13,7 +13,7 @@ from ..core.dtypes import FORMATS
 from ..core.formats import WEIGHTS
 from ..core.native import load
 from .confidence import Confidence, check_result, name_of
-from .device import Resident, StreamLaunch, is_current, to_device
+from .device import StreamGuarded, StreamLaunch, is_current, to_device
 
 if TYPE_CHECKING:
     from .base import Launch, Row
@@ -68,7 +68,7 @@ class TritonBackend:
         gathers = statistics != NONE.value
         sums = torch.empty(2 * table.chunks if gathers else 1, dtype=torch.float64, device=device)
         arrivals = torch.zeros(len(table) if gathers else 1, dtype=torch.int32, device=device)
-        made = Resident(device, resident, chunk_map, sums, arrivals, *bucket.observations())
+        made = StreamGuarded(device, resident, chunk_map, sums, arrivals, *bucket.observations())
         sample = entries[0]  # all are stored alike
         forms = [form.number for form in sample.forms] + [FORMATS[torch.float32]] * 3
         constants: dict[str, Any] = {

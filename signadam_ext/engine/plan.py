@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.bucket import Bucket, Entry
 from ..backends.confidence import backend_for, name_of
-from ..backends.device import Resident, refuse_capture
+from ..backends.device import StreamGuarded, refuse_capture
 from ..core import checks
 from ..core.formats import Form, effective_weights
 from ..core.native import load
@@ -164,7 +164,7 @@ class Plan:
         for (backend, device, rule, *_), entries in ordered:
             bucket = Bucket(rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
-            self._bound += entries if backend.name == "reference" else bucket.gappy
+            self._bound += entries if backend.name == "reference" else bucket.non_dense
         self._writes_by_torch = bool(self._bound)
         self._buffers = self._own_buffers()
         self._watch(items, chosen)
@@ -183,15 +183,15 @@ class Plan:
             assert dtype is not None
             self._reader.watch(item.group, item.param, self._strides[slot], dtype, tuple(entries))
 
-    def _own_buffers(self) -> list[Resident]:
+    def _own_buffers(self) -> list[StreamGuarded]:
         """Copies of parameters and variances, by device: a later step may run on another stream than made them."""
         made: dict[torch.device, list[Tensor]] = {}
         for bucket, _ in self.launches:
-            made.setdefault(bucket.device, []).extend(entry.work for entry in bucket.gappy)
+            made.setdefault(bucket.device, []).extend(entry.work for entry in bucket.non_dense)
         for entry in self._variances:
             if entry.variance is not None and entry.variance_address is None:
                 made.setdefault(entry.param.device, []).append(entry.variance)
-        return [Resident(device, *tensors) for device, tensors in made.items() if device.type == "cuda" and tensors]
+        return [StreamGuarded(device, *tensors) for device, tensors in made.items() if device.type == "cuda" and tensors]
 
     def grad(self, slot: int) -> Tensor:
         """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""
@@ -320,11 +320,11 @@ class Plan:
         for bucket, launch, rows in prepared:
             if not isinstance(launch, backends.HostLaunch):
                 # Around each launch by itself: a parameter may share memory with one of an earlier launch.
-                gappy = bucket.present_gappy()
-                for entry in gappy:
+                non_dense = bucket.present_non_dense()
+                for entry in non_dense:
                     entry.work.copy_(entry.param.detach())
                 launch(rows)
-                for entry in gappy:
+                for entry in non_dense:
                     entry.param.detach().copy_(entry.work)
         tables = [bucket.table for bucket, _, _ in prepared]
         backends.commit(operations, tables, self._pending, self._reader.written())

@@ -90,10 +90,10 @@ def test_more_steps_ahead_than_there_are_buffers(backend: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("gappy", [False, True])
-def test_plan_dropped_on_another_stream(backend: str, gappy: bool) -> None:
+def test_plan_dropped_on_another_stream(backend: str, non_dense: bool) -> None:
     def parameters(device: str) -> list[Parameter]:
         whole = [tensor.to(device).view(-1, 2) for tensor in values(40, 5000, 0)]
-        return [Parameter(tensor[:, 0] if gappy else tensor) for tensor in whole]
+        return [Parameter(tensor[:, 0] if non_dense else tensor) for tensor in whole]
 
     own, params = parameters("cuda"), parameters("cpu")
     a, b = Signum(own, lr=0.5, backend=backend), Signum(params, lr=0.5, backend="cpu")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from signadam_ext import _C, SignAdam
 from signadam_ext.backends import device as device_module
-from signadam_ext.backends.device import RING_SIZE, PinnedRing, Resident, StreamLaunch, refuse_capture
+from signadam_ext.backends.device import RING_SIZE, PinnedRing, StreamGuarded, StreamLaunch, refuse_capture
 from signadam_ext.core import checks
 from signadam_ext.core.step_statistics import COLUMNS
 from signadam_ext.engine import statistics
@@ -137,7 +137,7 @@ def test_buffers_wait_for_their_copy(cuda: SimpleNamespace) -> None:
 
 
 def test_residents_are_used_on_other_streams(cuda: SimpleNamespace) -> None:
-    resident = Resident(FIRST, Memory("a", 1, cuda.calls), Memory("b", 1, cuda.calls))
+    resident = StreamGuarded(FIRST, Memory("a", 1, cuda.calls), Memory("b", 1, cuda.calls))
     resident.use()
     resident.use_on(None)
     assert cuda.calls == ["record on A"]
@@ -145,8 +145,8 @@ def test_residents_are_used_on_other_streams(cuda: SimpleNamespace) -> None:
     resident.use()
     assert cuda.calls == ["record on A", "C waits", "a used on C", "b used on C"]
     cuda.calls.clear()
-    Resident(CPU, Memory("c", 1, cuda.calls)).use()
-    Resident(FIRST).use()
+    StreamGuarded(CPU, Memory("c", 1, cuda.calls)).use()
+    StreamGuarded(FIRST).use()
     assert cuda.calls == []
 
 
@@ -156,7 +156,7 @@ def test_a_launch(cuda: SimpleNamespace, observes: bool) -> None:
         assert cuda.current == 1 and stream.name == "B" and rows == [(1.0,)]
         cuda.calls.append("inline" if step is None else f"launch of {step.size}")
 
-    launch = StreamLaunch(SECOND, Resident(SECOND), observes, lambda rows: 50 * rows, lambda *_: None, start)
+    launch = StreamLaunch(SECOND, StreamGuarded(SECOND), observes, lambda rows: 50 * rows, lambda *_: None, start)
     launch.wait()
     assert cuda.calls == []
     launch([(1.0,)])
@@ -167,7 +167,7 @@ def test_a_launch(cuda: SimpleNamespace, observes: bool) -> None:
     assert cuda.calls == (["synchronize"] if observes else [])
 
     cuda.calls.clear()
-    small = StreamLaunch(SECOND, Resident(SECOND), observes, lambda rows: 0, lambda *_: None, start)
+    small = StreamLaunch(SECOND, StreamGuarded(SECOND), observes, lambda rows: 0, lambda *_: None, start)
     small([(1.0,)])
     assert cuda.calls == ["inline", *done]
     cuda.capturing = {1}

@@ -39,11 +39,11 @@ class HostBlock {
   void start() {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     std::fill(lanes_.begin(), lanes_.end(), Sums{nan, nan});
-    std::fill(observed_.begin(), observed_.end(), Observed{nan, nan, nan, nan, nan, nan});
+    std::fill(observed_.begin(), observed_.end(), ChunkStatistics{nan, nan, nan, nan, nan, nan});
   }
 
   Sums* lanes() { return lanes_.data(); }
-  Observed* observed() { return observed_.data(); }
+  ChunkStatistics* observed() { return observed_.data(); }
 
   template <class Phase>
   void each(Phase phase) {
@@ -78,7 +78,7 @@ class HostBlock {
   Order order_;
   std::mt19937 random_;
   std::vector<Sums> lanes_;
-  std::vector<Observed> observed_;
+  std::vector<ChunkStatistics> observed_;
   std::vector<uint32_t> threads_;
 };
 

@@ -41,7 +41,7 @@ class Barrier {
 struct Shared {
   Barrier barrier;
   std::vector<Sums> lanes = std::vector<Sums>(lane_count);
-  std::vector<Observed> observed = std::vector<Observed>(threads_per_block);
+  std::vector<ChunkStatistics> observed = std::vector<ChunkStatistics>(threads_per_block);
   bool last = false;
   // Of each round of four neighbours in a chunk: how often a thread of theirs has arrived, and what it brought.
   static constexpr uint32_t rounds = chunk_size / lane_count;
@@ -58,7 +58,7 @@ struct WorkerBlock {
   WorkerBlock(Shared& block, uint32_t number) : shared(block), worker(number) {}
 
   Sums* lanes() const { return shared.lanes.data(); }
-  Observed* observed() const { return shared.observed.data(); }
+  ChunkStatistics* observed() const { return shared.observed.data(); }
 
   template <class Phase>
   void each(Phase phase) {
@@ -165,7 +165,7 @@ void run(const std::vector<Spec>& specs) {
                            static_cast<uint32_t>(i));
   }
   std::vector<Sums> sums(tensor_of_chunk.size());
-  std::vector<Observed> observed(tensor_of_chunk.size());
+  std::vector<ChunkStatistics> observed(tensor_of_chunk.size());
   std::vector<uint32_t> arrivals(specs.size(), 0), rows(specs.size(), 0);
   Scalars s{};
   const std::vector<Noise> noise(specs.size(), Noise::of(1, 2, 3));

@@ -244,7 +244,7 @@ class Model {
   }
 
   std::vector<Tensor>& tensors() { return tensors_; }
-  const std::vector<Observed>& observed() const { return observed_; }
+  const std::vector<ChunkStatistics>& observed() const { return observed_; }
   const std::vector<TensorEntry>& entries() const { return table_.tensors(); }
 
   // `scalars`: one row per group.
@@ -274,7 +274,7 @@ class Model {
   std::vector<Tensor> tensors_;
   HostTable table_;
   std::vector<Sums> sums_;
-  std::vector<Observed> observed_;
+  std::vector<ChunkStatistics> observed_;
   std::vector<uint32_t> arrivals_;
 };
 
@@ -817,7 +817,7 @@ std::size_t compare_observed(const std::vector<Spec>& specs, Order order) {
     if (!t.spec.present) continue;
     const float alpha = t.gate == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * 0.25);
     for (int64_t begin = 0; begin < t.spec.numel; begin += chunk_size, ++chunks) {
-      Observed expected{};
+      ChunkStatistics expected{};
       for (int64_t i = begin; i < t.spec.numel && i < begin + chunk_size; ++i) {
         const auto j = static_cast<std::size_t>(i);
         const double g = gradients[k][j], m = before[k][j], after = Rule::moments > 0 ? t.exp_avg.get(i) : 0.0f;
@@ -825,7 +825,7 @@ std::size_t compare_observed(const std::vector<Spec>& specs, Order order) {
         expected.passed += passes, expected.squares += g * g, expected.passed_squares += passes ? g * g : 0.0;
         expected.flips += m * after < 0.0, expected.magnitude += std::abs(after);
       }
-      const Observed& found =
+      const ChunkStatistics& found =
           model.observed()[model.entries()[k].first_chunk + static_cast<uint32_t>(begin / chunk_size)];
       const auto near = [](double a, double b) { return std::abs(a - b) <= 1e-10 * std::abs(b); };
       REQUIRE(found.passed == expected.passed && found.flips == expected.flips, "%s: tensor %zu", Rule::name, k);
