@@ -184,15 +184,15 @@ def _dump(*options: str) -> str:
 
 
 def _readable(symbol: str) -> str:
-    """The name that the module itself gives a kernel: sign_adam, sign_adam_pp+gather, statistics+stored."""
+    """The name that the module itself gives a kernel: sign_adam, sign_adam_pp+same_pass, pass_before+stored."""
     import signadam_ext._C as _C
 
     match = re.search(r"kernelINS_\d+([A-Za-z]+?)ELNS_\d+StatisticsE(\d)ELNS_\d+StorageE(\d)", symbol)
     if match is None:
         return symbol
     rule = {name.replace("_", ""): name for name in _C.RULES}[match[1].lower()]
-    name = {"0": rule, "1": f"{rule}+gather"}.get(match[2], "statistics")
-    return name + {"0": "", "1": "+stored", "2": "+observed"}[match[3]]
+    name = {"0": rule, "1": f"{rule}+same_pass"}.get(match[2], "pass_before")
+    return name + {"0": "", "1": "+stored", "2": "+step_statistics"}[match[3]]
 
 
 class Target(NamedTuple):

@@ -72,5 +72,5 @@ def bits_for_v(r):
 
 
 @triton.jit
-def bits_for_third(r):
+def bits_for_aux(r):
     return r ^ 0xFFFF

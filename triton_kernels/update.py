@@ -4,53 +4,53 @@ import triton
 import triton.language as tl
 
 from .formats import FP32, SPLIT8, STOCHASTIC, widen
-from .random import bits_for_m, bits_for_third, bits_for_v, has_whole_words, random_halves
+from .random import bits_for_m, bits_for_aux, bits_for_v, has_whole_words, random_halves
 from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, sign
 from .stored import RUN, load, load_moment, load_param, low_operand, operand, pointer_to, store_moment, store_param
 from .threshold import CHUNK, LANES, ROWS, finish, halve
 
 # Columns of the table of tensors, one int64 each, as in csrc/core/table.h. ``aligned``: all but the gradient lie on
 # 16-byte boundaries.
-COLUMNS = ("param", "low", "exp_avg", "exp_avg_sq", "third", "gate", "numel", "first", "first_chunk", "aligned")
+COLUMNS = ("param", "low", "exp_avg", "exp_avg_sq", "aux", "gate", "numel", "first", "first_chunk", "aligned")
 COLUMN_COUNT = tl.constexpr(len(COLUMNS))
 PARAM_AT = tl.constexpr(COLUMNS.index("param"))
 LOW_AT = tl.constexpr(COLUMNS.index("low"))
 EXP_AVG_AT = tl.constexpr(COLUMNS.index("exp_avg"))
 EXP_AVG_SQ_AT = tl.constexpr(COLUMNS.index("exp_avg_sq"))
-THIRD_AT = tl.constexpr(COLUMNS.index("third"))
+AUX_AT = tl.constexpr(COLUMNS.index("aux"))
 GATE_AT = tl.constexpr(COLUMNS.index("gate"))
 NUMEL_AT = tl.constexpr(COLUMNS.index("numel"))
 FIRST_AT = tl.constexpr(COLUMNS.index("first"))
 FIRST_CHUNK_AT = tl.constexpr(COLUMNS.index("first_chunk"))
 ALIGNED_AT = tl.constexpr(COLUMNS.index("aligned"))
 
-# As signadam_ext._C.Statistics.
+# As signadam_ext._C.ThresholdPass.
 NONE = tl.constexpr(0)
-GATHER = tl.constexpr(1)
-ONLY = tl.constexpr(2)
+SAME_PASS = tl.constexpr(1)
+PASS_BEFORE = tl.constexpr(2)
 
 
 @triton.jit
 def run_rows(
     entry,
     grad,
-    noise,
+    rng_keys,
     begin,
     count,
     s,
     alpha,
-    observed,
+    chunk_statistics,
     RULE: tl.constexpr,
     MOMENTS: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,
-    THIRD: tl.constexpr,
+    AUX: tl.constexpr,
     READS_VARIANCE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DRAWS: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    THRESHOLD_PASS: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     OBSERVES: tl.constexpr,
     WIDE: tl.constexpr,
@@ -62,12 +62,12 @@ def run_rows(
     g_from = operand(grad, begin, GRAD, WIDE)
     exp_avg = operand(tl.load(entry + EXP_AVG_AT), begin, EXP_AVG, WIDE)
     exp_avg_sq = operand(tl.load(entry + EXP_AVG_SQ_AT), begin, EXP_AVG_SQ, WIDE)
-    third = operand(tl.load(entry + THIRD_AT), begin, THIRD, WIDE)
+    aux = operand(tl.load(entry + AUX_AT), begin, AUX, WIDE)
     # Those of block8 follow the codes.
     codes = (tl.load(entry + NUMEL_AT) + RUN - 1) // RUN * RUN
     exponents = pointer_to(tl.load(entry + EXP_AVG_AT) + codes, begin // RUN, tl.int8, WIDE)
-    h0 = tl.load(noise).to(tl.uint32, bitcast=True)
-    h1 = tl.load(noise + 1).to(tl.uint32, bitcast=True)
+    h0 = tl.load(rng_keys).to(tl.uint32, bitcast=True)
+    h1 = tl.load(rng_keys + 1).to(tl.uint32, bitcast=True)
     first_index = tl.load(entry + FIRST_AT) + begin
     first = tl.zeros([LANES], tl.float64)
     second = tl.zeros([LANES], tl.float64)
@@ -94,15 +94,15 @@ def run_rows(
         if MOMENTS > 1:
             v = load_moment(exp_avg_sq, exponents, row, count, EXP_AVG_SQ, WIDE)
         if (MOMENTS > 2) | READS_VARIANCE:
-            x = load_moment(third, exponents, row, count, THIRD, WIDE)
+            x = load_moment(aux, exponents, row, count, AUX, WIDE)
         g = effective_gradient(s, p, g)
-        if STATISTICS != NONE:
+        if THRESHOLD_PASS != NONE:
             # Padding is +0 whatever the parameter beside it.
             inside = tl.where(index < count, g, 0.0)
             wide_g = inside.to(tl.float64)
             first += tl.where(steers, passes(inside, alpha).to(tl.float64), wide_g)
             second += wide_g * wide_g
-        if STATISTICS != ONLY:
+        if THRESHOLD_PASS != PASS_BEFORE:
             if OBSERVES:
                 inside = tl.where(index < count, g, 0.0)
                 square = inside.to(tl.float64) * inside.to(tl.float64)
@@ -128,14 +128,14 @@ def run_rows(
             if MOMENTS > 1:
                 store_moment(exp_avg_sq, exponents, row, v, bits_for_v(r), count, EXP_AVG_SQ, WIDE)
             if MOMENTS > 2:
-                store_moment(third, exponents, row, x, bits_for_third(r), count, THIRD, WIDE)
+                store_moment(aux, exponents, row, x, bits_for_aux(r), count, AUX, WIDE)
     if OBSERVES:
-        tl.store(observed, tl.sum(passed, axis=0))
-        tl.store(observed + 1, tl.sum(squares, axis=0))
-        tl.store(observed + 2, tl.sum(passed_squares, axis=0))
-        tl.store(observed + 3, tl.sum(flips, axis=0))
-        tl.store(observed + 4, tl.sum(magnitude, axis=0))
-        tl.store(observed + 5, alpha.to(tl.float64))
+        tl.store(chunk_statistics, tl.sum(passed, axis=0))
+        tl.store(chunk_statistics + 1, tl.sum(squares, axis=0))
+        tl.store(chunk_statistics + 2, tl.sum(passed_squares, axis=0))
+        tl.store(chunk_statistics + 3, tl.sum(flips, axis=0))
+        tl.store(chunk_statistics + 4, tl.sum(magnitude, axis=0))
+        tl.store(chunk_statistics + 5, alpha.to(tl.float64))
     return first, second
 
 
@@ -144,22 +144,22 @@ def update(
     entries,
     tensor_of_chunk,
     grads,
-    noise,
+    rng_keys,
     rows,
     scalars,
     sums,
     arrivals,
-    observed,
+    chunk_statistics,
     RULE: tl.constexpr,
     MOMENTS: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     EXP_AVG: tl.constexpr,
     EXP_AVG_SQ: tl.constexpr,
-    THIRD: tl.constexpr,
+    AUX: tl.constexpr,
     READS_VARIANCE: tl.constexpr,
     WEIGHTS: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    THRESHOLD_PASS: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     OBSERVES: tl.constexpr,
 ):
@@ -169,16 +169,16 @@ def update(
         entries: int64 ``[tensors, COLUMN_COUNT]``, see ``COLUMNS``.
         tensor_of_chunk: int32, the tensor of each chunk; one program a chunk.
         grads: int64, address of each tensor's gradient, 0 where it takes no part.
-        noise: int32 ``[tensors, 2]``, the keys of each tensor's random bits at this step; unused where none are drawn.
+        rng_keys: int32 ``[tensors, 2]``, the keys of each tensor's random bits at this step; unused where none are drawn.
         rows: int32, each tensor's row of ``scalars``.
         scalars: float64 ``[rows, SCALAR_COUNT]``.
         sums: float64, S1 and S2 of each chunk; unused without statistics.
-        observed: float64 ``[chunks, 6]``, as in csrc/core/table.h; unused unless OBSERVES.
+        chunk_statistics: float64 ``[chunks, 6]``, as in csrc/core/table.h; unused unless OBSERVES.
         arrivals: int32, finished chunks of each tensor, zero between launches; unused without statistics.
         RULE: a function of rules.py; MOMENTS: how many it has.
-        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD: formats, FP32 for what the rule lacks; WEIGHTS: see formats.py.
-        READS_VARIANCE: whether the third operand is the variance of the gradient, which is only read.
-        STATISTICS: NONE, GATHER or ONLY.
+        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX: formats, FP32 for what the rule lacks; WEIGHTS: see formats.py.
+        READS_VARIANCE: whether the auxiliary operand is the variance of the gradient, which is only read.
+        THRESHOLD_PASS: NONE, SAME_PASS or PASS_BEFORE.
         CONFIDENCE: a function of the gradient and the threshold that takes the gradient's place, or None.
         OBSERVES: whether what optimizer.statistics() tells is gathered.
     """
@@ -193,30 +193,30 @@ def update(
         count = tl.minimum(numel - begin, CHUNK).to(tl.int32)
         deviation = tl.load(entry + GATE_AT)
         alpha = scalar(s, ALPHA)
-        if STATISTICS != ONLY:
+        if THRESHOLD_PASS != PASS_BEFORE:
             if deviation != 0:
                 alpha = (tl.load(s + ALPHA) * tl.load(deviation.to(tl.pointer_type(tl.float64)))).to(tl.float32)
         first = tl.zeros([LANES], tl.float64)
         second = tl.zeros([LANES], tl.float64)
         wide = (count == CHUNK) & (tl.load(entry + ALIGNED_AT) != 0) & (grad % 16 == 0)
         DRAWS: tl.constexpr = (
-            (WEIGHTS == STOCHASTIC) | (WEIGHTS == SPLIT8) | (EXP_AVG != FP32) | (EXP_AVG_SQ != FP32) | (THIRD != FP32)
+            (WEIGHTS == STOCHASTIC) | (WEIGHTS == SPLIT8) | (EXP_AVG != FP32) | (EXP_AVG_SQ != FP32) | (AUX != FP32)
         )
-        if DRAWS & (STATISTICS != ONLY):
+        if DRAWS & (THRESHOLD_PASS != PASS_BEFORE):
             wide = wide & has_whole_words(tl.load(entry + FIRST_AT) + begin)
         if wide:
             first, second = run_rows(
-                entry, grad, noise + 2 * tensor, begin, count, s, alpha, observed + 6 * chunk,
-                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD, READS_VARIANCE,
-                WEIGHTS, DRAWS, STATISTICS, CONFIDENCE, OBSERVES, WIDE=True,
+                entry, grad, rng_keys + 2 * tensor, begin, count, s, alpha, chunk_statistics + 6 * chunk,
+                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
+                WEIGHTS, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE=True,
             )  # fmt: skip
         else:
             first, second = run_rows(
-                entry, grad, noise + 2 * tensor, begin, count, s, alpha, observed + 6 * chunk,
-                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, THIRD, READS_VARIANCE,
-                WEIGHTS, DRAWS, STATISTICS, CONFIDENCE, OBSERVES, WIDE=False,
+                entry, grad, rng_keys + 2 * tensor, begin, count, s, alpha, chunk_statistics + 6 * chunk,
+                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
+                WEIGHTS, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE=False,
             )  # fmt: skip
-        if STATISTICS != NONE:
+        if THRESHOLD_PASS != NONE:
             tl.store(sums + 2 * chunk, halve(first))
             tl.store(sums + 2 * chunk + 1, halve(second))
             # Every thread's reads of the threshold and the sums above come before the count.

@@ -10,26 +10,27 @@
 
 namespace signadam {
 
-enum class Statistics {
-  none,    // update only
-  gather,  // update, and sum the gradient for the next step's threshold (adaptive_delayed)
-  only,    // sum the gradient for this step's threshold (adaptive, first launch)
+enum class ThresholdPass {
+  none,         // update only
+  same_pass,    // update, and sum the gradient for the next step's threshold (adaptive_delayed)
+  pass_before,  // sum the gradient for this step's threshold (adaptive, first launch)
 };
 
-// `plain`: tables of plain tensors only, and rules that have no third operand; `any`: all; `observed`: all, and gathers
-// what the table wants observed.
-enum class Storage { plain, any, observed };
+// `plain`: tables of plain tensors only, and rules that have no auxiliary operand; `any`: all; `with_statistics`: all,
+// and gathers the statistics of each chunk.
+enum class Storage { plain, any, with_statistics };
 
 // Pieces whose loads a thread issues before it uses the first: as many as stay in 128 registers beside the arithmetic.
 // One piece of four operands is 128 bytes under way, 64 KB per multiprocessor with two blocks.
-template <class Rule, Statistics statistics>
-constexpr int pieces_in_flight = Rule::moments > 1 || Rule::divides || statistics == Statistics::gather ? 1 : 2;
+template <class Rule, ThresholdPass threshold_pass>
+constexpr int pieces_in_flight =
+    Rule::moments > 1 || Rule::divides || threshold_pass == ThresholdPass::same_pass ? 1 : 2;
 
 // The elements of a piece in registers: summed into the thread's lanes, updated, or both.
-template <class Rule, Statistics statistics>
+template <class Rule, ThresholdPass threshold_pass>
 SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece, float* p, const float* g, float* m,
                               float* v, float* x, Sums* lanes) {
-  if constexpr (statistics != Statistics::none) {
+  if constexpr (threshold_pass != ThresholdPass::none) {
     const auto sum = [&](bool steers) {
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) {
@@ -44,16 +45,16 @@ SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece,
   }
   SIGNADAM_UNROLL
   for (int i = 0; i < piece_size; ++i) {
-    if constexpr (statistics != Statistics::only) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i], x[i]);
+    if constexpr (threshold_pass != ThresholdPass::pass_before) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i], x[i]);
   }
 }
 
 // All pieces of one thread. `lanes` are the thread's 8 lanes of the statistics.
-template <class Rule, Statistics statistics>
+template <class Rule, ThresholdPass threshold_pass>
 SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
-  constexpr bool updates = statistics != Statistics::only;
+  constexpr bool updates = threshold_pass != ThresholdPass::pass_before;
   constexpr int moments = updates ? Rule::moments : 0;
-  constexpr int in_flight = pieces_in_flight<Rule, statistics>;
+  constexpr int in_flight = pieces_in_flight<Rule, threshold_pass>;
 
   const int head = slice.tensor.head;
   const int pieces = pieces_of(slice.count, head);
@@ -86,7 +87,7 @@ SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float al
       if (reads_param) param.unpack(raw_p[u], p);
       if constexpr (moments > 0) exp_avg.unpack(raw_m[u], m);
       if constexpr (moments > 1) exp_avg_sq.unpack(raw_v[u], v);
-      update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, none, lanes);
+      update_piece<Rule, threshold_pass>(s, alpha, piece, p, g, m, v, none, lanes);
       if constexpr (updates) param.store(piece, p);
       if constexpr (moments > 0) exp_avg.store(piece, m);
       if constexpr (moments > 1) exp_avg_sq.store(piece, v);
@@ -94,10 +95,12 @@ SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float al
   }
 }
 
-// Null where nothing is observed.
-SIGNADAM_HD ChunkStatistics* share_of(ChunkStatistics* shares, int thread) { return shares == nullptr ? nullptr : shares + thread; }
+// Null where no statistics are gathered.
+SIGNADAM_HD ChunkStatistics* share_of(ChunkStatistics* shares, int thread) {
+  return shares == nullptr ? nullptr : shares + thread;
+}
 
-// A thread's share of what is observed, piece by piece.
+// A thread's share of the statistics, piece by piece.
 template <bool has_momentum>
 struct Observer {
   ChunkStatistics found{};
@@ -132,19 +135,19 @@ struct Observer {
 };
 
 // The operands of a slice in any storage form. Forms are uniform over the chunk, so branches on them do not diverge.
-template <class Rule, Statistics statistics, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage>
 struct StoredSlice {
-  static constexpr bool updates = statistics != Statistics::only;
-  static constexpr bool sums = statistics != Statistics::none;
+  static constexpr bool updates = threshold_pass != ThresholdPass::pass_before;
+  static constexpr bool sums = threshold_pass != ThresholdPass::none;
   static constexpr int moments = updates ? Rule::moments : 0;
-  static constexpr bool third = updates && has_third<Rule>;
-  static constexpr bool observes = updates && storage == Storage::observed;
+  static constexpr bool aux = updates && has_third<Rule>;
+  static constexpr bool observes = updates && storage == Storage::with_statistics;
 
   StoredParam param;
   Operand grad;
   StoredMoment exp_avg;
   WideMoment exp_avg_sq, exp_third;
-  PieceNoise noise;
+  PieceNoise rng_keys;
   int count, head;
 
   SIGNADAM_HD static StoredSlice of(const Slice& slice) {
@@ -153,7 +156,7 @@ struct StoredSlice {
             Operand::of(slice.grad, tensor.formats.grad, slice),
             StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
             WideMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
-            WideMoment::of(tensor.third, tensor.formats.third, slice),
+            WideMoment::of(tensor.aux, tensor.formats.aux, slice),
             PieceNoise::of(slice),
             slice.count,
             tensor.head};
@@ -163,45 +166,46 @@ struct StoredSlice {
 
   // `keep_m(m, r)` stores the new m or keeps it for later, with the random bits for it.
   template <class KeepM>
-  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, ChunkStatistics* own, KeepM keep_m) const {
+  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, ChunkStatistics* own,
+                          KeepM keep_m) const {
     const Piece piece = this->piece(index);
     const bool reads_param = updates || s.coupled;
     // Random bits are drawn before the loads and the parameter is stored before m, but beside the sums later and after
     // it: an order in which 128 registers suffice on every architecture.
     RandomHalves r;
-    if constexpr (updates && !sums) r = noise.at(piece);
+    if constexpr (updates && !sums) r = rng_keys.at(piece);
     const Raw raw_g = grad.load(piece);
     ParamRaw raw_p;
     Raw raw_m, raw_v, raw_x;
     if (reads_param) raw_p = param.load(piece);
     if constexpr (moments > 0) raw_m = exp_avg.load(piece, index);
     if constexpr (moments > 1) raw_v = exp_avg_sq.load(piece);
-    if constexpr (third) raw_x = exp_third.load(piece);
+    if constexpr (aux) raw_x = exp_third.load(piece);
     float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size], x[piece_size];
     grad.unpack(raw_g, g);
     if (reads_param) param.unpack(raw_p, p);
     if constexpr (moments > 0) exp_avg.unpack(raw_m, m);
     if constexpr (moments > 1) exp_avg_sq.unpack(raw_v, v);
-    if constexpr (third) exp_third.unpack(raw_x, x);
+    if constexpr (aux) exp_third.unpack(raw_x, x);
     Observer<(moments > 0)> observer;
     if constexpr (observes) observer.before(s, alpha, piece, p, g, m);
-    update_piece<Rule, statistics>(s, alpha, piece, p, g, m, v, x, lanes);
+    update_piece<Rule, threshold_pass>(s, alpha, piece, p, g, m, v, x, lanes);
     if constexpr (observes) observer.after(piece, m, own);
     if constexpr (updates) {
-      if constexpr (sums) r = noise.at(piece);
+      if constexpr (sums) r = rng_keys.at(piece);
       if constexpr (moments > 0 && sums) keep_m(m, r);
       param.store(piece, p, r);
       if constexpr (moments > 0 && !sums) keep_m(m, r);
       if constexpr (moments > 1) exp_avg_sq.store(piece, v, [&](int i) { return bits_for_v(r.of(i)); });
-      if constexpr (moments > 2) exp_third.store(piece, x, [&](int i) { return bits_for_third(r.of(i)); });
+      if constexpr (moments > 2) exp_third.store(piece, x, [&](int i) { return bits_for_aux(r.of(i)); });
     }
   }
 };
 
-template <class Rule, Statistics statistics, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage>
 SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes,
                                    ChunkStatistics* own) {
-  const auto stored = StoredSlice<Rule, statistics, storage>::of(slice);
+  const auto stored = StoredSlice<Rule, threshold_pass, storage>::of(slice);
   const int pieces = pieces_of(slice.count, slice.tensor.head);
   SIGNADAM_ROLLED
   for (int index = thread; index < pieces; index += threads_per_block) {
@@ -221,15 +225,16 @@ struct PendingMoment {
 
 // Block-scaled moments: four neighbouring threads have the pieces of one exponent.
 template <class Rule, Storage storage, class Block>
-SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* observed) {
-  const auto stored = StoredSlice<Rule, Statistics::none, storage>::of(slice);
+SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha,
+                                  ChunkStatistics* chunk_statistics) {
+  const auto stored = StoredSlice<Rule, ThresholdPass::none, storage>::of(slice);
   const int pieces = pieces_of(slice.count, 0);
   for (int first = 0; first < pieces; first += threads_per_block)
     block.template in_fours<PendingMoment>(
         [&](int thread, PendingMoment& pending) {
           uint32_t largest = 0;
           if (first + thread >= pieces) return largest;
-          stored.update(s, alpha, first + thread, nullptr, share_of(observed, thread),
+          stored.update(s, alpha, first + thread, nullptr, share_of(chunk_statistics, thread),
                         [&](const float* m, const RandomHalves& r) {
                           pending.r = r;
                           SIGNADAM_UNROLL
@@ -246,12 +251,13 @@ SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalar
         });
 }
 
-template <class Rule, Statistics statistics, Storage storage>
-SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes, ChunkStatistics* own) {
+template <class Rule, ThresholdPass threshold_pass, Storage storage>
+SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes,
+                            ChunkStatistics* own) {
   if constexpr (storage == Storage::plain)
-    run_thread_plain<Rule, statistics>(slice, s, alpha, thread, lanes);
+    run_thread_plain<Rule, threshold_pass>(slice, s, alpha, thread, lanes);
   else
-    run_thread_stored<Rule, statistics, storage>(slice, s, alpha, thread, lanes, own);
+    run_thread_stored<Rule, threshold_pass, storage>(slice, s, alpha, thread, lanes, own);
 }
 
 // lanes[0] becomes the sum of all lanes: x[:h] + x[h:] for h = 1024, 512, ..., 1.
@@ -290,9 +296,9 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
   });
 }
 
-// The threads' shares of what is observed become the chunk's.
+// The threads' shares of the statistics become the chunk's.
 template <class Block>
-SIGNADAM_HD void finish_observed(Block& block, ChunkStatistics* shares, float alpha, ChunkStatistics* to) {
+SIGNADAM_HD void finish_chunk_statistics(Block& block, ChunkStatistics* shares, float alpha, ChunkStatistics* to) {
   block.each([](int) {});  // neighbours of four have waited for each other only
   for (int h = threads_per_block / 2; h >= 1; h /= 2)
     block.each([=](int thread) {
@@ -307,36 +313,38 @@ SIGNADAM_HD void finish_observed(Block& block, ChunkStatistics* shares, float al
 
 // The update of one chunk, without statistics for the gate.
 template <class Rule, Storage storage, class Block>
-SIGNADAM_HD void update_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* shares) {
+SIGNADAM_HD void update_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha,
+                              ChunkStatistics* shares) {
   if constexpr (storage != Storage::plain && Rule::moments > 0 && !Rule::bounded)
     if (slice.tensor.formats.exp_avg == Format::block8)
       return run_block_scaled<Rule, storage>(block, slice, s, alpha, shares);
   block.each([&](int thread) {
-    run_thread<Rule, Statistics::none, storage>(slice, s, alpha, thread, nullptr, share_of(shares, thread));
+    run_thread<Rule, ThresholdPass::none, storage>(slice, s, alpha, thread, nullptr, share_of(shares, thread));
   });
 }
 
-template <class Rule, Statistics statistics, Storage storage, class Block>
+template <class Rule, ThresholdPass threshold_pass, Storage storage, class Block>
 SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& step, uint32_t chunk) {
   const Slice slice = slice_of(table, step, chunk);
   if (slice.grad == nullptr) return;
   const uint32_t index = table.tensor_of_chunk[chunk];
   const Scalars& s = step.scalars[step.rows[index]];
-  const float alpha = statistics == Statistics::only ? 0.0f : threshold(slice.tensor, s);
+  const float alpha = threshold_pass == ThresholdPass::pass_before ? 0.0f : threshold(slice.tensor, s);
 
   ChunkStatistics* shares = nullptr;
-  if constexpr (storage == Storage::observed) {
-    shares = block.observed();
+  if constexpr (storage == Storage::with_statistics) {
+    shares = block.chunk_statistics();
     block.each([=](int thread) { shares[thread] = ChunkStatistics{}; });
   }
-  if constexpr (statistics == Statistics::none) {
+  if constexpr (threshold_pass == ThresholdPass::none) {
     update_chunk<Rule, storage>(block, slice, s, alpha, shares);
-    if constexpr (storage == Storage::observed) finish_observed(block, shares, alpha, table.observed + chunk);
+    if constexpr (storage == Storage::with_statistics)
+      finish_chunk_statistics(block, shares, alpha, table.chunk_statistics + chunk);
   } else {
     Sums* const lanes = block.lanes();
     block.each([&](int thread) {
       Sums own[piece_size] = {};
-      run_thread<Rule, statistics, storage>(slice, s, alpha, thread, own, share_of(shares, thread));
+      run_thread<Rule, threshold_pass, storage>(slice, s, alpha, thread, own, share_of(shares, thread));
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) lanes[lane_of(thread, i, slice.tensor.head)] = own[i];
     });
@@ -344,7 +352,8 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
     block.each([&](int thread) {
       if (thread == 0) table.sums[chunk] = lanes[0];
     });
-    if constexpr (storage == Storage::observed) finish_observed(block, shares, alpha, table.observed + chunk);
+    if constexpr (storage == Storage::with_statistics)
+      finish_chunk_statistics(block, shares, alpha, table.chunk_statistics + chunk);
     // The last block of a tensor to finish has every other's threshold read behind it, so it may move the gate.
     // Read again: kept in registers over the update, it would be spilled.
     const TensorEntry& tensor = table.tensors[index];

@@ -12,19 +12,19 @@ struct RandomHalves {
 };
 
 struct PieceNoise {
-  Noise noise;
-  Keys keys;      // of the chunk's first element
-  int64_t first;  // its index in the unsharded tensor
+  RngKey rng_keys;
+  RngSubkey keys;  // of the chunk's first element
+  int64_t first;   // its index in the unsharded tensor
 
   SIGNADAM_HD static PieceNoise of(const Slice& slice) {
     const int64_t first = slice.tensor.first + slice.begin;
-    return {slice.noise, Keys::of(slice.noise, static_cast<uint32_t>(first >> 33)), first};
+    return {slice.rng_keys, RngSubkey::of(slice.rng_keys, static_cast<uint32_t>(first >> 33)), first};
   }
 
   SIGNADAM_HD uint32_t word(uint64_t pair) const {
     const auto high = static_cast<uint32_t>(pair >> 32);
     const bool usual = high == static_cast<uint32_t>(first >> 33);
-    return random_word(usual ? keys : Keys::of(noise, high), static_cast<uint32_t>(pair));
+    return random_word(usual ? keys : RngSubkey::of(rng_keys, high), static_cast<uint32_t>(pair));
   }
 
   SIGNADAM_HD RandomHalves at(const Piece& piece) const {

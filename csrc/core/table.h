@@ -30,12 +30,12 @@ struct ChunkStatistics {
 
 // How a tensor and what goes with it are stored.
 struct Formats {
-  Format param, grad, exp_avg, exp_avg_sq, third;
+  Format param, grad, exp_avg, exp_avg_sq, aux;
   Weights weights;
 
   // fp32 moments and a parameter rounded to nearest: no random bits, nothing packed, nothing beside the parameter.
   SIGNADAM_HD bool plain() const {
-    return exp_avg == Format::fp32 && exp_avg_sq == Format::fp32 && third == Format::fp32 && weights == Weights::as_is;
+    return exp_avg == Format::fp32 && exp_avg_sq == Format::fp32 && aux == Format::fp32 && weights == Weights::as_is;
   }
   SIGNADAM_HD bool packed() const { return is_packed(exp_avg) || is_packed(exp_avg_sq); }
 };
@@ -44,7 +44,7 @@ struct TensorEntry {
   void* param;
   void* exp_avg;
   void* exp_avg_sq;
-  void* third;   // a third moment, or the variance of the gradient; of rules that have one, otherwise null
+  void* aux;     // a third moment, or the variance of the gradient; of rules that have one, otherwise null
   double* gate;  // the deviation or threshold that confidence keeps between steps, otherwise null
   int64_t numel;
   uint32_t first_chunk;
@@ -53,14 +53,14 @@ struct TensorEntry {
   void* low;      // of split weights: int16 or int8; of master weights: fp32; otherwise null
   int64_t first;  // index of the first element in the unsharded tensor, for random bits
 
-  SIGNADAM_HD bool plain() const { return formats.plain() && third == nullptr; }
+  SIGNADAM_HD bool plain() const { return formats.plain() && aux == nullptr; }
 };
 
-// What a step adds. `grads[i] == nullptr`: tensor i takes no part. `rows[i]` numbers its scalars. `noise` is null where
-// all tensors are plain.
+// What a step adds. `grads[i] == nullptr`: tensor i takes no part. `rows[i]` numbers its scalars. `rng_keys` is null
+// where all tensors are plain.
 struct Step {
   const void* const* grads;
-  const Noise* noise;
+  const RngKey* rng_keys;
   const uint32_t* rows;
   const Scalars* scalars;
 };
@@ -71,14 +71,14 @@ struct TableView {
   const uint32_t* tensor_of_chunk;  // null on the host, which goes through chunks in order
   Sums* sums;                       // one per chunk; null without statistics
   uint32_t* arrivals;               // one per tensor, zero between launches; the device counts finished chunks with it
-  ChunkStatistics* observed;               // one per chunk; null unless they are asked for
+  ChunkStatistics* chunk_statistics;  // one per chunk; null unless they are asked for
 };
 
 // The part of a tensor that one chunk covers.
 struct Slice {
   TensorEntry tensor;
   const void* grad;
-  Noise noise;
+  RngKey rng_keys;
   int64_t begin;
   int count;
 };
@@ -87,7 +87,7 @@ SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t ch
   Slice slice;
   slice.tensor = table.tensors[index];
   slice.grad = step.grads[index];
-  slice.noise = step.noise == nullptr ? Noise{0, 0} : step.noise[index];
+  slice.rng_keys = step.rng_keys == nullptr ? RngKey{0, 0} : step.rng_keys[index];
   slice.begin = static_cast<int64_t>(chunk - slice.tensor.first_chunk) * chunk_size;
   const int64_t left = slice.tensor.numel - slice.begin;
   slice.count = static_cast<int>(left < chunk_size ? left : chunk_size);

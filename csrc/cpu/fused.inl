@@ -165,13 +165,13 @@ SIGNADAM_HD U swap_bytes(U x) {
 struct GroupBits {
   U word[2];
 
-  SIGNADAM_HD static GroupBits of(const Keys& keys, uint32_t pair) {
+  SIGNADAM_HD static GroupBits of(const RngSubkey& keys, uint32_t pair) {
     U lane;
     for (int i = 0; i < width; ++i) lane[i] = static_cast<uint32_t>(i);
     return {{draw(keys, lane + pair), draw(keys, lane + (pair + width))}};
   }
 
-  SIGNADAM_HD static U draw(const Keys& keys, U x) {
+  SIGNADAM_HD static U draw(const RngSubkey& keys, U x) {
     x ^= keys.k0;
     x ^= x >> 16;
     x *= 0x7feb352du;
@@ -274,7 +274,7 @@ int update_groups(const Slice& slice, const Scalars& scalars, float alpha) {
   const void* const grad = slice.grad;
   const bool draws = !f.plain(), stochastic = f.weights == Weights::stochastic;
   const auto first = static_cast<uint64_t>(tensor.first + slice.begin);
-  const Keys keys = Keys::of(slice.noise, static_cast<uint32_t>(first >> 33));
+  const RngSubkey keys = RngSubkey::of(slice.rng_keys, static_cast<uint32_t>(first >> 33));
   const int64_t begin = slice.begin;
   const int whole = slice.count / group * group;
   for (int done = 0; done < whole; done += group) {

@@ -7,8 +7,8 @@
 
 namespace signadam::cpu {
 
-// `observed`: where what is observed of the chunk goes, or null.
-using ChunkUpdate = void (*)(const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* observed);
+// `chunk_statistics`: where the chunk's statistics go, or null.
+using ChunkUpdate = void (*)(const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* chunk_statistics);
 
 struct Kernels {
   const char* name;

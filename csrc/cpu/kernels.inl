@@ -92,7 +92,7 @@ const float* widened(const void* base, Format format, int64_t index, float* scra
 #include "fused.inl"
 #endif
 
-// What is observed of a block: the gradient as the gate sees it, and the momentum before and after the step. Sums of
+// The statistics of a block: the gradient as the gate sees it, and the momentum before and after the step. Sums of
 // every 16th element are independent, so that compilers make vectors of them.
 void observe_block(const float* SIGNADAM_RESTRICT g, float alpha, const float* SIGNADAM_RESTRICT before,
                    const float* SIGNADAM_RESTRICT after, int count, ChunkStatistics& to) {
@@ -126,7 +126,7 @@ void update_fp32(const Slice& slice, const Scalars& s, float alpha) {
   const auto array = [&](void* base, bool used) { return used ? static_cast<float*>(base) + slice.begin : nullptr; };
   const Arrays arrays{array(tensor.param, true), static_cast<const float*>(slice.grad) + slice.begin,
                       array(tensor.exp_avg, Rule::moments > 0), array(tensor.exp_avg_sq, Rule::moments > 1),
-                      array(tensor.third, has_third<Rule>)};
+                      array(tensor.aux, has_third<Rule>)};
   if (slice.count < chunk_size || has_third<Rule>) return update_block<Rule>(s, alpha, arrays, slice.count);
   // The halves of the chunk in turn: twice the streams keep more of the memory's parallelism busy. Five operands are
   // streams enough.
@@ -137,7 +137,7 @@ void update_fp32(const Slice& slice, const Scalars& s, float alpha) {
 
 // Any forms, a block at a time by way of scratch, from element `done` of the chunk on: the start of a packed run.
 template <class Rule>
-void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, ChunkStatistics* observed) {
+void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, ChunkStatistics* chunk_statistics) {
   const TensorEntry& tensor = slice.tensor;
   const Formats& formats = tensor.formats;
   alignas(64) float scratch_p[block_size], scratch_g[block_size], scratch_m[block_size], scratch_v[block_size],
@@ -155,31 +155,30 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, 
     arrays.p = load_param(tensor, index, scratch_p, count);
     arrays.m = load(tensor.exp_avg, formats.exp_avg, scratch_m, Rule::moments > 0);
     arrays.v = load(tensor.exp_avg_sq, formats.exp_avg_sq, scratch_v, Rule::moments > 1);
-    arrays.x = load(tensor.third, formats.third, scratch_x, has_third<Rule>);
+    arrays.x = load(tensor.aux, formats.aux, scratch_x, has_third<Rule>);
     alignas(64) float effective[block_size], before[block_size];
-    if (observed != nullptr) {
+    if (chunk_statistics != nullptr) {
       for (int i = 0; i < count; ++i) effective[i] = effective_gradient(s, arrays.p[i], arrays.g[i]);
       if (Rule::moments > 0) std::memcpy(before, arrays.m, sizeof(float) * static_cast<std::size_t>(count));
     }
     update_block<Rule>(s, alpha, arrays, count);
-    if (observed != nullptr) observe_block(effective, alpha, before, arrays.m, count, *observed);
-    if (!formats.plain()) r = draw(slice.noise, tensor.first + index, count, halves);
+    if (chunk_statistics != nullptr) observe_block(effective, alpha, before, arrays.m, count, *chunk_statistics);
+    if (!formats.plain()) r = draw(slice.rng_keys, tensor.first + index, count, halves);
     store_param(tensor, index, arrays.p, r, count);
     if constexpr (Rule::moments > 0)
       store_moment<0>(tensor.exp_avg, formats.exp_avg, tensor.numel, index, arrays.m, r, count);
     if constexpr (Rule::moments > 1)
       store_moment<1>(tensor.exp_avg_sq, formats.exp_avg_sq, tensor.numel, index, arrays.v, r, count);
-    if constexpr (Rule::moments > 2)
-      store_moment<2>(tensor.third, formats.third, tensor.numel, index, arrays.x, r, count);
+    if constexpr (Rule::moments > 2) store_moment<2>(tensor.aux, formats.aux, tensor.numel, index, arrays.x, r, count);
   }
 }
 
 template <class Rule>
-void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics* observed) {
+void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics* chunk_statistics) {
   const Scalars s = scalars;  // a local copy cannot alias the tensors
-  if (observed != nullptr) {
-    *observed = ChunkStatistics{0.0, 0.0, 0.0, 0.0, 0.0, alpha};
-    return update_blocks<Rule>(slice, s, alpha, 0, observed);
+  if (chunk_statistics != nullptr) {
+    *chunk_statistics = ChunkStatistics{0.0, 0.0, 0.0, 0.0, 0.0, alpha};
+    return update_blocks<Rule>(slice, s, alpha, 0, chunk_statistics);
   }
   const Formats& formats = slice.tensor.formats;
   if (formats.plain() && formats.param == Format::fp32 && formats.grad == Format::fp32)

@@ -58,7 +58,7 @@ void fetch_ahead(const Slice& slice) {
   fetch(slice.grad, formats.grad);
   fetch(slice.tensor.exp_avg, formats.exp_avg);
   fetch(slice.tensor.exp_avg_sq, formats.exp_avg_sq);
-  fetch(slice.tensor.third, formats.third);
+  fetch(slice.tensor.aux, formats.aux);
 }
 
 // The tensor that a chunk is of: the last to begin at it or before. A tensor without elements begins where the next
@@ -111,7 +111,7 @@ std::vector<uint32_t> make_units(const TableView& table, uint32_t tensors, uint3
   return units;
 }
 
-void run(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t tensors, const Step& step,
+void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, uint32_t tensors, const Step& step,
          const std::vector<uint32_t>& units, int threads, Sums* lanes) {
   const Kernels& isa = kernels();
   const auto for_chunks = [&](auto&& body) {
@@ -136,7 +136,7 @@ void run(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t
     });
   };
 
-  if (statistics == Statistics::only) {
+  if (threshold_pass == ThresholdPass::pass_before) {
     for_chunks(
         [&](uint32_t chunk, const Slice& slice, const Scalars& s) { table.sums[chunk] = isa.sum(slice, s, 0.0f); });
     finish();
@@ -144,10 +144,10 @@ void run(RuleIndex rule, Statistics statistics, const TableView& table, uint32_t
   for_chunks([&](uint32_t chunk, const Slice& slice, const Scalars& s) {
     // The sums come first: they need the old parameter, and leave the chunk in the cache for the update.
     const float alpha = threshold(slice.tensor, s);
-    if (statistics == Statistics::gather) table.sums[chunk] = isa.sum(slice, s, alpha);
-    isa.update[rule](slice, s, alpha, table.observed == nullptr ? nullptr : table.observed + chunk);
+    if (threshold_pass == ThresholdPass::same_pass) table.sums[chunk] = isa.sum(slice, s, alpha);
+    isa.update[rule](slice, s, alpha, table.chunk_statistics == nullptr ? nullptr : table.chunk_statistics + chunk);
   });
-  if (statistics == Statistics::gather) finish();
+  if (threshold_pass == ThresholdPass::same_pass) finish();
 }
 
 }  // namespace signadam::cpu

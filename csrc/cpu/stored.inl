@@ -8,19 +8,20 @@ struct Halves {
   alignas(64) uint32_t word[block_size / 2 + 1];
 };
 
-void draw_run(const Keys keys, uint32_t pair, uint32_t* SIGNADAM_RESTRICT words, int count) {
+void draw_run(const RngSubkey keys, uint32_t pair, uint32_t* SIGNADAM_RESTRICT words, int count) {
   for (int i = 0; i < count; ++i) words[i] = random_word(keys, pair + static_cast<uint32_t>(i));
 }
 
 // `first`: index in the unsharded tensor. Returns the bits of element 0.
-const uint16_t* draw(const Noise& noise, int64_t first, int count, Halves& halves) {
+const uint16_t* draw(const RngKey& rng_keys, int64_t first, int count, Halves& halves) {
   const auto pair = static_cast<uint64_t>(first) >> 1;
   const int words = (count + static_cast<int>(first & 1) + 1) / 2;
   // Keys hold for 2^32 pairs.
   const uint64_t left = (uint64_t{1} << 32) - (pair & 0xffffffffu);
   const int low = left < static_cast<uint64_t>(words) ? static_cast<int>(left) : words;
-  draw_run(Keys::of(noise, static_cast<uint32_t>(pair >> 32)), static_cast<uint32_t>(pair), halves.word, low);
-  if (low < words) draw_run(Keys::of(noise, static_cast<uint32_t>(pair >> 32) + 1), 0, halves.word + low, words - low);
+  draw_run(RngSubkey::of(rng_keys, static_cast<uint32_t>(pair >> 32)), static_cast<uint32_t>(pair), halves.word, low);
+  if (low < words)
+    draw_run(RngSubkey::of(rng_keys, static_cast<uint32_t>(pair >> 32) + 1), 0, halves.word + low, words - low);
   return reinterpret_cast<const uint16_t*>(halves.word) + (first & 1);
 }
 
@@ -158,7 +159,7 @@ float* load_moment(void* base, Format format, int64_t numel, int64_t index, floa
 // `second`: the bits that v uses, not those of m.
 template <int which>
 SIGNADAM_HD uint32_t moment_bits(uint16_t r) {
-  return which == 0 ? bits_for_m(r) : which == 1 ? bits_for_v(r) : bits_for_third(r);
+  return which == 0 ? bits_for_m(r) : which == 1 ? bits_for_v(r) : bits_for_aux(r);
 }
 
 template <int which>

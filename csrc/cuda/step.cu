@@ -16,8 +16,8 @@ constexpr std::size_t parameter_bytes = 4096;
 
 struct alignas(16) LaunchHeader {
   TableView table;
-  const unsigned char* step;    // device memory, or null: then the bytes below
-  uint32_t grads, noise, rows;  // offsets of StepLayout; no noise: 0
+  const unsigned char* step;       // device memory, or null: then the bytes below
+  uint32_t grads, rng_keys, rows;  // offsets of StepLayout; no random bits: 0
 };
 
 constexpr std::size_t inline_bytes = (parameter_bytes - sizeof(LaunchHeader)) / 16 * 16;
@@ -30,10 +30,10 @@ static_assert(sizeof(LaunchArguments) <= parameter_bytes);
 
 struct DeviceBlock {
   Sums* shared_lanes;
-  ChunkStatistics* shared_observed;
+  ChunkStatistics* shared_statistics;
 
   __device__ Sums* lanes() const { return shared_lanes; }
-  __device__ ChunkStatistics* observed() const { return shared_observed; }
+  __device__ ChunkStatistics* chunk_statistics() const { return shared_statistics; }
 
   template <class Phase>
   __device__ void each(Phase phase) {
@@ -65,32 +65,33 @@ struct DeviceBlock {
   }
 };
 
-// Blocks on a multiprocessor at a time. Two moments beside an exponent that four threads share, and what is observed,
+// Blocks on a multiprocessor at a time. Two moments beside an exponent that four threads share, and the statistics,
 // do not fit 128 registers: one block without spills.
 template <class Rule, Storage storage>
 constexpr int blocks_at_once =
-    storage == Storage::observed || (storage == Storage::any && Rule::moments > 1 && !Rule::bounded) ? 1 : 2;
+    storage == Storage::with_statistics || (storage == Storage::any && Rule::moments > 1 && !Rule::bounded) ? 1 : 2;
 
-template <class Rule, Statistics statistics, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage>
 __global__ void __launch_bounds__(threads_per_block, blocks_at_once<Rule, storage>)
     kernel(const __grid_constant__ LaunchArguments arguments) {
   const LaunchHeader& header = arguments.header;
   const unsigned char* bytes = header.step == nullptr ? arguments.step : header.step;
-  const Noise* noise = nullptr;
+  const RngKey* rng_keys = nullptr;
   if constexpr (storage != Storage::plain)
-    if (storage == Storage::any || header.noise != 0) noise = reinterpret_cast<const Noise*>(bytes + header.noise);
-  const Step step{reinterpret_cast<const void* const*>(bytes + header.grads), noise,
+    if (storage == Storage::any || header.rng_keys != 0)
+      rng_keys = reinterpret_cast<const RngKey*>(bytes + header.rng_keys);
+  const Step step{reinterpret_cast<const void* const*>(bytes + header.grads), rng_keys,
                   reinterpret_cast<const uint32_t*>(bytes + header.rows), reinterpret_cast<const Scalars*>(bytes)};
   DeviceBlock block{nullptr, nullptr};
-  if constexpr (statistics != Statistics::none) {
+  if constexpr (threshold_pass != ThresholdPass::none) {
     __shared__ Sums lanes[lane_count];
     block.shared_lanes = lanes;
   }
-  if constexpr (storage == Storage::observed) {
-    __shared__ ChunkStatistics observed[threads_per_block];
-    block.shared_observed = observed;
+  if constexpr (storage == Storage::with_statistics) {
+    __shared__ ChunkStatistics chunk_statistics[threads_per_block];
+    block.shared_statistics = chunk_statistics;
   }
-  run_block<Rule, statistics, storage>(block, header.table, step, blockIdx.x);
+  run_block<Rule, threshold_pass, storage>(block, header.table, step, blockIdx.x);
 }
 
 using Kernel = void (*)(LaunchArguments);
@@ -100,16 +101,17 @@ Kernel update_kernel() {
   if constexpr (storage == Storage::plain && has_third<Rule>)
     return nullptr;
   else
-    return kernel<Rule, Statistics::none, storage>;
+    return kernel<Rule, ThresholdPass::none, storage>;
 }
 
 // Only a gated rule gathers statistics; the first launch of the exact form is the same for all of them.
 template <Storage storage>
-Kernel kernel_of(RuleIndex rule, Statistics statistics) {
-  if (statistics == Statistics::only)
-    return kernel < SignAdamPP, Statistics::only, storage == Storage::plain ? Storage::plain : Storage::any > ;
-  if (statistics == Statistics::gather)
-    return rule == rule_SignAdamPP ? kernel<SignAdamPP, Statistics::gather, storage> : nullptr;
+Kernel kernel_of(RuleIndex rule, ThresholdPass threshold_pass) {
+  if (threshold_pass == ThresholdPass::pass_before)
+    return kernel < SignAdamPP, ThresholdPass::pass_before,
+           storage == Storage::plain ? Storage::plain : Storage::any > ;
+  if (threshold_pass == ThresholdPass::same_pass)
+    return rule == rule_SignAdamPP ? kernel<SignAdamPP, ThresholdPass::same_pass, storage> : nullptr;
   switch (rule) {
 #define SIGNADAM_CASE(Rule) \
   case rule_##Rule:         \
@@ -121,14 +123,14 @@ Kernel kernel_of(RuleIndex rule, Statistics statistics) {
   }
 }
 
-Kernel kernel_of(RuleIndex rule, Statistics statistics, Storage storage) {
+Kernel kernel_of(RuleIndex rule, ThresholdPass threshold_pass, Storage storage) {
   switch (storage) {
     case Storage::plain:
-      return kernel_of<Storage::plain>(rule, statistics);
+      return kernel_of<Storage::plain>(rule, threshold_pass);
     case Storage::any:
-      return kernel_of<Storage::any>(rule, statistics);
+      return kernel_of<Storage::any>(rule, threshold_pass);
     default:
-      return kernel_of<Storage::observed>(rule, statistics);
+      return kernel_of<Storage::with_statistics>(rule, threshold_pass);
   }
 }
 
@@ -184,11 +186,11 @@ class DeviceGuard {
 
 }  // namespace
 
-StepLayout StepLayout::of(std::size_t scalar_rows, std::size_t tensors, std::size_t noisy) {
+StepLayout StepLayout::of(std::size_t scalar_rows, std::size_t tensors, std::size_t drawing) {
   StepLayout layout{};
   layout.grads = scalar_rows * sizeof(Scalars);
-  layout.noise = layout.grads + tensors * sizeof(void*);
-  layout.rows = layout.noise + noisy * sizeof(Noise);
+  layout.rng_keys = layout.grads + tensors * sizeof(void*);
+  layout.rows = layout.rng_keys + drawing * sizeof(RngKey);
   layout.size = layout.rows + tensors * sizeof(uint32_t);
   return layout;
 }
@@ -196,14 +198,14 @@ static_assert(sizeof(Scalars) % alignof(void*) == 0);
 
 std::size_t inline_capacity() { return inline_bytes; }
 
-void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks,
+void launch(RuleIndex rule, ThresholdPass threshold_pass, Storage storage, const TableView& table, uint32_t chunks,
             const StepLayout& layout, const void* inline_step, const void* device_step, int device, void* stream) {
-  const Kernel function = kernel_of(rule, statistics, storage);
-  if (function == nullptr) throw std::runtime_error("no CUDA kernel for this rule with statistics");
+  const Kernel function = kernel_of(rule, threshold_pass, storage);
+  if (function == nullptr) throw std::runtime_error("no CUDA kernel for this rule with a threshold of its own");
   LaunchArguments arguments;
   const auto offset = [](std::size_t bytes) { return static_cast<uint32_t>(bytes); };
   arguments.header = {table, static_cast<const unsigned char*>(device_step), offset(layout.grads),
-                      layout.noise == layout.rows ? 0 : offset(layout.noise), offset(layout.rows)};
+                      layout.rng_keys == layout.rows ? 0 : offset(layout.rng_keys), offset(layout.rows)};
   if (device_step == nullptr) {
     if (layout.size > inline_bytes) throw std::runtime_error("the step data does not fit the kernel's parameters");
     std::memcpy(arguments.step, inline_step, layout.size);
@@ -236,7 +238,8 @@ std::string unusable_reason(int device) {
   try {
     const DeviceGuard guard(device);
     cudaFuncAttributes attributes{};
-    const auto status = cudaFuncGetAttributes(&attributes, kernel_of(rule_SignSGD, Statistics::none, Storage::plain));
+    const auto status =
+        cudaFuncGetAttributes(&attributes, kernel_of(rule_SignSGD, ThresholdPass::none, Storage::plain));
     if (status == cudaSuccess) return "";
     cudaGetLastError();
     int major = 0, minor = 0;
@@ -263,13 +266,16 @@ std::vector<KernelInfo> kernel_info(int device) {
     infos.push_back({std::move(name), a.numRegs, static_cast<int>(a.sharedSizeBytes),
                      static_cast<int>(a.localSizeBytes), threads_per_block, blocks});
   };
-  for (const Storage storage : {Storage::plain, Storage::any, Storage::observed}) {
-    const std::string suffix = storage == Storage::plain ? "" : storage == Storage::any ? "+stored" : "+observed";
-#define SIGNADAM_ADD(Rule) add(Rule::name + suffix, kernel_of(rule_##Rule, Statistics::none, storage));
+  for (const Storage storage : {Storage::plain, Storage::any, Storage::with_statistics}) {
+    const std::string suffix = storage == Storage::plain ? ""
+                               : storage == Storage::any ? "+stored"
+                                                         : "+step_statistics";
+#define SIGNADAM_ADD(Rule) add(Rule::name + suffix, kernel_of(rule_##Rule, ThresholdPass::none, storage));
     SIGNADAM_RULES(SIGNADAM_ADD)
 #undef SIGNADAM_ADD
-    add("sign_adam_pp+gather" + suffix, kernel_of(rule_SignAdamPP, Statistics::gather, storage));
-    if (storage != Storage::observed) add("statistics" + suffix, kernel_of(rule_SignAdamPP, Statistics::only, storage));
+    add("sign_adam_pp+same_pass" + suffix, kernel_of(rule_SignAdamPP, ThresholdPass::same_pass, storage));
+    if (storage != Storage::with_statistics)
+      add("pass_before" + suffix, kernel_of(rule_SignAdamPP, ThresholdPass::pass_before, storage));
   }
   return infos;
 }

@@ -9,10 +9,11 @@
 
 namespace signadam::cuda {
 
-// Step data in one run of bytes: scalars, gradient addresses, noise (of `noisy` tensors: all or none), rows.
+// Step data in one run of bytes: scalars, gradient addresses, keys of random bits (of `drawing` tensors: all or none),
+// rows.
 struct StepLayout {
-  std::size_t scalars, grads, noise, rows, size;
-  static StepLayout of(std::size_t scalar_rows, std::size_t tensors, std::size_t noisy);
+  std::size_t scalars, grads, rng_keys, rows, size;
+  static StepLayout of(std::size_t scalar_rows, std::size_t tensors, std::size_t drawing);
 };
 
 // Bytes of step data that travel in the kernel's parameters; more goes by a copy.
@@ -22,7 +23,7 @@ std::size_t inline_capacity();
 // stream has filled; where that is null, it lies on the host at `inline_step`, at most `inline_capacity()` bytes, and
 // is read before this returns. Never synchronizes; leaves the thread's current device as it was, and makes no context
 // but on `device`. Throws std::runtime_error with CUDA's own words where this launch fails.
-void launch(RuleIndex rule, Statistics statistics, Storage storage, const TableView& table, uint32_t chunks,
+void launch(RuleIndex rule, ThresholdPass threshold_pass, Storage storage, const TableView& table, uint32_t chunks,
             const StepLayout& layout, const void* inline_step, const void* device_step, int device, void* stream);
 
 // Empty when this module can run on `device`, otherwise the reason. Starts no context before it is called.

@@ -66,27 +66,28 @@ py::dict build_info() {
   return info;
 }
 
-// Step data for a kernel that takes doubles (Triton): gradient addresses, noise, rows, scalars; their offsets and the
-// size. Each begins on a 16-byte boundary: Triton compiles another kernel for every combination of arguments that do.
+// Step data for a kernel that takes doubles (Triton): gradient addresses, keys of random bits, rows, scalars; their
+// offsets and the size. Each begins on a 16-byte boundary: Triton compiles another kernel for every combination of
+// arguments that do.
 std::array<std::size_t, 5> step_layout(std::size_t tensors, std::size_t rows) {
   const auto aligned = [](std::size_t bytes) { return (bytes + 15) / 16 * 16; };
-  const std::size_t noise_at = aligned(tensors * sizeof(void*));
-  const std::size_t rows_at = aligned(noise_at + tensors * sizeof(Noise));
+  const std::size_t rng_keys_at = aligned(tensors * sizeof(void*));
+  const std::size_t rows_at = aligned(rng_keys_at + tensors * sizeof(RngKey));
   const std::size_t scalars_at = aligned(rows_at + tensors * sizeof(uint32_t));
-  return {0, noise_at, rows_at, scalars_at, scalars_at + rows * sizeof(ScalarRow)};
+  return {0, rng_keys_at, rows_at, scalars_at, scalars_at + rows * sizeof(ScalarRow)};
 }
 
 void write_step(const HostTable& table, const std::vector<ScalarRow>& rows, uintptr_t address) {
-  const auto [grads_at, noise_at, rows_at, scalars_at, size] = step_layout(table.size(), rows.size());
+  const auto [grads_at, rng_keys_at, rows_at, scalars_at, size] = step_layout(table.size(), rows.size());
   std::memcpy(pointer<char>(address + grads_at), table.grads().data(), table.size() * sizeof(void*));
-  std::memcpy(pointer<char>(address + noise_at), table.noise().data(), table.noise().size() * sizeof(Noise));
+  std::memcpy(pointer<char>(address + rng_keys_at), table.rng_keys().data(), table.rng_keys().size() * sizeof(RngKey));
   std::memcpy(pointer<char>(address + rows_at), table.rows().data(), table.size() * sizeof(uint32_t));
   std::memcpy(pointer<char>(address + scalars_at), rows.data(), size - scalars_at);
 }
 
 #if defined(SIGNADAM_CUDA)
 cuda::StepLayout cuda_layout(const HostTable& table, std::size_t rows) {
-  return cuda::StepLayout::of(rows, table.size(), table.noise().size());
+  return cuda::StepLayout::of(rows, table.size(), table.rng_keys().size());
 }
 
 std::size_t cuda_step_bytes(const HostTable& table, std::size_t rows) { return cuda_layout(table, rows).size; }
@@ -97,14 +98,15 @@ void write_cuda_step(const HostTable& table, const std::vector<ScalarRow>& rows,
   const auto layout = cuda_layout(table, rows.size());
   std::memcpy(pointer<char>(address + layout.scalars), scalars.data(), scalars.size() * sizeof(Scalars));
   std::memcpy(pointer<char>(address + layout.grads), table.grads().data(), table.size() * sizeof(void*));
-  std::memcpy(pointer<char>(address + layout.noise), table.noise().data(), table.noise().size() * sizeof(Noise));
+  std::memcpy(pointer<char>(address + layout.rng_keys), table.rng_keys().data(),
+              table.rng_keys().size() * sizeof(RngKey));
   std::memcpy(pointer<char>(address + layout.rows), table.rows().data(), table.size() * sizeof(uint32_t));
 }
 
 // `device_step`: where the stream finds what `write_cuda_step` wrote; 0: it travels in the kernel's parameters.
-void launch_cuda(const HostTable& table, int rule_index, Statistics statistics, const std::vector<ScalarRow>& rows,
-                 uintptr_t device_table, uintptr_t sums, uintptr_t arrivals, uintptr_t observed, uintptr_t device_step,
-                 int device, uintptr_t stream) {
+void launch_cuda(const HostTable& table, int rule_index, ThresholdPass threshold_pass,
+                 const std::vector<ScalarRow>& rows, uintptr_t device_table, uintptr_t sums, uintptr_t arrivals,
+                 uintptr_t chunk_statistics, uintptr_t device_step, int device, uintptr_t stream) {
   const auto rule = static_cast<RuleIndex>(rule_index);
   const auto layout = cuda_layout(table, rows.size());
   std::vector<unsigned char> own;
@@ -114,18 +116,18 @@ void launch_cuda(const HostTable& table, int rule_index, Statistics statistics, 
   }
   const auto* entries = pointer<const TensorEntry>(device_table);
   const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
-                       pointer<uint32_t>(arrivals), pointer<ChunkStatistics>(observed)};
-  const Storage storage = observed == 0 ? table.storage() : Storage::observed;
+                       pointer<uint32_t>(arrivals), pointer<ChunkStatistics>(chunk_statistics)};
+  const Storage storage = chunk_statistics == 0 ? table.storage() : Storage::with_statistics;
   py::gil_scoped_release release;
-  const auto launch = [&](Statistics which, Storage stored) {
+  const auto launch = [&](ThresholdPass which, Storage stored) {
     cuda::launch(rule, which, stored, view, table.chunks(), layout, own.data(), pointer<void>(device_step), device,
                  pointer<void>(stream));
   };
-  if (statistics == Statistics::only) {
-    launch(Statistics::only, table.storage());
-    statistics = Statistics::none;
+  if (threshold_pass == ThresholdPass::pass_before) {
+    launch(ThresholdPass::pass_before, table.storage());
+    threshold_pass = ThresholdPass::none;
   }
-  launch(statistics, storage);
+  launch(threshold_pass, storage);
 }
 #endif
 
@@ -191,25 +193,25 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<bool>(), py::arg("rows_by_step"))
       .def(
           "add",
-          [](HostTable& table, uintptr_t param, uintptr_t low, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t third,
+          [](HostTable& table, uintptr_t param, uintptr_t low, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t aux,
              uintptr_t gate, uintptr_t step, bool step_is_double, int64_t numel, int64_t first, int param_format,
-             int grad_format, int exp_avg_format, int exp_avg_sq_format, int third_format, int weights, uint32_t group,
+             int grad_format, int exp_avg_format, int exp_avg_sq_format, int aux_format, int weights, uint32_t group,
              std::size_t slot, uint64_t seed, uint32_t number) {
             const auto format = [](int number) { return static_cast<Format>(number); };
-            const Formats formats{format(param_format),      format(grad_format),  format(exp_avg_format),
-                                  format(exp_avg_sq_format), format(third_format), static_cast<Weights>(weights)};
+            const Formats formats{format(param_format),      format(grad_format), format(exp_avg_format),
+                                  format(exp_avg_sq_format), format(aux_format),  static_cast<Weights>(weights)};
             // Packed codes are read and written by whole pieces, which must begin where they do.
             const uint8_t head = formats.packed() ? 0 : head_of(pointer<void>(param), formats.param);
-            table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(third),
+            table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(aux),
                        pointer<double>(gate), numel, 0, formats, head, pointer<void>(low), first},
                       {pointer<void>(step), step_is_double}, group, slot, seed, number);
           },
-          py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("third"),
+          py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("aux"),
           py::arg("gate"), py::arg("step"), py::arg("step_is_double"), py::arg("numel"), py::arg("first"),
           py::arg("param_format"), py::arg("grad_format"), py::arg("exp_avg_format"), py::arg("exp_avg_sq_format"),
-          py::arg("third_format"), py::arg("weights"), py::arg("group"), py::arg("slot"), py::arg("seed"),
+          py::arg("aux_format"), py::arg("weights"), py::arg("group"), py::arg("slot"), py::arg("seed"),
           py::arg("number"))
-      .def("finish", &HostTable::finish, py::arg("statistics"))
+      .def("finish", &HostTable::finish, py::arg("sums"))
       .def("begin", [](HostTable& table, const Reader& reader) { return table.begin(reader.grads()); })
       .def("begin",
            [](HostTable& table, const std::vector<uintptr_t>& addresses) {
@@ -234,24 +236,25 @@ PYBIND11_MODULE(_C, m) {
 #if defined(SIGNADAM_CUDA)
       .def("cuda_step_bytes", &cuda_step_bytes, py::arg("rows"))
       .def("write_cuda_step", &write_cuda_step, py::arg("scalars"), py::arg("address"))
-      .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::kw_only(),
-           py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("observed"), py::arg("device_step"),
-           py::arg("device"), py::arg("stream"))
+      .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("threshold_pass"), py::arg("scalars"), py::kw_only(),
+           py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("chunk_statistics"),
+           py::arg("device_step"), py::arg("device"), py::arg("stream"))
 #endif
       .def(
           "cpu_launch",
-          [](HostTable& table, int rule, Statistics statistics, const std::vector<ScalarRow>& rows, int threads,
-             uintptr_t observed) {
-            return CpuLaunch{&table,  static_cast<RuleIndex>(rule), statistics, to_scalars(rows),
-                             threads, pointer<ChunkStatistics>(observed)};
+          [](HostTable& table, int rule, ThresholdPass threshold_pass, const std::vector<ScalarRow>& rows, int threads,
+             uintptr_t chunk_statistics) {
+            return CpuLaunch{&table,         static_cast<RuleIndex>(rule),
+                             threshold_pass, to_scalars(rows),
+                             threads,        pointer<ChunkStatistics>(chunk_statistics)};
           },
-          py::keep_alive<0, 1>(), py::arg("rule"), py::arg("statistics"), py::arg("scalars"), py::arg("threads"),
-          py::arg("observed"));
+          py::keep_alive<0, 1>(), py::arg("rule"), py::arg("threshold_pass"), py::arg("scalars"), py::arg("threads"),
+          py::arg("chunk_statistics"));
 
-  py::enum_<Statistics>(m, "Statistics")
-      .value("NONE", Statistics::none)
-      .value("GATHER", Statistics::gather)
-      .value("ONLY", Statistics::only);
+  py::enum_<ThresholdPass>(m, "ThresholdPass")
+      .value("NONE", ThresholdPass::none)
+      .value("SAME_PASS", ThresholdPass::same_pass)
+      .value("PASS_BEFORE", ThresholdPass::pass_before);
 
 #if defined(SIGNADAM_CUDA)
   m.def("cuda_inline_capacity", &cuda::inline_capacity);

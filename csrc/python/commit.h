@@ -17,12 +17,12 @@ namespace py = pybind11;
 struct CpuLaunch {
   HostTable* table;
   RuleIndex rule;
-  Statistics statistics;
+  ThresholdPass threshold_pass;
   std::vector<Scalars> scalars;
   int threads;
-  ChunkStatistics* observed;
+  ChunkStatistics* chunk_statistics;
 
-  void run() { table->run_cpu(rule, statistics, scalars, threads, observed); }
+  void run() { table->run_cpu(rule, threshold_pass, scalars, threads, chunk_statistics); }
 };
 
 // `operations`: in order, each a CpuLaunch, or a tuple of one of torch's builtin functions and its arguments.

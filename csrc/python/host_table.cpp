@@ -25,11 +25,11 @@ void HostTable::add(const TensorEntry& entry, StepCount step, uint32_t group, st
   plain_ = plain_ && entry.plain();
 }
 
-void HostTable::finish(bool statistics) {
+void HostTable::finish(bool sums) {
   grads_.assign(tensors_.size(), nullptr);
   rows_.assign(tensors_.size(), 0);
-  if (!plain_) noise_.assign(tensors_.size(), Noise{0, 0});
-  if (statistics) {
+  if (!plain_) noise_.assign(tensors_.size(), RngKey{0, 0});
+  if (sums) {
     sums_.resize(chunks_);
     lanes_.resize(lane_count);
   }
@@ -67,7 +67,7 @@ std::vector<std::pair<uint32_t, int64_t>> HostTable::begin(const std::vector<voi
         throw BadStepCount{slots_[i], count};
       t = static_cast<int64_t>(count) + 1;
     }
-    if (!plain_) noise_[i] = Noise::of(seeds_[i].first, seeds_[i].second, static_cast<uint64_t>(t));
+    if (!plain_) noise_[i] = RngKey::of(seeds_[i].first, seeds_[i].second, static_cast<uint64_t>(t));
     const Row row{groups_[i], rows_by_step_ ? t : 0};
     if (rows.empty() || rows[latest] != row) {
       const auto [found, added] = row_of.try_emplace(row, static_cast<uint32_t>(rows.size()));
@@ -84,9 +84,9 @@ void HostTable::commit() {
     if (grads_[i] != nullptr && steps_[i].address != nullptr) steps_[i].increment();
 }
 
-void HostTable::run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads,
-                        ChunkStatistics* observed) {
-  cpu::run(rule, statistics, view(observed), static_cast<uint32_t>(tensors_.size()),
+void HostTable::run_cpu(RuleIndex rule, ThresholdPass threshold_pass, const std::vector<Scalars>& scalars, int threads,
+                        ChunkStatistics* chunk_statistics) {
+  cpu::run(rule, threshold_pass, view(chunk_statistics), static_cast<uint32_t>(tensors_.size()),
            {grads_.data(), plain_ ? nullptr : noise_.data(), rows_.data(), scalars.data()}, units_, threads,
            lanes_.data());
 }

@@ -41,8 +41,9 @@ class HostTable {
   // step, what the tensor's random bits are made of.
   void add(const TensorEntry& entry, StepCount step, uint32_t group, std::size_t slot, uint64_t seed, uint32_t number);
 
-  // Chunks are numbered here; nothing may be added afterwards. `gathers`: allocate what statistics need on the host.
-  void finish(bool statistics);
+  // Chunks are numbered here; nothing may be added afterwards. `sums`: allocate what sums over gradients need on the
+  // host.
+  void finish(bool sums);
 
   // Takes this step's gradients and returns the rows of scalars it needs, each (group, t).
   // Throws BadStepCount; nothing of a tensor has been written then.
@@ -56,15 +57,17 @@ class HostTable {
   const std::vector<TensorEntry>& tensors() const { return tensors_; }
   std::vector<uint32_t> tensor_of_chunk() const;  // for a device; 4 bytes for every 16384 elements are not kept here
   const std::vector<const void*>& grads() const { return grads_; }
-  const std::vector<Noise>& noise() const { return noise_; }  // empty when all tensors are plain
+  const std::vector<RngKey>& rng_keys() const { return noise_; }  // empty when all tensors are plain
   Storage storage() const { return plain_ ? Storage::plain : Storage::any; }
   const std::vector<uint32_t>& rows() const { return rows_; }
 
-  void run_cpu(RuleIndex rule, Statistics statistics, const std::vector<Scalars>& scalars, int threads,
-               ChunkStatistics* observed);
+  void run_cpu(RuleIndex rule, ThresholdPass threshold_pass, const std::vector<Scalars>& scalars, int threads,
+               ChunkStatistics* chunk_statistics);
 
  private:
-  TableView view(ChunkStatistics* observed) { return {tensors_.data(), nullptr, sums_.data(), nullptr, observed}; }
+  TableView view(ChunkStatistics* chunk_statistics) {
+    return {tensors_.data(), nullptr, sums_.data(), nullptr, chunk_statistics};
+  }
 
   bool rows_by_step_;
   std::vector<TensorEntry> tensors_;
@@ -75,7 +78,7 @@ class HostTable {
   uint32_t chunks_ = 0;
   std::vector<std::pair<uint64_t, uint32_t>> seeds_;
   std::vector<const void*> grads_;
-  std::vector<Noise> noise_;
+  std::vector<RngKey> noise_;
   bool plain_ = true;
   std::vector<uint32_t> rows_;
   std::vector<Sums> sums_;

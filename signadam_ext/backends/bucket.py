@@ -117,7 +117,7 @@ class Bucket:
 
     Attributes:
         non_dense: those whose ``work`` is a copy.
-        observed: where it is wanted, a row of :data:`signadam_ext.core.step_statistics.COLUMNS` for each chunk.
+        chunk_statistics: where it is wanted, a row of :data:`signadam_ext.core.step_statistics.COLUMNS` for each chunk.
     """
 
     rule: Rule
@@ -126,7 +126,7 @@ class Bucket:
     observes: bool
     non_dense: list[Entry] = field(init=False)
     table: Any = field(init=False)
-    observed: Tensor | None = field(init=False, default=None)
+    chunk_statistics: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.non_dense = [entry for entry in self.entries if not entry.is_dense]
@@ -139,7 +139,7 @@ class Bucket:
                 low=0 if entry.beside is None else entry.beside.data_ptr(),
                 exp_avg=addresses[0],
                 exp_avg_sq=addresses[1],
-                third=addresses[2],
+                aux=addresses[2],
                 gate=0 if entry.gate is None else entry.gate.data_ptr(),
                 step=0 if entry.step is None else entry.step.data_ptr(),
                 step_is_double=entry.step is None or entry.step.dtype == torch.float64,
@@ -149,20 +149,20 @@ class Bucket:
                 grad_format=FORMATS[entry.grad_dtype],
                 exp_avg_format=formats[0],
                 exp_avg_sq_format=formats[1],
-                third_format=formats[2],
+                aux_format=formats[2],
                 weights=WEIGHTS[entry.weights],
                 group=entry.group,
                 slot=entry.slot,
                 seed=entry.seed,
                 number=entry.number,
             )
-        self.table.finish(statistics=self.rule.statistics != "NONE")
+        self.table.finish(sums=self.rule.threshold_pass != "NONE")
         if self.observes:
             shape = (self.table.chunks, len(COLUMNS))
-            self.observed = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self.chunk_statistics = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     def observations(self) -> tuple[Tensor, ...]:
-        return () if self.observed is None else (self.observed,)
+        return () if self.chunk_statistics is None else (self.chunk_statistics,)
 
     def present_non_dense(self) -> list[Entry]:
         """Those of ``non_dense`` that take part in the step that the table has begun."""

@@ -34,13 +34,13 @@ class CpuBucketLaunch(HostLaunch):
 
     def __init__(self, bucket: Bucket) -> None:
         self._rule = _C.RULES.index(bucket.rule.name)
-        self._statistics = getattr(_C.Statistics, bucket.rule.statistics)
+        self._threshold_pass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)
         self._bucket = bucket
-        self._observed = 0 if bucket.observed is None else bucket.observed.data_ptr()
+        self._chunk_statistics = 0 if bucket.chunk_statistics is None else bucket.chunk_statistics.data_ptr()
 
     def operations(self, rows: Sequence[Row]) -> list[Any]:
         threads = torch.get_num_threads()
-        launch = self._bucket.table.cpu_launch(self._rule, self._statistics, rows, threads, self._observed)
+        launch = self._bucket.table.cpu_launch(self._rule, self._threshold_pass, rows, threads, self._chunk_statistics)
         non_dense = self._bucket.present_non_dense()
         if not non_dense:
             return [launch]

@@ -39,16 +39,16 @@ class CudaBackend:
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
         rule = _C.RULES.index(bucket.rule.name)
-        statistics = getattr(_C.Statistics, bucket.rule.statistics)
+        threshold_pass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)
         table, device = bucket.table, bucket.device
         if table.chunks == 0:
             return lambda rows: None
         resident = to_device(torch.frombuffer(bytearray(table.device_bytes()), dtype=torch.uint8), device)
-        gathers = bucket.rule.statistics != "NONE"
+        gathers = bucket.rule.threshold_pass != "NONE"
         # S1 and S2 of each chunk, and a count of finished chunks per tensor that the kernel leaves at zero.
         sums = torch.empty(2 * table.chunks if gathers else 0, dtype=torch.float64, device=device)
         arrivals = torch.zeros(len(table) if gathers else 0, dtype=torch.int32, device=device)
-        observed = 0 if bucket.observed is None else bucket.observed.data_ptr()
+        chunk_statistics = 0 if bucket.chunk_statistics is None else bucket.chunk_statistics.data_ptr()
         capacity = _C.cuda_inline_capacity()
 
         def copied(rows: int) -> int:
@@ -59,19 +59,19 @@ class CudaBackend:
             assert stream is not None
             table.launch_cuda(
                 rule,
-                statistics,
+                threshold_pass,
                 rows,
                 device_table=resident.data_ptr(),
                 sums=sums.data_ptr(),
                 arrivals=arrivals.data_ptr(),
-                observed=observed,
+                chunk_statistics=chunk_statistics,
                 device_step=0 if step is None else step.data_ptr(),
                 device=stream.device_index,
                 stream=stream.cuda_stream,
             )
 
         made = StreamGuarded(device, resident, sums, arrivals, *bucket.observations())
-        return StreamLaunch(device, made, bucket.observed is not None, copied, table.write_cuda_step, start)
+        return StreamLaunch(device, made, bucket.chunk_statistics is not None, copied, table.write_cuda_step, start)
 
 
 @functools.cache

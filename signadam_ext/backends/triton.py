@@ -26,10 +26,10 @@ def launch_options(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]:
     """How a kernel with these constants is compiled."""
     options: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
     # What ptxas takes by itself would leave some of the large ones one block for each multiprocessor.
-    is_stored = any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "THIRD", "WEIGHTS"))
+    is_stored = any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "AUX", "WEIGHTS"))
     if constants["OBSERVES"]:
         return options  # more registers than that
-    is_large = constants["STATISTICS"] == _C.Statistics.GATHER.value or constants["MOMENTS"] > 1
+    is_large = constants["THRESHOLD_PASS"] == _C.ThresholdPass.SAME_PASS.value or constants["MOMENTS"] > 1
     if nvidia and is_stored and is_large:
         options["maxnreg"] = 128
     return options
@@ -56,7 +56,7 @@ class TritonBackend:
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
         from ..triton_kernels import rules
-        from ..triton_kernels.update import NONE, ONLY, update
+        from ..triton_kernels.update import NONE, PASS_BEFORE, update
 
         device = bucket.device
         if bucket.table.chunks == 0:
@@ -64,8 +64,8 @@ class TritonBackend:
         entries, table = bucket.entries, bucket.table
         resident = to_device(_table(entries), device)
         chunk_map = to_device(torch.frombuffer(bytearray(table.chunk_bytes()), dtype=torch.int32), device)
-        statistics = getattr(_C.Statistics, bucket.rule.statistics).value
-        gathers = statistics != NONE.value
+        threshold_pass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass).value
+        gathers = threshold_pass != NONE.value
         sums = torch.empty(2 * table.chunks if gathers else 1, dtype=torch.float64, device=device)
         arrivals = torch.zeros(len(table) if gathers else 1, dtype=torch.int32, device=device)
         made = StreamGuarded(device, resident, chunk_map, sums, arrivals, *bucket.observations())
@@ -78,34 +78,34 @@ class TritonBackend:
             "GRAD": FORMATS[sample.grad_dtype],
             "EXP_AVG": forms[0],
             "EXP_AVG_SQ": forms[1],
-            "THIRD": forms[2],
+            "AUX": forms[2],
             "READS_VARIANCE": bucket.rule.reads_variance,
             "WEIGHTS": WEIGHTS[sample.weights],
             "CONFIDENCE": bucket.rule.confidence,
         }
-        observed = sums if bucket.observed is None else bucket.observed
+        chunk_statistics = sums if bucket.chunk_statistics is None else bucket.chunk_statistics
         if bucket.rule.confidence is not None:
             _probe(bucket.rule.confidence, device)
         passes = []
-        for each in [ONLY.value, NONE.value] if statistics == ONLY.value else [statistics]:
-            observes = bucket.observed is not None and each != ONLY.value
-            own = constants | {"STATISTICS": each, "OBSERVES": observes}
+        for each in [PASS_BEFORE.value, NONE.value] if threshold_pass == PASS_BEFORE.value else [threshold_pass]:
+            observes = bucket.chunk_statistics is not None and each != PASS_BEFORE.value
+            own = constants | {"THRESHOLD_PASS": each, "OBSERVES": observes}
             passes.append(own | launch_options(own, nvidia=torch.version.hip is None))
 
         def start(rows: Sequence[Row], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
             assert step is not None
-            grads_at, noise_at, rows_at, scalars_at, size = _C.step_layout(len(table), len(rows))
+            grads_at, rng_keys_at, rows_at, scalars_at, size = _C.step_layout(len(table), len(rows))
             # Every one of them lies on a 16-byte boundary, at each step: Triton would compile another kernel otherwise.
             arguments = (
                 resident,
                 chunk_map,
-                step[grads_at:noise_at].view(torch.int64),
-                step[noise_at:rows_at].view(torch.int32),
+                step[grads_at:rng_keys_at].view(torch.int64),
+                step[rng_keys_at:rows_at].view(torch.int32),
                 step[rows_at:scalars_at].view(torch.int32),
                 step[scalars_at:size].view(torch.float64),
                 sums,
                 arrivals,
-                observed,
+                chunk_statistics,
             )
             for own in passes:
                 update[(table.chunks,)](*arguments, **own)
@@ -113,7 +113,7 @@ class TritonBackend:
         return StreamLaunch(
             device,
             made,
-            bucket.observed is not None,
+            bucket.chunk_statistics is not None,
             lambda rows: step_bytes(len(table), rows),
             table.write_step,
             start,
@@ -167,7 +167,7 @@ def _table(entries: Sequence[Entry]) -> Tensor:
             "low": low,
             "exp_avg": operands[0],
             "exp_avg_sq": operands[1],
-            "third": operands[2],
+            "aux": operands[2],
             "gate": 0 if entry.gate is None else entry.gate.data_ptr(),
             "numel": numel,
             "first": entry.first,

@@ -68,10 +68,10 @@ def bits_for_v(r: Tensor) -> Tensor:
     return bits_for_m(r) ^ 0xFFFF
 
 
-def bits_for_third(r: Tensor) -> Tensor:
+def bits_for_aux(r: Tensor) -> Tensor:
     """What a third moment uses: the complement of the parameter's."""
     return r ^ 0xFFFF
 
 
 #: What each moment uses of an element's bits, in the order of the moments.
-MOMENT_BITS = (bits_for_m, bits_for_v, bits_for_third)
+MOMENT_BITS = (bits_for_m, bits_for_v, bits_for_aux)

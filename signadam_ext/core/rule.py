@@ -11,10 +11,10 @@ from . import checks, formats
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
 
-#: How a gated rule obtains its threshold; the names of ``signadam_ext._C.Statistics``.
-#: NONE: a scalar. GATHER: from what earlier steps left, this step's sums are taken in the same pass. ONLY: from this
+#: How a gated rule obtains its threshold; the names of ``signadam_ext._C.ThresholdPass``.
+#: NONE: a scalar. SAME_PASS: from what earlier steps left, this step's sums are taken in the same pass. PASS_BEFORE: from this
 #: step's, in a launch of its own before the update.
-STATISTICS = ("NONE", "GATHER", "ONLY")
+THRESHOLD_PASSES = ("NONE", "SAME_PASS", "PASS_BEFORE")
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Rule:
         scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles.
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
-        statistics: one of :data:`STATISTICS`.
-        gate: name of the state that keeps what the threshold is made of, unless ``statistics`` is "NONE".
+        threshold_pass: one of :data:`THRESHOLD_PASSES`.
+        gate: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is "NONE".
         confidence: a function of the user's that gives the rule its gradient, or None.
     """
 
@@ -39,7 +39,7 @@ class Rule:
     bounded: bool = False
     uses_step: bool = False
     reads_variance: bool = False
-    statistics: str = "NONE"
+    threshold_pass: str = "NONE"
     gate: str | None = None
     confidence: Callable[..., Any] | None = field(default=None, hash=False)  # one may have no hash
 

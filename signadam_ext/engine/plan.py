@@ -191,7 +191,9 @@ class Plan:
         for entry in self._variances:
             if entry.variance is not None and entry.variance_address is None:
                 made.setdefault(entry.param.device, []).append(entry.variance)
-        return [StreamGuarded(device, *tensors) for device, tensors in made.items() if device.type == "cuda" and tensors]
+        return [
+            StreamGuarded(device, *tensors) for device, tensors in made.items() if device.type == "cuda" and tensors
+        ]
 
     def grad(self, slot: int) -> Tensor:
         """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""

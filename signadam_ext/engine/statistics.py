@@ -81,13 +81,13 @@ def collect(plans: Iterable[Plan]) -> Statistics:
     found: list[tuple[int, str, _Sums]] = []
     for plan in plans:
         for bucket, launch in plan.launches:
-            if bucket.observed is None:
+            if bucket.chunk_statistics is None:
                 continue
             if isinstance(launch, StreamedLaunch):
                 launch.wait()
             elif bucket.device.type == "cuda":
                 torch.cuda.synchronize(bucket.device)
-            rows = bucket.observed.cpu()
+            rows = bucket.chunk_statistics.cpu()
             begin = 0
             for entry, present in zip(bucket.entries, bucket.table.grads(), strict=True):
                 numel = entry.numel

@@ -32,11 +32,11 @@ FUNCTORS = rules()
 #: Every kernel; the exact form's first launch serves any gated rule.
 KERNELS = [
     *((rule, "NONE") for rule in _C.RULES),
-    ("sign_adam_pp", "GATHER"),
-    ("sign_adam_pp", "ONLY"),
-    ("sign_sgd", "ONLY"),
+    ("sign_adam_pp", "SAME_PASS"),
+    ("sign_adam_pp", "PASS_BEFORE"),
+    ("sign_sgd", "PASS_BEFORE"),
 ]
-each_kernel = pytest.mark.parametrize(("rule", "statistics"), KERNELS, ids=["-".join(kernel) for kernel in KERNELS])
+each_kernel = pytest.mark.parametrize(("rule", "threshold_pass"), KERNELS, ids=["-".join(kernel) for kernel in KERNELS])
 #: Around every border: vectors, pieces, runs of codes, rows, chunks.
 SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 255, 1025, 2047, 2048, 2049, 4099, 16383, 16384, 16385)
 LARGE_SIZES = (2 * 16384, 3 * 16384 + 2057)
@@ -95,11 +95,11 @@ def assert_same_step(table: Any, rows: Sequence[tuple[float, ...]], step: np.nda
         with np.errstate(over="ignore"):
             expected.append(np.array([named[name] for name in FLOATS]).astype(np.float32).tobytes())
         expected.append(np.array([named[name] != 0 for name in FLAGS], dtype=np.uint32).tobytes())
-    grads, noise, numbers = (
+    grads, rng_keys, numbers = (
         step[at : at + size * len(table)].tobytes() for at, size in zip(offsets, (8, 8, 4), strict=False)
     )
     plain = len(b"".join(expected)) + 12 * len(table) == own.size  # which draws no random bits
-    assert own.tobytes() == b"".join([*expected, grads, b"" if plain else noise, numbers])
+    assert own.tobytes() == b"".join([*expected, grads, b"" if plain else rng_keys, numbers])
 
 
 @dataclass
@@ -124,7 +124,7 @@ class CudaOnHost:
             device_table = np.frombuffer(table.device_bytes(), dtype=np.uint8).copy()
             status = self.library.cuda_on_host(
                 _C.RULES.index(bucket.rule.name),
-                getattr(_C.Statistics, bucket.rule.statistics).value,
+                getattr(_C.ThresholdPass, bucket.rule.threshold_pass).value,
                 *(ctypes.c_int64(len(table)), ctypes.c_int64(table.chunks)),
                 *(ctypes.c_void_p(device_table.ctypes.data), ctypes.c_int64(device_table.size)),
                 ctypes.c_void_p(step.ctypes.data),
@@ -164,7 +164,7 @@ class Case:
     tensors: tuple[TensorCase, ...]
 
 
-def rule_of(name: str, statistics: str) -> Rule:
+def rule_of(name: str, threshold_pass: str) -> Rule:
     """The rule with scalars that a group names itself."""
     functor = FUNCTORS[name]
     return Rule(
@@ -173,8 +173,8 @@ def rule_of(name: str, statistics: str) -> Rule:
         lambda group, t: group["scalars"],
         bounded=functor.bounded,
         reads_variance=functor.reads_variance,
-        statistics=statistics,
-        gate=None if statistics == "NONE" else "gate",
+        threshold_pass=threshold_pass,
+        gate=None if threshold_pass == "NONE" else "gate",
     )
 
 
@@ -362,7 +362,7 @@ def initial_state(case: TensorCase, rule: Rule, forms: tuple[Form, ...], generat
         beside = Operand(low, dtype, case.offsets[3])
         beside.exact = not dtype.is_floating_point
     deviation = None
-    if rule.statistics != "NONE":
+    if rule.threshold_pass != "NONE":
         deviation = torch.rand((), dtype=torch.float64, generator=generator)
     variance = None
     if rule.reads_variance:
@@ -409,8 +409,8 @@ def take_step(
     bucket.table.commit()
 
 
-def check(library: ctypes.CDLL, name: str, statistics: str, case: Case) -> None:
-    rule = rule_of(name, statistics)
+def check(library: ctypes.CDLL, name: str, threshold_pass: str, case: Case) -> None:
+    rule = rule_of(name, threshold_pass)
     generator = torch.Generator().manual_seed(case.seed)
     own = [{**case.groups[tensor.group], "state_dtype": tensor.state_dtype} for tensor in case.tensors]
     expected = [
@@ -437,11 +437,11 @@ def check(library: ctypes.CDLL, name: str, statistics: str, case: Case) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("stored", [False, True], ids=["plain", "stored"])
-def test_equals_the_reference(library: ctypes.CDLL, rule: str, statistics: str, stored: bool) -> None:
+def test_equals_the_reference(library: ctypes.CDLL, rule: str, threshold_pass: str, stored: bool) -> None:
     @settings(max_examples=settings.default.max_examples // 4)
     @given(case=cases(rule, stored))
     def run(case: Case) -> None:
-        check(library, rule, statistics, case)
+        check(library, rule, threshold_pass, case)
 
     run()
 
@@ -502,8 +502,8 @@ def every_form(rule: str) -> Iterator[TensorCase]:
 
 
 @each_kernel
-def test_every_form_and_size_in_one_launch(library: ctypes.CDLL, rule: str, statistics: str) -> None:
-    check(library, rule, statistics, Case(1, 2, 2, GROUPS, tuple(every_form(rule))))
+def test_every_form_and_size_in_one_launch(library: ctypes.CDLL, rule: str, threshold_pass: str) -> None:
+    check(library, rule, threshold_pass, Case(1, 2, 2, GROUPS, tuple(every_form(rule))))
 
 
 def test_deviation_of_many_chunks(library: ctypes.CDLL) -> None:
@@ -512,7 +512,7 @@ def test_deviation_of_many_chunks(library: ctypes.CDLL) -> None:
     plain = TensorCase(size, torch.float32, torch.float32, ("fp32",), offsets=(1, 0, 0, 0))
     stored = TensorCase(size, torch.bfloat16, torch.bfloat16, ("int4",), "master", first=2**33 - size // 2)
     for tensor, order in ((plain, 0), (plain, 1), (plain, 2), (stored, 1), (stored, 2)):
-        check(library, "sign_adam_pp", "GATHER", Case(3, order, 2, GROUPS, (tensor,)))
+        check(library, "sign_adam_pp", "SAME_PASS", Case(3, order, 2, GROUPS, (tensor,)))
 
 
 def call(function: Callable[..., None], *arguments: int | Tensor) -> None:
@@ -627,7 +627,7 @@ def test_block_scaling(library: ctypes.CDLL, every_upper_half: Tensor, random_ha
 def test_there_is_no_kernel_for_what_no_rule_does(library: ctypes.CDLL) -> None:
     status = library.cuda_on_host(
         _C.RULES.index("signum"),
-        _C.Statistics.GATHER.value,
+        _C.ThresholdPass.SAME_PASS.value,
         *(ctypes.c_int64(0), ctypes.c_int64(0), None, ctypes.c_int64(0), None),
         *((ctypes.c_int64 * 4)(), ctypes.c_int64(0), 0, ctypes.c_uint32(0)),
     )

@@ -16,23 +16,28 @@ BUILT = _C.build_info()
 pytestmark = pytest.mark.skipif(BUILT["cuda"] is None, reason="the module was built without CUDA")
 ARCHITECTURES = [name for name in BUILT["cuda_architectures"].split("+") if name.startswith("sm_")]
 VIRTUAL = [name for name in BUILT["cuda_architectures"].split("+") if name.startswith("compute_")]
-STATISTICS = ("none", "gather", "only")
+THRESHOLD_PASSES = ("none", "same_pass", "pass_before")
 #: Tensors of a table: fp32 moments and parameters rounded to nearest, or any storage form; or that, with statistics().
-STORAGE = ("plain", "any", "observed")
+STORAGE = ("plain", "any", "with_statistics")
 
 RULES = rules()
 #: Of every kernel in csrc/cuda/step.cu the functor, statistics and storage.
 Name = tuple[str, str, str]
 #: (rule, statistics, storage) of every kernel.
 KERNELS = [
-    (rule, statistics, storage)
+    (rule, threshold_pass, storage)
     for storage in STORAGE
-    for rule, statistics in [*((name, "none") for name in RULES), ("sign_adam_pp", "gather"), ("sign_adam_pp", "only")]
-    if not (storage == "plain" and RULES[rule].third) and not (storage == "observed" and statistics == "only")
+    for rule, threshold_pass in [
+        *((name, "none") for name in RULES),
+        ("sign_adam_pp", "same_pass"),
+        ("sign_adam_pp", "pass_before"),
+    ]
+    if not (storage == "plain" and RULES[rule].aux)
+    and not (storage == "with_statistics" and threshold_pass == "pass_before")
 ]
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 each_kernel = pytest.mark.parametrize(
-    ("rule", "statistics", "storage"), KERNELS, ids=["-".join(kernel) for kernel in KERNELS]
+    ("rule", "threshold_pass", "storage"), KERNELS, ids=["-".join(kernel) for kernel in KERNELS]
 )
 
 
@@ -50,7 +55,7 @@ class Kernel:
 
 def kernel_name(mangled: str) -> Name | None:
     match = re.search(r"6kernelINS_\d+(\w+?)ELNS_10StatisticsE(\d)ELNS_7StorageE(\d)E", mangled)
-    return None if match is None else (match[1], STATISTICS[int(match[2])], STORAGE[int(match[3])])
+    return None if match is None else (match[1], THRESHOLD_PASSES[int(match[2])], STORAGE[int(match[3])])
 
 
 @cache
@@ -94,14 +99,14 @@ def ptx() -> dict[str, dict[Name, str]]:
     return found
 
 
-def kernel_of(architecture: str, rule: str, statistics: str, storage: str) -> Kernel:
-    return module()[architecture][RULES[rule].struct, statistics, storage]
+def kernel_of(architecture: str, rule: str, threshold_pass: str, storage: str) -> Kernel:
+    return module()[architecture][RULES[rule].struct, threshold_pass, storage]
 
 
 def test_architectures_and_kernels() -> None:
     """What the build says it holds, and nothing else: no stub for another architecture, no kernel left out."""
     assert ARCHITECTURES
-    expected = {(RULES[rule].struct, statistics, storage) for rule, statistics, storage in KERNELS}
+    expected = {(RULES[rule].struct, threshold_pass, storage) for rule, threshold_pass, storage in KERNELS}
     assert len(expected) == len(KERNELS)
     assert set(RULES) == set(_C.RULES)
     assert set(module()) == set(ARCHITECTURES)
@@ -115,9 +120,9 @@ def test_architectures_and_kernels() -> None:
 
 @each_architecture
 @each_kernel
-def test_wide_streaming_accesses(architecture: str, rule: str, statistics: str, storage: str) -> None:
-    kernel = kernel_of(architecture, rule, statistics, storage)
-    updates = statistics != "only"
+def test_wide_streaming_accesses(architecture: str, rule: str, threshold_pass: str, storage: str) -> None:
+    kernel = kernel_of(architecture, rule, threshold_pass, storage)
+    updates = threshold_pass != "pass_before"
     moments = RULES[rule].moments if updates else 0
     reads = moments + (updates and RULES[rule].reads_variance)
     wide = {name: [x for x in kernel.of(name) if x.operation.endswith(".128")] for name in ("LDG", "STG")}
@@ -132,43 +137,43 @@ def test_wide_streaming_accesses(architecture: str, rule: str, statistics: str, 
     # Each element is used once: evict first. What is not said to be streamed is the table and the statistics.
     streamed = [x for name in ("LDG", "STG") for x in wide[name]]
     assert all(".EF." in x.operation for x in streamed)
-    if updates and statistics == "none" and storage != "observed":
+    if updates and threshold_pass == "none" and storage != "with_statistics":
         assert all(".EF" in x.operation for x in kernel.of("STG"))
 
 
 @each_architecture
 @each_kernel
-def test_no_spills(architecture: str, rule: str, statistics: str, storage: str) -> None:
-    kernel = kernel_of(architecture, rule, statistics, storage)
+def test_no_spills(architecture: str, rule: str, threshold_pass: str, storage: str) -> None:
+    kernel = kernel_of(architecture, rule, threshold_pass, storage)
     # Two blocks of 256 threads on a multiprocessor, or one: see blocks_at_once.
     alone = storage == "any" and RULES[rule].moments > 1 and not RULES[rule].bounded
-    assert 0 < kernel.registers <= (255 if alone or storage == "observed" else 128)
+    assert 0 < kernel.registers <= (255 if alone or storage == "with_statistics" else 128)
     assert kernel.stack == kernel.local == 0
     assert not kernel.of("LDL") and not kernel.of("STL")
 
 
 @each_architecture
 @each_kernel
-def test_only_exponents_take_neighbours(architecture: str, rule: str, statistics: str, storage: str) -> None:
+def test_only_exponents_take_neighbours(architecture: str, rule: str, threshold_pass: str, storage: str) -> None:
     """Four threads find the largest magnitude of their block in two exchanges, without a word of shared memory."""
     scaled = storage != "plain" and RULES[rule].moments > 0 and not RULES[rule].bounded
-    exchanges = kernel_of(architecture, rule, statistics, storage).of("SHFL")
+    exchanges = kernel_of(architecture, rule, threshold_pass, storage).of("SHFL")
     assert len(exchanges) == (2 if scaled else 0)
 
 
 @each_architecture
 @each_kernel
-def test_no_contraction(architecture: str, rule: str, statistics: str, storage: str) -> None:
+def test_no_contraction(architecture: str, rule: str, threshold_pass: str, storage: str) -> None:
     """Multiplications and additions are instructions of their own.
 
     Correctly rounded division and root are made of FFMA, so rules that have one are not looked at here: their PTX is.
     The statistics end with division and root in double, made of DFMA and, to look at a divisor's exponent, an FFMA that
     multiplies by zero.
     """
-    kernel = kernel_of(architecture, rule, statistics, storage)
+    kernel = kernel_of(architecture, rule, threshold_pass, storage)
     fused = kernel.of("FFMA2?")
     assert kernel.of("FADD2?") and kernel.of("FMUL2?")
-    if statistics != "none":
+    if threshold_pass != "none":
         assert all(x.operands[1] == "RZ" for x in fused), fused
         at = [i for i, x in enumerate(kernel.code) if x.operation.startswith("ATOM")]
         assert len(at) == 1
@@ -185,12 +190,12 @@ def test_no_contraction(architecture: str, rule: str, statistics: str, storage: 
 
 @pytest.mark.parametrize("architecture", VIRTUAL)
 @each_kernel
-def test_ptx_rounds_every_operation(architecture: str, rule: str, statistics: str, storage: str) -> None:
+def test_ptx_rounds_every_operation(architecture: str, rule: str, threshold_pass: str, storage: str) -> None:
     """In PTX division and root are instructions, so here no kernel may contain a fused or an approximate one."""
-    entry = ptx()[architecture][RULES[rule].struct, statistics, storage]
+    entry = ptx()[architecture][RULES[rule].struct, threshold_pass, storage]
     arithmetic = set(PTX_ARITHMETIC.findall(entry))
     assert arithmetic <= exact_ptx("f32") | exact_ptx("f64")
     assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic
-    assert ("div.rn.f32" in arithmetic) == (RULES[rule].divides and statistics != "only")
-    assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (statistics != "none")
+    assert ("div.rn.f32" in arithmetic) == (RULES[rule].divides and threshold_pass != "pass_before")
+    assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (threshold_pass != "none")
     assert not re.search(r"\.(approx|ftz|full)\b", entry)

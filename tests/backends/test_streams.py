@@ -187,7 +187,9 @@ def test_statistics_wait_before_they_read() -> None:
             rows.copy_(torch.tensor([[3.0, 4.0, 1.0, 2.0, 5.0, 0.5]], dtype=torch.float64))
 
     entry = SimpleNamespace(numel=10, forms=(), slot=0, number=0)
-    bucket = SimpleNamespace(observed=rows, device=CPU, entries=[entry], table=SimpleNamespace(grads=lambda: [True]))
+    bucket = SimpleNamespace(
+        chunk_statistics=rows, device=CPU, entries=[entry], table=SimpleNamespace(grads=lambda: [True])
+    )
     plan = SimpleNamespace(launches=[(bucket, Launch())], labels=["parameter 'w'"])
     found = statistics.collect([plan]).all  # type: ignore[list-item]
     assert (found.passed, found.norm_ratio, found.threshold) == (0.3, 0.5, 0.5) and math.isnan(found.flipped)
@@ -208,8 +210,13 @@ def test_step_data_is_aligned(tensors: int, rows: int) -> None:
     """So Triton compiles one kernel for each set of constants."""
     *offsets, size = _C.step_layout(tensors=tensors, rows=rows)
     assert not any(offset % 16 for offset in offsets)
-    grads, noise, numbers, scalars = offsets
-    assert grads == 0 and noise >= 8 * tensors and numbers >= noise + 8 * tensors and scalars >= numbers + 4 * tensors
+    grads, rng_keys, numbers, scalars = offsets
+    assert (
+        grads == 0
+        and rng_keys >= 8 * tensors
+        and numbers >= rng_keys + 8 * tensors
+        and scalars >= numbers + 4 * tensors
+    )
     assert size == scalars + 8 * len(_C.SCALARS) * rows
 
 

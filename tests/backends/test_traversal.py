@@ -38,7 +38,7 @@ def traversal(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "counts",  # thousands of tensors: every element written once, guards untouched, sums complete
         "rules",  # every rule and kind of statistics as by a plain loop over the elements
         "stored",  # every storage form: the same bytes in any order of blocks and threads
-        "observed",  # what optimizer.statistics() tells as by a plain loop, and the same update
+        "step statistics",  # what optimizer.statistics() tells as by a plain loop, and the same update
         "levels",  # chunk sums through more than one level
     ],
 )

@@ -21,7 +21,7 @@ from support.toolchain import HOST, PTX_ARITHMETIC, Instruction, exact_ptx, inst
 
 pytest.importorskip("triton")
 
-STATISTICS = ("none", "gather", "only")
+THRESHOLD_PASSES = ("none", "same_pass", "pass_before")
 #: As in csrc/core/formats.h, with the bits of an element.
 FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "block8": 8}
 #: With the bits of what lies beside an element of the parameter.
@@ -34,13 +34,13 @@ AMD = "gfx942"
 class Job(NamedTuple):
     target: str
     rule: str
-    statistics: str = "none"
+    threshold_pass: str = "none"
     param: str = "fp32"
     grad: str = "fp32"
     exp_avg: str = "fp32"
     exp_avg_sq: str = "fp32"
     weights: str = "as_is"
-    observes: str = "unobserved"
+    observes: str = "without_statistics"
 
     def arguments(self) -> list[object]:
         formats = list(FORMATS)
@@ -51,35 +51,35 @@ class Job(NamedTuple):
             "GRAD": formats.index(self.grad),
             "EXP_AVG": formats.index(self.exp_avg),
             "EXP_AVG_SQ": formats.index(self.exp_avg_sq),
-            "THIRD": formats.index(self.exp_avg_sq if RULES[self.rule].moments > 2 else "fp32"),
+            "AUX": formats.index(self.exp_avg_sq if RULES[self.rule].moments > 2 else "fp32"),
             "READS_VARIANCE": RULES[self.rule].reads_variance,
             "WEIGHTS": list(WEIGHTS).index(self.weights),
-            "STATISTICS": STATISTICS.index(self.statistics),
+            "THRESHOLD_PASS": THRESHOLD_PASSES.index(self.threshold_pass),
             "CONFIDENCE": None,
-            "OBSERVES": self.observes == "observed",
+            "OBSERVES": self.observes == "with_statistics",
         }
         return [self.target, constants]
 
 
 #: Only the gated rule has statistics, as in csrc/cuda/step.cu.
-KERNELS = [*((rule, "none") for rule in RULES), ("sign_adam_pp", "gather"), ("sign_adam_pp", "only")]
+KERNELS = [*((rule, "none") for rule in RULES), ("sign_adam_pp", "same_pass"), ("sign_adam_pp", "pass_before")]
 MIXTURES = [
     ("sign_adam_pp", "none", "bf16", "bf16"),
     ("sign_adam_pp", "none", "fp16", "fp16"),
-    ("sign_adam_pp", "gather", "fp32", "bf16"),
-    ("sign_adam_pp", "only", "bf16", "fp32"),
+    ("sign_adam_pp", "same_pass", "fp32", "bf16"),
+    ("sign_adam_pp", "pass_before", "bf16", "fp32"),
     ("sign_adam", "none", "bf16", "fp32"),
     ("sign_adam", "none", "fp32", "fp16"),
 ]
 STORED = [
     ("sign_adam_pp", "none", "bf16", "bf16", "int2", "fp32", "stochastic"),
-    ("sign_adam_pp", "gather", "bf16", "fp32", "int4", "fp32", "split16"),
+    ("sign_adam_pp", "same_pass", "bf16", "fp32", "int4", "fp32", "split16"),
     ("sign_adam", "none", "bf16", "bf16", "int8", "bf16", "split8"),
     ("signum", "none", "bf16", "bf16", "block8", "fp32", "master"),
     ("sign_sgd", "none", "fp16", "fp16", "fp32", "fp32", "stochastic"),
     ("adam_amsgrad", "none", "bf16", "bf16", "bf16", "bf16", "stochastic"),
-    ("sign_adam_pp", "gather", "fp32", "fp32", "fp32", "fp32", "as_is", "observed"),
-    ("msvag_minibatch", "none", "bf16", "fp32", "fp32", "fp32", "as_is", "observed"),
+    ("sign_adam_pp", "same_pass", "fp32", "fp32", "fp32", "fp32", "as_is", "with_statistics"),
+    ("msvag_minibatch", "none", "bf16", "fp32", "fp32", "fp32", "as_is", "with_statistics"),
 ]
 #: What is compiled for one architecture of NVIDIA only: rules of the same operations as others, mixed dtypes.
 LIKE_OTHERS = ("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion")
@@ -130,7 +130,7 @@ def accesses(job: Job, lanes: int) -> tuple[Counter[int], Counter[int]]:
     """Loads and stores of a row's thread with so many lanes, by bytes: at least these."""
     moments = (job.exp_avg, job.exp_avg_sq, job.exp_avg_sq)[: RULES[job.rule].moments]
     updated = [FORMATS[job.param], WEIGHTS[job.weights]]
-    stores = [] if job.statistics == "only" else [*updated, *(FORMATS[moment] for moment in moments)]
+    stores = [] if job.threshold_pass == "pass_before" else [*updated, *(FORMATS[moment] for moment in moments)]
     given = [FORMATS["fp32"]] if RULES[job.rule].reads_variance else []
     loads = [FORMATS[job.grad], *(stores or updated), *given]
     return tuple(Counter(size for bits in found for size in pieces(bits * lanes // 8)) for found in (loads, stores))
@@ -147,10 +147,10 @@ def test_ptx(nvidia: dict[Job, Path], job: Job) -> None:
     pairs = exact_ptx("f32x2")  # on sm_100
     assert arithmetic <= exact_ptx("f32") | exact_ptx("f64") | pairs
     assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic | {name.removesuffix("x2") for name in arithmetic & pairs}
-    divides = RULES[job.rule].divides and job.statistics != "only"
+    divides = RULES[job.rule].divides and job.threshold_pass != "pass_before"
     assert ("div.rn.f32" in arithmetic) == divides
     assert ("sqrt.rn.f32" in arithmetic) == (divides and RULES[job.rule].roots)
-    assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (job.statistics != "none")
+    assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (job.threshold_pass != "none")
     assert not re.search(r"\.(approx|ftz|full)\b", code)
 
     # A thread has 8 of 2048 lanes: two accesses of 16 bytes for fp32, one for a 16-bit format, and so on down. Evict
@@ -169,7 +169,7 @@ def test_cubin(nvidia: dict[Job, Path], job: Job) -> None:
     assert len(used) == 1
     registers, stack, local = used[0]
     # ptxas may put a few words aside that are used outside of the wide path: a block's addresses and counts.
-    assert registers <= (255 if job.observes == "observed" else 128) and stack <= 16 and local == 0
+    assert registers <= (255 if job.observes == "with_statistics" else 128) and stack <= 16 and local == 0
     code = [found for line in listing("-sass", cubin).splitlines() if (found := instruction(line))]
     wide_loops = [body for body in loops(code) if any(x.operation == "LDG.E.EF.128" for x in body)]
     assert wide_loops
@@ -177,10 +177,10 @@ def test_cubin(nvidia: dict[Job, Path], job: Job) -> None:
         assert not [x for x in body if x.operation.startswith(("LDL", "STL"))]
     # The statistics' division and root in double have an FFMA that multiplies by zero, see test_sass.py.
     fused = [x for x in code if x.operation.startswith("FFMA")]
-    if RULES[job.rule].divides and job.statistics != "only":
+    if RULES[job.rule].divides and job.threshold_pass != "pass_before":
         assert fused
     else:
-        assert all(x.operands[1] == "RZ" for x in fused) and (not fused or job.statistics != "none"), fused
+        assert all(x.operands[1] == "RZ" for x in fused) and (not fused or job.threshold_pass != "none"), fused
 
 
 def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
@@ -202,7 +202,7 @@ def count(operation: str, code: str) -> int:
 def test_amdgcn(amd: dict[Job, Path], job: Job) -> None:
     code = amd[job].with_suffix(".amdgcn").read_text()
     fused = r"\bv_(?:pk_)?(?:fma|fmac|mad|mac|fmaak|fmamk|fma_mix\w*)_f(?:16|32)\w*"
-    if RULES[job.rule].divides and job.statistics != "only":
+    if RULES[job.rule].divides and job.threshold_pass != "pass_before":
         # Correctly rounded division ends with a fixup; it and the root are made of fused operations.
         assert "v_div_fixup_f32" in code
         assert count(r"v_div_fixup_f32", code) == count(r"v_rcp_f32", code)
@@ -212,7 +212,7 @@ def test_amdgcn(amd: dict[Job, Path], job: Job) -> None:
     else:
         assert not re.search(fused, code)
         assert not re.search(r"\bv_(rcp|rsq|sqrt|div_\w+)_f32", code)
-    if job.statistics != "none":
+    if job.threshold_pass != "none":
         # Gradients are summed before the count of arrivals; after it come division and root, made of fused operations.
         sums, end = code.split("global_atomic_add", 1)
         assert "v_mul_f64" in sums and not re.search(r"\bv_fma(c)?_f64", sums)

@@ -450,13 +450,13 @@ def test_the_reference_names_device_and_dtype(dtype):
     def run():
         found = []
         for name, count in cases:
-            for statistics, steers in (("NONE", 0.0), ("GATHER", 0.0), ("GATHER", 1.0), ("ONLY", 0.0)):
+            for threshold_pass, steers in (("NONE", 0.0), ("SAME_PASS", 0.0), ("SAME_PASS", 1.0), ("PASS_BEFORE", 0.0)):
                 p, g, *moments = (x.clone() for x in given[: 2 + count])
-                gate = None if statistics == "NONE" else deviation.clone()
+                gate = None if threshold_pass == "NONE" else deviation.clone()
                 own = {**scalars, "steers": steers, "coupled": 1.0}
                 g = rules.effective_gradient(own, p, g)
                 p, moments, alpha, gate = rules.update(
-                    getattr(rules, name), statistics, own, p, g, tuple(moments), gate
+                    getattr(rules, name), threshold_pass, own, p, g, tuple(moments), gate
                 )
                 found += [p, *moments, alpha, *([] if gate is None else [gate])]
         own = {name: value for name, value in scalars.items() if name != "alpha"}

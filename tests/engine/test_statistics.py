@@ -44,15 +44,15 @@ def test_equals_the_reference_and_changes_nothing(row: Row, stored: bool) -> Non
     options = {"weights": "stochastic", "state_dtype": row.state_dtypes[-1]} if stored and row.state_dtypes else {}
     shapes = SHAPES[: 3 if BACKEND == "triton" else 4]
     params = parameters(*shapes, dtype=torch.bfloat16 if stored else torch.float32)
-    observed, reference, plain = copies(params), copies(params), copies(params)
+    chunk_statistics, reference, plain = copies(params), copies(params), copies(params)
     a, b, c = (
         make(row, own, backend, weight_decay=0.125, **options)
-        for own, backend in ((observed, BACKEND), (reference, "reference"), (plain, BACKEND))
+        for own, backend in ((chunk_statistics, BACKEND), (reference, "reference"), (plain, BACKEND))
     )
     a.observe()
     b.observe()
     for number in range(3):
-        for optimizer, own in ((a, observed), (b, reference), (c, plain)):
+        for optimizer, own in ((a, chunk_statistics), (b, reference), (c, plain)):
             step(optimizer, own, number)
         found, expected = a.statistics(), b.statistics()
         assert near(found.all, expected.all), (found.all, expected.all)

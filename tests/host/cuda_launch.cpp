@@ -50,7 +50,8 @@ int launch_step(const unsigned char* step, int64_t size, void* device_step, int 
   StepLayout layout{};
   layout.size = static_cast<std::size_t>(size);
   return report(message, static_cast<std::size_t>(room), [&] {
-    launch(rule_SignSGD, Statistics::none, Storage::plain, TableView{}, 3, layout, step, device_step, device, nullptr);
+    launch(rule_SignSGD, ThresholdPass::none, Storage::plain, TableView{}, 3, layout, step, device_step, device,
+           nullptr);
   });
 }
 

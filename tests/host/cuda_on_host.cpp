@@ -11,17 +11,17 @@ using Launch = void (*)(const TableView&, const Step&, uint32_t, Order, uint32_t
 
 // As kernel_of in csrc/cuda/step.cu.
 template <Storage storage>
-Launch launch_of(int rule, Statistics statistics) {
-  if (statistics == Statistics::only) return launch<SignAdamPP, Statistics::only, storage>;
-  if (statistics == Statistics::gather)
-    return rule == rule_SignAdamPP ? launch<SignAdamPP, Statistics::gather, storage> : nullptr;
+Launch launch_of(int rule, ThresholdPass threshold_pass) {
+  if (threshold_pass == ThresholdPass::pass_before) return launch<SignAdamPP, ThresholdPass::pass_before, storage>;
+  if (threshold_pass == ThresholdPass::same_pass)
+    return rule == rule_SignAdamPP ? launch<SignAdamPP, ThresholdPass::same_pass, storage> : nullptr;
   switch (rule) {
 #define SIGNADAM_CASE(Rule)                                     \
   case rule_##Rule:                                             \
     if constexpr (storage == Storage::plain && has_third<Rule>) \
       return nullptr;                                           \
     else                                                        \
-      return launch<Rule, Statistics::none, storage>;
+      return launch<Rule, ThresholdPass::none, storage>;
     SIGNADAM_RULES(SIGNADAM_CASE)
 #undef SIGNADAM_CASE
     default:
@@ -34,12 +34,12 @@ Launch launch_of(int rule, Statistics statistics) {
 extern "C" {
 
 // One step of all tensors. `table`: the bytes that the CUDA backend sends to the device. `step`: the step's data with
-// the places of gradients, noise, rows and scalars in it, as Table.write_step writes them. Returns 0, 1 when there is
+// the places of gradients, keys, rows and scalars in it, as Table.write_step writes them. Returns 0, 1 when there is
 // no such kernel, 2 when a count of arrivals was left behind, 3 when the table was not built from these headers.
 int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks, const unsigned char* table_bytes,
                  int64_t table_size, const unsigned char* step_bytes, const int64_t* offsets, int64_t scalar_rows,
                  int order, uint32_t seed) {
-  auto statistics = static_cast<Statistics>(statistics_index);
+  auto threshold_pass = static_cast<ThresholdPass>(statistics_index);
   if (table_size != tensors * static_cast<int64_t>(sizeof(TensorEntry)) + chunks * 4) return 3;
   const auto* const entries = reinterpret_cast<const TensorEntry*>(table_bytes);
   // The device's memory comes uninitialised.
@@ -52,20 +52,20 @@ int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks
   for (int64_t i = 0; i < scalar_rows; ++i) scalars.push_back(Scalars::from_row(rows + i * scalar_count));
   const bool plain = std::all_of(entries, entries + tensors, [](const TensorEntry& entry) { return entry.plain(); });
   const Step step{reinterpret_cast<const void* const*>(step_bytes + offsets[0]),
-                  plain ? nullptr : reinterpret_cast<const Noise*>(step_bytes + offsets[1]),
+                  plain ? nullptr : reinterpret_cast<const RngKey*>(step_bytes + offsets[1]),
                   reinterpret_cast<const uint32_t*>(step_bytes + offsets[2]), scalars.data()};
 
-  const auto run = [&](Statistics which) {
+  const auto run = [&](ThresholdPass which) {
     const Launch function = plain ? launch_of<Storage::plain>(rule, which) : launch_of<Storage::any>(rule, which);
     if (function != nullptr) function(table, step, static_cast<uint32_t>(chunks), static_cast<Order>(order), seed);
     // Without elements there is nothing to launch.
-    return function != nullptr || (which == Statistics::none && chunks == 0);
+    return function != nullptr || (which == ThresholdPass::none && chunks == 0);
   };
-  if (statistics == Statistics::only) {
-    if (!run(Statistics::only)) return 1;
-    statistics = Statistics::none;
+  if (threshold_pass == ThresholdPass::pass_before) {
+    if (!run(ThresholdPass::pass_before)) return 1;
+    threshold_pass = ThresholdPass::none;
   }
-  if (!run(statistics)) return 1;
+  if (!run(threshold_pass)) return 1;
   for (const uint32_t count : arrivals)
     if (count != 0) return 2;
   return 0;

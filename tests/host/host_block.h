@@ -43,7 +43,7 @@ class HostBlock {
   }
 
   Sums* lanes() { return lanes_.data(); }
-  ChunkStatistics* observed() { return observed_.data(); }
+  ChunkStatistics* chunk_statistics() { return observed_.data(); }
 
   template <class Phase>
   void each(Phase phase) {
@@ -83,14 +83,14 @@ class HostBlock {
 };
 
 // One launch: every block of the grid, in any order.
-template <class Rule, Statistics statistics, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage>
 void launch(const TableView& table, const Step& step, uint32_t chunks, Order order, uint32_t seed) {
   std::mt19937 random(seed);
   HostBlock block(order, seed + 1);
   for (const uint32_t chunk : ordered(chunks, order, random)) {
     running_chunk = chunk;
     block.start();
-    run_block<Rule, statistics, storage>(block, table, step, chunk);
+    run_block<Rule, threshold_pass, storage>(block, table, step, chunk);
   }
 }
 

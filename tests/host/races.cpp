@@ -41,7 +41,7 @@ class Barrier {
 struct Shared {
   Barrier barrier;
   std::vector<Sums> lanes = std::vector<Sums>(lane_count);
-  std::vector<ChunkStatistics> observed = std::vector<ChunkStatistics>(threads_per_block);
+  std::vector<ChunkStatistics> chunk_statistics = std::vector<ChunkStatistics>(threads_per_block);
   bool last = false;
   // Of each round of four neighbours in a chunk: how often a thread of theirs has arrived, and what it brought.
   static constexpr uint32_t rounds = chunk_size / lane_count;
@@ -58,7 +58,7 @@ struct WorkerBlock {
   WorkerBlock(Shared& block, uint32_t number) : shared(block), worker(number) {}
 
   Sums* lanes() const { return shared.lanes.data(); }
-  ChunkStatistics* observed() const { return shared.observed.data(); }
+  ChunkStatistics* chunk_statistics() const { return shared.chunk_statistics.data(); }
 
   template <class Phase>
   void each(Phase phase) {
@@ -100,7 +100,7 @@ struct WorkerBlock {
 };
 
 // Two blocks at a time take the chunks, one from either end.
-template <class Rule, Statistics statistics, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage>
 void concurrent_launch(const TableView& table, const Step& step, uint32_t chunks) {
   Shared shared[2];
   std::vector<std::thread> threads;
@@ -110,7 +110,7 @@ void concurrent_launch(const TableView& table, const Step& step, uint32_t chunks
         WorkerBlock block(shared[side], worker);
         for (uint32_t k = side; k < chunks; k += 2) {
           block.round = 0;
-          run_block<Rule, statistics, storage>(block, table, step, side == 0 ? k / 2 : chunks - 1 - k / 2);
+          run_block<Rule, threshold_pass, storage>(block, table, step, side == 0 ? k / 2 : chunks - 1 - k / 2);
           // Blocks begin one after another; this is not a barrier of the block.
           shared[side].barrier.wait();
         }
@@ -126,10 +126,10 @@ struct Spec {
   Weights weights = Weights::as_is;
 };
 
-template <class Rule, Statistics statistics, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage>
 void run(const std::vector<Spec>& specs) {
   struct Memory {
-    std::vector<unsigned char> param, grad, exp_avg, exp_avg_sq, third, low;
+    std::vector<unsigned char> param, grad, exp_avg, exp_avg_sq, aux, low;
     double gate = 0.5;
   };
   std::vector<Memory> memory(specs.size());
@@ -145,14 +145,14 @@ void run(const std::vector<Spec>& specs) {
     const auto padded = static_cast<std::size_t>((spec.numel + packed_run - 1) / packed_run * packed_run);
     m.exp_avg.resize(4 * padded + padded / packed_run);
     m.exp_avg_sq.resize(4 * padded);
-    m.third.resize(4 * padded);
+    m.aux.resize(4 * padded);
     m.low.resize(4 * padded);
     TensorEntry entry{};
     entry.param = m.param.data() + spec.param_offset * size_of(spec.param);
     entry.exp_avg = m.exp_avg.data();
     entry.exp_avg_sq = m.exp_avg_sq.data();
-    entry.third = has_third<Rule> ? m.third.data() : nullptr;
-    entry.gate = statistics == Statistics::none ? nullptr : &m.gate;
+    entry.aux = has_third<Rule> ? m.aux.data() : nullptr;
+    entry.gate = threshold_pass == ThresholdPass::none ? nullptr : &m.gate;
     entry.numel = spec.numel;
     entry.first_chunk = static_cast<uint32_t>(tensor_of_chunk.size());
     entry.formats = {spec.param, spec.grad, spec.exp_avg, spec.exp_avg_sq, Format::fp32, spec.weights};
@@ -165,16 +165,16 @@ void run(const std::vector<Spec>& specs) {
                            static_cast<uint32_t>(i));
   }
   std::vector<Sums> sums(tensor_of_chunk.size());
-  std::vector<ChunkStatistics> observed(tensor_of_chunk.size());
+  std::vector<ChunkStatistics> chunk_statistics(tensor_of_chunk.size());
   std::vector<uint32_t> arrivals(specs.size(), 0), rows(specs.size(), 0);
   Scalars s{};
-  const std::vector<Noise> noise(specs.size(), Noise::of(1, 2, 3));
+  const std::vector<RngKey> rng_keys(specs.size(), RngKey::of(1, 2, 3));
   s.decay = 1.0f, s.denominator = 1.0f, s.coupled = 1, s.confidence_beta = 0.5;
-  const TableView table{tensors.data(), tensor_of_chunk.data(), sums.data(), arrivals.data(), observed.data()};
+  const TableView table{tensors.data(), tensor_of_chunk.data(), sums.data(), arrivals.data(), chunk_statistics.data()};
   const auto chunks = static_cast<uint32_t>(tensor_of_chunk.size());
-  concurrent_launch<Rule, statistics, storage>(table, {grads.data(), noise.data(), rows.data(), &s}, chunks);
+  concurrent_launch<Rule, threshold_pass, storage>(table, {grads.data(), rng_keys.data(), rows.data(), &s}, chunks);
   for (const Memory& m : memory)
-    if (statistics != Statistics::none && m.gate != 0.25) {
+    if (threshold_pass != ThresholdPass::none && m.gate != 0.25) {
       std::printf("FAILED: a deviation was moved other than once: %g\n", m.gate);
       std::exit(1);
     }
@@ -193,9 +193,9 @@ int main() {
       {16384 + 9, Format::fp16, Format::fp16, 5, 2},
       {4099, Format::fp32, Format::fp32, 3, 3},
   };
-  run<SignAdam, Statistics::none, Storage::plain>(specs);
-  run<SignAdamPP, Statistics::gather, Storage::plain>(specs);
-  run<SignAdamPP, Statistics::only, Storage::plain>(specs);
+  run<SignAdam, ThresholdPass::none, Storage::plain>(specs);
+  run<SignAdamPP, ThresholdPass::same_pass, Storage::plain>(specs);
+  run<SignAdamPP, ThresholdPass::pass_before, Storage::plain>(specs);
 
   // Neighbours in a byte, in a word, and under an exponent.
   std::vector<Spec> bounded, unbounded;
@@ -209,13 +209,13 @@ int main() {
       unbounded.push_back(bounded.back());
       unbounded.back().exp_avg = i < 3 ? Format::block8 : codes[i];
     }
-  run<SignAdam, Statistics::none, Storage::any>(bounded);
-  run<Signum, Statistics::none, Storage::any>(unbounded);
-  run<SignAdamPP, Statistics::gather, Storage::any>(bounded);
-  run<SignAdamPP, Statistics::only, Storage::any>(bounded);
-  run<AdamAMSGrad, Statistics::none, Storage::any>(specs);
-  run<SignAdamPP, Statistics::gather, Storage::observed>(bounded);
-  run<Signum, Statistics::none, Storage::observed>(unbounded);
+  run<SignAdam, ThresholdPass::none, Storage::any>(bounded);
+  run<Signum, ThresholdPass::none, Storage::any>(unbounded);
+  run<SignAdamPP, ThresholdPass::same_pass, Storage::any>(bounded);
+  run<SignAdamPP, ThresholdPass::pass_before, Storage::any>(bounded);
+  run<AdamAMSGrad, ThresholdPass::none, Storage::any>(specs);
+  run<SignAdamPP, ThresholdPass::same_pass, Storage::with_statistics>(bounded);
+  run<Signum, ThresholdPass::none, Storage::with_statistics>(unbounded);
   std::printf("no races\n");
   return 0;
 }

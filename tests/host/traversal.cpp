@@ -20,7 +20,7 @@
 
 namespace signadam::cpu {
 std::vector<uint32_t> make_units(const TableView&, uint32_t, uint32_t) { return {}; }
-void run(RuleIndex, Statistics, const TableView&, uint32_t, const Step&, const std::vector<uint32_t>&, int, Sums*) {
+void run(RuleIndex, ThresholdPass, const TableView&, uint32_t, const Step&, const std::vector<uint32_t>&, int, Sums*) {
   std::abort();
 }
 }  // namespace signadam::cpu
@@ -172,11 +172,11 @@ struct Spec {
 
 struct Tensor {
   Spec spec;
-  Buffer param, grad, exp_avg, exp_avg_sq, third, low;
+  Buffer param, grad, exp_avg, exp_avg_sq, aux, low;
   std::unique_ptr<double> gate;
   uint32_t group;
 
-  std::vector<const Buffer*> buffers() const { return {&param, &grad, &exp_avg, &exp_avg_sq, &third, &low}; }
+  std::vector<const Buffer*> buffers() const { return {&param, &grad, &exp_avg, &exp_avg_sq, &aux, &low}; }
 };
 
 // Which operands a rule has beside parameter and gradient.
@@ -188,7 +188,7 @@ struct Uses {
   static Uses of() {
     return {Rule::moments, Rule::reads_variance};
   }
-  bool third() const { return moments > 2 || variance; }
+  bool aux() const { return moments > 2 || variance; }
 };
 
 // The storage of tables of plain tensors.
@@ -211,10 +211,10 @@ class Model {
       const auto moment = [&](Format format, int offset) {
         return Buffer(spec.numel, format, is_packed(format) ? 0 : offset * size_of(format));
       };
-      const Format third = uses.moments > 2 ? spec.exp_avg_sq : Format::fp32;
+      const Format aux = uses.moments > 2 ? spec.exp_avg_sq : Format::fp32;
       if (uses.moments > 0) t.exp_avg = moment(spec.exp_avg, spec.moment_offset);
       if (uses.moments > 1) t.exp_avg_sq = moment(spec.exp_avg_sq, (spec.moment_offset + 1) % 4);
-      if (uses.third()) t.third = moment(third, (spec.moment_offset + 2) % 4);
+      if (uses.aux()) t.aux = moment(aux, (spec.moment_offset + 2) % 4);
       if (const int size = low_bytes(spec.weights); size > 0)
         t.low = Buffer(static_cast<std::size_t>(spec.numel * size), spec.low_offset * size);
       if (adaptive) t.gate = std::make_unique<double>(0.25);
@@ -222,14 +222,14 @@ class Model {
       entry.param = t.param.begin();
       entry.exp_avg = t.exp_avg.begin();
       entry.exp_avg_sq = t.exp_avg_sq.begin();
-      entry.third = t.third.begin();
+      entry.aux = t.aux.begin();
       entry.gate = t.gate.get();
       entry.numel = spec.numel;
       entry.formats = {spec.param,
                        spec.grad,
                        uses.moments > 0 ? spec.exp_avg : Format::fp32,
                        uses.moments > 1 ? spec.exp_avg_sq : Format::fp32,
-                       third,
+                       aux,
                        spec.weights};
       entry.head = entry.formats.packed() ? 0 : head_of(entry.param, spec.param);
       entry.low = t.low.begin();
@@ -244,25 +244,26 @@ class Model {
   }
 
   std::vector<Tensor>& tensors() { return tensors_; }
-  const std::vector<ChunkStatistics>& observed() const { return observed_; }
+  const std::vector<ChunkStatistics>& chunk_statistics() const { return observed_; }
   const std::vector<TensorEntry>& entries() const { return table_.tensors(); }
 
   // `scalars`: one row per group.
-  template <class Rule, Statistics statistics, Storage storage = plain_for<Rule>>
+  template <class Rule, ThresholdPass threshold_pass, Storage storage = plain_for<Rule>>
   void run(const std::vector<Scalars>& scalars, Order order) {
     std::vector<void*> grads;
     for (const Tensor& t : tensors_) grads.push_back(t.grad.begin());
     std::vector<Scalars> rows;
     for (const auto& row : table_.begin(grads)) rows.push_back(scalars.at(row.first));
-    constexpr bool sums = statistics != Statistics::none;
+    constexpr bool sums = threshold_pass != ThresholdPass::none;
     const std::vector<uint32_t> tensor_of_chunk = table_.tensor_of_chunk();
     const TableView view{table_.tensors().data(), tensor_of_chunk.data(), sums ? sums_.data() : nullptr,
-                         sums ? arrivals_.data() : nullptr, storage == Storage::observed ? observed_.data() : nullptr};
-    REQUIRE(table_.storage() == storage || storage == Storage::observed, "there are tensors of another kind");
-    const Noise* const noise = table_.noise().empty() ? nullptr : table_.noise().data();
-    const Step step{table_.grads().data(), noise, table_.rows().data(), rows.data()};
+                         sums ? arrivals_.data() : nullptr,
+                         storage == Storage::with_statistics ? observed_.data() : nullptr};
+    REQUIRE(table_.storage() == storage || storage == Storage::with_statistics, "there are tensors of another kind");
+    const RngKey* const rng_keys = table_.rng_keys().empty() ? nullptr : table_.rng_keys().data();
+    const Step step{table_.grads().data(), rng_keys, table_.rows().data(), rows.data()};
     tracing = true;
-    launch<Rule, statistics, storage>(view, step, table_.chunks(), order, 7);
+    launch<Rule, threshold_pass, storage>(view, step, table_.chunks(), order, 7);
     tracing = false;
     for (const uint32_t count : arrivals_) REQUIRE(count == 0, "arrivals must be back at zero");
     for (std::size_t i = 0; i < tensors_.size(); ++i)
@@ -448,7 +449,7 @@ void huge() {
   table.begin(grads);
   const std::vector<uint32_t> tensor_of_chunk = table.tensor_of_chunk();
   const TableView view{table.tensors().data(), tensor_of_chunk.data(), nullptr, nullptr, nullptr};
-  const Step step{table.grads().data(), table.noise().data(), table.rows().data(), nullptr};
+  const Step step{table.grads().data(), table.rng_keys().data(), table.rows().data(), nullptr};
 
   int64_t covered = 0;
   for (uint32_t chunk = 0; chunk < table.chunks(); ++chunk) {
@@ -502,9 +503,9 @@ struct Count {
 // Small whole numbers: their sums are exact in any order.
 float grad_value(int64_t i) { return static_cast<float>(i * 7 % 251 - 100); }
 
-template <int moments, Statistics statistics>
+template <int moments, ThresholdPass threshold_pass>
 int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) {
-  Model model(specs, {moments, false}, statistics != Statistics::none, 1);
+  Model model(specs, {moments, false}, threshold_pass != ThresholdPass::none, 1);
   for (Tensor& t : model.tensors())
     if (t.spec.present)
       for (int64_t i = 0; i < t.spec.numel; ++i) t.grad.set(i, grad_value(i));
@@ -513,12 +514,12 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
   s.coupled = coupled;  // p is 0 when it is read, so the gradient stays what it is
   s.weight_decay = 1.0f;
   s.confidence_beta = 0.5, s.one_minus_confidence_beta = 0.5;
-  model.run<Count<moments>, statistics>({s}, order);
+  model.run<Count<moments>, threshold_pass>({s}, order);
 
   int64_t elements = 0;
   for (std::size_t k = 0; k < model.tensors().size(); ++k) {
     const Tensor& t = model.tensors()[k];
-    const float expected = t.spec.present && statistics != Statistics::only ? 1.0f : 0.0f;
+    const float expected = t.spec.present && threshold_pass != ThresholdPass::pass_before ? 1.0f : 0.0f;
     int64_t first = 0, second = 0;
     for (int64_t i = 0; i < t.spec.numel; ++i) {
       REQUIRE(t.param.get(i) == expected, "tensor %zu p[%lld] = %g", k, static_cast<long long>(i), t.param.get(i));
@@ -529,7 +530,7 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
         REQUIRE(t.exp_avg_sq.get(i) == expected, "tensor %zu v[%lld] = %g", k, static_cast<long long>(i),
                 t.exp_avg_sq.get(i));
       if (moments > 2)
-        REQUIRE(t.third.get(i) == expected, "tensor %zu x[%lld] = %g", k, static_cast<long long>(i), t.third.get(i));
+        REQUIRE(t.aux.get(i) == expected, "tensor %zu x[%lld] = %g", k, static_cast<long long>(i), t.aux.get(i));
       if (t.spec.present)
         REQUIRE(t.grad.get(i) == grad_value(i), "tensor %zu g[%lld] was written", k, static_cast<long long>(i));
       const auto g = static_cast<int64_t>(grad_value(i));
@@ -554,15 +555,15 @@ void counts() {
   const std::vector<Spec> many = adversarial(3, true), few = adversarial(1, true);
   REQUIRE(many.size() > 2000, "%zu", many.size());
   int64_t elements = 0;
-  elements += count_writes<2, Statistics::none>(many, Order::forward, false);
-  elements += count_writes<0, Statistics::none>(few, Order::reversed, true);
-  elements += count_writes<1, Statistics::none>(few, Order::shuffled, false);
-  elements += count_writes<3, Statistics::none>(few, Order::reversed, true);
-  elements += count_writes<0, Statistics::gather>(few, Order::forward, true);
-  elements += count_writes<1, Statistics::gather>(many, Order::shuffled, false);
-  elements += count_writes<2, Statistics::gather>(few, Order::reversed, true);
-  elements += count_writes<1, Statistics::only>(few, Order::reversed, true);
-  elements += count_writes<1, Statistics::only>(few, Order::shuffled, false);
+  elements += count_writes<2, ThresholdPass::none>(many, Order::forward, false);
+  elements += count_writes<0, ThresholdPass::none>(few, Order::reversed, true);
+  elements += count_writes<1, ThresholdPass::none>(few, Order::shuffled, false);
+  elements += count_writes<3, ThresholdPass::none>(few, Order::reversed, true);
+  elements += count_writes<0, ThresholdPass::same_pass>(few, Order::forward, true);
+  elements += count_writes<1, ThresholdPass::same_pass>(many, Order::shuffled, false);
+  elements += count_writes<2, ThresholdPass::same_pass>(few, Order::reversed, true);
+  elements += count_writes<1, ThresholdPass::pass_before>(few, Order::reversed, true);
+  elements += count_writes<1, ThresholdPass::pass_before>(few, Order::shuffled, false);
   std::printf("%lld elements of up to %zu tensors written exactly once\n", static_cast<long long>(elements),
               many.size());
 }
@@ -618,7 +619,7 @@ struct Expected {
 
 // The rule on every element in turn, without any traversal. `first` of an exact launch: only the deviation moves.
 template <class Rule>
-Expected by_hand(const Tensor& t, const Scalars& s, Statistics statistics) {
+Expected by_hand(const Tensor& t, const Scalars& s, ThresholdPass threshold_pass) {
   Expected expected{{}, {}, {}, {}, t.gate == nullptr ? 0.0 : *t.gate};
   std::vector<double> first, second;
   for (int64_t i = 0; i < t.spec.numel; ++i) {
@@ -629,14 +630,14 @@ Expected by_hand(const Tensor& t, const Scalars& s, Statistics statistics) {
     if (t.gate != nullptr && t.spec.numel > 0)
       expected.gate = next_gate(expected.gate, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
   };
-  if (statistics == Statistics::only) move();
+  if (threshold_pass == ThresholdPass::pass_before) move();
   const float alpha = t.gate == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * expected.gate);
-  if (statistics == Statistics::gather) move();
+  if (threshold_pass == ThresholdPass::same_pass) move();
   for (int64_t i = 0; i < t.spec.numel; ++i) {
     float p = t.param.get(i), m = 0, v = 0, x = 0;
     if (Rule::moments > 0) m = t.exp_avg.get(i);
     if (Rule::moments > 1) v = t.exp_avg_sq.get(i);
-    if (has_third<Rule>) x = t.third.get(i);
+    if (has_third<Rule>) x = t.aux.get(i);
     apply<Rule>(s, alpha, p, t.grad.get(i), m, v, x);
     expected.p.push_back(stored_bits(t.spec.param, p));
     expected.m.push_back(bits_of(m));
@@ -646,9 +647,9 @@ Expected by_hand(const Tensor& t, const Scalars& s, Statistics statistics) {
   return expected;
 }
 
-template <class Rule, Statistics statistics>
+template <class Rule, ThresholdPass threshold_pass>
 int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
-  Model model(specs, Uses::of<Rule>(), statistics != Statistics::none, 2);
+  Model model(specs, Uses::of<Rule>(), threshold_pass != ThresholdPass::none, 2);
   const std::vector<Scalars> scalars = {scalars_of(false, false, 0.5), scalars_of(true, true, 0.25)};
   std::mt19937 random(11);
   std::normal_distribution<float> normal;
@@ -658,17 +659,17 @@ int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
       if (t.spec.present) t.grad.set(i, random() % 5 == 0 ? 0.0f : normal(random));
       if (Rule::moments > 0) t.exp_avg.set(i, normal(random));
       if (Rule::moments > 1) t.exp_avg_sq.set(i, std::abs(normal(random)));
-      if (has_third<Rule>) t.third.set(i, std::abs(normal(random)));
+      if (has_third<Rule>) t.aux.set(i, std::abs(normal(random)));
     }
   std::vector<Expected> all;
   for (const Tensor& t : model.tensors())
-    all.push_back(t.spec.present ? by_hand<Rule>(t, scalars[t.group], statistics) : Expected{});
-  if constexpr (statistics == Statistics::only) {
+    all.push_back(t.spec.present ? by_hand<Rule>(t, scalars[t.group], threshold_pass) : Expected{});
+  if constexpr (threshold_pass == ThresholdPass::pass_before) {
     // As the launcher does: the statistics kernel is one for all rules, and the update follows.
-    model.run<SignAdamPP, Statistics::only>(scalars, order);
-    model.run<Rule, Statistics::none>(scalars, order);
+    model.run<SignAdamPP, ThresholdPass::pass_before>(scalars, order);
+    model.run<Rule, ThresholdPass::none>(scalars, order);
   } else {
-    model.run<Rule, statistics>(scalars, order);
+    model.run<Rule, threshold_pass>(scalars, order);
   }
 
   int64_t elements = 0;
@@ -681,7 +682,7 @@ int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
       REQUIRE(t.param.bits(i) == expected.p[j], "tensor %zu p[%zu]", k, j);
       if (Rule::moments > 0) REQUIRE(t.exp_avg.bits(i) == expected.m[j], "tensor %zu m[%zu]", k, j);
       if (Rule::moments > 1) REQUIRE(t.exp_avg_sq.bits(i) == expected.v[j], "tensor %zu v[%zu]", k, j);
-      if (has_third<Rule>) REQUIRE(t.third.bits(i) == expected.x[j], "tensor %zu x[%zu]", k, j);
+      if (has_third<Rule>) REQUIRE(t.aux.bits(i) == expected.x[j], "tensor %zu x[%zu]", k, j);
     }
     if (t.gate != nullptr) REQUIRE(*t.gate == expected.gate, "tensor %zu: %.17g, not %.17g", k, *t.gate, expected.gate);
     elements += t.spec.numel;
@@ -692,11 +693,11 @@ int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
 void rules() {
   const std::vector<Spec> specs = adversarial(1, true), small = adversarial(1, false);
   int64_t elements = 0;
-#define SIGNADAM_COMPARE(Rule) elements += compare_rule<Rule, Statistics::none>(small, Order::shuffled);
+#define SIGNADAM_COMPARE(Rule) elements += compare_rule<Rule, ThresholdPass::none>(small, Order::shuffled);
   SIGNADAM_RULES(SIGNADAM_COMPARE)
 #undef SIGNADAM_COMPARE
-  elements += compare_rule<SignAdamPP, Statistics::gather>(specs, Order::reversed);
-  elements += compare_rule<SignAdamPP, Statistics::only>(specs, Order::shuffled);
+  elements += compare_rule<SignAdamPP, ThresholdPass::same_pass>(specs, Order::reversed);
+  elements += compare_rule<SignAdamPP, ThresholdPass::pass_before>(specs, Order::shuffled);
   std::printf("%lld elements as by hand\n", static_cast<long long>(elements));
 }
 
@@ -732,7 +733,7 @@ void fill(Model& model) {
       if (t.spec.present) t.grad.set(i, random() % 5 == 0 ? 0.0f : normal(random));
       if (t.exp_avg.bytes() > 0 && !is_packed(t.exp_avg.format())) t.exp_avg.set(i, normal(random));
       if (t.exp_avg_sq.bytes() > 0) t.exp_avg_sq.set(i, std::abs(normal(random)));
-      if (t.third.bytes() > 0) t.third.set(i, std::abs(normal(random)));
+      if (t.aux.bytes() > 0) t.aux.set(i, std::abs(normal(random)));
     }
     if (t.exp_avg.bytes() > 0 && is_packed(t.exp_avg.format())) fill_codes(t.exp_avg);
     if (t.spec.weights == Weights::master)
@@ -742,16 +743,16 @@ void fill(Model& model) {
   }
 }
 
-template <class Rule, Statistics statistics>
+template <class Rule, ThresholdPass threshold_pass>
 std::vector<std::vector<unsigned char>> after_step(const std::vector<Spec>& specs, Order order) {
-  Model model(specs, Uses::of<Rule>(), statistics != Statistics::none, 2);
+  Model model(specs, Uses::of<Rule>(), threshold_pass != ThresholdPass::none, 2);
   fill(model);
   const std::vector<Scalars> scalars = {gentle(false, false), gentle(true, true)};
-  if constexpr (statistics == Statistics::only) {
-    model.run<SignAdamPP, Statistics::only, Storage::any>(scalars, order);
-    model.run<Rule, Statistics::none, Storage::any>(scalars, order);
+  if constexpr (threshold_pass == ThresholdPass::pass_before) {
+    model.run<SignAdamPP, ThresholdPass::pass_before, Storage::any>(scalars, order);
+    model.run<Rule, ThresholdPass::none, Storage::any>(scalars, order);
   } else {
-    model.run<Rule, statistics, Storage::any>(scalars, order);
+    model.run<Rule, threshold_pass, Storage::any>(scalars, order);
   }
   std::vector<std::vector<unsigned char>> bytes;
   for (const Tensor& t : model.tensors()) {
@@ -765,12 +766,12 @@ std::vector<std::vector<unsigned char>> after_step(const std::vector<Spec>& spec
 }
 
 // Any order of blocks and threads leaves the same bytes. What they must be is compared outside, with the reference.
-template <class Rule, Statistics statistics>
+template <class Rule, ThresholdPass threshold_pass>
 std::size_t compare_orders(bool large) {
   const auto specs = stored_specs(Rule::moments, Rule::bounded, large);
-  const auto expected = after_step<Rule, statistics>(specs, Order::forward);
+  const auto expected = after_step<Rule, threshold_pass>(specs, Order::forward);
   for (const Order order : {Order::reversed, Order::shuffled}) {
-    const auto actual = after_step<Rule, statistics>(specs, order);
+    const auto actual = after_step<Rule, threshold_pass>(specs, order);
     for (std::size_t i = 0; i < expected.size(); ++i)
       REQUIRE(actual[i] == expected[i], "%s: operand %zu in order %d", Rule::name, i, static_cast<int>(order));
   }
@@ -779,11 +780,11 @@ std::size_t compare_orders(bool large) {
 
 void stored() {
   std::size_t tensors = 0;
-#define SIGNADAM_COMPARE(Rule) tensors += compare_orders<Rule, Statistics::none>(true);
+#define SIGNADAM_COMPARE(Rule) tensors += compare_orders<Rule, ThresholdPass::none>(true);
   SIGNADAM_RULES(SIGNADAM_COMPARE)
 #undef SIGNADAM_COMPARE
-  tensors += compare_orders<SignAdamPP, Statistics::gather>(false);
-  tensors += compare_orders<SignAdamPP, Statistics::only>(false);
+  tensors += compare_orders<SignAdamPP, ThresholdPass::same_pass>(false);
+  tensors += compare_orders<SignAdamPP, ThresholdPass::pass_before>(false);
   std::printf("%zu tensors in any order\n", tensors);
 }
 
@@ -791,9 +792,9 @@ void stored() {
 
 // What is observed of each chunk, against a sum over its elements in turn; and the update is that of a table that is
 // not observed. Sums of doubles in another order differ by their roundings, counts do not.
-template <class Rule, Statistics statistics>
+template <class Rule, ThresholdPass threshold_pass>
 std::size_t compare_observed(const std::vector<Spec>& specs, Order order) {
-  constexpr bool adaptive = statistics != Statistics::none;
+  constexpr bool adaptive = threshold_pass != ThresholdPass::none;
   Model model(specs, Uses::of<Rule>(), adaptive, 1), plain(specs, Uses::of<Rule>(), adaptive, 1);
   fill(model), fill(plain);
   const Scalars s = gentle(true, true);
@@ -805,8 +806,8 @@ std::size_t compare_observed(const std::vector<Spec>& specs, Order order) {
       before[k].push_back(Rule::moments > 0 ? t.exp_avg.get(i) : 0.0f);
     }
   }
-  model.run<Rule, statistics, Storage::observed>({s}, order);
-  plain.run<Rule, statistics, plain_for<Rule>>({s}, order);
+  model.run<Rule, threshold_pass, Storage::with_statistics>({s}, order);
+  plain.run<Rule, threshold_pass, plain_for<Rule>>({s}, order);
   std::size_t chunks = 0;
   for (std::size_t k = 0; k < specs.size(); ++k) {
     const Tensor& t = model.tensors()[k];
@@ -826,7 +827,7 @@ std::size_t compare_observed(const std::vector<Spec>& specs, Order order) {
         expected.flips += m * after < 0.0, expected.magnitude += std::abs(after);
       }
       const ChunkStatistics& found =
-          model.observed()[model.entries()[k].first_chunk + static_cast<uint32_t>(begin / chunk_size)];
+          model.chunk_statistics()[model.entries()[k].first_chunk + static_cast<uint32_t>(begin / chunk_size)];
       const auto near = [](double a, double b) { return std::abs(a - b) <= 1e-10 * std::abs(b); };
       REQUIRE(found.passed == expected.passed && found.flips == expected.flips, "%s: tensor %zu", Rule::name, k);
       REQUIRE(near(found.squares, expected.squares) && near(found.passed_squares, expected.passed_squares) &&
@@ -838,13 +839,13 @@ std::size_t compare_observed(const std::vector<Spec>& specs, Order order) {
   return chunks;
 }
 
-void observed() {
+void chunk_statistics() {
   const std::vector<Spec> specs = adversarial(1, true);
   std::size_t chunks = 0;
-  chunks += compare_observed<SignSGD, Statistics::none>(specs, Order::shuffled);
-  chunks += compare_observed<SignAdamPP, Statistics::none>(specs, Order::reversed);
-  chunks += compare_observed<SignAdamPP, Statistics::gather>(specs, Order::shuffled);
-  chunks += compare_observed<AdamAMSGrad, Statistics::none>(specs, Order::forward);
+  chunks += compare_observed<SignSGD, ThresholdPass::none>(specs, Order::shuffled);
+  chunks += compare_observed<SignAdamPP, ThresholdPass::none>(specs, Order::reversed);
+  chunks += compare_observed<SignAdamPP, ThresholdPass::same_pass>(specs, Order::shuffled);
+  chunks += compare_observed<AdamAMSGrad, ThresholdPass::none>(specs, Order::forward);
   std::printf("%zu chunks observed\n", chunks);
 }
 
@@ -879,13 +880,13 @@ void expect_exponents(const Buffer& buffer, int64_t numel, Times once, std::size
   }
 }
 
-template <class Rule, Statistics statistics, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage>
 std::size_t count_accesses(const std::vector<Spec>& specs, Order order, bool coupled) {
-  constexpr bool updates = statistics != Statistics::only;
+  constexpr bool updates = threshold_pass != ThresholdPass::pass_before;
   arena_used = 0;
-  Model model(specs, Uses::of<Rule>(), statistics != Statistics::none, 1);
+  Model model(specs, Uses::of<Rule>(), threshold_pass != ThresholdPass::none, 1);
   fill(model);
-  model.run<Rule, statistics, storage>({gentle(coupled, false)}, order);
+  model.run<Rule, threshold_pass, storage>({gentle(coupled, false)}, order);
   std::size_t bytes = 0;
   for (std::size_t k = 0; k < model.tensors().size(); ++k) {
     const Tensor& t = model.tensors()[k];
@@ -903,7 +904,7 @@ std::size_t count_accesses(const std::vector<Spec>& specs, Order order, bool cou
       expect(*moment, 0, used, once, "moment", k);
       if (packed && moment->format() == Format::block8) expect_exponents(*moment, numel, once, k);
     }
-    expect(t.third, 0, t.third.bytes(), Rule::reads_variance && once.reads > 0 ? Times{1, 0} : once, "third", k);
+    expect(t.aux, 0, t.aux.bytes(), Rule::reads_variance && once.reads > 0 ? Times{1, 0} : once, "aux", k);
     for (const Buffer* buffer : t.buffers()) bytes += buffer->bytes();
   }
   // All that was expected is cleared: of what is left nothing may have been touched, guards and paddings included.
@@ -912,22 +913,22 @@ std::size_t count_accesses(const std::vector<Spec>& specs, Order order, bool cou
   return bytes;
 }
 
-template <class Rule, Statistics statistics>
+template <class Rule, ThresholdPass threshold_pass>
 std::size_t count_all_accesses(Order order) {
   const bool coupled = order != Order::forward;
   const auto specs = stored_specs(Rule::moments, Rule::bounded, true);
-  return count_accesses<Rule, statistics, Storage::any>(specs, order, coupled) +
-         count_accesses<Rule, statistics, plain_for<Rule>>(adversarial(1, Rule::moments != 1), order, coupled);
+  return count_accesses<Rule, threshold_pass, Storage::any>(specs, order, coupled) +
+         count_accesses<Rule, threshold_pass, plain_for<Rule>>(adversarial(1, Rule::moments != 1), order, coupled);
 }
 
 void accesses() {
   std::size_t bytes = 0;
-#define SIGNADAM_COUNT(Rule) bytes += count_all_accesses<Rule, Statistics::none>(Order::shuffled);
+#define SIGNADAM_COUNT(Rule) bytes += count_all_accesses<Rule, ThresholdPass::none>(Order::shuffled);
   SIGNADAM_RULES(SIGNADAM_COUNT)
 #undef SIGNADAM_COUNT
-  bytes += count_all_accesses<SignAdamPP, Statistics::gather>(Order::reversed);
-  bytes += count_all_accesses<SignAdamPP, Statistics::only>(Order::forward);
-  bytes += count_all_accesses<SignAdamPP, Statistics::only>(Order::reversed);
+  bytes += count_all_accesses<SignAdamPP, ThresholdPass::same_pass>(Order::reversed);
+  bytes += count_all_accesses<SignAdamPP, ThresholdPass::pass_before>(Order::forward);
+  bytes += count_all_accesses<SignAdamPP, ThresholdPass::pass_before>(Order::reversed);
   REQUIRE(bytes > 10'000'000, "%zu", bytes);
   std::printf("%zu bytes as often as they must be, each by one thread\n", bytes);
 }
@@ -996,9 +997,10 @@ int main(int argc, char** argv) {
 #if defined(SIGNADAM_TRACED)
   const std::map<std::string, void (*)()> parts = {{"accesses", accesses}};
 #else
-  const std::map<std::string, void (*)()> parts = {
-      {"arithmetic", arithmetic}, {"huge", huge},         {"counts", counts}, {"rules", rules},
-      {"stored", stored},         {"observed", observed}, {"levels", levels}};
+  const std::map<std::string, void (*)()> parts = {{"arithmetic", arithmetic}, {"huge", huge},
+                                                   {"counts", counts},         {"rules", rules},
+                                                   {"stored", stored},         {"step statistics", chunk_statistics},
+                                                   {"levels", levels}};
 #endif
   const auto found = argc == 2 ? parts.find(argv[1]) : parts.end();
   if (found == parts.end()) {

@@ -113,7 +113,7 @@ class Rule:
     reads_variance: bool
 
     @property
-    def third(self) -> bool:
+    def aux(self) -> bool:
         """Whether it has a third operand, which only kernels for any storage serve."""
         return self.moments > 2 or self.reads_variance
 

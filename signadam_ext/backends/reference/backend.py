@@ -51,8 +51,12 @@ class ReferenceLaunch(HostLaunch):
         scalars = [dict(zip(_C.SCALARS, row, strict=True)) for row in rows]
         for entry, present, row in zip(self.bucket.entries, table.grads(), table.rows(), strict=True):
             if present and entry.numel > 0:
-                observed = None if self.bucket.observed is None else self.bucket.observed[first_chunk]
-                for target, result in _update(self.bucket.rule, scalars[row], entry, self.grad(entry.slot), observed):
+                chunk_statistics = (
+                    None if self.bucket.chunk_statistics is None else self.bucket.chunk_statistics[first_chunk]
+                )
+                for target, result in _update(
+                    self.bucket.rule, scalars[row], entry, self.grad(entry.slot), chunk_statistics
+                ):
                     targets.append(target)
                     results.append(result)
             first_chunk += -(-entry.numel // _C.CHUNK_SIZE)
@@ -60,7 +64,7 @@ class ReferenceLaunch(HostLaunch):
 
 
 def _update(
-    rule: Rule, scalars: dict[str, float], entry: Entry, grad: Tensor, observed: Tensor | None
+    rule: Rule, scalars: dict[str, float], entry: Entry, grad: Tensor, chunk_statistics: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
     """What a step writes, as (tensor, its new elements)."""
     numel = entry.numel
@@ -76,10 +80,10 @@ def _update(
     g = rules.effective_gradient(scalars, p, flat(grad).float())
     confident = None if rule.confidence is None else _confident(rule.confidence, scalars, g)
     p, moments, alpha, gate = rules.update(
-        getattr(rules, rule.name), rule.statistics, scalars, p, g, moments, entry.gate, confident
+        getattr(rules, rule.name), rule.threshold_pass, scalars, p, g, moments, entry.gate, confident
     )
-    if observed is not None:
-        observed.copy_(_observe(g, alpha, before, moments[0] if moments else None))
+    if chunk_statistics is not None:
+        chunk_statistics.copy_(_observe(g, alpha, before, moments[0] if moments else None))
     r = None
     if entry.weights in ("stochastic", "split8") or any(form is not formats.FP32 for form in entry.forms):
         t = 0 if entry.step is None else int(entry.step) + 1

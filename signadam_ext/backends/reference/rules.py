@@ -188,7 +188,7 @@ def effective_gradient(scalars: Scalars, p: Tensor, g: Tensor) -> Tensor:
 
 def update(
     rule: Update,
-    statistics: str,
+    threshold_pass: str,
     scalars: Scalars,
     p: Tensor,
     g: Tensor,
@@ -200,7 +200,7 @@ def update(
 
     Args:
         rule: one of the functions above.
-        statistics: ``"NONE"``, ``"GATHER"`` or ``"ONLY"``, as in :class:`signadam_ext.core.rule.Rule`.
+        threshold_pass: ``"NONE"``, ``"SAME_PASS"`` or ``"PASS_BEFORE"``, as in :class:`signadam_ext.core.rule.Rule`.
         scalars: unrounded doubles; each is rounded to fp32 once.
         p: parameter, flat, fp32.
         g: effective gradient, flat, fp32, in the same memory order.
@@ -209,13 +209,13 @@ def update(
         confident: what takes the gradient's place in the rule, or None.
     """
     s = {name: as_fp32(value, p.device) for name, value in scalars.items()}
-    if statistics == "ONLY" and gate is not None:
+    if threshold_pass == "PASS_BEFORE" and gate is not None:
         gate = next_gate(gate, g, as_fp32(0.0, p.device), scalars)
     alpha = s.get("alpha", as_fp32(0.0, p.device))
     if gate is not None:
         alpha = (scalars["alpha"] * gate).float()
     p, moments = rule(s, alpha, p * s["decay"], g if confident is None else confident, moments)
-    if statistics == "GATHER" and gate is not None:
+    if threshold_pass == "SAME_PASS" and gate is not None:
         gate = next_gate(gate, g, alpha, scalars)
     return p, moments, alpha, gate
 
