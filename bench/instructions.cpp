@@ -17,10 +17,10 @@ int main(int, char** arguments) {
   const int times = std::atoi(arguments[4]);
   std::vector<uint16_t> param(chunk_size, 0x3f80), grad(chunk_size);
   for (int i = 0; i < chunk_size; ++i) grad[i] = i % 3 == 0 ? 0xbf80 : 0x3f80;
-  std::vector<float> exp_avg(chunk_size), beside(chunk_size);
+  std::vector<float> exp_avg(chunk_size), residual(chunk_size);
   Slice slice{};
   slice.tensor.param = param.data();
-  slice.tensor.low = beside.data();
+  slice.tensor.low = residual.data();
   slice.tensor.exp_avg = exp_avg.data();
   slice.tensor.numel = chunk_size;
   slice.tensor.formats = {Format::bf16, Format::bf16, moment, Format::fp32, weights};
@@ -30,10 +30,10 @@ int main(int, char** arguments) {
   s.lr = 1e-3f, s.decay = 1.0f, s.beta1 = 0.9f, s.one_minus_beta1 = 0.1f;
   uint32_t sum = 0;
   for (int t = 0; t < times; ++t) {
-    slice.noise = Noise::of(0, 0, static_cast<uint64_t>(t) + 1);
+    slice.rng_keys = RngKey::of(0, 0, static_cast<uint64_t>(t) + 1);
     if (draws_only) {
       U seen{};
-      const Keys keys = Keys::of(slice.noise, 0);
+      const RngSubkey keys = RngSubkey::of(slice.rng_keys, 0);
       for (int i = 0; i < chunk_size; i += group) {
         const GroupBits r = GroupBits::of(keys, static_cast<uint32_t>(i) / 2);
         seen ^= r.word[0] ^ r.word[1];

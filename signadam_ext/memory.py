@@ -17,7 +17,7 @@ import torch
 
 from . import optimizers
 from .core import checks
-from .core.formats import BESIDE, BF16, BOUNDED, FP32, WEIGHTS, Form, effective_weights
+from .core.formats import BF16, BOUNDED, FP32, RESIDUALS, WEIGHTS, Format, effective_weights
 from .optimizers.base import SignOptimizer
 from .state.checkpoint import STEP_DTYPE
 
@@ -41,7 +41,7 @@ class Estimate:
     Attributes:
         parameters: how many numbers the model has.
         weights: the parameters themselves.
-        beside: low bits or master copies of them.
+        residual: low bits or master copies of them.
         moments: the optimizer's.
         scalars: step counts, and what thresholds are made of; one for each tensor.
         gradients: those that exist at the same time.
@@ -49,7 +49,7 @@ class Estimate:
 
     parameters: int
     weights: int
-    beside: int
+    residual: int
     moments: int
     scalars: int
     gradients: int
@@ -57,7 +57,7 @@ class Estimate:
     @property
     def state(self) -> int:
         """What the optimizer adds to the weights."""
-        return self.beside + self.moments + self.scalars
+        return self.residual + self.moments + self.scalars
 
     @property
     def resident(self) -> int:
@@ -74,12 +74,12 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _TensorBytes:
     """What is kept for a tensor: dtypes and forms of all that has its shape, and bytes of what has not."""
 
     param: torch.dtype
-    beside: torch.dtype | None
-    moments: tuple[Form, ...]
+    residual: torch.dtype | None
+    moments: tuple[Format, ...]
     scalars: int
     grad: torch.dtype
 
@@ -88,7 +88,7 @@ class _Kept:
         return Estimate(
             parameters=numel,
             weights=numel * self.param.itemsize,
-            beside=numel * self.beside.itemsize if self.beside is not None else 0,
+            residual=numel * self.residual.itemsize if self.residual is not None else 0,
             moments=sum(form.nbytes(n) for form in self.moments for n in numels),
             scalars=len(numels) * self.scalars,
             gradients=(numel if largest is None else largest) * self.grad.itemsize,
@@ -139,7 +139,7 @@ def bytes_per_parameter(
     grad_dtype: str | None = None,
     **hyperparameters: Any,
 ) -> dict[str, float]:
-    """Bytes of ``weights``, ``beside``, ``moments`` and ``gradients`` for each parameter of a large tensor.
+    """Bytes of ``weights``, ``residual``, ``moments`` and ``gradients`` for each parameter of a large tensor.
 
     Arguments and errors as of :func:`estimate`.
     """
@@ -166,7 +166,7 @@ def adamw(
     mixed = mixed and dtype != torch.float32
     # fp16 is no form of ours; all that counts here is its width.
     form = FP32 if mixed or dtype == torch.float32 else BF16
-    kept = _Kept(dtype, torch.float32 if mixed else None, (form, form), torch.float32.itemsize, grad)
+    kept = _TensorBytes(dtype, torch.float32 if mixed else None, (form, form), torch.float32.itemsize, grad)
     return kept.estimate(numels, None)
 
 
@@ -194,7 +194,7 @@ def _kept(
     param_dtype: str,
     grad_dtype: str | None,
     hyperparameters: Mapping[str, Any],
-) -> _Kept:
+) -> _TensorBytes:
     cls = checks.look_up("optimizer", _name(optimizer), OPTIMIZERS) if isinstance(optimizer, str) else optimizer
     param = checks.look_up("param_dtype", param_dtype, DTYPES)
     grad = param if grad_dtype is None else checks.look_up("grad_dtype", grad_dtype, DTYPES)
@@ -211,8 +211,10 @@ def _kept(
     rule = cls._rule(group)
     effective = effective_weights(weights, param)
     # The step count, and what a threshold is made of.
-    scalars = STEP_DTYPE.itemsize + (torch.float64.itemsize if rule.gate is not None else 0)
-    return _Kept(param, BESIDE[effective][1] if effective in BESIDE else None, rule.forms(group), scalars, grad)
+    scalars = STEP_DTYPE.itemsize + (torch.float64.itemsize if rule.threshold_state is not None else 0)
+    return _TensorBytes(
+        param, RESIDUALS[effective][1] if effective in RESIDUALS else None, rule.forms(group), scalars, grad
+    )
 
 
 # The command
@@ -261,7 +263,7 @@ def table(options: argparse.Namespace) -> str:
     how = "all at once" if options.gradients == "all" else "the largest alone"
     parts = [
         (f"weights, {options.param_dtype}", found.weights),
-        ("master copies" if options.weights == "master" else "low bits of weights", found.beside),
+        ("master copies" if options.weights == "master" else "low bits of weights", found.residual),
         ("moments", found.moments),
         ("scalars of each tensor", found.scalars),
         ("without gradients", found.resident),

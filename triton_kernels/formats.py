@@ -3,21 +3,21 @@
 import triton
 import triton.language as tl
 
-# As in csrc/core/formats.h: Format ...
-FP32 = tl.constexpr(0)
-BF16 = tl.constexpr(1)
-FP16 = tl.constexpr(2)
-INT8 = tl.constexpr(3)
-INT4 = tl.constexpr(4)
-INT2 = tl.constexpr(5)
-BLOCK8 = tl.constexpr(6)
+from .. import _C
 
-# ... and Weights.
-AS_IS = tl.constexpr(0)
-STOCHASTIC = tl.constexpr(1)
-SPLIT16 = tl.constexpr(2)
-SPLIT8 = tl.constexpr(3)
-MASTER = tl.constexpr(4)
+FP32 = tl.constexpr(_C.FORMATS["fp32"][0])
+BF16 = tl.constexpr(_C.FORMATS["bf16"][0])
+FP16 = tl.constexpr(_C.FORMATS["fp16"][0])
+INT8 = tl.constexpr(_C.FORMATS["int8"][0])
+INT4 = tl.constexpr(_C.FORMATS["int4"][0])
+INT2 = tl.constexpr(_C.FORMATS["int2"][0])
+BLOCK8 = tl.constexpr(_C.FORMATS["block8"][0])
+
+AS_IS = tl.constexpr(_C.WEIGHTS["as_is"])
+STOCHASTIC = tl.constexpr(_C.WEIGHTS["stochastic"])
+SPLIT16 = tl.constexpr(_C.WEIGHTS["split16"])
+SPLIT8 = tl.constexpr(_C.WEIGHTS["split8"])
+MASTER = tl.constexpr(_C.WEIGHTS["master"])
 
 NAN_CODE = tl.constexpr(-128)
 

@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
+from .. import _C
 from .rules import CONFIDENCE_BETA, GAIN, ONE_MINUS_CONFIDENCE_BETA, QUANTILE, STEERS, TARGET
 
-LANES = tl.constexpr(2048)
-ROWS = tl.constexpr(8)
-CHUNK = tl.constexpr(2048 * 8)
+LANES = tl.constexpr(_C.LANES)
+ROWS = tl.constexpr(_C.ROWS)
+CHUNK = tl.constexpr(_C.CHUNK_SIZE)
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def exponential(x):
 
 
 @triton.jit
-def finish(sums, count, numel, gate, s):
+def finish(sums, count, numel, threshold_state, s):
     """The chunk sums at ``sums`` go through the chunk procedure until one is left, which moves the gate."""
     lanes = tl.arange(0, LANES)
     while count > 1:
@@ -57,16 +58,18 @@ def finish(sums, count, numel, gate, s):
     second_sum = tl.load(sums + 1, cache_modifier=".cg")
     if is_finite(first_sum) and is_finite(second_sum):
         n = numel.to(tl.float64)
-        a = tl.load(gate)
+        a = tl.load(threshold_state)
         if tl.load(s + STEERS) != 0.0:
             if second_sum != 0.0:
                 size = tl.sqrt(second_sum / n)
                 moved = a * exponential(tl.load(s + GAIN) * (first_sum / n - tl.load(s + TARGET)))
                 low, high = size * 9.5367431640625e-07, size * 1048576.0  # 2^-20 and 2^20
                 moved = tl.where(moved < low, low, tl.where(moved > high, high, moved))
-                tl.store(gate, tl.where(a == 0.0, size * tl.load(s + QUANTILE), moved))
+                tl.store(threshold_state, tl.where(a == 0.0, size * tl.load(s + QUANTILE), moved))
         else:
             mean = first_sum / n
             variance = second_sum / n - mean * mean
             deviation = tl.sqrt(tl.where(variance > 0.0, variance, 0.0))
-            tl.store(gate, tl.load(s + CONFIDENCE_BETA) * a + tl.load(s + ONE_MINUS_CONFIDENCE_BETA) * deviation)
+            tl.store(
+                threshold_state, tl.load(s + CONFIDENCE_BETA) * a + tl.load(s + ONE_MINUS_CONFIDENCE_BETA) * deviation
+            )

@@ -3,31 +3,42 @@
 import triton
 import triton.language as tl
 
+from .. import _C
 from .formats import FP32, SPLIT8, STOCHASTIC, widen
-from .random import bits_for_m, bits_for_aux, bits_for_v, has_whole_words, random_halves
+from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, random_halves
 from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, sign
 from .stored import RUN, load, load_moment, load_param, low_operand, operand, pointer_to, store_moment, store_param
 from .threshold import CHUNK, LANES, ROWS, finish, halve
 
 # Columns of the table of tensors, one int64 each, as in csrc/core/table.h. ``aligned``: all but the gradient lie on
 # 16-byte boundaries.
-COLUMNS = ("param", "low", "exp_avg", "exp_avg_sq", "aux", "gate", "numel", "first", "first_chunk", "aligned")
+COLUMNS = (
+    "param",
+    "low",
+    "exp_avg",
+    "exp_avg_sq",
+    "aux",
+    "threshold_state",
+    "numel",
+    "first",
+    "first_chunk",
+    "aligned",
+)
 COLUMN_COUNT = tl.constexpr(len(COLUMNS))
 PARAM_AT = tl.constexpr(COLUMNS.index("param"))
 LOW_AT = tl.constexpr(COLUMNS.index("low"))
 EXP_AVG_AT = tl.constexpr(COLUMNS.index("exp_avg"))
 EXP_AVG_SQ_AT = tl.constexpr(COLUMNS.index("exp_avg_sq"))
 AUX_AT = tl.constexpr(COLUMNS.index("aux"))
-GATE_AT = tl.constexpr(COLUMNS.index("gate"))
+THRESHOLD_STATE_AT = tl.constexpr(COLUMNS.index("threshold_state"))
 NUMEL_AT = tl.constexpr(COLUMNS.index("numel"))
 FIRST_AT = tl.constexpr(COLUMNS.index("first"))
 FIRST_CHUNK_AT = tl.constexpr(COLUMNS.index("first_chunk"))
 ALIGNED_AT = tl.constexpr(COLUMNS.index("aligned"))
 
-# As signadam_ext._C.ThresholdPass.
-NONE = tl.constexpr(0)
-SAME_PASS = tl.constexpr(1)
-PASS_BEFORE = tl.constexpr(2)
+NONE = tl.constexpr(_C.ThresholdPass.NONE.value)
+SAME_PASS = tl.constexpr(_C.ThresholdPass.SAME_PASS.value)
+PASS_BEFORE = tl.constexpr(_C.ThresholdPass.PASS_BEFORE.value)
 
 
 @triton.jit
@@ -169,7 +180,8 @@ def update(
         entries: int64 ``[tensors, COLUMN_COUNT]``, see ``COLUMNS``.
         tensor_of_chunk: int32, the tensor of each chunk; one program a chunk.
         grads: int64, address of each tensor's gradient, 0 where it takes no part.
-        rng_keys: int32 ``[tensors, 2]``, the keys of each tensor's random bits at this step; unused where none are drawn.
+        rng_keys: int32 ``[tensors, 2]``, the keys of each tensor's random bits at this step; unused where none are
+            drawn.
         rows: int32, each tensor's row of ``scalars``.
         scalars: float64 ``[rows, SCALAR_COUNT]``.
         sums: float64, S1 and S2 of each chunk; unused without statistics.
@@ -191,7 +203,7 @@ def update(
         numel = tl.load(entry + NUMEL_AT)
         begin = (chunk - tl.load(entry + FIRST_CHUNK_AT)).to(tl.int64) * CHUNK
         count = tl.minimum(numel - begin, CHUNK).to(tl.int32)
-        deviation = tl.load(entry + GATE_AT)
+        deviation = tl.load(entry + THRESHOLD_STATE_AT)
         alpha = scalar(s, ALPHA)
         if THRESHOLD_PASS != PASS_BEFORE:
             if deviation != 0:

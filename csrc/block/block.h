@@ -292,7 +292,7 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
     count = next;
   }
   block.each([=](int thread) {
-    if (thread == 0) *tensor.gate = next_gate(*tensor.gate, sums[0], tensor.numel, s);
+    if (thread == 0) *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, sums[0], tensor.numel, s);
   });
 }
 

@@ -10,7 +10,9 @@
 namespace signadam {
 
 // int8, int4, int2: codes q of a moment m ~ q / L. block8: 8-bit codes with one exponent for each 32.
-enum class Format : uint8_t { fp32, bf16, fp16, int8, int4, int2, block8 };
+#define SIGNADAM_FORMATS(X) X(fp32) X(bf16) X(fp16) X(int8) X(int4) X(int2) X(block8)
+#define SIGNADAM_NAME(name) name,
+enum class Format : uint8_t { SIGNADAM_FORMATS(SIGNADAM_NAME) };
 
 SIGNADAM_HD constexpr int bits_of(Format format) {
   return format == Format::fp32                               ? 32
@@ -33,7 +35,9 @@ SIGNADAM_HD constexpr int size_of(Format format) { return format == Format::fp32
 
 // How the fp32 result of a step is kept (docs/numerics.md): rounded to nearest; stochastically; with the low 16
 // or 8 bits beside it; as a copy in fp32.
-enum class Weights : uint8_t { as_is, stochastic, split16, split8, master };
+#define SIGNADAM_WEIGHTS(X) X(as_is) X(stochastic) X(split16) X(split8) X(master)
+enum class Weights : uint8_t { SIGNADAM_WEIGHTS(SIGNADAM_NAME) };
+#undef SIGNADAM_NAME
 
 SIGNADAM_HD float widen_bf16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
 

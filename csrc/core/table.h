@@ -24,8 +24,11 @@ struct Sums {
 
 // Of a chunk, or of some of its elements: entries that pass the gate, the sum of all squares and of theirs, entries of
 // the momentum that change their sign, the sum of its magnitudes; and the threshold.
+#define SIGNADAM_CHUNK_STATISTICS(X) X(passed) X(squares) X(passed_squares) X(flips) X(magnitude) X(threshold)
 struct ChunkStatistics {
-  double passed, squares, passed_squares, flips, magnitude, threshold;
+#define SIGNADAM_FIELD(name) double name;
+  SIGNADAM_CHUNK_STATISTICS(SIGNADAM_FIELD)
+#undef SIGNADAM_FIELD
 };
 
 // How a tensor and what goes with it are stored.
@@ -44,8 +47,8 @@ struct TensorEntry {
   void* param;
   void* exp_avg;
   void* exp_avg_sq;
-  void* aux;     // a third moment, or the variance of the gradient; of rules that have one, otherwise null
-  double* gate;  // the deviation or threshold that confidence keeps between steps, otherwise null
+  void* aux;                // a third moment, or the variance of the gradient; of rules that have one, otherwise null
+  double* threshold_state;  // the deviation or threshold that confidence keeps between steps, otherwise null
   int64_t numel;
   uint32_t first_chunk;
   Formats formats;
@@ -101,7 +104,7 @@ SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t ch
 // The gate of this step: fixed, or alpha times the running deviation [SA, Sec. 6.3] or 1 times the threshold that is
 // steered, in double, rounded once.
 SIGNADAM_HD float threshold(const TensorEntry& tensor, const Scalars& s) {
-  return tensor.gate == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * *tensor.gate);
+  return tensor.threshold_state == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * *tensor.threshold_state);
 }
 
 }  // namespace signadam

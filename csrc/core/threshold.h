@@ -64,7 +64,7 @@ SIGNADAM_HD double next_threshold(double a, const Sums& sums, double n, const Sc
 }
 
 // One gradient that is not finite must not close the gate for ever: what there is then stays.
-SIGNADAM_HD double next_gate(double a, const Sums& sums, int64_t numel, const Scalars& s) {
+SIGNADAM_HD double next_threshold_state(double a, const Sums& sums, int64_t numel, const Scalars& s) {
   if (!is_finite(sums.first) || !is_finite(sums.second)) return a;
   const double n = static_cast<double>(numel);
   return s.steers ? next_threshold(a, sums, n, s) : next_deviation(a, sums, n, s);

@@ -80,7 +80,7 @@ void finish_statistics(const TableView& table, const TensorEntry& tensor, const 
       sums[k] = lanes[0];
     }
   }
-  *tensor.gate = next_gate(*tensor.gate, sums[0], tensor.numel, s);
+  *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, sums[0], tensor.numel, s);
 }
 
 }  // namespace

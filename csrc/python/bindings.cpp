@@ -159,6 +159,25 @@ PYBIND11_MODULE(_C, m) {
   SIGNADAM_RULES(SIGNADAM_APPEND)
 #undef SIGNADAM_APPEND
   m.attr("RULES") = py::tuple(rules);
+  // By its name, what a format is called by in tables and kernels, and the bits of an element.
+  py::dict formats;
+#define SIGNADAM_APPEND(name) formats[#name] = py::make_tuple(static_cast<int>(Format::name), bits_of(Format::name));
+  SIGNADAM_FORMATS(SIGNADAM_APPEND)
+#undef SIGNADAM_APPEND
+  m.attr("FORMATS") = formats;
+  py::dict weights;
+#define SIGNADAM_APPEND(name) weights[#name] = static_cast<int>(Weights::name);
+  SIGNADAM_WEIGHTS(SIGNADAM_APPEND)
+#undef SIGNADAM_APPEND
+  m.attr("WEIGHTS") = weights;
+  py::list chunk_statistics;
+#define SIGNADAM_APPEND(name) chunk_statistics.append(#name);
+  SIGNADAM_CHUNK_STATISTICS(SIGNADAM_APPEND)
+#undef SIGNADAM_APPEND
+  m.attr("CHUNK_STATISTICS") = py::tuple(chunk_statistics);
+  m.attr("RUN") = packed_run;
+  m.attr("LANES") = lane_count;
+  m.attr("ROWS") = row_count;
   m.attr("CHUNK_SIZE") = chunk_size;
   m.def("advise_huge_pages", &cpu::advise_huge_pages, py::arg("address"), py::arg("size"));
   m.def("step_layout", &step_layout, py::arg("tensors"), py::arg("rows"));
@@ -194,20 +213,20 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "add",
           [](HostTable& table, uintptr_t param, uintptr_t low, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t aux,
-             uintptr_t gate, uintptr_t step, bool step_is_double, int64_t numel, int64_t first, int param_format,
-             int grad_format, int exp_avg_format, int exp_avg_sq_format, int aux_format, int weights, uint32_t group,
-             std::size_t slot, uint64_t seed, uint32_t number) {
+             uintptr_t threshold_state, uintptr_t step, bool step_is_double, int64_t numel, int64_t first,
+             int param_format, int grad_format, int exp_avg_format, int exp_avg_sq_format, int aux_format, int weights,
+             uint32_t group, std::size_t slot, uint64_t seed, uint32_t number) {
             const auto format = [](int number) { return static_cast<Format>(number); };
             const Formats formats{format(param_format),      format(grad_format), format(exp_avg_format),
                                   format(exp_avg_sq_format), format(aux_format),  static_cast<Weights>(weights)};
             // Packed codes are read and written by whole pieces, which must begin where they do.
             const uint8_t head = formats.packed() ? 0 : head_of(pointer<void>(param), formats.param);
             table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(aux),
-                       pointer<double>(gate), numel, 0, formats, head, pointer<void>(low), first},
+                       pointer<double>(threshold_state), numel, 0, formats, head, pointer<void>(low), first},
                       {pointer<void>(step), step_is_double}, group, slot, seed, number);
           },
           py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("aux"),
-          py::arg("gate"), py::arg("step"), py::arg("step_is_double"), py::arg("numel"), py::arg("first"),
+          py::arg("threshold_state"), py::arg("step"), py::arg("step_is_double"), py::arg("numel"), py::arg("first"),
           py::arg("param_format"), py::arg("grad_format"), py::arg("exp_avg_format"), py::arg("exp_avg_sq_format"),
           py::arg("aux_format"), py::arg("weights"), py::arg("group"), py::arg("slot"), py::arg("seed"),
           py::arg("number"))

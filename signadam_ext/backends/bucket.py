@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.dtypes import FORMATS
-from ..core.formats import WEIGHTS, Form
+from ..core.formats import DTYPE_FORMATS, WEIGHTS, Format
 from ..core.native import load
 from ..core.rule import Rule
 from ..core.step_statistics import COLUMNS
@@ -27,13 +26,13 @@ class Entry:
     Attributes:
         slot: index of the parameter in the plan, and of its gradient in the reader.
         param: the parameter itself, during a step.
-        work: what kernels update: ``param``, or a dense copy when its elements do not fill a run of memory.
+        dense_param: what kernels update: ``param``, or a dense copy when its elements do not fill a run of memory.
         grad_dtype: dtype of its gradient.
         forms, moments: how the moments are stored, and the stored tensors, during a step.
-        weights, beside: how the parameter is stored, and what lies beside it, during a step, or None.
-        variance: of the gradient, with the strides of ``work``, for a rule that reads it: ``param.grad_variance``, or a
+        weights, residual: how the parameter is stored, and what lies beside it, during a step, or None.
+        variance: of the gradient, with the strides of ``dense_param``, for a rule that reads it: ``param.grad_variance``, or a
             buffer into which every step copies it; None where it has not been asked for yet.
-        gate: 0-dim float64 on the parameter's device, what the threshold is made of, during a step, or None.
+        threshold_state: 0-dim float64 on the parameter's device, what the threshold is made of, during a step, or None.
         step: 0-dim float64 on the CPU, the number of steps taken, during a step; fp32 in the functional forms; None
             where nobody counts.
         group: index of its parameter group.
@@ -41,21 +40,21 @@ class Entry:
             the parameter, and the index of the first element in the unsharded tensor.
         image: where the reference computes parameters that share memory, during a step: the place of ``param`` in a
             copy of its storage; None for others.
-        numel, strides: of ``work``.
-        is_dense: whether ``work`` is the parameter itself.
+        numel, strides: of ``dense_param``.
+        is_dense: whether ``dense_param`` is the parameter itself.
         variance_address: of ``variance``, or None where it is a buffer of the plan's.
     """
 
     slot: int
     param: Tensor
-    work: Tensor
+    dense_param: Tensor
     grad_dtype: torch.dtype
-    forms: tuple[Form, ...]
+    forms: tuple[Format, ...]
     moments: tuple[Tensor, ...]
     weights: str
-    beside: Tensor | None
+    residual: Tensor | None
     variance: Tensor | None
-    gate: Tensor | None
+    threshold_state: Tensor | None
     step: Tensor | None
     group: int
     seed: int
@@ -68,9 +67,9 @@ class Entry:
     variance_address: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.numel = self.work.numel()
-        self.strides = self.work.stride()
-        self.is_dense = self.work is self.param
+        self.numel = self.dense_param.numel()
+        self.strides = self.dense_param.stride()
+        self.is_dense = self.dense_param is self.param
 
     def operands(self) -> list[Tensor | None]:
         """What kernels call ``m``, ``v`` and ``x``."""
@@ -83,14 +82,14 @@ class Entry:
         """Takes the tensors of a step, as a reader holds them."""
         self.param = param
         if self.is_dense:
-            self.work = param
+            self.dense_param = param
         rest = list(state)
         self.moments = tuple(rest[: len(self.forms)])
         del rest[: len(self.forms)]
-        if self.beside is not None:
-            self.beside = rest.pop(0)
-        if self.gate is not None:
-            self.gate = rest.pop(0)
+        if self.residual is not None:
+            self.residual = rest.pop(0)
+        if self.threshold_state is not None:
+            self.threshold_state = rest.pop(0)
         if self.step is not None:
             self.step = rest.pop(0)
 
@@ -98,13 +97,13 @@ class Entry:
         """Lets the tensors of a step go. What is None stays None."""
         self.param = _NONE
         if self.is_dense:
-            self.work = _NONE
+            self.dense_param = _NONE
         self.moments = (_NONE,) * len(self.moments)
         self.image = None
-        if self.beside is not None:
-            self.beside = _NONE
-        if self.gate is not None:
-            self.gate = _NONE
+        if self.residual is not None:
+            self.residual = _NONE
+        if self.threshold_state is not None:
+            self.threshold_state = _NONE
         if self.step is not None:
             self.step = _NONE
         if self.variance_address is not None:
@@ -116,7 +115,7 @@ class Bucket:
     """Entries of one launch, with their table in C++.
 
     Attributes:
-        non_dense: those whose ``work`` is a copy.
+        non_dense: those whose ``dense_param`` is a copy.
         chunk_statistics: where it is wanted, a row of :data:`signadam_ext.core.step_statistics.COLUMNS` for each chunk.
     """
 
@@ -133,20 +132,20 @@ class Bucket:
         self.table = _C.Table(rows_by_step=self.rule.uses_step)
         for entry in self.entries:
             addresses = [0 if x is None else x.data_ptr() for x in entry.operands()]
-            formats = [form.number for form in entry.forms] + [FORMATS[torch.float32]] * 3
+            formats = [form.number for form in entry.forms] + [DTYPE_FORMATS[torch.float32]] * 3
             self.table.add(
-                param=entry.work.data_ptr(),
-                low=0 if entry.beside is None else entry.beside.data_ptr(),
+                param=entry.dense_param.data_ptr(),
+                low=0 if entry.residual is None else entry.residual.data_ptr(),
                 exp_avg=addresses[0],
                 exp_avg_sq=addresses[1],
                 aux=addresses[2],
-                gate=0 if entry.gate is None else entry.gate.data_ptr(),
+                threshold_state=0 if entry.threshold_state is None else entry.threshold_state.data_ptr(),
                 step=0 if entry.step is None else entry.step.data_ptr(),
                 step_is_double=entry.step is None or entry.step.dtype == torch.float64,
                 numel=entry.numel,
                 first=entry.first,
-                param_format=FORMATS[entry.work.dtype],
-                grad_format=FORMATS[entry.grad_dtype],
+                param_format=DTYPE_FORMATS[entry.dense_param.dtype],
+                grad_format=DTYPE_FORMATS[entry.grad_dtype],
                 exp_avg_format=formats[0],
                 exp_avg_sq_format=formats[1],
                 aux_format=formats[2],

@@ -45,5 +45,5 @@ class CpuBucketLaunch(HostLaunch):
         if not non_dense:
             return [launch]
         # Around each launch by itself: a parameter may share memory with one of an earlier launch.
-        work, params = [entry.work for entry in non_dense], [entry.param.data for entry in non_dense]
-        return [(torch._foreach_copy_, work, params), launch, (torch._foreach_copy_, params, work)]
+        dense_param, params = [entry.dense_param for entry in non_dense], [entry.param.data for entry in non_dense]
+        return [(torch._foreach_copy_, dense_param, params), launch, (torch._foreach_copy_, params, dense_param)]

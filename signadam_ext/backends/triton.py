@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.dtypes import FORMATS
-from ..core.formats import WEIGHTS
+from ..core.formats import DTYPE_FORMATS, WEIGHTS
 from ..core.native import load
 from .confidence import Confidence, check_result, name_of
 from .device import StreamGuarded, StreamLaunch, is_current, to_device
@@ -70,12 +69,12 @@ class TritonBackend:
         arrivals = torch.zeros(len(table) if gathers else 1, dtype=torch.int32, device=device)
         made = StreamGuarded(device, resident, chunk_map, sums, arrivals, *bucket.observations())
         sample = entries[0]  # all are stored alike
-        forms = [form.number for form in sample.forms] + [FORMATS[torch.float32]] * 3
+        forms = [form.number for form in sample.forms] + [DTYPE_FORMATS[torch.float32]] * 3
         constants: dict[str, Any] = {
             "RULE": getattr(rules, bucket.rule.name),
             "MOMENTS": len(bucket.rule.moments),
-            "PARAM": FORMATS[sample.work.dtype],
-            "GRAD": FORMATS[sample.grad_dtype],
+            "PARAM": DTYPE_FORMATS[sample.dense_param.dtype],
+            "GRAD": DTYPE_FORMATS[sample.grad_dtype],
             "EXP_AVG": forms[0],
             "EXP_AVG_SQ": forms[1],
             "AUX": forms[2],
@@ -160,19 +159,19 @@ def _table(entries: Sequence[Entry]) -> Tensor:
     rows, first_chunk = [], 0
     for entry in entries:
         operands = [0 if x is None else x.data_ptr() for x in entry.operands()]
-        low = 0 if entry.beside is None else entry.beside.data_ptr()
-        numel = entry.work.numel()
+        low = 0 if entry.residual is None else entry.residual.data_ptr()
+        numel = entry.dense_param.numel()
         row = {
-            "param": entry.work.data_ptr(),
+            "param": entry.dense_param.data_ptr(),
             "low": low,
             "exp_avg": operands[0],
             "exp_avg_sq": operands[1],
             "aux": operands[2],
-            "gate": 0 if entry.gate is None else entry.gate.data_ptr(),
+            "threshold_state": 0 if entry.threshold_state is None else entry.threshold_state.data_ptr(),
             "numel": numel,
             "first": entry.first,
             "first_chunk": first_chunk,
-            "aligned": all(address % 16 == 0 for address in (entry.work.data_ptr(), low, *operands)),
+            "aligned": all(address % 16 == 0 for address in (entry.dense_param.data_ptr(), low, *operands)),
         }
         rows.append([int(row[name]) for name in COLUMNS])
         first_chunk += -(-numel // _C.CHUNK_SIZE)

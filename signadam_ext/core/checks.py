@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .dtypes import FORMATS
-from .formats import FP32, Form
+from .formats import DTYPE_FORMATS, FP32, Format
 
 T = TypeVar("T")
 
@@ -149,7 +148,7 @@ def parameter(label: str, param: Tensor, *, at_step: bool = True) -> None:
         if at_step:
             raise TypeError(f"{label} has not been initialized: run its lazy module once before step()")
         return
-    if param.dtype not in FORMATS:
+    if param.dtype not in DTYPE_FORMATS:
         raise TypeError(f"{label} has dtype {param.dtype}: supported are float32, bfloat16 and float16")
     if param.is_neg():
         raise TypeError(f"{label} is the negative of what its memory holds (is_neg()): optimize a .resolve_neg() of it")
@@ -163,7 +162,7 @@ def parameter(label: str, param: Tensor, *, at_step: bool = True) -> None:
 def gradient(label: str, grad: Tensor, param: Tensor) -> None:
     """Raises unless ``grad`` can be the gradient of ``param`` (dtypes may differ within float32, bfloat16, float16)."""
     dense(f"the gradient of {label}", grad)
-    if grad.dtype not in FORMATS:
+    if grad.dtype not in DTYPE_FORMATS:
         raise TypeError(f"the gradient of {label} has dtype {grad.dtype}: supported are float32, bfloat16 and float16")
     if grad.shape != param.shape:
         raise ValueError(
@@ -204,7 +203,7 @@ def state_tensor(
         aligned(label, value)
 
 
-def moment(label: str, name: str, value: Any, param: Tensor, form: Form = FP32) -> None:
+def moment(label: str, name: str, value: Any, param: Tensor, form: Format = FP32) -> None:
     """Raises unless ``value`` is a moment on the parameter's device: of its shape, or a packed buffer."""
     shape, content = param.shape, ""
     if form.packed:
@@ -221,7 +220,7 @@ def variance(label: str, value: Any, param: Tensor) -> None:
             "mean there; call signadam_ext.per_sample_variance(model, loss_fn, batch) before step()"
         )
     dense(f"grad_variance of {label}", value)
-    state_tensor(f"grad_variance of {label}", value, param.shape, tuple(FORMATS), param.device, computable=True)
+    state_tensor(f"grad_variance of {label}", value, param.shape, tuple(DTYPE_FORMATS), param.device, computable=True)
 
 
 def weights(label: str, value: str, dtype: torch.dtype) -> None:
@@ -245,14 +244,14 @@ def seed(name: str, value: Any) -> int:
     return found
 
 
-def gate(label: str, name: str, value: Any) -> None:
+def threshold_state(label: str, name: str, value: Any) -> None:
     """Raises unless ``value`` can be what a threshold is made of."""
     if not isinstance(value, Tensor) or value.dtype != torch.float64 or value.dim() > 0:
         raise TypeError(f"state {name!r} of {label} is {value!r}: must be a 0-dim float64 tensor")
     aligned(f"state {name!r} of {label}", value)
 
 
-def gate_value(label: str, name: str, value: Tensor) -> None:
+def threshold_state_value(label: str, name: str, value: Tensor) -> None:
     """Raises unless what a threshold is made of can have that value."""
     if not 0 <= value.item() < math.inf:
         raise ValueError(f"state {name!r} of {label} is {value.item()!r}: must be finite and at least 0")

@@ -13,19 +13,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .native import load
+
+_C = load()
+
 #: Codes lie in runs of this many, the last one padded with zeros.
-RUN = 32
+RUN: int = _C.RUN
 
 NAN_CODE = -128
 
 
 @dataclass(frozen=True)
-class Form:
+class Format:
     """One way to store a moment.
 
     Attributes:
         kind: its name in a checkpoint.
-        number: of ``Format`` in csrc/core/formats.h.
+        number: in tables and kernels.
         bits: of one element.
         levels: L of codes q in [-L, L] that stand for q / L; None for the others.
     """
@@ -52,25 +56,36 @@ class Form:
         return runs * RUN * self.bits // 8 + (runs if self is BLOCK8 else 0)
 
 
-FP32 = Form("fp32", 0, 32)
-BF16 = Form("bf16", 1, 16)
-INT8 = Form("int8", 3, 8, levels=127)
-INT4 = Form("int4", 4, 4, levels=7)
-INT2 = Form("int2", 5, 2, levels=1)
-BLOCK8 = Form("int8_block32", 6, 8)
+def _format(name: str, kind: str | None = None, levels: int | None = None) -> Format:
+    number, bits = _C.FORMATS[name]
+    return Format(kind or name, number, bits, levels)
 
-FORMS = {form.kind: form for form in (FP32, BF16, INT8, INT4, INT2, BLOCK8)}
+
+FP32 = _format("fp32")
+BF16 = _format("bf16")
+INT8 = _format("int8", levels=127)
+INT4 = _format("int4", levels=7)
+INT2 = _format("int2", levels=1)
+BLOCK8 = _format("block8", kind="int8_block32")
+
+FORMATS = {form.kind: form for form in (FP32, BF16, INT8, INT4, INT2, BLOCK8)}
 #: The same by their numbers, which state holds: some checkpoint formats keep tensors and numbers alone.
-FORMS_BY_NUMBER = {form.number: form for form in FORMS.values()}
+FORMATS_BY_NUMBER = {form.number: form for form in FORMATS.values()}
 #: By ``state_dtype``, for a moment that never exceeds 1, for any other first moment, and for a second moment.
 BOUNDED = {"fp32": FP32, "bf16": BF16, "int8": INT8, "int4": INT4, "int2": INT2}
 UNBOUNDED = {"fp32": FP32, "bf16": BF16, "int8": BLOCK8}
 SECOND = {"fp32": FP32, "bf16": BF16, "int8": BF16, "int4": BF16, "int2": BF16}
 
-#: The numbers of ``Weights`` in csrc/core/formats.h.
-WEIGHTS = {"as_is": 0, "stochastic": 1, "split16": 2, "split8": 3, "master": 4}
+#: The dtypes that kernels read and write, with the numbers of their formats.
+DTYPE_FORMATS: dict[torch.dtype, int] = {
+    torch.float32: _C.FORMATS["fp32"][0],
+    torch.bfloat16: _C.FORMATS["bf16"][0],
+    torch.float16: _C.FORMATS["fp16"][0],
+}
+#: Ways to store a parameter, with their numbers in kernels.
+WEIGHTS: dict[str, int] = _C.WEIGHTS
 #: Name in the state and dtype of what lies beside a parameter.
-BESIDE = {
+RESIDUALS = {
     "split16": ("param_low", torch.int16),
     "split8": ("param_low", torch.int8),
     "master": ("master_param", torch.float32),
@@ -182,13 +197,13 @@ def _halves(x: Tensor) -> Tensor:
     return torch.where(x >= 1 << 15, x - (1 << 16), x).to(torch.int16)
 
 
-def load_param(weights: str, param: Tensor, beside: Tensor | None) -> Tensor:
+def load_param(weights: str, param: Tensor, residual: Tensor | None) -> Tensor:
     """The fp32 number that a stored parameter stands for."""
-    if beside is None:
+    if residual is None:
         return param.float()
     if weights == "master":
-        return torch.where(_same(beside.to(param.dtype), param), beside, param.float())
-    low = beside.long() * (256 if weights == "split8" else 1)
+        return torch.where(_same(residual.to(param.dtype), param), residual, param.float())
+    low = residual.long() * (256 if weights == "split8" else 1)
     joined = from_bits((bits(param.float()) + low) & 0xFFFFFFFF)
     return torch.where(joined.isnan(), param.float(), joined)
 
@@ -198,7 +213,7 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
 
 
 def stored_param(
-    weights: str, p: Tensor, r: Tensor | None, dtype: torch.dtype, beside: torch.dtype | None
+    weights: str, p: Tensor, r: Tensor | None, dtype: torch.dtype, residual: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
     """The fp32 result ``p`` as it is stored: the parameter, and what lies beside it, as new tensors.
 
@@ -206,10 +221,10 @@ def stored_param(
         weights: as :func:`effective_weights` gives it.
         p: fp32.
         r: 16 random bits for each element, where ``weights`` rounds stochastically.
-        dtype, beside: dtypes of the two; None where nothing lies beside the parameter.
+        dtype, residual: dtypes of the two; None where nothing lies beside the parameter.
     """
     if weights in ("as_is", "master"):
-        return p.to(dtype), None if beside is None else p
+        return p.to(dtype), None if residual is None else p
     if weights == "stochastic":
         assert r is not None
         return narrow_stochastic(p, r, dtype), None
@@ -221,19 +236,19 @@ def stored_param(
     high = kept + (1 << width - 1) >> width
     low = kept - (high << width)
     param = _halves(torch.where(p.isnan(), 0x7FC0, high & 0xFFFF)).view(torch.bfloat16)
-    return param, torch.where(p.isnan(), 0, low).to(beside)
+    return param, torch.where(p.isnan(), 0, low).to(residual)
 
 
-def store_param(weights: str, p: Tensor, r: Tensor | None, param: Tensor, beside: Tensor | None) -> None:
+def store_param(weights: str, p: Tensor, r: Tensor | None, param: Tensor, residual: Tensor | None) -> None:
     """Writes the fp32 result ``p`` into ``param`` and what lies beside it."""
-    new, new_beside = stored_param(weights, p, r, param.dtype, None if beside is None else beside.dtype)
+    new, new_residual = stored_param(weights, p, r, param.dtype, None if residual is None else residual.dtype)
     param.copy_(new)
-    if beside is not None:
-        assert new_beside is not None
-        beside.copy_(new_beside)
+    if residual is not None:
+        assert new_residual is not None
+        residual.copy_(new_residual)
 
 
-def allocate(form: Form, param: Tensor) -> Tensor:
+def allocate(form: Format, param: Tensor) -> Tensor:
     """A moment before the first step: zeros, with the parameter's strides or packed."""
     if form.packed:
         stored = torch.zeros(form.nbytes(param.numel()), dtype=torch.uint8, device=param.device)
@@ -248,7 +263,7 @@ def _exponents(stored: Tensor, numel: int) -> Tensor:
     return stored[runs * RUN :].view(torch.int8)
 
 
-def codes_of(form: Form, stored: Tensor, numel: int) -> Tensor:
+def codes_of(form: Format, stored: Tensor, numel: int) -> Tensor:
     """The int8 codes in a packed buffer."""
     if form.bits == 8:
         return stored[:numel].view(torch.int8)
@@ -260,7 +275,7 @@ def codes_of(form: Form, stored: Tensor, numel: int) -> Tensor:
     return codes.flatten()[:numel].view(torch.int8)
 
 
-def pack(form: Form, codes: Tensor, exponents: Tensor | None = None) -> Tensor:
+def pack(form: Format, codes: Tensor, exponents: Tensor | None = None) -> Tensor:
     """int8 codes as a packed buffer."""
     padded = torch.nn.functional.pad(codes, (0, -codes.numel() % RUN)) if codes.numel() % RUN else codes
     if form.bits == 8:
@@ -274,7 +289,7 @@ def pack(form: Form, codes: Tensor, exponents: Tensor | None = None) -> Tensor:
     return stored
 
 
-def decode(form: Form, stored: Tensor, numel: int) -> Tensor:
+def decode(form: Format, stored: Tensor, numel: int) -> Tensor:
     """A stored moment as fp32; codes of a bounded moment in units of 1 / L."""
     if not form.packed:
         return stored.float()
@@ -285,7 +300,7 @@ def decode(form: Form, stored: Tensor, numel: int) -> Tensor:
     return torch.where(codes == NAN_CODE, torch.nan, codes.float() * scale[:numel])
 
 
-def encode(form: Form, m: Tensor, r: Tensor | None) -> Tensor:
+def encode(form: Format, m: Tensor, r: Tensor | None) -> Tensor:
     """fp32 values, in the units of :func:`decode`, stored with 16 random bits for each element; fp32 needs none."""
     if form is FP32:
         return m
@@ -309,7 +324,7 @@ def stochastic_integer(x: Tensor, r: Tensor) -> Tensor:
     return (x * 65536.0).long() + r >> 16
 
 
-def make_beside(weights: str, param: Tensor, low: Tensor | None = None) -> Tensor:
+def make_residual(weights: str, param: Tensor, low: Tensor | None = None) -> Tensor:
     """What lies beside a parameter before its first step: nothing below it, or a copy of it.
 
     Args:
@@ -317,7 +332,7 @@ def make_beside(weights: str, param: Tensor, low: Tensor | None = None) -> Tenso
         param: the parameter.
         low: low bits that a split form left behind, for a master copy to be made of both.
     """
-    dtype = BESIDE[weights][1]
+    dtype = RESIDUALS[weights][1]
     made = torch.empty_strided(param.shape, strides_of(param), dtype=dtype, device=param.device)
     if weights != "master":
         return made.zero_()
@@ -336,7 +351,7 @@ def low_of_master(weights: str, master: Tensor, param: Tensor | None = None) -> 
         param: the parameter, flat, where it is known: entries set from outside win, and have nothing below them.
     """
     high = torch.empty(master.shape, dtype=torch.bfloat16, device=master.device)
-    low = torch.empty(master.shape, dtype=BESIDE[weights][1], device=master.device)
+    low = torch.empty(master.shape, dtype=RESIDUALS[weights][1], device=master.device)
     half = torch.full(master.shape, 1 << 15, dtype=torch.int64, device=master.device)
     store_param(weights, master, half, high, low)
     return low if param is None else torch.where(_same(high, param), low, 0)

@@ -12,8 +12,8 @@ Group = Mapping[str, Any]
 Scalars = dict[str, float]
 
 #: How a gated rule obtains its threshold; the names of ``signadam_ext._C.ThresholdPass``.
-#: NONE: a scalar. SAME_PASS: from what earlier steps left, this step's sums are taken in the same pass. PASS_BEFORE: from this
-#: step's, in a launch of its own before the update.
+#: NONE: a scalar. SAME_PASS: from what earlier steps left, this step's sums are taken in the same pass. PASS_BEFORE:
+#: from this step's, in a launch of its own before the update.
 THRESHOLD_PASSES = ("NONE", "SAME_PASS", "PASS_BEFORE")
 
 
@@ -29,7 +29,8 @@ class Rule:
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
-        gate: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is "NONE".
+        threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is
+            "NONE".
         confidence: a function of the user's that gives the rule its gradient, or None.
     """
 
@@ -40,10 +41,10 @@ class Rule:
     uses_step: bool = False
     reads_variance: bool = False
     threshold_pass: str = "NONE"
-    gate: str | None = None
+    threshold_state: str | None = None
     confidence: Callable[..., Any] | None = field(default=None, hash=False)  # one may have no hash
 
-    def forms(self, group: Group) -> tuple[formats.Form, ...]:
+    def forms(self, group: Group) -> tuple[formats.Format, ...]:
         """How each moment is stored.
 
         Raises:
@@ -64,7 +65,7 @@ class Rule:
         )
 
     @property
-    def _first_forms(self) -> Mapping[str, formats.Form]:
+    def _first_forms(self) -> Mapping[str, formats.Format]:
         return formats.BOUNDED if self.bounded else formats.UNBOUNDED
 
     def _levels(self, group: Group) -> int | None:
@@ -74,7 +75,7 @@ class Rule:
         dtypes = group.get("state_dtype", "fp32")
         return self._first_forms[dtypes if isinstance(dtypes, str) else dtypes[0]].levels
 
-    def _form(self, dtype: object, allowed: Mapping[str, formats.Form]) -> formats.Form:
+    def _form(self, dtype: object, allowed: Mapping[str, formats.Format]) -> formats.Format:
         if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
             raise ValueError(
                 f"state_dtype={dtype!r}: this momentum has no bound, so it needs a scale; use one of "

@@ -1,4 +1,6 @@
 """What kernels gather of a step, chunk by chunk, for ``optimizer.statistics()``."""
 
-#: Of a row for each chunk, in the order of ``ChunkStatistics`` in csrc/core/table.h.
-COLUMNS = ("passed", "squares", "passed_squares", "flips", "magnitude", "threshold")
+from .native import load
+
+#: Of a row for each chunk.
+COLUMNS: tuple[str, ...] = load().CHUNK_STATISTICS

@@ -196,7 +196,7 @@ class PythonReader(Addresses):
         params = [(param, i) for i, group in enumerate(param_groups) for param in group["params"]]
         if [i for _, i in params] != [group for group, *_ in self._watched]:
             return None
-        odd = []
+        needs_copy = []
         for slot, ((param, _), (_, place, strides, dtype, entries)) in enumerate(
             zip(params, self._watched, strict=True)
         ):
@@ -224,8 +224,8 @@ class PythonReader(Addresses):
                 self._grads[slot] = grad.data_ptr() or 1
                 self._places[slot] = found
             else:
-                odd.append(slot)
-        return odd
+                needs_copy.append(slot)
+        return needs_copy
 
     def unchanged(self) -> bool:
         for slot, (param, grad, *state) in self._held.items():

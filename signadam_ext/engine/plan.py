@@ -19,7 +19,7 @@ from ..backends.bucket import Bucket, Entry
 from ..backends.confidence import backend_for, name_of
 from ..backends.device import StreamGuarded, refuse_capture
 from ..core import checks
-from ..core.formats import Form, effective_weights
+from ..core.formats import Format, effective_weights
 from ..core.native import load
 from ..core.rule import Group, Rule
 from ..state.schema import Fitted
@@ -51,7 +51,7 @@ class Item:
     backend: str
     has_state: bool
     fit: Callable[[], Fitted]
-    forms: tuple[Form, ...]
+    forms: tuple[Format, ...]
     own_state: Mapping[str, Any] | None = None
     state_names: tuple[str, ...] = ()
     variance: Tensor | None = None
@@ -151,7 +151,7 @@ class Plan:
             self._grad_dtypes[found.slot] = entry.grad_dtype
             if found.item.rule.reads_variance:
                 self._variances.append(entry)
-            formats = (entry.work.dtype, entry.grad_dtype, entry.forms, entry.weights)
+            formats = (entry.dense_param.dtype, entry.grad_dtype, entry.forms, entry.weights)
             key = (backend, entry.param.device, found.item.rule, level, formats if backend.splits_formats else None)
             buckets.setdefault(key, []).append(entry)
         self._sharing: list[Entry] = []  # those that the reference computes in a copy of their storage
@@ -177,7 +177,10 @@ class Plan:
                 self._reader.watch(item.group, None, (), torch.float32, ())
                 continue
             fitted = found.fitted
-            tensors = [*fitted.moments, *(x for x in (fitted.beside, fitted.gate, fitted.step) if x is not None)]
+            tensors = [
+                *fitted.moments,
+                *(x for x in (fitted.residual, fitted.threshold_state, fitted.step) if x is not None),
+            ]
             entries = zip(item.state_names, tensors, strict=True) if item.state_names else ()
             dtype = self._grad_dtypes[slot]
             assert dtype is not None
@@ -187,7 +190,7 @@ class Plan:
         """Copies of parameters and variances, by device: a later step may run on another stream than made them."""
         made: dict[torch.device, list[Tensor]] = {}
         for bucket, _ in self.launches:
-            made.setdefault(bucket.device, []).extend(entry.work for entry in bucket.non_dense)
+            made.setdefault(bucket.device, []).extend(entry.dense_param for entry in bucket.non_dense)
         for entry in self._variances:
             if entry.variance is not None and entry.variance_address is None:
                 made.setdefault(entry.param.device, []).append(entry.variance)
@@ -217,16 +220,16 @@ class Plan:
             for buffers in self._buffers:
                 buffers.use()
             self._copies.clear()
-            odd = self._reader.read(param_groups, None if self._is_first else state)
-            if odd or (odd is not None and self._variances):
+            needs_copy = self._reader.read(param_groups, None if self._is_first else state)
+            if needs_copy or (needs_copy is not None and self._variances):
                 # Both may run code of the user's, which may change what has been read.
                 holds = (
-                    self._adopt(odd)
+                    self._adopt(needs_copy)
                     and (not self._variances or self._read_variances())
                     and cast(bool, self._reader.unchanged())
                 )
             else:
-                holds = odd is not None
+                holds = needs_copy is not None
         finally:
             if not holds:
                 self.release()
@@ -266,9 +269,9 @@ class Plan:
         return getattr(param, "grad_variance", None)
 
     @torch.no_grad()
-    def _adopt(self, odd: list[int]) -> bool:
+    def _adopt(self, needs_copy: list[int]) -> bool:
         """Makes gradients usable that cannot be read where they lie; False where only a new plan will do."""
-        for slot in odd:
+        for slot in needs_copy:
             param, grad = self._reader.held(slot)[:2]
             label = f"the gradient of {self.labels[slot]}"
             checks.gradient(self.labels[slot], grad, param)
@@ -324,10 +327,10 @@ class Plan:
                 # Around each launch by itself: a parameter may share memory with one of an earlier launch.
                 non_dense = bucket.present_non_dense()
                 for entry in non_dense:
-                    entry.work.copy_(entry.param.detach())
+                    entry.dense_param.copy_(entry.param.detach())
                 launch(rows)
                 for entry in non_dense:
-                    entry.param.detach().copy_(entry.work)
+                    entry.param.detach().copy_(entry.dense_param)
         tables = [bucket.table for bucket, _, _ in prepared]
         backends.commit(operations, tables, self._pending, self._reader.written())
         self._pending = []
@@ -411,18 +414,18 @@ def _backend(item: Item) -> backends.Backend:
 
 def _entry(found: _Chosen) -> Entry:
     item, grad, fitted, param = found.item, found.grad, found.fitted, found.item.param
-    work = param if checks.is_dense(param) else torch.empty_like(param, requires_grad=False)
+    dense_param = param if checks.is_dense(param) else torch.empty_like(param, requires_grad=False)
     entry = Entry(
         found.slot,
         param,
-        work,
+        dense_param,
         param.dtype if grad is None else grad.dtype,
         item.forms,
         fitted.moments,
         effective_weights(item.weights, param.dtype),
-        fitted.beside,
+        fitted.residual,
         None,
-        fitted.gate,
+        fitted.threshold_state,
         fitted.step,
         item.group,
         item.seed,
@@ -435,7 +438,7 @@ def _entry(found: _Chosen) -> Entry:
         if _is_readable(given, entry.strides):
             entry.variance, entry.variance_address = given, given.data_ptr()
         else:
-            entry.variance = torch.empty_like(work, dtype=torch.float32, requires_grad=False)
+            entry.variance = torch.empty_like(dense_param, dtype=torch.float32, requires_grad=False)
     return entry
 
 
@@ -456,7 +459,7 @@ def _refuse_simulated(entry: Entry, fitted: Fitted) -> None:
         RuntimeError: a mode, FakeTensorMode for example, has made tensors of its own.
     """
     made = [value for value in fitted.changes.values() if isinstance(value, Tensor)]
-    made += [] if entry.is_dense else [entry.work]
+    made += [] if entry.is_dense else [entry.dense_param]
     if entry.variance is not None and entry.variance_address is None:
         made.append(entry.variance)
     for tensor in made:

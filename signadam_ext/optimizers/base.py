@@ -325,7 +325,7 @@ class SignOptimizer(Optimizer):
             param,
             dict(zip(rule.moments, rule.forms(group), strict=True)),
             effective_weights(group["weights"], param.dtype),
-            rule.gate,
+            rule.threshold_state,
             # A function of the user's may be larger than 1.
             bounded=rule.bounded and rule.confidence is None,
             uses_step=rule.uses_step,

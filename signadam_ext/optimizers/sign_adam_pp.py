@@ -51,9 +51,9 @@ def _sparsity_scalars(group: Group, t: int) -> Scalars:
 _FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars, bounded=True)
 RULES = {
     "fixed": _FIXED,
-    "adaptive": replace(_FIXED, threshold_pass="PASS_BEFORE", gate="exp_avg_std"),
-    "adaptive_delayed": replace(_FIXED, threshold_pass="SAME_PASS", gate="exp_avg_std"),
-    "sparsity": replace(_FIXED, threshold_pass="SAME_PASS", gate="threshold", scalars=_sparsity_scalars),
+    "adaptive": replace(_FIXED, threshold_pass="PASS_BEFORE", threshold_state="exp_avg_std"),
+    "adaptive_delayed": replace(_FIXED, threshold_pass="SAME_PASS", threshold_state="exp_avg_std"),
+    "sparsity": replace(_FIXED, threshold_pass="SAME_PASS", threshold_state="threshold", scalars=_sparsity_scalars),
 }
 #: Momentum of what a function makes of the gradient [SA, Alg. 1].
 _OWN = Rule("msgd", moments=("exp_avg",), scalars=_scalars)
@@ -208,7 +208,7 @@ def sign_adam_pp(
         params,
         grads,
         {"exp_avg": exp_avgs},
-        gates=thresholds if confidence == "sparsity" else exp_avg_stds,
+        threshold_states=thresholds if confidence == "sparsity" else exp_avg_stds,
         lr=lr,
         beta=beta,
         confidence=confidence,

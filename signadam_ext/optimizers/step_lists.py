@@ -30,7 +30,7 @@ def step_lists(
     grads: Sequence[Tensor | None],
     moments: Mapping[str, Sequence[Tensor]],
     *,
-    gates: Sequence[Tensor] | None = None,
+    threshold_states: Sequence[Tensor] | None = None,
     state_steps: Sequence[Tensor] | None = None,
     grad_variances: Sequence[Tensor | None] | None = None,
     **hyperparameters: Any,
@@ -42,7 +42,7 @@ def step_lists(
         params: parameters, fp32, bf16 or fp16.
         grads: their gradients; a parameter whose gradient is None is left alone.
         moments: by name, fp32 tensors of the parameters' shapes and strides.
-        gates: 0-dim float64 on the parameters' devices, for a threshold that is not fixed.
+        threshold_states: 0-dim float64 on the parameters' devices, for a threshold that is not fixed.
         state_steps: 0-dim float64 or fp32 on the CPU, steps taken so far; counted up. fp32 holds up to 2^24 of them.
         grad_variances: the variances of the gradients, for rules that read them.
         hyperparameters: the group's, each by name.
@@ -64,9 +64,9 @@ def step_lists(
     rule = optimizer._rule(group)
 
     lists = {"grads": grads, **{f"{name}s": moments[name] for name in rule.moments}}
-    gate_list = f"{rule.gate}s"
-    if rule.gate is not None:
-        lists[gate_list] = gates if gates is not None else ()
+    threshold_state_list = f"{rule.threshold_state}s"
+    if rule.threshold_state is not None:
+        lists[threshold_state_list] = threshold_states if threshold_states is not None else ()
     if rule.uses_step or state_steps is not None:
         lists["state_steps"] = state_steps if state_steps is not None else ()
     if rule.reads_variance:
@@ -82,12 +82,12 @@ def step_lists(
         label = f"params[{i}]"
         checks.strided(label, param)
         own = tuple(moments[name][i] for name in rule.moments)
-        gate = lists[gate_list][i] if rule.gate is not None else None
+        threshold_state = lists[threshold_state_list][i] if rule.threshold_state is not None else None
         step = lists["state_steps"][i] if "state_steps" in lists else None
         for name, moment in zip(rule.moments, own, strict=True):
             _check_layout(label, name, moment, param)
-        if rule.gate is not None:
-            _check_scalar(f"{gate_list}[{i}]", gate, torch.float64, param.device)
+        if rule.threshold_state is not None:
+            _check_scalar(f"{threshold_state_list}[{i}]", threshold_state, torch.float64, param.device)
         if "state_steps" in lists:
             _check_step(f"state_steps[{i}]", step)
         items.append(
@@ -98,7 +98,7 @@ def step_lists(
                 rule,
                 group["backend"],
                 has_state=False,
-                fit=_given(Fitted(own, None, gate, step, {}, ())),
+                fit=_given(Fitted(own, None, threshold_state, step, {}, ())),
                 forms=rule.forms(group),
                 variance=lists["grad_variances"][i] if "grad_variances" in lists else None,
             )

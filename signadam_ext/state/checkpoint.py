@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from ..core import checks, formats
-from ..core.formats import BF16, BLOCK8, FORMS, FORMS_BY_NUMBER, FP32, Form
+from ..core.formats import BF16, BLOCK8, FORMATS, FORMATS_BY_NUMBER, FP32, Format
 from ..core.random_bits import MOMENT_BITS, random_bits
 
 #: What may lie beside a parameter, by its name in the state.
-BESIDE_DTYPES = {
-    name: tuple(dtype for other, dtype in formats.BESIDE.values() if other == name)
-    for name, _ in formats.BESIDE.values()
+RESIDUAL_DTYPES = {
+    name: tuple(dtype for other, dtype in formats.RESIDUALS.values() if other == name)
+    for name, _ in formats.RESIDUALS.values()
 }
 
 #: Of the number of steps in the state: a 0-dim tensor on the CPU.
@@ -53,16 +53,16 @@ class Layout:
         param: the parameter.
         moments: form of each moment, by name.
         weights: form of the parameter, as :func:`storage.effective_weights` gives it.
-        gate: name of what the threshold is made of, or None.
+        threshold_state: name of what the threshold is made of, or None.
         bounded: whether no entry of the first moment exceeds 1.
         uses_step: whether the rule computes with the number of steps.
     """
 
     label: str
     param: Tensor
-    moments: Mapping[str, Form]
+    moments: Mapping[str, Format]
     weights: str
-    gate: str | None
+    threshold_state: str | None
     bounded: bool = False
     uses_step: bool = False
 
@@ -83,15 +83,15 @@ def order_key(name: str) -> str:
 
 
 #: Keys of what is said beside a moment.
-SAID = (kind_key, levels_key, order_key)
+TAGS = (kind_key, levels_key, order_key)
 
 #: What an optimizer keeps in a parameter's state. Other entries are a user's.
 OPTIMIZERS_OWN = frozenset(
-    ("step", *BESIDE_DTYPES, *MOMENTS, *(key(moment) for key in SAID for moment in MOMENTS)),
+    ("step", *RESIDUAL_DTYPES, *MOMENTS, *(key(moment) for key in TAGS for moment in MOMENTS)),
 )
 
 
-def said_beside(name: str, form: Form, param: Tensor) -> dict[str, int]:
+def moment_tags(name: str, form: Format, param: Tensor) -> dict[str, int]:
     """What the state holds beside a moment, so that it can be read without its optimizer."""
     said: dict[str, int] = {}
     if form.packed:
@@ -103,7 +103,7 @@ def said_beside(name: str, form: Form, param: Tensor) -> dict[str, int]:
     return said
 
 
-def form_said(label: str, name: str, state: Mapping[str, Any]) -> Form | None:
+def stated_format(label: str, name: str, state: Mapping[str, Any]) -> Format | None:
     """The form that ``..._kind`` says of a moment, a number or in older checkpoints a string; None where none is said.
 
     Raises:
@@ -114,11 +114,11 @@ def form_said(label: str, name: str, state: Mapping[str, Any]) -> Form | None:
         return None
     shown = f"{kind_key(name)} of {label}"
     if isinstance(kind, str):
-        form = FORMS[checks.one_of(shown, kind, FORMS)]
+        form = FORMATS[checks.one_of(shown, kind, FORMATS)]
     else:
-        found = FORMS_BY_NUMBER.get(checks.whole_number(shown, kind))
+        found = FORMATS_BY_NUMBER.get(checks.whole_number(shown, kind))
         if found is None:
-            known = ", ".join(f"{form.number} ({form.kind})" for form in FORMS.values() if form.packed)
+            known = ", ".join(f"{form.number} ({form.kind})" for form in FORMATS.values() if form.packed)
             raise ValueError(f"{shown} is {kind!r}: must be one of {known}")
         form = found
     if not form.packed:
@@ -126,7 +126,7 @@ def form_said(label: str, name: str, state: Mapping[str, Any]) -> Form | None:
     return form
 
 
-def order_said(label: str, name: str, state: Mapping[str, Any], param: Tensor) -> int:
+def stated_order(label: str, name: str, state: Mapping[str, Any], param: Tensor) -> int:
     """The memory order in which a packed moment's codes lie; the parameter's own where none is said.
 
     Raises:
@@ -144,7 +144,7 @@ def order_said(label: str, name: str, state: Mapping[str, Any], param: Tensor) -
     return found
 
 
-def is_packed(form: Form, value: Any) -> bool:
+def is_packed(form: Format, value: Any) -> bool:
     """Whether a moment of a packed form is as in memory, and not as checkpoints hold it."""
     return form.packed and isinstance(value, Tensor) and value.dtype == torch.uint8
 
@@ -193,7 +193,7 @@ def export_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
         return _exported(layout, name, form, state)
     for moment, form in layout.moments.items():
         if form.packed and name == kind_key(moment) and value is not None:
-            said = form_said(layout.label, moment, state)
+            said = stated_format(layout.label, moment, state)
             return said and said.number
     return checks.plain(value)
 
@@ -205,10 +205,14 @@ def written_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
         TypeError, ValueError: as :func:`export_entry`, and for a tensor of the optimizer's own without its memory.
     """
     value = export_entry(layout, state, name)
-    return real(f"state {name!r} of {layout.label}", value) if name in OPTIMIZERS_OWN or name == layout.gate else value
+    return (
+        real(f"state {name!r} of {layout.label}", value)
+        if name in OPTIMIZERS_OWN or name == layout.threshold_state
+        else value
+    )
 
 
-def _exported(layout: Layout, name: str, form: Form, state: Mapping[str, Any]) -> Tensor:
+def _exported(layout: Layout, name: str, form: Format, state: Mapping[str, Any]) -> Tensor:
     """A packed moment as a tensor of the parameter's shape and memory order: int8 codes, or bf16 values of blocks."""
     param, label = layout.param, f"state {name!r} of {layout.label}"
     stored = state[name]
@@ -219,7 +223,7 @@ def _exported(layout: Layout, name: str, form: Form, state: Mapping[str, Any]) -
             f"{label} holds {form.kind} codes of another number of elements than the parameter's {numel}: a parameter "
             "that has been offloaded or resized needs its elements back before its state can be saved"
         )
-    order = order_said(label, name, state, param)
+    order = stated_order(label, name, state, param)
     strides = formats.strides_of(param)
     values = formats.codes_of(form, stored, numel) if form is not BLOCK8 else _block_values(stored, numel)
     return formats.reordered(values, param.shape, order, strides)
@@ -230,7 +234,7 @@ def _block_values(stored: Tensor, numel: int) -> Tensor:
     return formats.decode(BLOCK8, stored, numel).bfloat16()
 
 
-def _padding(form: Form, stored: Tensor, numel: int) -> bool:
+def _padding(form: Format, stored: Tensor, numel: int) -> bool:
     """Whether there are codes where only zeros can be, behind the last element."""
     padded = -(-numel // formats.RUN) * formats.RUN
     last = max(0, padded - formats.RUN)
@@ -255,20 +259,20 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
         if name in saved:
             bounded = i == 0 and layout.bounded
             _check_moment(f"state {name!r} of {label}", name, form, saved, param, bounded=bounded)
-    for name, dtypes in BESIDE_DTYPES.items():
+    for name, dtypes in RESIDUAL_DTYPES.items():
         if name in saved:
             checks.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
-    one_beside(label, saved)
-    if layout.gate is not None and layout.gate in saved:
-        checks.gate(label, layout.gate, saved[layout.gate])
-        checks.gate_value(label, layout.gate, saved[layout.gate])
+    check_one_residual(label, saved)
+    if layout.threshold_state is not None and layout.threshold_state in saved:
+        checks.threshold_state(label, layout.threshold_state, saved[layout.threshold_state])
+        checks.threshold_state_value(label, layout.threshold_state, saved[layout.threshold_state])
     taken(label, saved)
 
 
-def one_beside(label: str, state: Mapping[str, Any]) -> None:
+def check_one_residual(label: str, state: Mapping[str, Any]) -> None:
     """Raises where a parameter has low bits and a master copy at once."""
-    if BESIDE_DTYPES.keys() <= state.keys():
-        names = " and ".join(map(repr, BESIDE_DTYPES))
+    if RESIDUAL_DTYPES.keys() <= state.keys():
+        names = " and ".join(map(repr, RESIDUAL_DTYPES))
         raise ValueError(f"the state of {label} holds {names}: must be one of them, since each says what is below it")
 
 
@@ -281,8 +285,10 @@ def _listed(saved: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, saved))
 
 
-def _check_moment(label: str, name: str, form: Form, saved: Mapping[str, Any], param: Tensor, *, bounded: bool) -> None:
-    source = form_said(label, name, saved)
+def _check_moment(
+    label: str, name: str, form: Format, saved: Mapping[str, Any], param: Tensor, *, bounded: bool
+) -> None:
+    source = stated_format(label, name, saved)
     if source is None:
         checks.state_tensor(label, saved[name], param.shape, (torch.float32, torch.bfloat16))
         value = saved[name]
@@ -303,7 +309,7 @@ def _check_moment(label: str, name: str, form: Form, saved: Mapping[str, Any], p
     check_codes(label, name, source, saved)
 
 
-def check_codes(label: str, name: str, source: Form, saved: Mapping[str, Any]) -> None:
+def check_codes(label: str, name: str, source: Format, saved: Mapping[str, Any]) -> None:
     """Raises unless a moment as checkpoints hold it is made of codes, or values of blocks, that its form can have."""
     value: Tensor = saved[name]
     if source is BLOCK8:
@@ -331,7 +337,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> t
     """
     param, changes = layout.param, []
     adopted: dict[str, Any] = {}
-    ours = {key(name) for name in layout.moments for key in (str, *SAID)} | BESIDE_DTYPES.keys() | {"step"}
+    ours = {key(name) for name in layout.moments for key in (str, *TAGS)} | RESIDUAL_DTYPES.keys() | {"step"}
     t = taken(layout.label, saved)
     for name, value in saved.items():
         if name == "step":
@@ -342,7 +348,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> t
         if name not in saved:
             continue
         value = saved[name].detach().to(param.device)
-        said = form_said(layout.label, name, saved)
+        said = stated_format(layout.label, name, saved)
         source = said or (BF16 if value.dtype == torch.bfloat16 else FP32)
         flat = _flat(value, param)
         if source is form and not form.packed:
@@ -362,7 +368,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> t
             )
             if not exact:
                 changes.append(f"{name}: {source.kind} to {form.kind}")
-        adopted.update(said_beside(name, form, param))
+        adopted.update(moment_tags(name, form, param))
     changes += _adopt_weights(layout, saved, adopted)
     return adopted, changes
 
@@ -401,7 +407,7 @@ def _adopt_weights(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, 
         adopted["param_low" if was != "master" else "master_param"] = _shaped(flat, param)
         return []
     change = f"weights: {was} to {weights}"
-    if weights not in formats.BESIDE:
+    if weights not in formats.RESIDUALS:
         return [change]
     if was == "split8":
         adopted["param_low"] = _shaped(flat.to(torch.int16) * 256, param)

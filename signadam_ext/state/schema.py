@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from ..core import checks, formats
-from ..core.formats import BESIDE, BLOCK8, Form
+from ..core.formats import BLOCK8, RESIDUALS, Format
 from ..core.native import load
 from ..core.random_bits import MOMENT_BITS
 from .checkpoint import (
-    BESIDE_DTYPES,
+    RESIDUAL_DTYPES,
     STEP_DTYPE,
     Layout,
     check_codes,
+    check_one_residual,
     conversion_bits,
     copied,
-    form_said,
     is_packed,
-    one_beside,
-    order_said,
+    moment_tags,
     real,
-    said_beside,
+    stated_format,
+    stated_order,
     step_tensor,
     taken,
 )
@@ -40,16 +40,16 @@ class Fitted:
 
     Attributes:
         moments: as stored: with the strides of what kernels update, or packed in that memory order.
-        beside: low bits or master copy, with the same strides, or None.
-        gate: 0-dim float64 on the parameter's device, or None.
+        residual: low bits or master copy, with the same strides, or None.
+        threshold_state: 0-dim float64 on the parameter's device, or None.
         step: 0-dim of ``STEP_DTYPE`` on the CPU; None where nobody counts.
         changes: entries that the dictionary lacks or has otherwise. All tensors in it are new.
         removed: entries that are in the dictionary and have gone into others.
     """
 
     moments: tuple[Tensor, ...]
-    beside: Tensor | None
-    gate: Tensor | None
+    residual: Tensor | None
+    threshold_state: Tensor | None
     step: Tensor | None
     changes: dict[str, Any]
     removed: tuple[str, ...]
@@ -57,9 +57,9 @@ class Fitted:
 
 def entry_names(layout: Layout) -> tuple[str, ...]:
     """The state entries that a step reads: moments, what lies beside the parameter, gate and step, in this order."""
-    beside = (BESIDE[layout.weights][0],) if layout.weights in BESIDE else ()
-    gate = () if layout.gate is None else (layout.gate,)
-    return (*layout.moments, *beside, *gate, "step")
+    residual = (RESIDUALS[layout.weights][0],) if layout.weights in RESIDUALS else ()
+    threshold_state = () if layout.threshold_state is None else (layout.threshold_state,)
+    return (*layout.moments, *residual, *threshold_state, "step")
 
 
 def fit(layout: Layout, state: Mapping[str, Any], seed: int, number: int) -> Fitted:
@@ -92,22 +92,22 @@ class _Fitting:
         self.layout, self.state, self.seed, self.number = layout, state, seed, number
         self.strides = formats.strides_of(param)
         self.changes: dict[str, Any] = {}
-        one_beside(label, state)
+        check_one_residual(label, state)
         # Everything is checked before anything is made.
         self.steps = taken(label, state)
         self.found: dict[str, Any] = {}
         for name, form in layout.moments.items():
             if name in state:
                 self._check_moment(name, form)
-        if layout.weights in BESIDE:
-            for name, dtypes in BESIDE_DTYPES.items():
+        if layout.weights in RESIDUALS:
+            for name, dtypes in RESIDUAL_DTYPES.items():
                 if name in state:
                     self.found[name] = self._real(name)
-                    exact = (BESIDE[layout.weights][1],) if name == BESIDE[layout.weights][0] else dtypes
+                    exact = (RESIDUALS[layout.weights][1],) if name == RESIDUALS[layout.weights][0] else dtypes
                     checks.state_tensor(self._shown(name), self.found[name], param.shape, exact, param.device)
-        if layout.gate is not None and layout.gate in state:
-            checks.gate(label, layout.gate, state[layout.gate])
-            self.found[layout.gate] = self._real(layout.gate)
+        if layout.threshold_state is not None and layout.threshold_state in state:
+            checks.threshold_state(label, layout.threshold_state, state[layout.threshold_state])
+            self.found[layout.threshold_state] = self._real(layout.threshold_state)
 
     def fitted(self) -> Fitted:
         layout = self.layout
@@ -115,9 +115,9 @@ class _Fitting:
             self._moment(name, form, own_bits)
             for (name, form), own_bits in zip(layout.moments.items(), MOMENT_BITS, strict=False)
         )
-        beside, removed = self._beside()
-        gate = None if layout.gate is None else self._gate(layout.gate)
-        return Fitted(moments, beside, gate, self._step(), self.changes, removed)
+        residual, removed = self._residual()
+        threshold_state = None if layout.threshold_state is None else self._threshold_state(layout.threshold_state)
+        return Fitted(moments, residual, threshold_state, self._step(), self.changes, removed)
 
     def _shown(self, name: str) -> str:
         return f"state {name!r} of {self.layout.label}"
@@ -135,10 +135,10 @@ class _Fitting:
 
     # Moments
 
-    def _check_moment(self, name: str, form: Form) -> None:
+    def _check_moment(self, name: str, form: Format) -> None:
         label, param = self._shown(name), self.layout.param
         value = self.found[name] = self._real(name)
-        said = form_said(label, name, self.state)
+        said = stated_format(label, name, self.state)
         if said is not None and said is not form:
             raise ValueError(f"{label} is {said.kind}: must be {form.kind}; load it instead")
         if said is not None and not is_packed(form, value):
@@ -150,12 +150,12 @@ class _Fitting:
             return
         checks.moment(self.layout.label, name, value, param, form)
         if form.packed:
-            order_said(label, name, self.state, param)
+            stated_order(label, name, self.state, param)
 
-    def _moment(self, name: str, form: Form, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
+    def _moment(self, name: str, form: Format, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
         param = self.layout.param
         value = self.found.get(name)
-        said = said_beside(name, form, param)
+        said = moment_tags(name, form, param)
         if value is None:
             value = _huge_pages(formats.allocate(form, param))
         elif not form.packed:
@@ -172,10 +172,10 @@ class _Fitting:
     def _strided(self, value: Tensor) -> Tensor:
         return value if checks.same_strides(value, self.strides) else formats.restrided(value, self.layout.param)
 
-    def _in_order(self, stored: Tensor, name: str, form: Form, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
+    def _in_order(self, stored: Tensor, name: str, form: Format, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
         """A packed buffer whose codes lie in the memory order of the parameter."""
         param = self.layout.param
-        order = order_said(self._shown(name), name, self.state, param)
+        order = stated_order(self._shown(name), name, self.state, param)
         if order != formats.order_of(param.shape, self.strides):
             values = formats.decode if form is BLOCK8 else formats.codes_of
             placed = formats.reordered(values(form, stored, param.numel()), param.shape, order, self.strides)
@@ -184,7 +184,7 @@ class _Fitting:
             return stored.clone(memory_format=torch.contiguous_format)
         return stored
 
-    def _packed(self, value: Tensor, form: Form, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
+    def _packed(self, value: Tensor, form: Format, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
         """Codes, or values of blocks, in the parameter's memory order, as a packed buffer."""
         flat = formats.flat(value)
         if form is not BLOCK8:
@@ -194,20 +194,20 @@ class _Fitting:
 
     # The others
 
-    def _beside(self) -> tuple[Tensor | None, tuple[str, ...]]:
+    def _residual(self) -> tuple[Tensor | None, tuple[str, ...]]:
         """What lies beside the parameter, and the entries that have gone into it."""
         weights, param = self.layout.weights, self.layout.param
-        if weights not in BESIDE:
+        if weights not in RESIDUALS:
             return None, ()
-        name, _ = BESIDE[weights]
-        (other,) = BESIDE_DTYPES.keys() - {name}
+        name, _ = RESIDUALS[weights]
+        (other,) = RESIDUAL_DTYPES.keys() - {name}
         if name in self.found:
             return self._put(name, self._strided(self.found[name])), ()
         from_other = self.found.get(other)
         if from_other is None:
-            return self._put(name, formats.make_beside(weights, param)), ()
+            return self._put(name, formats.make_residual(weights, param)), ()
         if weights == "master":
-            made = formats.make_beside(weights, param, from_other)
+            made = formats.make_residual(weights, param, from_other)
         else:
             master, own = (formats.flat(formats.restrided(x, param)) for x in (from_other, param.detach()))
             made = formats.reordered(
@@ -218,7 +218,7 @@ class _Fitting:
             )
         return self._put(name, made), (other,)
 
-    def _gate(self, name: str) -> Tensor:
+    def _threshold_state(self, name: str) -> Tensor:
         device = self.layout.param.device
         found = self.found.get(name)
         if found is None:

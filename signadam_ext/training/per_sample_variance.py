@@ -97,8 +97,8 @@ def per_sample_variance(
             raise TypeError(f"chunk_size={chunk_size!r}: must be an int, or None")
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size!r}: must be at least 1")
-    whole = _Whole(model, loss_fn)
-    for name, module in whole.named_modules():
+    with_loss = _ModuleWithLoss(model, loss_fn)
+    for name, module in with_loss.named_modules():
         _refuse(name, module)
     params = {f"model.{name}": param for name, param in model.named_parameters() if param.requires_grad}
     if not params:
@@ -113,21 +113,21 @@ def per_sample_variance(
     with _modes():
         evaluate = _one_by_one if chunk_size == 1 else _at_once
         leaves = {name: param.detach() for name, param in params.items()}
-        spreads: dict[str, _Spread] = {}
+        spreads: dict[str, _Welford] = {}
         for first in range(0, count, chunk_size):
-            with _as_it_was(whole):
-                grads = evaluate(whole, leaves, _rows(samples, first, chunk_size))
+            with _as_it_was(with_loss):
+                grads = evaluate(with_loss, leaves, _rows(samples, first, chunk_size))
             if not spreads:
-                spreads = {name: _Spread(grads[name][0]) for name in params}
+                spreads = {name: _Welford(grads[name][0]) for name in params}
             for name in params:
                 spreads[name].add(grads.pop(name))
-        places = _places(list(params.values()))
+        places = _write_buffers(list(params.values()))
     for (name, param), place in zip(params.items(), places, strict=True):
         place.copy_(spreads.pop(name).variance_of_mean())
         param.grad_variance = place  # type: ignore[attr-defined]
 
 
-class _Spread:
+class _Welford:
     """Mean and sum of squared deviations of the gradients so far of one parameter, in fp32.
 
     The mean starts at the first gradient, and a chunk is taken about the mean so far: where gradients lie close
@@ -154,7 +154,7 @@ class _Spread:
         return self.squares.div_(self.count * (self.count - 1))
 
 
-class _Whole(nn.Module):
+class _ModuleWithLoss(nn.Module):
     """Model and loss as one module, so that functional_call reaches weights and buffers in either.
 
     The gradients are taken in it as well, where ``leaves`` are given: what a backward computes again must meet the same
@@ -179,16 +179,16 @@ class _Whole(nn.Module):
         return {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
 
 
-def _at_once(whole: _Whole, params: dict[str, Tensor], chunk: Any) -> dict[str, Tensor]:
+def _at_once(with_loss: _ModuleWithLoss, params: dict[str, Tensor], chunk: Any) -> dict[str, Tensor]:
     """The gradients of a chunk's samples, by name of the parameter, with the samples in the first dimension."""
 
     def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], sample: Any) -> Tensor:
-        return functional_call(whole, (params, buffers), _each(_batch_of_one, sample))
+        return functional_call(with_loss, (params, buffers), _each(_batch_of_one, sample))
 
     try:
         with torch.no_grad():
             gradients = vmap(grad(loss), in_dims=(None, None, 0), randomness="different")
-            return gradients(params, whole.buffer_copies(), chunk)
+            return gradients(params, with_loss.buffer_copies(), chunk)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -200,11 +200,11 @@ def _at_once(whole: _Whole, params: dict[str, Tensor], chunk: Any) -> dict[str, 
         ) from error
 
 
-def _one_by_one(whole: _Whole, params: dict[str, Tensor], chunk: Any) -> dict[str, Tensor]:
+def _one_by_one(with_loss: _ModuleWithLoss, params: dict[str, Tensor], chunk: Any) -> dict[str, Tensor]:
     """What :func:`_at_once` does, for a chunk of one sample and by plain autograd."""
     leaves = {name: param.detach().requires_grad_() for name, param in params.items()}
     with torch.enable_grad():
-        grads = functional_call(whole, (leaves, whole.buffer_copies()), (*chunk, list(leaves.values())))
+        grads = functional_call(with_loss, (leaves, with_loss.buffer_copies()), (*chunk, list(leaves.values())))
     return {
         name: torch.zeros_like(leaf)[None] if grad is None else grad.to_dense()[None]
         for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
@@ -296,7 +296,7 @@ def _rows(samples: Any, first: int, count: int) -> Any:
     return _each(lambda tensor: tensor.detach()[first : first + count].clone(), samples)
 
 
-def _places(params: list[nn.Parameter]) -> list[Tensor]:
+def _write_buffers(params: list[nn.Parameter]) -> list[Tensor]:
     """Where the results go: the ``grad_variance`` there is, if it is fit to be written, or else a new tensor.
 
     Not fit is one that shares memory with a parameter, a gradient, or the place of another parameter.
@@ -304,11 +304,11 @@ def _places(params: list[nn.Parameter]) -> list[Tensor]:
     given = [getattr(param, "grad_variance", None) for param in params]
     fit = [place if _fits(place, param) else None for place, param in zip(given, params, strict=True)]
     others = [param.grad for param in params if param.grad is not None and param.grad.layout == torch.strided]
-    meets = overlap_levels([*params, *others, *fit])[-len(fit) :]
+    levels = overlap_levels([*params, *others, *fit])[-len(fit) :]
     # Parameters and gradients come first, and may meet each other: a place is free where it is in the first wave.
     return [
-        torch.empty_like(param, dtype=torch.float32, requires_grad=False) if place is None or wave > 0 else place
-        for param, place, wave in zip(params, fit, meets, strict=True)
+        torch.empty_like(param, dtype=torch.float32, requires_grad=False) if place is None or level > 0 else place
+        for param, place, level in zip(params, fit, levels, strict=True)
     ]
 
 
@@ -341,14 +341,14 @@ def _modes() -> Iterator[None]:
 
 
 @contextmanager
-def _as_it_was(whole: nn.Module) -> Iterator[None]:
+def _as_it_was(with_loss: nn.Module) -> Iterator[None]:
     """Undoes what an evaluation assigns to modules: tensors of torch.func do not outlive it.
 
     Buffers that are None until a forward fills them are among it. So are parameters of a module that is registered
     under two names, of which functional_call takes the replacement under the first for the original under the second.
     """
     tables: list[dict[str, Any]] = []
-    for module in whole.modules():
+    for module in with_loss.modules():
         tables += [vars(module), module._parameters, module._buffers]
     before = [dict(table) for table in tables]
     try:

@@ -23,11 +23,10 @@ from torch import Tensor
 from signadam_ext import _C, backends
 from signadam_ext.backends import Bucket, Entry
 from signadam_ext.core import formats
-from signadam_ext.core.dtypes import FORMATS
-from signadam_ext.core.formats import BESIDE, BF16, BOUNDED, UNBOUNDED, Form, effective_weights
+from signadam_ext.core.formats import BF16, BOUNDED, DTYPE_FORMATS, RESIDUALS, UNBOUNDED, Format, effective_weights
 from signadam_ext.core.rule import Rule, Scalars
 
-DTYPES = tuple(FORMATS)
+DTYPES = tuple(DTYPE_FORMATS)
 FUNCTORS = rules()
 #: Every kernel; the exact form's first launch serves any gated rule.
 KERNELS = [
@@ -174,7 +173,7 @@ def rule_of(name: str, threshold_pass: str) -> Rule:
         bounded=functor.bounded,
         reads_variance=functor.reads_variance,
         threshold_pass=threshold_pass,
-        gate=None if threshold_pass == "NONE" else "gate",
+        threshold_state=None if threshold_pass == "NONE" else "threshold_state",
     )
 
 
@@ -303,26 +302,26 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 @dataclass
 class State:
     param: Operand
-    beside: Operand | None
+    residual: Operand | None
     moments: list[Operand]
-    gate: Tensor | None
+    threshold_state: Tensor | None
     step: Tensor
     variance: Operand | None = None
 
     def clone(self) -> State:
-        beside = None if self.beside is None else self.beside.clone()
-        deviation = None if self.gate is None else self.gate.clone()
+        residual = None if self.residual is None else self.residual.clone()
+        deviation = None if self.threshold_state is None else self.threshold_state.clone()
         variance = None if self.variance is None else self.variance.clone()
         moments = [moment.clone() for moment in self.moments]
-        return State(self.param.clone(), beside, moments, deviation, self.step.clone(), variance)
+        return State(self.param.clone(), residual, moments, deviation, self.step.clone(), variance)
 
     def differences(self, other: State) -> list[str]:
         found = [] if self.param.equals(other.param) else ["param"]
-        if self.beside is not None and not self.beside.equals(other.beside):
+        if self.residual is not None and not self.residual.equals(other.residual):
             found.append("beside")
         found += [f"moment {i}" for i, moment in enumerate(self.moments) if not moment.equals(other.moments[i])]
-        if self.gate is not None and not same_bits(self.gate, other.gate):
-            found.append(f"deviation {self.gate} {other.gate}")
+        if self.threshold_state is not None and not same_bits(self.threshold_state, other.threshold_state):
+            found.append(f"deviation {self.threshold_state} {other.threshold_state}")
         if self.variance is not None and not self.variance.equals(other.variance):
             found.append("variance")
         if not torch.equal(self.step, other.step):
@@ -330,7 +329,7 @@ class State:
         return found
 
 
-def stored_moment(case: TensorCase, form: Form, second: bool, generator: torch.Generator) -> Operand:
+def stored_moment(case: TensorCase, form: Format, second: bool, generator: torch.Generator) -> Operand:
     """A moment in its form, with the largest codes and every special value that the form can hold."""
     if form.levels is not None:
         x = torch.randint(-form.levels, form.levels + 1, (case.size,), generator=generator).float()
@@ -343,15 +342,15 @@ def stored_moment(case: TensorCase, form: Form, second: bool, generator: torch.G
     return Operand(stored, form.dtype, 0 if form.packed else case.offsets[2], exact=form.packed or form is BF16)
 
 
-def initial_state(case: TensorCase, rule: Rule, forms: tuple[Form, ...], generator: torch.Generator) -> State:
+def initial_state(case: TensorCase, rule: Rule, forms: tuple[Format, ...], generator: torch.Generator) -> State:
     x = values(case, generator)
     moments = [stored_moment(case, form, i > 0, generator) for i, form in enumerate(forms)]
     weights = effective_weights(case.weights, case.dtype)
     exact = case.dtype == torch.bfloat16 and weights in ("stochastic", "split16", "split8")
     param = Operand(x, case.dtype, case.offsets[0], exact)
-    beside = None
-    if weights in BESIDE:
-        dtype = BESIDE[weights][1]
+    residual = None
+    if weights in RESIDUALS:
+        dtype = RESIDUALS[weights][1]
         if weights == "master":
             # Now and then a parameter has been set from outside.
             low = torch.where(torch.rand(case.size, generator=generator) < 0.1, torch.flip(x, (0,)), x)
@@ -359,8 +358,8 @@ def initial_state(case: TensorCase, rule: Rule, forms: tuple[Form, ...], generat
             # Any low bits, those included that make a NaN of an infinity or a zero.
             info = torch.iinfo(dtype)
             low = torch.randint(info.min, info.max + 1, (case.size,), generator=generator)
-        beside = Operand(low, dtype, case.offsets[3])
-        beside.exact = not dtype.is_floating_point
+        residual = Operand(low, dtype, case.offsets[3])
+        residual.exact = not dtype.is_floating_point
     deviation = None
     if rule.threshold_pass != "NONE":
         deviation = torch.rand((), dtype=torch.float64, generator=generator)
@@ -368,7 +367,7 @@ def initial_state(case: TensorCase, rule: Rule, forms: tuple[Form, ...], generat
     if rule.reads_variance:
         variance = Operand(values(case, generator).abs(), torch.float32, case.offsets[2])
     return State(
-        param, beside, moments, deviation, torch.tensor(float(case.steps_taken), dtype=torch.float64), variance
+        param, residual, moments, deviation, torch.tensor(float(case.steps_taken), dtype=torch.float64), variance
     )
 
 
@@ -380,14 +379,14 @@ def take_step(
         Entry(
             slot=i,
             param=state.param.view,
-            work=state.param.view,
+            dense_param=state.param.view,
             grad_dtype=tensor.grad_dtype,
             forms=rule.forms(own[i]),
             moments=tuple(moment.view for moment in state.moments),
             weights=effective_weights(tensor.weights, tensor.dtype),
-            beside=None if state.beside is None else state.beside.view,
+            residual=None if state.residual is None else state.residual.view,
             variance=None if state.variance is None else state.variance.view,
-            gate=state.gate,
+            threshold_state=state.threshold_state,
             step=state.step,
             group=i,
             seed=tensor.seed,
@@ -422,7 +421,7 @@ def check(library: ctypes.CDLL, name: str, threshold_pass: str, case: Case) -> N
     for step in range(case.steps):
         grads = []
         for tensor, group, state in zip(case.tensors, own, expected, strict=True):
-            deviation = 1.0 if state.gate is None else state.gate.item()
+            deviation = 1.0 if state.threshold_state is None else state.threshold_state.item()
             threshold = group["scalars"]["alpha"] * deviation
             grads.append(Operand(values(tensor, generator, threshold), tensor.grad_dtype, tensor.offsets[1]))
         untouched = [grad.clone() for grad in grads]
@@ -526,7 +525,7 @@ def call(function: Callable[..., None], *arguments: int | Tensor) -> None:
 def test_widening_every_pattern(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     wide = torch.empty(2**16)
-    call(library.widen_all, FORMATS[dtype], patterns, wide)
+    call(library.widen_all, DTYPE_FORMATS[dtype], patterns, wide)
     assert same_bits(wide, patterns.view(dtype).float())
 
 
@@ -556,7 +555,7 @@ def random_halves(every_upper_half: Tensor) -> Tensor:
 def test_narrowing(library: ctypes.CDLL, every_upper_half: Tensor, dtype: torch.dtype) -> None:
     x = every_upper_half
     narrowed = torch.empty(len(x), dtype=torch.int16)
-    call(library.narrow_all, FORMATS[dtype], x, narrowed)
+    call(library.narrow_all, DTYPE_FORMATS[dtype], x, narrowed)
     assert same_bits(narrowed.view(dtype), x.to(dtype))
 
 
@@ -565,7 +564,7 @@ def test_stochastic_narrowing(
     library: ctypes.CDLL, every_upper_half: Tensor, random_halves: Tensor, dtype: torch.dtype
 ) -> None:
     x, narrowed = every_upper_half, torch.empty(len(every_upper_half), dtype=torch.int16)
-    call(library.narrow_stochastic_all, FORMATS[dtype], x, random_halves.int(), narrowed)
+    call(library.narrow_stochastic_all, DTYPE_FORMATS[dtype], x, random_halves.int(), narrowed)
     assert torch.equal(narrowed, formats.narrow_stochastic(x, random_halves, dtype).view(torch.int16))
     # Down or up to a neighbour, whatever the bits, and what is exact stays.
     finite = x.isfinite() & (x.abs() < 65520 if dtype == torch.float16 else x.abs() <= 3.3895e38)
@@ -586,18 +585,18 @@ def test_splitting_and_joining(
     high, low = torch.empty(count, dtype=torch.int16), torch.empty(count, dtype=torch.int32)
     call(library.split_all, width, x, random_halves.int(), high, low)
     param = torch.empty(count, dtype=torch.bfloat16)
-    beside = torch.empty(count, dtype=BESIDE[weights][1])
-    formats.store_param(weights, x, random_halves, param, beside)
-    assert torch.equal(high, param.view(torch.int16)) and torch.equal(low, beside.int())
+    residual = torch.empty(count, dtype=RESIDUALS[weights][1])
+    formats.store_param(weights, x, random_halves, param, residual)
+    assert torch.equal(high, param.view(torch.int16)) and torch.equal(low, residual.int())
     joined = torch.empty(count)
     call(library.join_all, high, low * (256 if width == 8 else 1), joined)
-    assert same_bits(joined, formats.load_param(weights, param, beside))
+    assert same_bits(joined, formats.load_param(weights, param, residual))
     if width == 16:
         assert same_bits(joined, x)
     # Low bits that somebody else left beside a parameter.
     strange = torch.flip(low, (0,))
     call(library.join_all, high, strange * (256 if width == 8 else 1), joined)
-    assert same_bits(joined, formats.load_param(weights, param, strange.to(beside.dtype)))
+    assert same_bits(joined, formats.load_param(weights, param, strange.to(residual.dtype)))
     assert not joined[~param.isnan()].isnan().any()
 
 

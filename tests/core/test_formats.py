@@ -166,7 +166,7 @@ def test_the_variance_of_a_few_bit_moment(sd, levels):
     p = torch.nn.Parameter(torch.zeros(n))
     optimizer = made(signadam_ext.SignAdamPP, [p], lr=0.0, beta=beta, state_dtype=sd)
     generator = torch.Generator().manual_seed(0)
-    form = formats.FORMS[sd]
+    form = formats.FORMATS[sd]
     b, a = torch.tensor(beta), torch.tensor((1 - beta) * levels)
     for _ in range(steps):
         q = torch.zeros(n) if p not in optimizer.state else formats.decode(form, optimizer.state[p]["exp_avg"], n)
@@ -232,7 +232,7 @@ def test_bf16_moments_do_not_stop_where_rounding_to_nearest_would():
 @pytest.mark.parametrize("kind", ["int8", "int4", "int2"])
 @pytest.mark.parametrize("numel", [0, 1, 3, 31, 32, 33, 100])
 def test_codes_are_packed_and_unpacked(kind, numel):
-    form = formats.FORMS[kind]
+    form = formats.FORMATS[kind]
     codes = torch.randint(-form.levels, form.levels + 1, (numel,), dtype=torch.int8)
     packed = formats.pack(form, codes)
     assert packed.dtype == torch.uint8 and packed.numel() == form.nbytes(numel) == -(-numel // 32) * 32 * form.bits // 8
@@ -284,7 +284,7 @@ def test_split_weights_are_put_together_again(weights):
         ]
     )
     zero = torch.zeros(x.numel(), dtype=torch.int64)
-    param, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(x.shape, dtype=formats.BESIDE[weights][1])
+    param, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(x.shape, dtype=formats.RESIDUALS[weights][1])
     formats.store_param(weights, x, zero, param, low)
     back = formats.load_param(weights, param, low)
     expected = x if weights == "split16" else formats.from_bits(formats.bits(x) & 0xFFFFFF00)
@@ -414,7 +414,7 @@ def test_each_moment_may_have_its_own_form():
 
 # Checkpoints
 
-FORMS = [
+FORMATS = [
     (cls, sd, weights)
     for cls, names in (
         (signadam_ext.SignAdamPP, STATE_DTYPES),
@@ -425,7 +425,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("cls, sd, weights", FORMS)
+@pytest.mark.parametrize("cls, sd, weights", FORMATS)
 def test_a_resumed_run_has_the_same_bits(cls, sd, weights, tmp_path):
     """Through torch.save and weights_only, through save_state, deepcopy and pickle; from one backend into the other."""
     forms = {"state_dtype": sd, "weights": weights}
@@ -464,8 +464,8 @@ def test_state_dicts_hold_codes_of_the_parameters_shape(sd):
     saved, own = state_dict["state"][0], optimizer.state[p]
     assert saved.keys() == own.keys() == {"step", "exp_avg", "exp_avg_kind", "exp_avg_levels", "exp_avg_order"}
     assert saved["exp_avg"].dtype == torch.int8 and saved["exp_avg"].shape == p.shape
-    assert saved["exp_avg_kind"] == formats.FORMS[sd].number and saved["exp_avg_levels"] == formats.FORMS[sd].levels
-    codes = formats.codes_of(formats.FORMS[sd], own["exp_avg"], p.numel())
+    assert saved["exp_avg_kind"] == formats.FORMATS[sd].number and saved["exp_avg_levels"] == formats.FORMATS[sd].levels
+    codes = formats.codes_of(formats.FORMATS[sd], own["exp_avg"], p.numel())
     assert torch.equal(saved["exp_avg"].t().flatten(), codes)
     group = state_dict["param_groups"][0]
     assert (group["backend"], group["state_dtype"], group["weights"]) == ("auto", sd, "stochastic")
@@ -510,13 +510,13 @@ def test_a_change_of_precision_warns_once_and_keeps_the_expectation(source, targ
     assert len(caught) == 1
 
     def moment(which, name):
-        form = formats.FORMS[name]
+        form = formats.FORMATS[name]
         x = formats.decode(form, which.state[params[0]]["exp_avg"].flatten(), 20000).double()
         return x / (form.levels or 1)
 
     before, after = moment(optimizer, source), moment(other, target)
     # Rounding to codes errs by less than 1 / L each, independently; bf16 by 2^-8; both on average by 0.
-    unit = 1 / (formats.FORMS[target].levels or 2**8)
+    unit = 1 / (formats.FORMATS[target].levels or 2**8)
     assert (after - before).abs().max() <= unit * 1.0001
     assert abs(float((after - before).mean())) < 5 * unit / 2 / math.sqrt(20000) + 2.0**-16
 
@@ -528,8 +528,8 @@ def test_stored_parameters_change_form_without_loss(source, target):
     p = parameter((50,))
     optimizer = signadam_ext.SignAdamPP([p], lr=1e-3, weights=source)
     train([p], optimizer, range(4))
-    beside = optimizer.state[p][formats.BESIDE[source][0]]
-    value = formats.load_param(source, p.detach(), beside)
+    residual = optimizer.state[p][formats.RESIDUALS[source][0]]
+    value = formats.load_param(source, p.detach(), residual)
     q = torch.nn.Parameter(p.detach().clone())
     other = signadam_ext.SignAdamPP([q], lr=0.5, weights=target)
     with warnings.catch_warnings():
@@ -538,7 +538,7 @@ def test_stored_parameters_change_form_without_loss(source, target):
     other.param_groups[0]["lr"] = 0.0
     q.grad = torch.zeros_like(q)
     other.step()
-    assert same_bits(formats.load_param(target, q.detach(), other.state[q][formats.BESIDE[target][0]]), value)
+    assert same_bits(formats.load_param(target, q.detach(), other.state[q][formats.RESIDUALS[target][0]]), value)
 
 
 def test_leaving_precision_behind_is_said():

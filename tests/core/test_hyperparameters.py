@@ -452,13 +452,13 @@ def test_the_reference_names_device_and_dtype(dtype):
         for name, count in cases:
             for threshold_pass, steers in (("NONE", 0.0), ("SAME_PASS", 0.0), ("SAME_PASS", 1.0), ("PASS_BEFORE", 0.0)):
                 p, g, *moments = (x.clone() for x in given[: 2 + count])
-                gate = None if threshold_pass == "NONE" else deviation.clone()
+                threshold_state = None if threshold_pass == "NONE" else deviation.clone()
                 own = {**scalars, "steers": steers, "coupled": 1.0}
                 g = rules.effective_gradient(own, p, g)
-                p, moments, alpha, gate = rules.update(
-                    getattr(rules, name), threshold_pass, own, p, g, tuple(moments), gate
+                p, moments, alpha, threshold_state = rules.update(
+                    getattr(rules, name), threshold_pass, own, p, g, tuple(moments), threshold_state
                 )
-                found += [p, *moments, alpha, *([] if gate is None else [gate])]
+                found += [p, *moments, alpha, *([] if threshold_state is None else [threshold_state])]
         own = {name: value for name, value in scalars.items() if name != "alpha"}
         p, _, alpha, _ = rules.update(rules.lion, "NONE", own, *given[:2], (given[2],), None)
         return [*found, p, alpha]

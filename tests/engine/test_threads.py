@@ -151,9 +151,9 @@ LINEAR = [row for name, row in ROWS.items() if name not in ("msvag", "msvag_mini
 def test_flush_denormal_changes_no_bit(row, torch_settings):
     """Subnormals stay what they are in the kernels, and torch's own setting stays what it was."""
     torch.set_num_threads(2)
-    gate = {"alpha": 0.0} if "alpha" in row.hyperparameters else {}
+    threshold_state = {"alpha": 0.0} if "alpha" in row.hyperparameters else {}
     optimizer, expected = (
-        make(row, [torch.nn.Parameter(torch.tensor(SUBNORMAL * 5000))], lr=1e-40, **gate) for _ in range(2)
+        make(row, [torch.nn.Parameter(torch.tensor(SUBNORMAL * 5000))], lr=1e-40, **threshold_state) for _ in range(2)
     )
     gradients = [torch.tensor(SUBNORMAL[step:] + SUBNORMAL[:step]).repeat(5000) for step in range(3)]
 

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from signadam_ext import Adam, AdamW, SignAdamPP, Signum, release_gradients
 
-FORMS: list[tuple[Any, dict[str, Any]]] = [
+FORMATS: list[tuple[Any, dict[str, Any]]] = [
     (SignAdamPP, {}),
     (SignAdamPP, {"state_dtype": "int2", "weights": "stochastic", "confidence": "sparsity", "target": 0.5}),
     (Signum, {"state_dtype": "int8", "weights": "split16"}),
     (Adam, {"weights": "master"}),
 ]
-form = pytest.mark.parametrize("cls, options", FORMS, ids=["plain", "int2", "int8", "master"])
+form = pytest.mark.parametrize("cls, options", FORMATS, ids=["plain", "int2", "int8", "master"])
 both = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 
@@ -127,7 +127,7 @@ def test_interrupts(cls, options, backend, gaps):
 @pytest.mark.parametrize("released", [False, True], ids=["step", "released"])
 def test_an_interrupted_step_owns_nothing(backend, released):
     """At every place of a step whose plan is made: what its user drops after the interrupt is freed."""
-    params, optimizer = make(*FORMS[0], backend, 1)
+    params, optimizer = make(*FORMATS[0], backend, 1)
     if released:
         optimizer.zero_grad()
         release_gradients(params, optimizer)

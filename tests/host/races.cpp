@@ -130,7 +130,7 @@ template <class Rule, ThresholdPass threshold_pass, Storage storage>
 void run(const std::vector<Spec>& specs) {
   struct Memory {
     std::vector<unsigned char> param, grad, exp_avg, exp_avg_sq, aux, low;
-    double gate = 0.5;
+    double threshold_state = 0.5;
   };
   std::vector<Memory> memory(specs.size());
   std::vector<TensorEntry> tensors;
@@ -152,7 +152,7 @@ void run(const std::vector<Spec>& specs) {
     entry.exp_avg = m.exp_avg.data();
     entry.exp_avg_sq = m.exp_avg_sq.data();
     entry.aux = has_third<Rule> ? m.aux.data() : nullptr;
-    entry.gate = threshold_pass == ThresholdPass::none ? nullptr : &m.gate;
+    entry.threshold_state = threshold_pass == ThresholdPass::none ? nullptr : &m.threshold_state;
     entry.numel = spec.numel;
     entry.first_chunk = static_cast<uint32_t>(tensor_of_chunk.size());
     entry.formats = {spec.param, spec.grad, spec.exp_avg, spec.exp_avg_sq, Format::fp32, spec.weights};
@@ -174,8 +174,8 @@ void run(const std::vector<Spec>& specs) {
   const auto chunks = static_cast<uint32_t>(tensor_of_chunk.size());
   concurrent_launch<Rule, threshold_pass, storage>(table, {grads.data(), rng_keys.data(), rows.data(), &s}, chunks);
   for (const Memory& m : memory)
-    if (threshold_pass != ThresholdPass::none && m.gate != 0.25) {
-      std::printf("FAILED: a deviation was moved other than once: %g\n", m.gate);
+    if (threshold_pass != ThresholdPass::none && m.threshold_state != 0.25) {
+      std::printf("FAILED: a deviation was moved other than once: %g\n", m.threshold_state);
       std::exit(1);
     }
 }

@@ -173,7 +173,7 @@ struct Spec {
 struct Tensor {
   Spec spec;
   Buffer param, grad, exp_avg, exp_avg_sq, aux, low;
-  std::unique_ptr<double> gate;
+  std::unique_ptr<double> threshold_state;
   uint32_t group;
 
   std::vector<const Buffer*> buffers() const { return {&param, &grad, &exp_avg, &exp_avg_sq, &aux, &low}; }
@@ -217,13 +217,13 @@ class Model {
       if (uses.aux()) t.aux = moment(aux, (spec.moment_offset + 2) % 4);
       if (const int size = low_bytes(spec.weights); size > 0)
         t.low = Buffer(static_cast<std::size_t>(spec.numel * size), spec.low_offset * size);
-      if (adaptive) t.gate = std::make_unique<double>(0.25);
+      if (adaptive) t.threshold_state = std::make_unique<double>(0.25);
       TensorEntry entry{};
       entry.param = t.param.begin();
       entry.exp_avg = t.exp_avg.begin();
       entry.exp_avg_sq = t.exp_avg_sq.begin();
       entry.aux = t.aux.begin();
-      entry.gate = t.gate.get();
+      entry.threshold_state = t.threshold_state.get();
       entry.numel = spec.numel;
       entry.formats = {spec.param,
                        spec.grad,
@@ -536,7 +536,7 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
       const auto g = static_cast<int64_t>(grad_value(i));
       first += g, second += g * g;
     }
-    if (t.gate != nullptr) {
+    if (t.threshold_state != nullptr) {
       double deviation = 0.25;
       if (t.spec.present && t.spec.numel > 0) {
         const auto n = static_cast<double>(t.spec.numel);
@@ -544,7 +544,7 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
         const double variance = static_cast<double>(second) / n - mean * mean;
         deviation = 0.5 * 0.25 + 0.5 * std::sqrt(std::max(variance, 0.0));
       }
-      REQUIRE(*t.gate == deviation, "tensor %zu: %.17g, not %.17g", k, *t.gate, deviation);
+      REQUIRE(*t.threshold_state == deviation, "tensor %zu: %.17g, not %.17g", k, *t.threshold_state, deviation);
     }
     elements += t.spec.numel;
   }
@@ -614,24 +614,26 @@ Scalars scalars_of(bool coupled, bool maximize, double alpha) {
 
 struct Expected {
   std::vector<uint32_t> p, m, v, x;
-  double gate;
+  double threshold_state;
 };
 
 // The rule on every element in turn, without any traversal. `first` of an exact launch: only the deviation moves.
 template <class Rule>
 Expected by_hand(const Tensor& t, const Scalars& s, ThresholdPass threshold_pass) {
-  Expected expected{{}, {}, {}, {}, t.gate == nullptr ? 0.0 : *t.gate};
+  Expected expected{{}, {}, {}, {}, t.threshold_state == nullptr ? 0.0 : *t.threshold_state};
   std::vector<double> first, second;
   for (int64_t i = 0; i < t.spec.numel; ++i) {
     first.push_back(effective_gradient(s, t.param.get(i), t.grad.get(i)));
     second.push_back(first.back() * first.back());
   }
   const auto move = [&] {
-    if (t.gate != nullptr && t.spec.numel > 0)
-      expected.gate = next_gate(expected.gate, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
+    if (t.threshold_state != nullptr && t.spec.numel > 0)
+      expected.threshold_state =
+          next_threshold_state(expected.threshold_state, {ordered_sum(first), ordered_sum(second)}, t.spec.numel, s);
   };
   if (threshold_pass == ThresholdPass::pass_before) move();
-  const float alpha = t.gate == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * expected.gate);
+  const float alpha =
+      t.threshold_state == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * expected.threshold_state);
   if (threshold_pass == ThresholdPass::same_pass) move();
   for (int64_t i = 0; i < t.spec.numel; ++i) {
     float p = t.param.get(i), m = 0, v = 0, x = 0;
@@ -684,7 +686,9 @@ int64_t compare_rule(const std::vector<Spec>& specs, Order order) {
       if (Rule::moments > 1) REQUIRE(t.exp_avg_sq.bits(i) == expected.v[j], "tensor %zu v[%zu]", k, j);
       if (has_third<Rule>) REQUIRE(t.aux.bits(i) == expected.x[j], "tensor %zu x[%zu]", k, j);
     }
-    if (t.gate != nullptr) REQUIRE(*t.gate == expected.gate, "tensor %zu: %.17g, not %.17g", k, *t.gate, expected.gate);
+    if (t.threshold_state != nullptr)
+      REQUIRE(*t.threshold_state == expected.threshold_state, "tensor %zu: %.17g, not %.17g", k, *t.threshold_state,
+              expected.threshold_state);
     elements += t.spec.numel;
   }
   return elements;
@@ -757,8 +761,8 @@ std::vector<std::vector<unsigned char>> after_step(const std::vector<Spec>& spec
   std::vector<std::vector<unsigned char>> bytes;
   for (const Tensor& t : model.tensors()) {
     for (const Buffer* buffer : t.buffers()) bytes.emplace_back(buffer->begin(), buffer->begin() + buffer->bytes());
-    if (t.gate != nullptr) {
-      const auto* const x = reinterpret_cast<const unsigned char*>(t.gate.get());
+    if (t.threshold_state != nullptr) {
+      const auto* const x = reinterpret_cast<const unsigned char*>(t.threshold_state.get());
       bytes.emplace_back(x, x + sizeof(double));
     }
   }
@@ -816,7 +820,7 @@ std::size_t compare_observed(const std::vector<Spec>& specs, Order order) {
       REQUIRE(now[b]->bytes() == 0 || std::memcmp(now[b]->begin(), then[b]->begin(), now[b]->bytes()) == 0,
               "%s: operand %zu of tensor %zu", Rule::name, b, k);
     if (!t.spec.present) continue;
-    const float alpha = t.gate == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * 0.25);
+    const float alpha = t.threshold_state == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * 0.25);
     for (int64_t begin = 0; begin < t.spec.numel; begin += chunk_size, ++chunks) {
       ChunkStatistics expected{};
       for (int64_t i = begin; i < t.spec.numel && i < begin + chunk_size; ++i) {
@@ -947,17 +951,18 @@ void levels() {
     for (Sums& x : sums) x = {normal(random), 1e5 * std::abs(normal(random))};
     for (int64_t i = 0; i < chunks; ++i) first.push_back(sums[i + 1].first), second.push_back(sums[i + 1].second);
     const Sums before = sums.front(), after = sums.back();
-    double gate = 0.75;
+    double threshold_state = 0.75;
     TensorEntry tensor{};
-    tensor.gate = &gate;
+    tensor.threshold_state = &threshold_state;
     tensor.numel = (chunks - 1) * chunk_size + 3;
     tensor.first_chunk = 1;
-    const double expected = next_gate(gate, {ordered_sum(first), ordered_sum(second)}, tensor.numel, s);
+    const double expected =
+        next_threshold_state(threshold_state, {ordered_sum(first), ordered_sum(second)}, tensor.numel, s);
     HostBlock block(Order::shuffled, 9);
     block.start();
     finish_statistics(block, TableView{nullptr, nullptr, sums.data(), nullptr, nullptr}, tensor, s);
-    REQUIRE(gate == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g", static_cast<long long>(chunks), gate,
-            expected);
+    REQUIRE(threshold_state == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g",
+            static_cast<long long>(chunks), threshold_state, expected);
     REQUIRE(
         std::memcmp(&sums.front(), &before, sizeof before) == 0 && std::memcmp(&sums.back(), &after, sizeof after) == 0,
         "sums of a neighbour were written at %lld chunks", static_cast<long long>(chunks));

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 import signadam_ext
 from signadam_ext import memory
-from signadam_ext.core.formats import BOUNDED, FORMS, WEIGHTS
+from signadam_ext.core.formats import BOUNDED, FORMATS, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,7 +101,7 @@ def test_parts_are_what_they_are_called() -> None:
     optimizer.step()
     found = memory.estimate(SHAPES, **configuration)
     states = list(optimizer.state.values())
-    assert found.beside == nbytes([state["param_low"] for state in states])
+    assert found.residual == nbytes([state["param_low"] for state in states])
     assert found.moments == nbytes([state[name] for state in states for name in ("exp_avg", "exp_avg_sq")])
     assert found.scalars == nbytes([state["step"] for state in states])
 
@@ -124,7 +124,7 @@ def test_bytes_per_parameter_are_those_of_a_large_tensor() -> None:
     assert memory.bytes_per_parameter(state_dtype="int2", weights="stochastic", param_dtype="bf16") == {
         "weights": 2,
         "beside": 0,
-        "moments": FORMS["int2"].bits / 8,
+        "moments": FORMATS["int2"].bits / 8,
         "gradients": 2,
     }
 

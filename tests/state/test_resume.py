@@ -207,7 +207,7 @@ class Gate:
 
 @pytest.mark.parametrize(
     "function, name",
-    [(gate, "test_resume.gate"), (Gate(), "test_resume.Gate"), (functools.partial(gate), "functools.partial")],
+    [(gate, f"{__name__}.gate"), (Gate(), f"{__name__}.Gate"), (functools.partial(gate), "functools.partial")],
 )
 def test_functions_are_named_and_never_restored(function, name, tmp_path):
     optimizer = stepped(SignAdamPP, confidence=function)

@@ -44,8 +44,8 @@ def orders(shape):
     return {dims, dims[::-1], dims[:1] + dims[2:] + dims[1:2], dims[1:] + dims[:1]}
 
 
-def layout(param, form=FP32, weights="as_is", gate=None):
-    return Layout("parameter 'w'", param, {"exp_avg": form}, weights, gate)
+def layout(param, form=FP32, weights="as_is", threshold_state=None):
+    return Layout("parameter 'w'", param, {"exp_avg": form}, weights, threshold_state)
 
 
 def content(state):
@@ -168,15 +168,15 @@ def test_fit_makes_what_is_missing_and_writes_nothing():
         *("exp_avg", "exp_avg_kind", "exp_avg_levels", "exp_avg_order", "master_param", "threshold", "step")
     }
     assert found.step.dtype == STEP_DTYPE and found.step == 3 and found.step.device.type == "cpu"
-    assert found.beside.stride() == (1, 3) and torch.equal(
-        found.beside, formats.load_param("split16", param.detach(), low)
+    assert found.residual.stride() == (1, 3) and torch.equal(
+        found.residual, formats.load_param("split16", param.detach(), low)
     )
-    assert found.gate.dtype == torch.float64 and found.gate == 0
+    assert found.threshold_state.dtype == torch.float64 and found.threshold_state == 0
     state.update(found.changes)
     del state["param_low"]
     again = fit(own, state, 0, 0)
     assert again.changes == {} and again.removed == ()
-    assert again.moments == found.moments and again.beside is found.beside and again.step is found.step
+    assert again.moments == found.moments and again.residual is found.residual and again.step is found.step
 
 
 def test_a_master_copy_becomes_low_bits():
@@ -187,7 +187,7 @@ def test_a_master_copy_becomes_low_bits():
     state = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3, 5), "master_param": master}
     found = fit(layout(param, FP32, "split16"), state, 0, 0)
     assert found.removed == ("master_param",)
-    joined = formats.load_param("split16", param.detach(), found.beside)
+    joined = formats.load_param("split16", param.detach(), found.residual)
     assert joined[0, 0] == 9.0 and torch.equal(joined.flatten()[1:], master.flatten()[1:])
 
 
@@ -199,9 +199,9 @@ def test_fit_makes_lazy_tensors_real():
         assert not moment.is_neg() and not moment._is_zerotensor() and torch.equal(moment, lazy + torch.zeros(4))
     step = torch._neg_view(torch.tensor(-3.0))
     assert fit(layout(param), {"step": step}, 0, 0).step == 3
-    gate = torch._efficientzerotensor((), dtype=torch.float64)
-    found = fit(layout(param, gate="threshold"), {"threshold": gate}, 0, 0)
-    assert not found.gate._is_zerotensor() and found.gate == 0
+    threshold_state = torch._efficientzerotensor((), dtype=torch.float64)
+    found = fit(layout(param, threshold_state="threshold"), {"threshold": threshold_state}, 0, 0)
+    assert not found.threshold_state._is_zerotensor() and found.threshold_state == 0
 
 
 def test_codes_are_whole_and_aligned():
@@ -410,9 +410,9 @@ def test_what_is_the_default_does_not_matter(default):
     def run():
         param = nn.Parameter(dense((3, 5), (1, 0), torch.bfloat16))
         found = [
-            fit(layout(param, form, weights, gate), {"step": 3}, 7, 1)
+            fit(layout(param, form, weights, threshold_state), {"step": 3}, 7, 1)
             for form in (FP32, BF16, *PACKED)
-            for weights, gate in (("as_is", None), ("master", "threshold"), ("split8", "exp_avg_std"))
+            for weights, threshold_state in (("as_is", None), ("master", "threshold"), ("split8", "exp_avg_std"))
         ]
         codes = {"exp_avg": torch.ones(3, 5, dtype=torch.int8, device="cpu"), "exp_avg_kind": 3, "step": 1}
         found.append(fit(layout(param, INT8), codes, 7, 1))

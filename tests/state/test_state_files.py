@@ -12,7 +12,7 @@ from support.strategies import same_bits
 from torch import Tensor
 
 from signadam_ext import SignAdamPP, Signum
-from signadam_ext.core.formats import FORMS
+from signadam_ext.core.formats import FORMATS
 
 
 def trained(steps=2, **options):
@@ -235,7 +235,7 @@ def test_files_of_the_first_version_load(tmp_path):
                 torch.save(value, member)
     other = fresh(state_dtype="int4")
     other.load_state(tmp_path / "old")
-    assert same(optimizer, other) and other.state_dict()["state"][0]["exp_avg_kind"] == FORMS["int4"].number
+    assert same(optimizer, other) and other.state_dict()["state"][0]["exp_avg_kind"] == FORMATS["int4"].number
 
 
 def test_another_method_is_refused(tmp_path):

@@ -138,7 +138,7 @@ def test_merging_within_its_bound(seed: int, batch: int, offset: float, scale: f
     generator = torch.Generator().manual_seed(seed)
     grads = torch.randn(batch, 5, generator=generator) * scale + offset
     edges = sorted({0, batch, *(cut for cut in cuts if cut < batch)})
-    spread = variance._Spread(grads[0])
+    spread = variance._Welford(grads[0])
     for a, b in itertools.pairwise(edges):
         spread.add(grads[a:b])
     error = (spread.variance_of_mean().double().sqrt() - of_mean(grads).sqrt()).abs()
@@ -291,7 +291,7 @@ def test_loss_that_uses_the_models_weights() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x).tanh()
 
-    def whole(model: Any) -> nn.Module:
+    def with_loss(model: Any) -> nn.Module:
         return nn.Sequential(model.body, nn.Tanh(), model.head)
 
     model = Body()
@@ -310,7 +310,7 @@ def test_loss_that_uses_the_models_weights() -> None:
     for loss_fn in (Loss(), lambda features, targets: F.cross_entropy(model.head(features), targets)):
         for chunk_size in (1, 3):
             per_sample_variance(model, loss_fn, batch, chunk_size=chunk_size)
-            assert_matches_loop(whole(model), F.cross_entropy, batch, number_of_chunks(B, chunk_size))
+            assert_matches_loop(with_loss(model), F.cross_entropy, batch, number_of_chunks(B, chunk_size))
         assert getattr(loss_fn, "calls", 0) == 0
 
 
@@ -331,7 +331,7 @@ def test_low_precision(dtype: torch.dtype, chunk_size: int | None) -> None:
 def test_half_precision_scalar() -> None:
     """A tensor without dimensions must not take the gradients' dtype for its own: the mean is fp32."""
     grads = torch.tensor([1 + 2.0**-7, 256.0], dtype=torch.bfloat16)  # their difference has 15 bits
-    spread = variance._Spread(grads[0])
+    spread = variance._Welford(grads[0])
     spread.add(grads)
     assert spread.mean.dtype == torch.float32 and spread.mean.item() == 128.50390625
     assert spread.variance_of_mean().item() == torch.tensor(127.49609375**2).item()

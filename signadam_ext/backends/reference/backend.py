@@ -70,17 +70,17 @@ def _update(
     numel = entry.numel
     source = entry.param if entry.image is None else entry.image
     param = flat(source if entry.is_dense else torch.empty_like(source).copy_(source))
-    beside = None if entry.beside is None else flat(entry.beside)
+    residual = None if entry.residual is None else flat(entry.residual)
     stored = [moment if form.packed else flat(moment) for form, moment in zip(entry.forms, entry.moments, strict=True)]
-    p = formats.load_param(entry.weights, param, beside)
+    p = formats.load_param(entry.weights, param, residual)
     moments = tuple(formats.decode(form, x, numel) for form, x in zip(entry.forms, stored, strict=True))
     before = moments[0] if moments else None
     if entry.variance is not None:
         moments = (*moments, flat(entry.variance))
     g = rules.effective_gradient(scalars, p, flat(grad).float())
     confident = None if rule.confidence is None else _confident(rule.confidence, scalars, g)
-    p, moments, alpha, gate = rules.update(
-        getattr(rules, rule.name), rule.threshold_pass, scalars, p, g, moments, entry.gate, confident
+    p, moments, alpha, threshold_state = rules.update(
+        getattr(rules, rule.name), rule.threshold_pass, scalars, p, g, moments, entry.threshold_state, confident
     )
     if chunk_statistics is not None:
         chunk_statistics.copy_(_observe(g, alpha, before, moments[0] if moments else None))
@@ -88,21 +88,23 @@ def _update(
     if entry.weights in ("stochastic", "split8") or any(form is not formats.FP32 for form in entry.forms):
         t = 0 if entry.step is None else int(entry.step) + 1
         r = random_bits(entry.seed, entry.number, t, entry.first, numel, param.device)
-    new, new_beside = formats.stored_param(entry.weights, p, r, param.dtype, None if beside is None else beside.dtype)
+    new, new_residual = formats.stored_param(
+        entry.weights, p, r, param.dtype, None if residual is None else residual.dtype
+    )
     shaped = new.as_strided(entry.param.shape, entry.strides)
     if entry.image is not None:
         # Those that share memory with it, and come after it, start from here.
         shaped = entry.image.copy_(shaped)
     # By .data, so that the version counts one step once.
     written = [(entry.param.data, shaped)]
-    if beside is not None:
-        assert new_beside is not None
-        written.append((beside, new_beside))
+    if residual is not None:
+        assert new_residual is not None
+        written.append((residual, new_residual))
     for form, old, moment, own_bits in zip(entry.forms, stored, moments, MOMENT_BITS, strict=False):
         written.append((old, formats.encode(form, moment, None if r is None else own_bits(r))))
-    if entry.gate is not None and gate is not entry.gate:
-        assert gate is not None
-        written.append((entry.gate, gate))
+    if entry.threshold_state is not None and threshold_state is not entry.threshold_state:
+        assert threshold_state is not None
+        written.append((entry.threshold_state, threshold_state))
     return written
 
 

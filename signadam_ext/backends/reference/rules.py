@@ -193,7 +193,7 @@ def update(
     p: Tensor,
     g: Tensor,
     moments: Moments,
-    gate: Tensor | None,
+    threshold_state: Tensor | None,
     confident: Tensor | None = None,
 ) -> tuple[Tensor, Moments, Tensor, Tensor | None]:
     """One step of one tensor: the new ``p`` and moments, the threshold in force, and what the next one is made of.
@@ -205,19 +205,19 @@ def update(
         p: parameter, flat, fp32.
         g: effective gradient, flat, fp32, in the same memory order.
         moments: flat, fp32.
-        gate: 0-dim float64, what the threshold is made of, or None.
+        threshold_state: 0-dim float64, what the threshold is made of, or None.
         confident: what takes the gradient's place in the rule, or None.
     """
     s = {name: as_fp32(value, p.device) for name, value in scalars.items()}
-    if threshold_pass == "PASS_BEFORE" and gate is not None:
-        gate = next_gate(gate, g, as_fp32(0.0, p.device), scalars)
+    if threshold_pass == "PASS_BEFORE" and threshold_state is not None:
+        threshold_state = next_threshold_state(threshold_state, g, as_fp32(0.0, p.device), scalars)
     alpha = s.get("alpha", as_fp32(0.0, p.device))
-    if gate is not None:
-        alpha = (scalars["alpha"] * gate).float()
+    if threshold_state is not None:
+        alpha = (scalars["alpha"] * threshold_state).float()
     p, moments = rule(s, alpha, p * s["decay"], g if confident is None else confident, moments)
-    if threshold_pass == "SAME_PASS" and gate is not None:
-        gate = next_gate(gate, g, alpha, scalars)
-    return p, moments, alpha, gate
+    if threshold_pass == "SAME_PASS" and threshold_state is not None:
+        threshold_state = next_threshold_state(threshold_state, g, alpha, scalars)
+    return p, moments, alpha, threshold_state
 
 
 def passes(g: Tensor, alpha: Tensor) -> Tensor:
@@ -225,7 +225,7 @@ def passes(g: Tensor, alpha: Tensor) -> Tensor:
     return (g > alpha) | (g < -alpha)
 
 
-def next_gate(a: Tensor, g: Tensor, alpha: Tensor, scalars: Scalars) -> Tensor:
+def next_threshold_state(a: Tensor, g: Tensor, alpha: Tensor, scalars: Scalars) -> Tensor:
     """What the next threshold is made of, after gradient ``g``, in double, additions in the shared order."""
     flat = g.double()
     first = ordered_sum(passes(g, alpha).double() if scalars["steers"] else flat)
