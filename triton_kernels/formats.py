@@ -2,22 +2,21 @@
 
 import triton
 import triton.language as tl
+from signadam_ext._C import FORMATS, WEIGHTS
 
-from .. import _C
+FP32 = tl.constexpr(FORMATS["fp32"][0])
+BF16 = tl.constexpr(FORMATS["bf16"][0])
+FP16 = tl.constexpr(FORMATS["fp16"][0])
+INT8 = tl.constexpr(FORMATS["int8"][0])
+INT4 = tl.constexpr(FORMATS["int4"][0])
+INT2 = tl.constexpr(FORMATS["int2"][0])
+BLOCK8 = tl.constexpr(FORMATS["block8"][0])
 
-FP32 = tl.constexpr(_C.FORMATS["fp32"][0])
-BF16 = tl.constexpr(_C.FORMATS["bf16"][0])
-FP16 = tl.constexpr(_C.FORMATS["fp16"][0])
-INT8 = tl.constexpr(_C.FORMATS["int8"][0])
-INT4 = tl.constexpr(_C.FORMATS["int4"][0])
-INT2 = tl.constexpr(_C.FORMATS["int2"][0])
-BLOCK8 = tl.constexpr(_C.FORMATS["block8"][0])
-
-AS_IS = tl.constexpr(_C.WEIGHTS["as_is"])
-STOCHASTIC = tl.constexpr(_C.WEIGHTS["stochastic"])
-SPLIT16 = tl.constexpr(_C.WEIGHTS["split16"])
-SPLIT8 = tl.constexpr(_C.WEIGHTS["split8"])
-MASTER = tl.constexpr(_C.WEIGHTS["master"])
+AS_IS = tl.constexpr(WEIGHTS["as_is"])
+STOCHASTIC = tl.constexpr(WEIGHTS["stochastic"])
+SPLIT16 = tl.constexpr(WEIGHTS["split16"])
+SPLIT8 = tl.constexpr(WEIGHTS["split8"])
+MASTER = tl.constexpr(WEIGHTS["master"])
 
 NAN_CODE = tl.constexpr(-128)
 

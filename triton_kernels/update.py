@@ -2,8 +2,8 @@
 
 import triton
 import triton.language as tl
+from signadam_ext._C import ThresholdPass
 
-from .. import _C
 from .formats import FP32, SPLIT8, STOCHASTIC, widen
 from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, random_halves
 from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, sign
@@ -36,9 +36,9 @@ FIRST_AT = tl.constexpr(COLUMNS.index("first"))
 FIRST_CHUNK_AT = tl.constexpr(COLUMNS.index("first_chunk"))
 ALIGNED_AT = tl.constexpr(COLUMNS.index("aligned"))
 
-NONE = tl.constexpr(_C.ThresholdPass.NONE.value)
-SAME_PASS = tl.constexpr(_C.ThresholdPass.SAME_PASS.value)
-PASS_BEFORE = tl.constexpr(_C.ThresholdPass.PASS_BEFORE.value)
+NONE = tl.constexpr(ThresholdPass.NONE.value)
+SAME_PASS = tl.constexpr(ThresholdPass.SAME_PASS.value)
+PASS_BEFORE = tl.constexpr(ThresholdPass.PASS_BEFORE.value)
 
 
 @triton.jit

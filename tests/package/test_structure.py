@@ -22,7 +22,7 @@ INCLUDES: dict[str, set[str]] = {
 def lint(root: Path) -> subprocess.CompletedProcess[str]:
     command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     return subprocess.run(
-        [sys.executable, "-c", command, "--no-cache", "--config", str(ROOT / "pyproject.toml")],
+        [sys.executable, "-c", command, "--no-cache"],
         cwd=root,
         capture_output=True,
         text=True,
