@@ -47,12 +47,20 @@ class Reader {
 
   const std::vector<void*>& grads() const { return grads_; }
   std::size_t present() const;
-  // Counts a write in the version of each parameter that has a gradient, from `read` to `release`. `by_torch` is called
-  // with those that only torch can do it for.
+  // Counts a write in the version of each parameter that has a gradient, and of the state entries watched, but for the
+  // last, the number of steps; from `read` to `release`. `by_torch` is called with those that only torch can do it for.
   template <class Call>
   void increment_versions(Call by_torch) const {
-    for (std::size_t i = 0; i < params_.size(); ++i)
-      if (grads_[i] != nullptr && !torch_->objects().increment_version(params_[i].ptr())) by_torch(params_[i]);
+    const auto count = [&](const py::object& tensor) {
+      if (tensor && !torch_->objects().increment_version(tensor.ptr())) by_torch(tensor);
+    };
+    for (std::size_t i = 0; i < params_.size(); ++i) {
+      if (grads_[i] == nullptr) continue;
+      count(params_[i]);
+      const Parameter& parameter = parameters_[i];
+      for (std::size_t k = parameter.first_entry; k + 1 < parameter.end_entry && k < state_tensors_.size(); ++k)
+        count(state_tensors_[k]);
+    }
   }
   // The parameter at `index`, its gradient (or None), and the state entries named to `watch`, from `read` to `release`;
   // no state entries where `read` has not been given the state.

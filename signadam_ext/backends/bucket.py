@@ -31,7 +31,7 @@ class Entry:
         forms, moments: how the moments are stored, and the stored tensors, during a step.
         weights, residual: how the parameter is stored, and what lies beside it, during a step, or None.
         variance: of the gradient, with the strides of ``dense_param``, for a rule that reads it:
-            ``param.grad_variance``, or a buffer into which every step copies it; None where it has not been asked for yet.
+            ``param.grad_variance``, or a buffer into which every step copies it; None where there was none yet.
         threshold_state: 0-dim float64 on the parameter's device, what the threshold is made of, during a step, or None.
         step: 0-dim float64 on the CPU, the number of steps taken, during a step; fp32 in the functional forms; None
             where nobody counts.

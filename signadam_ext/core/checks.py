@@ -80,7 +80,10 @@ def _item(name: str, value: Tensor) -> Any:
             f"{name} is a tensor on {value.device}: reading it would synchronize every step; keep it on the CPU, where "
             "schedulers update it all the same"
         )
-    return value.item()
+    try:
+        return value.item()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{name} is a {type(value).__name__}, which gives no number") from error
 
 
 def learning_rate(name: str, value: Any, slack: float = 0.0) -> float:
@@ -301,6 +304,23 @@ def allocated(label: str, tensor: Tensor) -> None:
     if fault is not None:
         kind, reason = fault
         raise kind(f"{label} {reason}")
+
+
+_MODES = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+
+
+def executed(label: str) -> None:
+    """Raises where torch only simulates or records what it is asked for, so that no step can be taken.
+
+    Raises:
+        RuntimeError: under FakeTensorMode or another mode that traces, or inside a transform of ``torch.func``.
+    """
+    mode = next((found for key in _MODES if (found := torch._C._get_dispatch_mode(key)) is not None), None)
+    if mode is not None or torch._C._functorch.peek_interpreter_stack() is not None:
+        active = "a transform of torch.func" if mode is None else type(mode).__name__
+        raise RuntimeError(
+            f"{label} cannot be updated inside {active}, which executes nothing: take the step outside it"
+        )
 
 
 #: Memory below is never a process's own; an address there is an offset into a storage that was freed.

@@ -127,7 +127,7 @@ def completed(name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) 
 
 
 def signature(init: Any, defaults: Mapping[str, Any]) -> inspect.Signature:
-    """Of a class with this constructor: each of its ``**common`` by name and default."""
+    """Of a class with this constructor: each of its ``**common`` by name and default, but what it names itself."""
     found = inspect.signature(init)
     own = list(found.parameters.values())[1:]
     if own and own[-1].name == "common":
@@ -139,5 +139,6 @@ def signature(init: Any, defaults: Mapping[str, Any]) -> inspect.Signature:
                 annotation=Common.__annotations__[name].__forward_arg__,
             )
             for name, default in defaults.items()
+            if name not in found.parameters
         ]
     return found.replace(parameters=own)

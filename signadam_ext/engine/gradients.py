@@ -57,7 +57,7 @@ class Reader(Protocol):
         """How many parameters have a gradient this step."""
 
     def written(self) -> Any:
-        """Those parameters, as :func:`signadam_ext.backends.commit` takes them."""
+        """Those parameters and their state, as :func:`signadam_ext.backends.commit` takes them."""
 
     def held(self, slot: int) -> tuple[Any, ...]:
         """The parameter, its gradient or None, and the state entries watched, while a step is under way."""
@@ -237,7 +237,13 @@ class PythonReader(Addresses):
         return True
 
     def written(self) -> list[Tensor]:
-        return [held[0] for slot, held in self._held.items() if self._grads[slot]]
+        # All but the gradient, and the number of steps, which is last.
+        return [
+            tensor
+            for slot, (param, _, *state) in self._held.items()
+            if self._grads[slot]
+            for tensor in (param, *state[:-1])
+        ]
 
     def held(self, slot: int) -> tuple[Any, ...]:
         return self._held[slot]

@@ -42,6 +42,7 @@ class Item:
         fit: what a step uses of its state. Raises on state that does not fit; writes nothing.
         own_state: its state in the optimizer, or None.
         state_names: of the entries of ``fit``, as the state holds them.
+        at_rest: whether this is a first step without a learning rate, which needs no variance.
     """
 
     label: str
@@ -59,6 +60,7 @@ class Item:
     seed: int = 0
     number: int = 0
     first: int = 0
+    at_rest: bool = False
 
 
 @dataclass(slots=True)
@@ -87,6 +89,7 @@ class Plan:
 
     __slots__ = (
         "__weakref__",
+        "_at_rest",
         "_bound",
         "_buffers",
         "_copies",
@@ -141,6 +144,7 @@ class Plan:
         self._strides: list[tuple[int, ...]] = [()] * len(items)
         self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
         self._variances: list[Entry] = []
+        self._at_rest: set[int] = set()
         self.entries: list[Entry] = []
         buckets: dict[tuple[Any, ...], list[Entry]] = {}
         for found, level in zip(chosen, levels, strict=True):
@@ -151,6 +155,8 @@ class Plan:
             self._grad_dtypes[found.slot] = entry.grad_dtype
             if found.item.rule.reads_variance:
                 self._variances.append(entry)
+                if found.item.at_rest:
+                    self._at_rest.add(found.slot)
             formats = (entry.dense_param.dtype, entry.grad_dtype, entry.forms, entry.weights)
             key = (backend, entry.param.device, found.item.rule, level, formats if backend.splits_formats else None)
             buckets.setdefault(key, []).append(entry)
@@ -214,6 +220,8 @@ class Plan:
             state: the optimizer's, to be compared with what the plan knows. A plan that has taken no step does not look
                 at it.
         """
+        if self.labels:
+            checks.executed(self.labels[0])
         holds = False
         self.owns = True
         try:
@@ -244,6 +252,8 @@ class Plan:
             if gradients[entry.slot]:
                 param = self._reader.held(entry.slot)[0]
                 variance = self._variance(entry.slot, param)
+                if variance is None and entry.slot in self._at_rest and self._is_first:
+                    continue
                 checks.variance(self.labels[entry.slot], variance, param)
                 assert variance is not None
                 given.append((entry, variance))
@@ -332,9 +342,18 @@ class Plan:
                 for entry in non_dense:
                     entry.param.detach().copy_(entry.dense_param)
         tables = [bucket.table for bucket, _, _ in prepared]
-        backends.commit(operations, tables, self._pending, self._reader.written())
+        backends.commit(operations, tables, self._pending, self._written())
         self._pending = []
         self._is_first = False
+
+    def _written(self) -> Any:
+        """What counts a step in its version: parameters, moments, and what lies beside them."""
+        written = self._reader.written()
+        if self._given_variances is None:
+            return written
+        present = self._reader.addresses()
+        others = [(*entry.moments, entry.threshold_state) for entry in self.entries if present[entry.slot]]
+        return [*written, *(tensor for own in others for tensor in own if tensor is not None)]
 
     def _rows(self, bucket: Bucket, groups: Sequence[Group]) -> list[tuple[float, ...]]:
         """Begins a bucket's step: a row of scalars for each group and step count that take part.
@@ -382,10 +401,12 @@ def _choose(slot: int, item: Item, grad: Tensor | None) -> _Chosen | None:
     if grad is not None:
         checks.gradient(item.label, grad, item.param)
         checks.parameter(item.label, item.param)
+        checks.executed(item.label)
         fitted = item.fit()
         if item.rule.reads_variance:
             variance = item.variance if item.variance is not None else getattr(item.param, "grad_variance", None)
-            checks.variance(item.label, variance, item.param)
+            if variance is not None or not item.at_rest:
+                checks.variance(item.label, variance, item.param)
         return _Chosen(slot, item, grad, fitted, _backend(item))
     if not item.has_state:
         return None
@@ -434,11 +455,10 @@ def _entry(found: _Chosen) -> Entry:
     )
     if item.rule.reads_variance and grad is not None:
         given = item.variance if item.variance is not None else getattr(param, "grad_variance", None)
-        assert given is not None
-        if _is_readable(given, entry.strides):
+        if given is not None and _is_readable(given, entry.strides):
             entry.variance, entry.variance_address = given, given.data_ptr()
         else:
-            entry.variance = torch.empty_like(dense_param, dtype=torch.float32, requires_grad=False)
+            entry.variance = torch.zeros_like(dense_param, dtype=torch.float32, requires_grad=False)
     return entry
 
 

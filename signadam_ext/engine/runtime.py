@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -41,6 +42,8 @@ class Runtime:
         plan, plan_key: of all parameters, and what the plan depends on beside what is compared each step.
         plans_alone: the same of single parameters, by their ids.
         places: where each parameter is: its group's index, and its own in the group, by its id.
+        coded: shape, and addresses of the moments, of each parameter with packed ones, by its id. Their size alone
+            would not tell that a parameter has another shape.
         observes: whether steps gather what ``statistics()`` tells.
         round: number of the last step.
         driver: takes the steps, while there is one.
@@ -54,6 +57,7 @@ class Runtime:
     plan_key: Any = None
     plans_alone: dict[int, tuple[Plan, Any]] = field(default_factory=dict)
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
+    coded: dict[int, tuple[torch.Size, tuple[int, ...]]] = field(default_factory=dict)
     observes: bool = False
     round: int = 0
     driver: StepDriver | None = None
@@ -64,3 +68,4 @@ class Runtime:
         self.plan_key = None
         self.plans_alone = {}
         self.places = {}
+        self.coded = {}

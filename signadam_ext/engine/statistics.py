@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Iterable
@@ -96,8 +97,8 @@ def collect(plans: Iterable[Plan]) -> Statistics:
                     levels = entry.forms[0].levels if entry.forms else None
                     sums = _sums(rows[begin:end], numel, levels or 1, bool(entry.forms))
                     label = plan.labels[entry.slot]
-                    named = re.fullmatch(r"parameter '(.*)'", label)
-                    found.append((entry.number, named[1] if named else label, sums))
+                    named = re.fullmatch(r"parameter (['\"].*)", label)
+                    found.append((entry.number, ast.literal_eval(named[1]) if named else label, sums))
                 begin = end
     found.sort(key=lambda item: item[0])
     every = [sums for _, _, sums in found]

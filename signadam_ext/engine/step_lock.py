@@ -33,11 +33,19 @@ class StepLock:
         """
         if self.held._is_owned():  # type: ignore[attr-defined]
             raise RuntimeError("a step of this optimizer was begun inside another one, by a function that step() calls")
+        self.refuse_waiting(
+            "a step of this optimizer was begun while another one runs a confidence function: does that function run a "
+            "backward that takes steps?"
+        )
+
+    def refuse_waiting(self, why: str) -> None:
+        """Raises where another thread is in a step and runs a function of the user's, which may wait for this thread.
+
+        Raises:
+            RuntimeError: says why.
+        """
         if self._user_code and not self._is_free():
-            raise RuntimeError(
-                "a step of this optimizer was begun while another one runs a confidence function: does that function "
-                "run a backward that takes steps?"
-            )
+            raise RuntimeError(why)
 
     def _is_free(self) -> bool:
         free = self.held.acquire(blocking=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import os
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, cast, overload
 
 import torch
@@ -22,22 +23,9 @@ from ..core.rule import Group, Rule
 from ..engine.plan import Item, Plan
 from ..engine.runtime import Runtime
 from ..engine.statistics import Statistics, collect
-from ..state.checkpoint import (
-    Layout,
-    adopt,
-    check,
-    export,
-    members_of,
-    opened,
-    read_entries,
-    read_head,
-    realized,
-    write_entry,
-    write_head,
-    writer,
-    written_entry,
-)
-from ..state.schema import entry_names, fit
+from ..state.archive import members_of, opened, read_entries, read_head, write_entry, write_head, writer
+from ..state.checkpoint import Layout, adopt, check, export, realized, written_entry
+from ..state.schema import Fitted, entry_names, fit
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -115,7 +103,7 @@ class SignOptimizer(Optimizer):
             TypeError, ValueError: a hyperparameter or a parameter that cannot be served; the optimizer is unchanged.
         """
         if isinstance(param_group, dict):
-            param_group = hyperparameters.kept(param_group)
+            given, param_group = param_group, hyperparameters.kept(param_group)
             with hyperparameters.of_group(len(self.param_groups)):
                 for name in checks.TORCH_OPTIONS:
                     checks.torch_option(name, param_group.get(name))
@@ -123,6 +111,10 @@ class SignOptimizer(Optimizer):
                 _fold_beta(param_group, self.defaults)
                 checked = self._check_group({**self.defaults, **param_group})
                 param_group["seed"] = checked["seed"]
+            # As in torch.optim, the dictionary that is handed in becomes the group.
+            given.clear()
+            given.update(param_group)
+            param_group = given
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -296,6 +288,11 @@ class SignOptimizer(Optimizer):
             with outside_inference_mode(), torch.no_grad():
                 plan = Plan(items, state=self.state, observes=self._runtime.observes)
             if plan.read(groups, self.state):
+                self._runtime.coded.update(
+                    (id(entry.param), (entry.param.shape, tuple(x.data_ptr() for x in entry.moments)))
+                    for entry in plan.entries
+                    if any(form.packed for form in entry.forms)
+                )
                 return plan
         raise RuntimeError("gradients changed while the step was being planned; is another thread running backward?")
 
@@ -309,14 +306,28 @@ class SignOptimizer(Optimizer):
             self._rule(group),
             group["backend"],
             has_state=bool(own),
-            fit=lambda: fit(layout, {} if own is None else own, group["seed"], number),
+            fit=lambda: self._fitted(layout, {} if own is None else own, group["seed"], number),
             forms=tuple(layout.moments.values()),
             own_state=own,
             state_names=entry_names(layout),
             weights=group["weights"],
             seed=group["seed"],
             number=number,
+            # Torch makes the state that a distributed checkpoint is read into by a step without a learning rate.
+            at_rest=not own and group["lr"] == 0,
         )
+
+    def _fitted(self, layout: Layout, own: Mapping[str, Any], seed: int, number: int) -> Fitted:
+        fitted = fit(layout, own, seed, number)
+        shape, addresses = self._runtime.coded.get(id(layout.param), (layout.param.shape, ()))
+        if shape != layout.param.shape:
+            for (name, form), moment in zip(layout.moments.items(), fitted.moments, strict=True):
+                if form.packed and moment.data_ptr() in addresses:
+                    raise ValueError(
+                        f"state {name!r} of {layout.label} holds {form.kind} codes for the shape {tuple(shape)}, which "
+                        f"the parameter had at the last step: it has {tuple(layout.param.shape)} now"
+                    )
+        return fitted
 
     def _layout(self, label: str, param: Tensor, group: dict[str, Any]) -> Layout:
         rule = self._rule(group)
@@ -345,6 +356,7 @@ class SignOptimizer(Optimizer):
                 stacklevel=6,  # past the constructors
             )
 
+    @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim. Holds plain tensors and numbers, loads into any backend, storage form and parameter dtype.
 
@@ -352,17 +364,52 @@ class SignOptimizer(Optimizer):
         for each element while the dictionary lives: :meth:`save_state` does with one tensor at a time. Each group says
         its ``method``, and of a function among its hyperparameters the name.
 
+        Hooks of :meth:`register_state_dict_post_hook` get the dictionary as it is returned.
+
         Raises:
             TypeError, ValueError: a moment kept in few bits, of a parameter that has been offloaded or resized.
+            RuntimeError: a step on another thread runs a confidence function, which may wait for this thread.
         """
-        with self._runtime.lock.held:  # a step on another thread is of before or of after
-            state_dict = super().state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        with self._between_steps():
+            groups, numbers = self._numbered_groups()
+            state = {
+                numbers[id(key)] if isinstance(key, Tensor) else key: entries for key, entries in self.state.items()
+            }
             for number, layout in self._layouts():
-                if number in state_dict["state"]:
-                    state_dict["state"][number] = export(layout, state_dict["state"][number])
-            state_dict["param_groups"] = self._exported_groups(state_dict["param_groups"])
+                if number in state:
+                    state[number] = export(layout, state[number])
+            state_dict: dict[str, Any] = {"state": state, "param_groups": self._exported_groups(groups)}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            if changed is not None:
+                state_dict = changed
         return state_dict
 
+    @contextlib.contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """A step on another thread is of before or of after."""
+        self._runtime.lock.refuse_waiting(
+            "the state was asked for while a step on another thread runs a confidence function: does that function "
+            "wait for this thread?"
+        )
+        with self._runtime.lock.held:
+            yield
+
+    def _numbered_groups(self) -> tuple[list[dict[str, Any]], dict[int, int]]:
+        """Groups whose parameters are numbers, and the numbers by the parameters' ids."""
+        groups: list[dict[str, Any]] = []
+        numbers: dict[int, int] = {}
+        begin = 0
+        for group in self.param_groups:
+            for number, param in enumerate(group["params"], begin):
+                numbers.setdefault(id(param), number)
+            begin += len(group["params"])
+            groups.append({**group, "params": [numbers[id(param)] for param in group["params"]]})
+        return groups, numbers
+
+    @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but state keeps its precision or takes this optimizer's.
 
@@ -387,6 +434,8 @@ class SignOptimizer(Optimizer):
             if changed is not None:
                 state_dict = changed
         saved = state_dict["state"]
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"'state' of the checkpoint is a {type(saved).__name__}: must be a dict")
         groups, numbered = self._checked_groups(state_dict["param_groups"])
         numbers = {number for number, _ in numbered}
         others = {key: value for key, value in saved.items() if key not in numbers}
@@ -406,11 +455,11 @@ class SignOptimizer(Optimizer):
             TypeError, ValueError: as of :meth:`state_dict`; the old file is still there then.
             OSError: a path that cannot be written, or that is no regular file.
         """
-        with self._runtime.lock.held:  # a step on another thread is of before or of after
+        with self._between_steps():
             self._save_state(path)
 
     def _save_state(self, path: str | os.PathLike[str]) -> None:
-        groups = self._exported_groups(Optimizer.state_dict(self)["param_groups"])
+        groups = self._exported_groups(self._numbered_groups()[0])
         state = self.state
         kept = [(number, layout, state[layout.param]) for number, layout in self._layouts() if state.get(layout.param)]
         others = {key: value for key, value in state.items() if not isinstance(key, Tensor)}
@@ -479,6 +528,8 @@ class SignOptimizer(Optimizer):
             )
         groups, numbered = [], []
         for index, (saved, own) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            if not isinstance(saved, Mapping) or "params" not in saved:
+                raise ValueError(f"group {index} of the checkpoint has no 'params': must be as state_dict() gives it")
             if len(saved["params"]) != len(own["params"]):
                 raise ValueError(
                     f"group {index} of the checkpoint has {len(saved['params'])} parameters, which does not match the "
@@ -566,8 +617,13 @@ class SignOptimizer(Optimizer):
         runtime = self._runtime
         runtime.lock.refuse_nested()
         with runtime.lock.held:
-            # An object that poses as the optimizer's class would keep it to itself.
-            (runtime.owner() or self).__setstate__({"state": state, "param_groups": groups})
+            # An object that poses as the optimizer's class would keep it to itself. One that has copied the attributes
+            # has the old ones still.
+            owner = runtime.owner() or self
+            owner.__setstate__({"state": state, "param_groups": groups})
+            if owner is not self:
+                attributes = vars(self)
+                attributes.update({name: vars(owner)[name] for name in ("state", "param_groups") if name in attributes})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SignOptimizer:
         """As by default, but functions in groups are shared: those of Triton cannot be copied."""
@@ -597,7 +653,9 @@ class SignOptimizer(Optimizer):
 def _label(group: dict[str, Any], group_index: int, index: int) -> str:
     """What errors call a parameter."""
     names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {group_index}"
+    if isinstance(names, (list, tuple)) and index < len(names):  # parameters may have been appended without a name
+        return f"parameter {names[index]!r}"
+    return f"parameter {index} of group {group_index}"
 
 
 def _fold_beta(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:

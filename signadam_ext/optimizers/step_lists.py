@@ -80,6 +80,8 @@ def step_lists(
     items = []
     for i, param in enumerate(params):
         label = f"params[{i}]"
+        if grads[i] is None:
+            continue  # offloaded perhaps: nobody looks at it
         checks.strided(label, param)
         own = tuple(moments[name][i] for name in rule.moments)
         threshold_state = lists[threshold_state_list][i] if rule.threshold_state is not None else None
@@ -103,7 +105,7 @@ def step_lists(
                 variance=lists["grad_variances"][i] if "grad_variances" in lists else None,
             )
         )
-    plan = Plan(items, grads)
+    plan = Plan(items, [grad for grad in grads if grad is not None])
     plan.read([group], None)
     plan.run([group])
 
@@ -131,6 +133,10 @@ def _check_step(label: str, value: Any) -> None:
 
 def _check_layout(label: str, name: str, moment: Tensor, param: Tensor) -> None:
     checks.moment(label, name, moment, param)
+    if moment.is_neg():
+        raise TypeError(
+            f"{name} of {label} is the negative of what its memory holds (is_neg()): use a .resolve_neg() of it"
+        )
     like = torch.empty_like(param, device="meta")
     if not checks.same_strides(moment, like.stride()):
         raise ValueError(

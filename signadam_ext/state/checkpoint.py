@@ -7,17 +7,8 @@ order that its ``..._order`` says.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
-import io
-import os
-import pickle
-import re
-import secrets
-import stat
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,6 +196,12 @@ def written_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
         TypeError, ValueError: as :func:`export_entry`, and for a tensor of the optimizer's own without its memory.
     """
     value = export_entry(layout, state, name)
+    if (
+        isinstance(value, Tensor)
+        and type(value) not in (Tensor, torch.nn.Parameter)
+        and checks.memory_fault(value) is None
+    ):
+        value = value.as_subclass(Tensor)  # the numbers of a subclass whose memory is its own
     return (
         real(f"state {name!r} of {layout.label}", value)
         if name in OPTIMIZERS_OWN or name == layout.threshold_state
@@ -216,7 +213,7 @@ def _exported(layout: Layout, name: str, form: Format, state: Mapping[str, Any])
     """A packed moment as a tensor of the parameter's shape and memory order: int8 codes, or bf16 values of blocks."""
     param, label = layout.param, f"state {name!r} of {layout.label}"
     stored = state[name]
-    checks.strided(label, stored)
+    stored = real(label, stored).contiguous()
     numel = param.numel()
     if stored.shape != (form.nbytes(numel),) or _padding(form, stored, numel):
         raise ValueError(
@@ -431,160 +428,3 @@ def _shaped(flat: Tensor, param: Tensor) -> Tensor:
     shaped = torch.empty_strided(param.shape, strides, dtype=flat.dtype, device=flat.device)
     formats.flat(shaped).copy_(flat)
     return shaped
-
-
-_HEAD = "optimizer"
-
-#: What a member's name shows of the entry's own.
-_SHOWN = re.compile(r"[\w.\- ]+", re.ASCII)
-
-#: Flags of a member that change nothing in how it is read: a name in UTF-8, sizes behind the data.
-_HARMLESS_FLAGS = 0x808
-
-
-@contextlib.contextmanager
-def writer(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """A zip file that takes its name when it is complete, so that an interrupted write leaves the old file.
-
-    A symbolic link is followed. A new file has the permissions that ``open`` would give it, an old one keeps its own.
-
-    Raises:
-        OSError: a path that cannot be written, or that is no regular file.
-    """
-    path = os.fsdecode(os.fspath(path))
-    if not path:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-    try:
-        old = os.stat(path)
-    except FileNotFoundError:
-        old = None
-    if old is not None:
-        if stat.S_ISDIR(old.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if not stat.S_ISREG(old.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file, so no state is saved to it", path)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
-    path = os.path.realpath(path)
-    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
-            try:
-                yield archive
-                archive.close()
-            finally:
-                archive.fp = None  # it has nothing more to write, also where a member was left open
-            file.flush()
-            os.fsync(file.fileno())
-        if old is not None:
-            with contextlib.suppress(OSError):  # whose it is only a privileged process may say
-                os.chown(temporary, old.st_uid, old.st_gid)
-            os.chmod(temporary, stat.S_IMODE(old.st_mode))
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
-    """A file of :func:`writer`, to be read.
-
-    Raises:
-        OSError, zipfile.BadZipFile: one that cannot be read.
-    """
-    try:
-        archive = zipfile.ZipFile(os.fsdecode(path))
-    except (NotImplementedError, zipfile.BadZipFile) as error:  # the first: a version that no file of ours names
-        raise zipfile.BadZipFile(
-            f"{os.fsdecode(path)}: {error}; it is cut short, or was not written by save_state"
-        ) from error
-    with archive:
-        yield archive
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where a file keeps one entry of a parameter's state."""
-
-    member: str
-    number: int
-    name: Any
-
-
-def members_of(states: Iterable[tuple[int, Mapping[str, Any]]]) -> list[Member]:
-    """A member for each entry of each parameter's state."""
-    found = []
-    for number, state in states:
-        for i, name in enumerate(state):
-            shown = name if isinstance(name, str) and _SHOWN.fullmatch(name) else f"#{i}"
-            found.append(Member(f"state/{number}/{shown}", number, name))
-    return found
-
-
-def write_head(archive: zipfile.ZipFile, head: dict[str, Any], members: Iterable[Member]) -> None:
-    with archive.open(_HEAD, "w") as member:
-        torch.save({**head, "members": [(each.member, each.number, each.name) for each in members]}, member)
-
-
-def write_entry(archive: zipfile.ZipFile, member: Member, value: Any) -> None:
-    with archive.open(member.member, "w", force_zip64=True) as file:
-        torch.save(value, file)
-
-
-def read_head(archive: zipfile.ZipFile) -> tuple[dict[str, Any], dict[int, list[Member]]]:
-    """What stands before the state, and the members of each parameter's, by its number.
-
-    Raises:
-        ValueError: a file of another origin, members other than the head lists, or compressed ones, whose size says
-            nothing of the memory that they would need.
-        zipfile.BadZipFile: a damaged file.
-    """
-    shown = archive.filename
-    infos = {info.filename: info for info in archive.infolist()}
-    for name, info in infos.items():
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise ValueError(f"{shown}: member {name!r} is compressed, and save_state compresses nothing")
-        if info.flag_bits & ~_HARMLESS_FLAGS:
-            raise zipfile.BadZipFile(f"{shown}: member {name!r} has flags that save_state does not set")
-    if _HEAD not in infos:
-        raise ValueError(
-            f"{shown} was not written by save_state: load what torch.save has written by "
-            "load_state_dict(torch.load(...))"
-        )
-    head = _read(archive, _HEAD)
-    if not isinstance(head, dict) or "param_groups" not in head:
-        raise ValueError(f"{shown} was not written by save_state: its head has no param_groups")
-    if "members" in head:
-        members = [Member(*each) for each in head["members"]]
-    else:  # an older version's
-        parts = ((name, *name.split("/", 2)) for name in infos if name.startswith("state/"))
-        members = [Member(name, int(number), entry) for name, _, number, entry in parts]
-    expected, present = [_HEAD, *(each.member for each in members)], archive.namelist()
-    if sorted(expected) != sorted(present):
-        missing, more = sorted(set(expected) - set(present)), sorted(set(present) - set(expected))
-        what = f"lacks the member {missing[0]!r}" if missing else f"has the member {(more or present)[0]!r} too many"
-        raise ValueError(f"{shown} {what}: it is damaged, or was put together by another program")
-    by_number: dict[int, list[Member]] = {}
-    for member in members:
-        by_number.setdefault(member.number, []).append(member)
-    return head, by_number
-
-
-def read_entries(archive: zipfile.ZipFile, members: Iterable[Member]) -> dict[Any, Any]:
-    """A parameter's entries, read from a file one tensor at a time."""
-    return {member.name: _read(archive, member.member) for member in members}
-
-
-def _read(archive: zipfile.ZipFile, name: str) -> Any:
-    try:
-        with archive.open(name) as member:
-            content = io.BytesIO(member.read())
-    except zipfile.BadZipFile as error:
-        raise zipfile.BadZipFile(f"{archive.filename}: {error}") from error
-    try:
-        return torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError) as error:
-        raise ValueError(f"{archive.filename}: member {name!r} does not hold what save_state writes") from error

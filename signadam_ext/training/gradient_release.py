@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ..engine.plan import overlap_levels
 from ..optimizers.base import SignOptimizer, _label
@@ -202,7 +203,9 @@ class GradientRelease:
                 )
             if getattr(param, "_is_flat_param", False):
                 raise RuntimeError(f"{_name(optimizer, param)} is a flat parameter: {_NO_FSDP}")
-        if any(overlap_levels([param if param.requires_grad else None for param in own])):
+        # Lazy parameters have no memory yet.
+        placed = [param if param.requires_grad and not is_lazy(param) else None for param in own]
+        if any(overlap_levels(placed)):
             raise ValueError(
                 "parameters of the optimizer share memory: in backward they would be updated in another order than by "
                 "step(), and one before the other's gradient is complete"
@@ -247,6 +250,7 @@ class GradientRelease:
     ) -> None:
         self.remove()
 
+    @torch._disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """``optimizer.step()`` while gradients are released: applies those that backward has not."""
         optimizer = self._optimizer()
@@ -288,6 +292,10 @@ class GradientRelease:
                 self._add(param)
 
     def _add(self, param: Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():  # lazy parameters refuse to be asked for anything
+            self._add_hooks(param)
+
+    def _add_hooks(self, param: Tensor) -> None:
         frozen = not param.requires_grad
         if frozen and (not param.is_floating_point() or param.is_inference()):
             return  # it can never require a gradient
@@ -302,6 +310,7 @@ class GradientRelease:
             param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
             if self.accumulation_steps > 1:
                 self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
+            vars(param)[_SwapNotice.NAME] = _SwapNotice(self, id(param))
         finally:
             if frozen:
                 param.requires_grad_(False)
@@ -310,6 +319,11 @@ class GradientRelease:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        optimizer = self._optimizer()
+        for param in () if optimizer is None else _own_parameters(optimizer):
+            notice = vars(param).get(_SwapNotice.NAME)
+            if isinstance(notice, _SwapNotice) and notice.is_of(self):
+                del vars(param)[_SwapNotice.NAME]
 
     def _slot(self, param: Tensor) -> _Slot | None:
         """What is remembered of a parameter, if it is released. Its hook shows that it is no other of the same id."""
@@ -327,11 +341,20 @@ class GradientRelease:
             param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
             if self.accumulation_steps > 1:
                 self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
+            vars(param)[_SwapNotice.NAME] = _SwapNotice(self, id(param))
+
+    def _swapped(self, key: int) -> None:
+        """The parameter of that id has become another tensor, or has ended."""
+        optimizer = self._optimizer()
+        param = None if self._removed or optimizer is None else optimizer._parameter_of_id(key)
+        if param is not None:
+            self._renew_hooks([param])
 
     def _before_accumulation(self, key: int, slot: _Slot) -> Callable[[Tensor], None]:
         """A hook that begins the sum of gradients anew where the last one was dropped."""
         release = weakref.ref(self)  # whatever a tensor's hooks hold on to for good, lives for good
 
+        @torch._disable_dynamo
         def hook(_: Tensor) -> None:
             this = release()
             optimizer = None if this is None else this._optimizer()
@@ -469,6 +492,7 @@ class _Hook:
         release = self._release()
         return None if release is None else release._optimizer()
 
+    @torch._disable_dynamo
     def __call__(self, param: Tensor) -> None:
         release, optimizer = self._release(), self.optimizer()
         if release is not None and optimizer is not None:
@@ -480,6 +504,32 @@ class _Hook:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+class _SwapNotice:
+    """Tells a release that one of its parameters has been swapped (``torch.utils.swap_tensors``).
+
+    Autograd's hooks stay with the old tensor then, so nothing would be called any more. A parameter's attributes go
+    with the old tensor, too, and end with it: this is one of them.
+    """
+
+    NAME = "_released_by"
+
+    def __init__(self, release: GradientRelease, key: int) -> None:
+        self._release = weakref.ref(release)
+        self._key = key
+
+    def is_of(self, release: GradientRelease) -> bool:
+        return self._release() is release
+
+    def __del__(self) -> None:
+        release = self._release()
+        if release is not None:
+            release._swapped(self._key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A parameter that is pickled takes nothing of its release along."""
+        return set, ()
 
 
 def _drop_dead_hooks(param: Tensor) -> None:

@@ -509,7 +509,7 @@ def test_memory_order() -> None:
     per_sample_variance(model, F.mse_loss, (torch.randn(3, 3, 3, 3), torch.randn(3, 4, 2, 2)))
     assert model.weight.grad_variance.stride() == model.weight.stride()
     assert model.turned.grad_variance.stride() == (1, 3)
-    assert model.non_dense.grad_variance.stride() == (2, 1)
+    assert model.gappy.grad_variance.stride() == (2, 1)
     assert model.empty.grad_variance.shape == (0, 3)
 
 

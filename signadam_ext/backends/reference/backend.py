@@ -95,8 +95,7 @@ def _update(
     if entry.image is not None:
         # Those that share memory with it, and come after it, start from here.
         shaped = entry.image.copy_(shaped)
-    # By .data, so that the version counts one step once.
-    written = [(entry.param.data, shaped)]
+    written = [(entry.param, shaped)]
     if residual is not None:
         assert new_residual is not None
         written.append((residual, new_residual))
@@ -105,7 +104,8 @@ def _update(
     if entry.threshold_state is not None and threshold_state is not entry.threshold_state:
         assert threshold_state is not None
         written.append((entry.threshold_state, threshold_state))
-    return written
+    # By .data: the commit counts a step in the versions once.
+    return [(target.data, new) for target, new in written]
 
 
 def _confident(confidence: Confidence, scalars: dict[str, float], g: Tensor) -> Tensor:
