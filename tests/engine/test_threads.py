@@ -13,6 +13,8 @@ import pytest
 import torch
 from support.optimizer_contract import ROWS, assert_same, copies, each_row, gradient, make, parameters, params_of, train
 
+from signadam_ext import SignAdamPP
+
 #: Several chunks and units of work each, and many small tensors besides.
 SHAPES = ((70_001,), (300, 200), *[(64,)] * 50)
 
@@ -171,3 +173,28 @@ def test_flush_denormal_changes_no_bit(row, torch_settings):
     assert (torch.tensor(SUBNORMAL) * 1.0).count_nonzero() == 0, "torch no longer flushes"
     torch.set_flush_denormal(False)
     assert_same(optimizer, expected)
+
+
+@pytest.mark.parametrize("asked", ["state_dict", "save_state"])
+def test_a_confidence_function_that_waits_for_a_thread_that_saves(asked, tmp_path):
+    """Is an error there, and no deadlock."""
+    param = torch.nn.Parameter(torch.ones(3))
+    found = []
+
+    def confidence(g, alpha):
+        def save():
+            try:
+                optimizer.state_dict() if asked == "state_dict" else optimizer.save_state(tmp_path / "state")
+            except RuntimeError as error:
+                found.append(str(error))
+
+        thread = threading.Thread(target=save)
+        thread.start()
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+        return g.sign()
+
+    optimizer = SignAdamPP([param], confidence=confidence)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert len(found) == 1 and "runs a confidence function" in found[0]

@@ -454,3 +454,63 @@ def test_a_step_that_is_disturbed_while_it_is_planned_is_planned_again(backend, 
         with pytest.raises(RuntimeError, match="gradients changed while the step was being planned"):
             optimizer.step()
         assert torch.equal(param, torch.zeros(4)) and param._version == 0 and not optimizer.state[param]
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (8, 4), (2, 5)])
+def test_codes_of_another_shape_are_refused(backend, shape):
+    param = nn.Parameter(torch.ones(4, 8))
+    optimizer = SignAdamPP([param], state_dtype="int8", backend=backend)
+    param.grad = torch.ones(4, 8)
+    optimizer.step()
+    param.grad = None
+    param.data = torch.ones(shape)
+    param.grad = torch.ones(shape)
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 0 of group 0"):
+        optimizer.step()
+    assert param.eq(1).all() and float(optimizer.state[param]["step"]) == 1
+    optimizer.state.clear()
+    optimizer.step()
+    assert float(optimizer.state[param]["step"]) == 1
+
+
+def test_versions_of_moments_count(backend):
+    """A moment saved for backward must not be used once a step has changed it."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = Adam([param], backend=backend)
+    for _ in range(2):
+        param.grad = torch.ones(3)
+        optimizer.step()
+    state = optimizer.state[param]
+    versions = [state[name]._version for name in ("exp_avg", "exp_avg_sq")]
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * state["exp_avg"]).sum()
+    optimizer.step()
+    assert [state[name]._version for name in ("exp_avg", "exp_avg_sq")] == [version + 1 for version in versions]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_step_is_not_simulated(backend, steps):
+    """Real parameters under a mode that executes nothing."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = SignAdamPP([param], backend=backend)
+    param.grad = torch.ones(3)
+    for _ in range(steps):
+        optimizer.step()
+    before = param.tolist()
+    with (
+        FakeTensorMode(),
+        pytest.raises(RuntimeError, match="parameter 0 of group 0 cannot be updated in"),
+    ):
+        optimizer.step()
+
+    def loss(x: Tensor) -> Tensor:
+        with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 cannot be updated inside a transform of torch"):
+            optimizer.step()
+        return x.sum()
+
+    torch.func.grad(loss)(torch.ones(2))
+    assert param.tolist() == before and len(optimizer.state) == (1 if steps else 0)
+    optimizer.step()
+    assert float(optimizer.state[param]["step"]) == steps + 1

@@ -206,3 +206,35 @@ def test_misspelt_own_hyperparameters_are_named():
     for row, wrong, right in misspelt:
         with pytest.raises(TypeError, match=f"{wrong!r}; did you mean {right!r}"):
             Lists(ROWS[row], parameters()).step([None] * 3, **{wrong: 0.1})
+
+
+def test_lazily_negative_moments_are_refused():
+    p, m = torch.zeros(2), torch._neg_view(torch.tensor([-0.5, 0.5]))
+    for backend in ("cpu", "reference"):
+        with pytest.raises(TypeError, match=r"exp_avg of params\[0\] is the negative"):
+            functional.sign_adam_pp([p], [torch.zeros(2)], [m], lr=1.0, backend=backend)
+    assert p.tolist() == [0, 0] and m.tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_moments_of_inference_mode(backend):
+    with torch.inference_mode():
+        made = torch.zeros(2)
+    params, moments = [torch.zeros(2), torch.zeros(2)], [torch.zeros(2), made]
+    functional.sign_adam_pp(params, [torch.ones(2)] * 2, moments, lr=1.0, beta=0.5, backend=backend)
+    assert same_bits(params[0], params[1]) and same_bits(moments[0], moments[1])
+    assert moments[0].tolist() == [0.5, 0.5] and not torch.is_inference_mode_enabled()
+
+
+def test_offloaded_parameters_without_a_gradient_are_left_alone():
+    away, here = torch.ones(3), torch.ones(2)
+    away.untyped_storage().resize_(0)
+    functional.sign_adam_pp([away, here], [None, torch.ones(2)], [torch.zeros(3), torch.zeros(2)], lr=0.5, beta=0.0)
+    assert here.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_versions_count(backend):
+    p, m = torch.zeros(2), torch.zeros(2)
+    functional.sign_adam_pp([p], [torch.ones(2)], [m], lr=1.0, backend=backend)
+    assert (p._version, m._version) == (1, 1)

@@ -4,6 +4,7 @@ gradients and state between two steps. Expectations are other runs of the same r
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -30,6 +31,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 import signadam_ext.engine.plan
+from signadam_ext import SignAdamPP
 from signadam_ext.engine.gradients import CompiledReader, PythonReader, make_reader
 from signadam_ext.engine.plan import overlap_levels
 from signadam_ext.optimizers.base import SignOptimizer
@@ -798,3 +800,35 @@ def test_made_before_its_parameters_have_memory(backend) -> None:
     lazy = torch.nn.LazyLinear(4).weight
     optimizer = signadam_ext.SignAdamPP([lazy], backend=backend)
     assert optimizer.state_dict()["state"] == {}
+
+
+def test_a_subclass_may_have_defaults_of_its_own():
+    class Mine(SignAdamPP):
+        def __init__(self, params, weight_decay=0.125, **common):
+            super().__init__(params, weight_decay=weight_decay, **common)
+
+    assert Mine([nn.Parameter(torch.ones(2))]).param_groups[0]["weight_decay"] == 0.125
+    assert list(inspect.signature(Mine).parameters)[:2] == ["params", "weight_decay"]
+
+
+def test_the_dictionary_that_is_handed_in_is_the_group():
+    param = nn.Parameter(torch.zeros(2))
+    group = {"params": [param], "lr": 0.1}
+    optimizer = SignAdamPP([group], beta=0.0)
+    assert optimizer.param_groups[0] is group
+    group["lr"] = 0.5
+    param.grad = torch.ones(2)
+    optimizer.step()
+    assert param.tolist() == [-0.5, -0.5]
+
+
+def test_parameters_appended_to_a_named_group():
+    first, second = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    optimizer = SignAdamPP([("first", first)])
+    optimizer.param_groups[0]["params"].append(second)
+    first.grad = second.grad = torch.ones(2)
+    optimizer.step()
+    assert same_bits(first.detach(), second.detach()) and len(optimizer.state_dict()["state"]) == 2
+    second.grad = torch.ones(2).to_sparse()
+    with pytest.raises(TypeError, match="the gradient of parameter 1 of group 0"):
+        optimizer.step()

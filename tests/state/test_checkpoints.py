@@ -25,6 +25,8 @@ from support.strategies import same_bits
 from torch import nn
 from torch.nn import Parameter
 
+from signadam_ext import AdamStar, SignAdamPP
+
 
 def through_a_file(state_dict):
     file = io.BytesIO()
@@ -318,3 +320,78 @@ def test_loading_does_not_mind_a_learning_rate_below_zero():
     other = like(optimizer, ROWS["signum"])
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["lr"] == -1e-20
+
+
+def test_hooks_of_state_dict_get_what_is_returned():
+    """By names instead of numbers, and back: the optimizer takes what its hooks have made."""
+    param = Parameter(torch.linspace(-1, 1, 40))
+    optimizer = SignAdamPP([param], lr=0.1, state_dtype="int8")
+    param.grad = torch.ones(40)
+    optimizer.step()
+    order = []
+
+    def name(_, state_dict):
+        order.append("after")
+        assert state_dict["state"][0]["exp_avg"].dtype == torch.int8 and "method" in state_dict["param_groups"][0]
+        return {**state_dict, "state": {"weight": state_dict["state"][0]}}
+
+    def number(_, state_dict):
+        return {**state_dict, "state": {0: state_dict["state"]["weight"]}}
+
+    optimizer.register_state_dict_pre_hook(lambda _: order.append("before"))
+    optimizer.register_state_dict_post_hook(name)
+    optimizer.register_load_state_dict_pre_hook(number)
+    saved = optimizer.state_dict()
+    assert order == ["before", "after"] and list(saved["state"]) == ["weight"]
+    before = optimizer.state[param]["exp_avg"].clone()
+    optimizer.load_state_dict(saved)
+    assert same_bits(optimizer.state[param]["exp_avg"], before)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoints_of_mini_batch_variances(flat):
+    """Torch makes the state to load into by a step without a learning rate, and without variances."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def made():
+        model = nn.Linear(3, 2)
+        return model, AdamStar(model.parameters(), lr=0.1, variance="minibatch")
+
+    model, optimizer = made()
+    for param in model.parameters():
+        param.grad, param.grad_variance = torch.ones_like(param), torch.full_like(param, 0.5)
+    optimizer.step()
+    saved = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer, options=options))
+    twin, other = made()
+    dcp.set_optimizer_state_dict(twin, other, saved, options=options)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert same_bits(optimizer.state[a]["momentum_buffer"], other.state[b]["momentum_buffer"])
+        assert float(other.state[b]["step"]) == 1
+        b.grad = torch.ones_like(b)
+    with pytest.raises(ValueError, match="no grad_variance"):
+        other.step()
+
+
+def test_an_object_that_has_copied_the_attributes_loads():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.__dict__ = dict(vars(optimizer))
+            self.__class__ = type("Wrapped", (type(self), type(optimizer)), {})
+
+    param = Parameter(torch.ones(3))
+    optimizer = SignAdamPP([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    wrapper = Wrapper(optimizer)
+    wrapper.load_state_dict(optimizer.state_dict())
+    assert wrapper.state is optimizer.state and wrapper.param_groups is optimizer.param_groups
+
+
+def test_what_is_no_checkpoint_at_all():
+    optimizer = SignAdamPP([Parameter(torch.ones(3))])
+    with pytest.raises(TypeError, match="'state' of the checkpoint is a NoneType"):
+        optimizer.load_state_dict({"state": None, "param_groups": optimizer.state_dict()["param_groups"]})
+    with pytest.raises(ValueError, match="group 0 of the checkpoint has no 'params'"):
+        optimizer.load_state_dict({"state": {}, "param_groups": [{"lr": 0.1}]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import stat
 import zipfile
@@ -243,3 +244,46 @@ def test_another_method_is_refused(tmp_path):
     other = Signum([torch.nn.Parameter(torch.ones(5, 8)), torch.nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match="is of the method SignAdamPP: must be of Signum"):
         other.load_state(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    "value", [collections.deque([1]), range(3), {"a": [frozenset()]}], ids=["deque", "range", "nested"]
+)
+def test_what_no_file_can_keep_is_refused(value, tmp_path):
+    optimizer, path = trained(), tmp_path / "state"
+    optimizer.save_state(path)
+    before = path.read_bytes()
+    optimizer.state[optimizer.param_groups[0]["params"][0]]["mine"] = value
+    with pytest.raises(TypeError, match=r"state 'mine' of parameter number 0 is or holds what no file can keep"):
+        optimizer.save_state(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_subclass_is_saved_as_its_numbers(tmp_path):
+    class Ordinary(Tensor):
+        pass
+
+    optimizer, path = trained(), tmp_path / "state"
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    state["exp_avg"] = state["exp_avg"].as_subclass(Ordinary)
+    optimizer.step()
+    optimizer.save_state(path)
+    other = fresh()
+    other.load_state(path)
+    loaded = other.state[other.param_groups[0]["params"][0]]["exp_avg"]
+    assert type(loaded) is Tensor and same_bits(loaded, state["exp_avg"].as_subclass(Tensor))
+
+
+def test_nobody_reads_a_private_file_while_it_is_written(tmp_path, monkeypatch):
+    optimizer, path = trained(), tmp_path / "state"
+    optimizer.save_state(path)
+    os.chmod(path, 0o600)
+    seen, save = [], torch.save
+
+    def watched(value, file):
+        seen.extend(permissions(other) for other in tmp_path.iterdir())
+        save(value, file)
+
+    monkeypatch.setattr(torch, "save", watched)
+    optimizer.save_state(path)
+    assert set(seen) == {0o600} and permissions(path) == 0o600

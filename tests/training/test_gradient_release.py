@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import io
 import math
 import os
 import pickle
@@ -32,6 +34,7 @@ from support.optimizer_contract import (
 )
 from support.strategies import same_bits
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -1060,3 +1063,82 @@ def test_flat_parameters_are_refused() -> None:
     weight._is_flat_param = True  # as FSDP marks its own
     with pytest.raises(RuntimeError, match="flat parameter: gradients of a model in FullyShardedDataParallel cannot"):
         release_gradients([weight], make(ROW, [weight]))
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("part", ["model", "last layer"])
+def test_swapped_parameters_are_updated_all_the_same(part: str, accumulation_steps: int) -> None:
+    """Loading and converting a module swaps its parameters if torch is told so; a loop without step() notices."""
+
+    def trained(swaps: bool) -> list[Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        optimizer = make(ROW, list(model.parameters()))
+        release_gradients(model, optimizer, accumulation_steps=accumulation_steps)
+        changed: nn.Module = model if part == "model" else model[1]
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+        try:
+            for step in range(6):
+                model(torch.ones(2, 4)).square().sum().backward()
+                if step == 1:
+                    changed.load_state_dict({name: x.clone() for name, x in changed.state_dict().items()})
+                if step == 3:
+                    changed.double().float()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        assert all(param.grad is None for param in model.parameters())
+        return [(param.tolist(), float(optimizer.state[param]["step"])) for param in model.parameters()]
+
+    swapped = trained(True)
+    assert swapped == trained(False)
+    assert {count for _, count in swapped} == {6 / accumulation_steps}
+
+
+def test_released_parameters_are_pickled_as_others() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = make(ROW, list(model.parameters()))
+    release = release_gradients(model, optimizer)
+    file = io.BytesIO()
+    torch.save(list(model.parameters()), file)
+    file.seek(0)
+    assert same_bits(torch.load(file, weights_only=True)[0], model.weight)
+    release.remove()
+    assert vars(model.weight) == {}
+
+
+@pytest.mark.parametrize("calls_step", [False, True])
+@pytest.mark.parametrize("compiled", ["loop", "backward"])
+def test_compiled_loops(compiled: str, calls_step: bool) -> None:
+    def trained(compiles: bool) -> list[Any]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = make(ROW, list(model.parameters()))
+        release_gradients(model, optimizer)
+
+        def loop(x: Tensor) -> None:
+            model(x).square().sum().backward()
+            if calls_step:
+                optimizer.step()
+
+        if compiles and compiled == "loop":
+            run = torch.compile(loop, backend="eager")
+            for _ in range(2):
+                run(torch.ones(2, 4))
+        else:
+            enabled = compiled_autograd._enable(torch.compile(backend="eager"))
+            with enabled if compiles else contextlib.nullcontext():
+                for _ in range(2):
+                    loop(torch.ones(2, 4))
+        return [(param.tolist(), float(optimizer.state[param]["step"])) for param in model.parameters()]
+
+    assert trained(True) == trained(False)
+
+
+def test_lazy_modules_before_their_first_run() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    optimizer = make(ROW, list(model.parameters()))
+    release_gradients(model, optimizer)
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+    assert [float(optimizer.state[param]["step"]) for param in model.parameters()] == [2, 2, 2, 2]
