@@ -299,7 +299,7 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
 // The threads' shares of the statistics become the chunk's.
 template <class Block>
 SIGNADAM_HD void finish_chunk_statistics(Block& block, ChunkStatistics* shares, float alpha, ChunkStatistics* to) {
-  block.each([](int) {});  // neighbours of four have waited for each other only
+  block.each([](int) {});  // in_fours synchronised groups of 4 threads, not the block
   for (int h = threads_per_block / 2; h >= 1; h /= 2)
     block.each([=](int thread) {
       if (thread < h) add(shares[thread], shares[thread + h]);

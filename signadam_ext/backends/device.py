@@ -46,7 +46,7 @@ def refuse_capture(devices: Iterable[torch.device]) -> None:
 
 
 class StreamGuarded:
-    """Tensors made on one stream and used on whichever is current at each step."""
+    """Buffers allocated on one CUDA stream and used on others: adds the waits and the ``record_stream`` calls."""
 
     def __init__(self, device: torch.device, *tensors: Tensor) -> None:
         self.tensors = tensors

@@ -26,7 +26,7 @@ class Lion(SignOptimizer):
         m_t &= \beta_2 m_{t-1} + (1 - \beta_2) g_t
 
     ``sign(0) = sign(NaN) = 0``: a weight whose gradient and momentum are 0 stays. One NaN gradient makes its entry of
-    ``m`` NaN, and that weight then stands still without a word. The decay is not rounded by itself, so that it acts on
+    ``m`` NaN, and that weight silently stops updating. The decay is not rounded by itself, so that it acts on
     bf16 parameters as well.
 
     Args:

@@ -23,8 +23,8 @@ class Signum(SignOptimizer):
     .. math::
         m_t = \beta m_{t-1} + (1 - \beta) g_t, \qquad p_t = p_{t-1} - \mathrm{lr} \cdot \mathrm{sign}(m_t)
 
-    ``sign(0) = sign(NaN) = 0``. Two things to know: one NaN gradient makes its entry of ``m`` NaN, and that weight then
-    stands still without a word; and ``m`` hardly ever is exactly 0, so a row that gets no more gradient keeps moving
+    ``sign(0) = sign(NaN) = 0``. Two things to know: one NaN gradient makes its entry of ``m`` NaN, and that weight
+    silently stops updating; and ``m`` hardly ever is exactly 0, so a row that gets no more gradient keeps moving
     by ``lr`` until it underflows.
 
     Args:
