@@ -187,7 +187,7 @@ def _readable(symbol: str) -> str:
     """The name that the module itself gives a kernel: sign_adam, sign_adam_pp+same_pass, pass_before+stored."""
     import signadam_ext._C as _C
 
-    match = re.search(r"kernelINS_\d+([A-Za-z]+?)ELNS_\d+StatisticsE(\d)ELNS_\d+StorageE(\d)", symbol)
+    match = re.search(r"kernelINS_\d+([A-Za-z]+?)ELNS_\d+ThresholdPassE(\d)ELNS_\d+StorageE(\d)", symbol)
     if match is None:
         return symbol
     rule = {name.replace("_", ""): name for name in _C.RULES}[match[1].lower()]

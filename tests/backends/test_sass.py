@@ -54,7 +54,7 @@ class Kernel:
 
 
 def kernel_name(mangled: str) -> Name | None:
-    match = re.search(r"6kernelINS_\d+(\w+?)ELNS_10StatisticsE(\d)ELNS_7StorageE(\d)E", mangled)
+    match = re.search(r"6kernelINS_\d+(\w+?)ELNS_13ThresholdPassE(\d)ELNS_7StorageE(\d)E", mangled)
     return None if match is None else (match[1], THRESHOLD_PASSES[int(match[2])], STORAGE[int(match[3])])
 
 
