@@ -41,11 +41,12 @@ class Mutation:
 
 PLAN, STATE, CHECKS = "signadam_ext/engine/plan.py", "signadam_ext/state/schema.py", "signadam_ext/core/checks.py"
 OPTIMIZER, CHECKPOINT = "signadam_ext/optimizers/base.py", "signadam_ext/state/checkpoint.py"
+ARCHIVE = "signadam_ext/state/archive.py"
 LOCK, RELEASE = "signadam_ext/engine/step_lock.py", "signadam_ext/training/gradient_release.py"
 BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference/backend.py"
 READER, TABLE, OBJECTS = "csrc/python/gradient_reader.cpp", "csrc/python/host_table.cpp", "csrc/python/torch_objects.h"
 
-COMMIT = "backends.commit(operations, tables, self._pending, self._reader.written())"
+COMMIT = "backends.commit(operations, tables, self._pending, self._written())"
 #: The parameters that a step writes.
 WRITTEN = "[self._reader.held(e.slot)[0] for e in self.entries if self._reader.addresses()[e.slot]]"
 
@@ -215,7 +216,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 PLAN,
                 COMMIT,
                 "for table in tables:\n            table.commit()\n"
-                "        backends.commit(operations, [], self._pending, self._reader.written())",
+                "        backends.commit(operations, [], self._pending, self._written())",
             ),
         ),
     ),
@@ -226,7 +227,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             (
                 PLAN,
                 COMMIT,
-                "backends.commit(operations, [], self._pending, self._reader.written())\n"
+                "backends.commit(operations, [], self._pending, self._written())\n"
                 "        backends.commit([], tables, [], [])",
             ),
         ),
@@ -344,7 +345,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "low bits and a master copy may come together",
         8,
-        ((CHECKPOINT, "    if BESIDE_DTYPES.keys() <= state.keys():", "    if False:"),),
+        ((CHECKPOINT, "    if RESIDUAL_DTYPES.keys() <= state.keys():", "    if False:"),),
     ),
     Mutation(
         "another method's checkpoint is taken",
@@ -363,7 +364,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         8,
         (
             (
-                CHECKPOINT,
+                ARCHIVE,
                 "    if sorted(expected) != sorted(present):",
                 "    members = [each for each in members if each.member in infos]\n    if False:",
             ),
