@@ -89,7 +89,7 @@ def test_more_steps_ahead_than_there_are_buffers(backend: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("gappy", [False, True])
+@pytest.mark.parametrize("non_dense", [False, True])
 def test_plan_dropped_on_another_stream(backend: str, non_dense: bool) -> None:
     def parameters(device: str) -> list[Parameter]:
         whole = [tensor.to(device).view(-1, 2) for tensor in values(40, 5000, 0)]

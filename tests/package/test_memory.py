@@ -123,7 +123,7 @@ def test_bytes_per_parameter_are_those_of_a_large_tensor() -> None:
             assert each == {part: large.each(getattr(large, part)) for part in each}
     assert memory.bytes_per_parameter(state_dtype="int2", weights="stochastic", param_dtype="bf16") == {
         "weights": 2,
-        "beside": 0,
+        "residual": 0,
         "moments": FORMATS["int2"].bits / 8,
         "gradients": 2,
     }
