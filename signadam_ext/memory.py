@@ -146,7 +146,7 @@ def bytes_per_parameter(
     # A whole number of runs and of bytes of every form, so that nothing is padded.
     numel = 1 << 20
     found = _kept(optimizer, state_dtype, weights, param_dtype, grad_dtype, hyperparameters).estimate([numel], None)
-    return {part: found.each(getattr(found, part)) for part in ("weights", "beside", "moments", "gradients")}
+    return {part: found.each(getattr(found, part)) for part in ("weights", "residual", "moments", "gradients")}
 
 
 def adamw(
