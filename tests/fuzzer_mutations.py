@@ -94,11 +94,6 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
     ),
     Mutation(
-        "a storage's size does not show in a trace",
-        2,
-        ((OBJECTS, "word_at<uint64_t>(storage, size_at_)", "uint64_t{0}"),),
-    ),
-    Mutation(
         "of a tensor only its storage shows in a trace",
         2,
         ((OBJECTS, "ObjectHash::of(object + storage_at_, tensor_bytes_)", "word_at<uint64_t>(object, storage_at_)"),),
