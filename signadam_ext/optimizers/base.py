@@ -322,7 +322,8 @@ class SignOptimizer(Optimizer):
         shape, addresses = self._runtime.coded.get(id(layout.param), (layout.param.shape, ()))
         if shape != layout.param.shape:
             for (name, form), moment in zip(layout.moments.items(), fitted.moments, strict=True):
-                if form.packed and moment.data_ptr() in addresses:
+                # What has just been made may lie where an old one was.
+                if form.packed and moment is own.get(name) and moment.data_ptr() in addresses:
                     raise ValueError(
                         f"state {name!r} of {layout.label} holds {form.kind} codes for the shape {tuple(shape)}, which "
                         f"the parameter had at the last step: it has {tuple(layout.param.shape)} now"
