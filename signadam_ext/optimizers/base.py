@@ -374,14 +374,14 @@ class SignOptimizer(Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with self._between_steps():
-            groups, numbers = self._numbered_groups()
+            numbers = self._numbers()
             state = {
                 numbers[id(key)] if isinstance(key, Tensor) else key: entries for key, entries in self.state.items()
             }
             for number, layout in self._layouts():
                 if number in state:
                     state[number] = export(layout, state[number])
-            state_dict: dict[str, Any] = {"state": state, "param_groups": self._exported_groups(groups)}
+            state_dict: dict[str, Any] = {"state": state, "param_groups": self._exported_groups(numbers)}
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             if changed is not None:
@@ -398,17 +398,12 @@ class SignOptimizer(Optimizer):
         with self._runtime.lock.held:
             yield
 
-    def _numbered_groups(self) -> tuple[list[dict[str, Any]], dict[int, int]]:
-        """Groups whose parameters are numbers, and the numbers by the parameters' ids."""
-        groups: list[dict[str, Any]] = []
+    def _numbers(self) -> dict[int, int]:
+        """By the parameters' ids, the numbers under which a checkpoint lists them."""
         numbers: dict[int, int] = {}
-        begin = 0
-        for group in self.param_groups:
-            for number, param in enumerate(group["params"], begin):
-                numbers.setdefault(id(param), number)
-            begin += len(group["params"])
-            groups.append({**group, "params": [numbers[id(param)] for param in group["params"]]})
-        return groups, numbers
+        for number, param in enumerate(param for group in self.param_groups for param in group["params"]):
+            numbers.setdefault(id(param), number)
+        return numbers
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -460,7 +455,7 @@ class SignOptimizer(Optimizer):
             self._save_state(path)
 
     def _save_state(self, path: str | os.PathLike[str]) -> None:
-        groups = self._exported_groups(self._numbered_groups()[0])
+        groups = self._exported_groups(self._numbers())
         state = self.state
         kept = [(number, layout, state[layout.param]) for number, layout in self._layouts() if state.get(layout.param)]
         others = {key: value for key, value in state.items() if not isinstance(key, Tensor)}
@@ -490,14 +485,15 @@ class SignOptimizer(Optimizer):
                 head.get("others", {}),
             )
 
-    def _exported_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _exported_groups(self, numbers: Mapping[int, int]) -> list[dict[str, Any]]:
         """Groups as a checkpoint holds them: with their method, plain numbers, and names of functions."""
         return [
             {
                 **{name: _portable(value) for name, value in hyperparameters.kept(group).items()},
+                "params": [numbers[id(param)] for param in group["params"]],
                 "method": self._method(),
             }
-            for group in groups
+            for group in self.param_groups
         ]
 
     @classmethod

@@ -114,11 +114,15 @@ def _given(value: T) -> Callable[[], T]:
     return lambda: value
 
 
+def _refuse_negative(label: str, value: Tensor) -> None:
+    if value.is_neg():
+        raise TypeError(f"{label} is the negative of what its memory holds (is_neg()): use a .resolve_neg() of it")
+
+
 def _check_scalar(label: str, value: Any, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() > 0 or value.device != device:
         raise TypeError(f"{label} is {value!r}: must be a 0-dim {str(dtype).removeprefix('torch.')} tensor on {device}")
-    if value.is_neg():
-        raise TypeError(f"{label} is the negative of what its memory holds (is_neg()): use a .resolve_neg() of it")
+    _refuse_negative(label, value)
     checks.allocated(label, value)
 
 
@@ -133,10 +137,7 @@ def _check_step(label: str, value: Any) -> None:
 
 def _check_layout(label: str, name: str, moment: Tensor, param: Tensor) -> None:
     checks.moment(label, name, moment, param)
-    if moment.is_neg():
-        raise TypeError(
-            f"{name} of {label} is the negative of what its memory holds (is_neg()): use a .resolve_neg() of it"
-        )
+    _refuse_negative(f"{name} of {label}", moment)
     like = torch.empty_like(param, device="meta")
     if not checks.same_strides(moment, like.stride()):
         raise ValueError(

@@ -119,7 +119,7 @@ def write_head(archive: zipfile.ZipFile, head: dict[str, Any], members: Iterable
     """
     listed = [(each.member, each.number, each.name) for each in members]
     for name, value in head.items():
-        _check_readable(f"{name!r} of the optimizer", value)
+        _readable(f"{name!r} of the optimizer", value)  # by itself, so that an error names it
     with archive.open(_HEAD, "w") as member:
         torch.save({**head, "members": listed}, member)
 
@@ -130,13 +130,22 @@ def write_entry(archive: zipfile.ZipFile, member: Member, value: Any) -> None:
     Raises:
         TypeError: one that could not be read back.
     """
-    if type(value) not in (Tensor, torch.nn.Parameter, int, float, bool, str, type(None)):
-        _check_readable(f"state {member.name!r} of parameter number {member.number}", value)
+    is_plain = type(value) in (Tensor, torch.nn.Parameter, int, float, bool, str, type(None))
+    label = f"state {member.name!r} of parameter number {member.number}"
+    content = None if is_plain else _readable(label, value)
     with archive.open(member.member, "w", force_zip64=True) as file:
-        torch.save(value, file)
+        if content is None:
+            torch.save(value, file)  # which needs no second copy of a tensor
+        else:
+            file.write(content)
 
 
-def _check_readable(label: str, value: Any) -> None:
+def _readable(label: str, value: Any) -> bytes:
+    """What a member holds of a value.
+
+    Raises:
+        TypeError: one that could not be read back.
+    """
     content = io.BytesIO()
     try:
         torch.save(value, content)
@@ -147,6 +156,7 @@ def _check_readable(label: str, value: Any) -> None:
             f"{label} is or holds what no file can keep, in a {type(value).__name__}: save_state writes tensors, "
             "numbers, strings, and lists, tuples and dicts of them, which load_state reads without running code"
         ) from error
+    return content.getvalue()
 
 
 def read_head(archive: zipfile.ZipFile) -> tuple[dict[str, Any], dict[int, list[Member]]]:

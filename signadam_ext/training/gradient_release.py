@@ -306,14 +306,18 @@ class GradientRelease:
         try:
             _drop_dead_hooks(param)
             self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self, slot)))
-            # A parameter that had hooks before it was swapped is called for none of them, until they are set once more.
-            param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
-            if self.accumulation_steps > 1:
-                self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
-            vars(param)[_SwapNotice.NAME] = _SwapNotice(self, id(param))
+            self._attach(param, slot)
         finally:
             if frozen:
                 param.requires_grad_(False)
+
+    def _attach(self, param: Tensor, slot: _Slot) -> None:
+        """What the tensor that a parameter is now must have to call its hooks, and to tell when it is swapped."""
+        # A parameter that had hooks before it was swapped is called for none of them, until they are set once more.
+        param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
+        if self.accumulation_steps > 1:
+            self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
+        vars(param)[_SwapNotice.NAME] = _SwapNotice(self, id(param))
 
     def _drop_hooks(self) -> None:
         for handle in self._handles:
@@ -338,10 +342,7 @@ class GradientRelease:
             if slot is None or slot.implementation == param._cdata or self._slot(param) is None:
                 continue
             slot.implementation = param._cdata
-            param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
-            if self.accumulation_steps > 1:
-                self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
-            vars(param)[_SwapNotice.NAME] = _SwapNotice(self, id(param))
+            self._attach(param, slot)
 
     def _swapped(self, key: int) -> None:
         """The parameter of that id has become another tensor, or has ended."""

@@ -47,16 +47,12 @@ class ReferenceLaunch(HostLaunch):
         targets: list[Tensor] = []
         results: list[Tensor] = []
         first_chunk = 0
-        table = self.bucket.table
+        table, gathered = self.bucket.table, self.bucket.chunk_statistics
         scalars = [dict(zip(_C.SCALARS, row, strict=True)) for row in rows]
         for entry, present, row in zip(self.bucket.entries, table.grads(), table.rows(), strict=True):
             if present and entry.numel > 0:
-                chunk_statistics = (
-                    None if self.bucket.chunk_statistics is None else self.bucket.chunk_statistics[first_chunk]
-                )
-                for target, result in _update(
-                    self.bucket.rule, scalars[row], entry, self.grad(entry.slot), chunk_statistics
-                ):
+                own = None if gathered is None else gathered[first_chunk]
+                for target, result in _update(self.bucket.rule, scalars[row], entry, self.grad(entry.slot), own):
                     targets.append(target)
                     results.append(result)
             first_chunk += -(-entry.numel // _C.CHUNK_SIZE)
