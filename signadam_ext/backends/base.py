@@ -57,12 +57,8 @@ def commit(
         for tensor in (*targets, *results):
             # A mode of the user's, FakeTensorMode for example, may have made it.
             checks.allocated("what a step copies", tensor)
-    if not torch.is_inference_mode_enabled() and any(x.is_inference() for _, targets, _ in copies for x in targets):
-        with torch.inference_mode():  # outside of it torch writes to no tensor that was made inside
-            commit(operations, tables, states, written)
-        return
     # Modes and subclasses would run Python code between two of the writes. Made last: they work as soon as they exist.
-    guards: list[Any] = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()] if copies else []
+    guards = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()] if copies else []
     _C.commit(
         operations, list(tables), list(states), [] if written is None else written, torch._C._increment_version, guards
     )

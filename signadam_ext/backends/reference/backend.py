@@ -100,7 +100,7 @@ def _update(
     if entry.threshold_state is not None and threshold_state is not entry.threshold_state:
         assert threshold_state is not None
         written.append((entry.threshold_state, threshold_state))
-    # By .data: the commit counts a step in the versions once.
+    # By .data: the commit counts a step in the versions once, and torch takes no offence at tensors of inference mode.
     return [(target.data, new) for target, new in written]
 
 
