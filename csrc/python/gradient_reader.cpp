@@ -65,7 +65,7 @@ void drop(std::vector<py::object>& tensors) {
 }
 
 // Parameters between the one that is looked at and the one whose objects are fetched.
-constexpr std::size_t ahead = 4;
+constexpr std::size_t ahead = 8;
 
 }  // namespace
 

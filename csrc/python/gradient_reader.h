@@ -51,15 +51,20 @@ class Reader {
   // last, the number of steps; from `read` to `release`. `by_torch` is called with those that only torch can do it for.
   template <class Call>
   void increment_versions(Call by_torch) const {
-    const auto count = [&](const py::object& tensor) {
-      if (tensor && !torch_->objects().increment_version(tensor.ptr())) by_torch(tensor);
+    const auto count = [&](const Trace& trace, const py::object& tensor) {
+      if (tensor && !torch_->objects().increment_version(trace)) by_torch(tensor);
     };
     for (std::size_t i = 0; i < params_.size(); ++i) {
+      if (i + versions_ahead < params_.size())
+        __builtin_prefetch(parameters_[i + versions_ahead].param.trace.version, 1);
       if (grads_[i] == nullptr) continue;
-      count(params_[i]);
       const Parameter& parameter = parameters_[i];
-      for (std::size_t k = parameter.first_entry; k + 1 < parameter.end_entry && k < state_tensors_.size(); ++k)
-        count(state_tensors_[k]);
+      count(parameter.param.trace, params_[i]);
+      for (std::size_t k = parameter.first_entry; k + 1 < parameter.end_entry && k < state_tensors_.size(); ++k) {
+        if (k + versions_ahead < entries_.size())
+          __builtin_prefetch(entries_[k + versions_ahead].tensor.trace.version, 1);
+        count(entries_[k].tensor.trace, state_tensors_[k]);
+      }
     }
   }
   // The parameter at `index`, its gradient (or None), and the state entries named to `watch`, from `read` to `release`;
@@ -67,6 +72,9 @@ class Reader {
   py::tuple held(std::size_t index) const;
 
  private:
+  // An addition that has to wait for memory would hold up all that follow.
+  static constexpr std::size_t versions_ahead = 16;
+
   // A tensor as it was when the plan was made.
   struct Noted {
     void* address;

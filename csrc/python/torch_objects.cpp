@@ -108,25 +108,28 @@ void TorchObjects::find_versions(const py::list& samples) {
     known.push_back(sample);
   }
   if (places.size() != 1) return;
-  const auto version_of = [&](const Sample& sample) { return word_at<char*>(sample.object, places[0]); };
+  const auto held_by = [&](const Sample& sample) { return word_at<char*>(sample.object, places[0]); };
   for (const Sample& sample : known) {
-    const std::size_t size = size_of(version_of(sample));
+    const std::size_t size = size_of(held_by(sample));
     if (&sample == &known.front())
       for (std::size_t at = 0; at + sizeof(uint32_t) <= size; at += sizeof(uint32_t)) counts.push_back(at);
     const auto is_other = [&](std::size_t at) {
-      return at + sizeof(uint32_t) > size || word_at<uint32_t>(version_of(sample), at) != sample.version;
+      return at + sizeof(uint32_t) > size || word_at<uint32_t>(held_by(sample), at) != sample.version;
     };
     counts.erase(std::remove_if(counts.begin(), counts.end(), is_other), counts.end());
   }
   if (counts.size() != 1) return;
+  version_at_ = places[0];
   count_at_ = counts[0];
   // What has been found is tried.
   for (const auto& tensor : samples) {
     const Sample sample(tensor);
-    count_of(version_of(sample))->fetch_add(1);
-    if (Sample(tensor).version != sample.version + 1) return;
+    version_of(sample.object)->fetch_add(1);
+    if (Sample(tensor).version != sample.version + 1) {
+      version_at_ = 0;
+      return;
+    }
   }
-  version_at_ = places[0];
 }
 
 Trace TorchObjects::trace(PyObject* tensor, int64_t dim) const {
@@ -137,7 +140,7 @@ Trace TorchObjects::trace(PyObject* tensor, int64_t dim) const {
   const char* const storage = word_at<const char*>(object, storage_at_);
   // torch.func leaves objects without one.
   if (storage == nullptr || word_at<const void*>(storage, 0) != storage_class_) return {};
-  return {hash(object), reinterpret_cast<const char*>(tensor), object, storage};
+  return {hash(object), reinterpret_cast<const char*>(tensor), object, storage, version_of(object)};
 }
 
 }  // namespace signadam

@@ -19,6 +19,9 @@ struct Trace {
   uint64_t hash = 0;  // 0: it must be asked again
   // Where its objects lay: what to fetch ahead of the next look. They may be gone by then, and are not read.
   const char *object = nullptr, *tensor = nullptr, *storage = nullptr;
+  // Its count of writes, for as long as `follows` says that it is as it was. Null where it has none (an inference
+  // tensor), or torch must be asked.
+  std::atomic<uint32_t>* version = nullptr;
 };
 
 class TorchObjects {
@@ -58,13 +61,10 @@ class TorchObjects {
     __builtin_prefetch(trace.storage + size_at_);
   }
 
-  // What torch's builtin of that name does, without the reference that it takes and drops. False for a tensor of
-  // another kind, and where versions have not been found: the builtin must be called.
-  bool increment_version(PyObject* tensor) const {
-    const char* const object = object_of(tensor);
-    if (version_at_ == 0 || word_at<const void*>(object, 0) != tensor_class_) return false;
-    char* const version = word_at<char*>(object, version_at_);
-    if (version != nullptr) count_of(version)->fetch_add(1);  // an inference tensor has none
+  // Counts a write, of a tensor as it was when it had that trace. False where only torch's builtin can.
+  bool increment_version(const Trace& trace) const {
+    if (version_at_ == 0 || trace.hash == 0) return false;
+    if (trace.version != nullptr) trace.version->fetch_add(1);
     return true;
   }
 
@@ -78,8 +78,9 @@ class TorchObjects {
   const char* object_of(PyObject* tensor) const {
     return word_at<const char*>(reinterpret_cast<const char*>(tensor), handle_offset_);
   }
-  std::atomic<uint32_t>* count_of(char* version) const {
-    return reinterpret_cast<std::atomic<uint32_t>*>(version + count_at_);
+  std::atomic<uint32_t>* version_of(const char* object) const {
+    char* const version = version_at_ == 0 ? nullptr : word_at<char*>(object, version_at_);
+    return version == nullptr ? nullptr : reinterpret_cast<std::atomic<uint32_t>*>(version + count_at_);
   }
   // Of an object that has a storage. Never 0.
   uint64_t hash(const char* object) const {

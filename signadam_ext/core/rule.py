@@ -11,6 +11,9 @@ from . import checks, formats
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
 
+# Names of the scalars of each beta.
+_DECAYS = (("beta1", "one_minus_beta1"), ("beta2", "one_minus_beta2"))
+
 #: How a gated rule obtains its threshold; the names of ``signadam_ext._C.ThresholdPass``.
 #: NONE: a scalar. SAME_PASS: from what earlier steps left, this step's sums are taken in the same pass. PASS_BEFORE:
 #: from this step's, in a launch of its own before the update.
@@ -120,8 +123,8 @@ def decays(group: Group, count: int) -> Scalars:
     if len(betas) != count:
         raise ValueError(f"betas={betas!r}: must unpack to {count}")
     scalars: Scalars = {}
-    for i, beta in enumerate(betas, start=1):
-        scalars |= {f"beta{i}": beta, f"one_minus_beta{i}": 1 - beta}
+    for (name, rest), beta in zip(_DECAYS, betas, strict=False):
+        scalars[name], scalars[rest] = beta, 1 - beta
     return scalars
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .. import backends
 from ..core import checks, hyperparameters, options
+from ..core.dynamo import untraced
 from ..core.formats import effective_weights, outside_inference_mode
 from ..core.rule import Group, Rule
 from ..engine.plan import Item, Plan
@@ -162,7 +163,7 @@ class SignOptimizer(Optimizer):
         self._step_all()
         return loss
 
-    @torch._disable_dynamo  # addresses are read, which a traced step has none of
+    @untraced
     def _step_all(self) -> None:
         """The step of every parameter with a gradient."""
         runtime = self._runtime
@@ -224,7 +225,8 @@ class SignOptimizer(Optimizer):
         return self._runtime.hyperparameters.read(index, self.param_groups[index], self.defaults)
 
     def _read_groups(self) -> list[dict[str, Any]]:
-        return [self._read_group(index) for index in range(len(self.param_groups))]
+        read, defaults = self._runtime.hyperparameters.read, self.defaults
+        return [read(index, group, defaults) for index, group in enumerate(self.param_groups)]
 
     def observe(self, enabled: bool = True) -> None:
         """Has every step from now on gather what :meth:`statistics` tells, in the pass that updates; or no longer.

@@ -23,6 +23,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from ..core.dynamo import untraced
 from ..engine.plan import overlap_levels
 from ..optimizers.base import SignOptimizer, _label
 
@@ -250,7 +251,7 @@ class GradientRelease:
     ) -> None:
         self.remove()
 
-    @torch._disable_dynamo
+    @untraced
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """``optimizer.step()`` while gradients are released: applies those that backward has not."""
         optimizer = self._optimizer()
@@ -355,7 +356,7 @@ class GradientRelease:
         """A hook that begins the sum of gradients anew where the last one was dropped."""
         release = weakref.ref(self)  # whatever a tensor's hooks hold on to for good, lives for good
 
-        @torch._disable_dynamo
+        @untraced
         def hook(_: Tensor) -> None:
             this = release()
             optimizer = None if this is None else this._optimizer()
@@ -493,7 +494,7 @@ class _Hook:
         release = self._release()
         return None if release is None else release._optimizer()
 
-    @torch._disable_dynamo
+    @untraced
     def __call__(self, param: Tensor) -> None:
         release, optimizer = self._release(), self.optimizer()
         if release is not None and optimizer is not None:
