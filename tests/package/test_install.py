@@ -57,6 +57,16 @@ def test_report_tells_what_is_built() -> None:
     assert facts["CUDA"].startswith(built if built else "not built")
 
 
+def test_the_version_is_the_same_everywhere() -> None:
+    root = Path(__file__).resolve().parents[2]
+    headings = re.findall(
+        r"^## (\d+\.\d+\.\d+) - (unreleased|\d{4}-\d\d-\d\d)$", (root / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert headings[0][0] == signadam_ext.__version__
+    assert all(date != "unreleased" for _, date in headings[1:])
+    assert f"\nversion: {signadam_ext.__version__}\n" in (root / "CITATION.cff").read_text("utf-8")
+
+
 def test_the_command_works_from_anywhere() -> None:
     """In the source tree too, where ``python -m signadam_ext`` finds the sources in place of what was installed."""
     command = shutil.which("signadam", path=str(Path(sys.executable).parent))
