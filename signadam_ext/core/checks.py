@@ -315,9 +315,9 @@ def executed(label: str) -> None:
     Raises:
         RuntimeError: under FakeTensorMode or another mode that traces, or inside a transform of ``torch.func``.
     """
-    if not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None:
-        return
-    mode = next((found for key in _MODES if (found := torch._C._get_dispatch_mode(key)) is not None), None)
+    mode = None
+    if torch._C._len_torch_dispatch_stack():  # 0 nearly always; each step asks
+        mode = next((found for key in _MODES if (found := torch._C._get_dispatch_mode(key)) is not None), None)
     if mode is not None or torch._C._functorch.peek_interpreter_stack() is not None:
         active = "a transform of torch.func" if mode is None else type(mode).__name__
         raise RuntimeError(
