@@ -133,7 +133,7 @@ def stored(backend: str, *labels: str) -> list[Candidate]:
             label,
             backend,
             Traffic(state=2, state_bits=bits),
-            partial(_ours, name, {"state_dtype": state, "weights": "stochastic", "backend": backend}, False),
+            partial(_ours, name, {"state_dtype": state, "param_storage": "stochastic", "backend": backend}, False),
         )
         for label, name, state, bits in _STORED
         if not labels or label in labels

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reporting import machine
-from signadam_ext.core.formats import BOUNDED, WEIGHTS
+from signadam_ext.core.formats import BOUNDED, PARAM_STORAGES
 
 CHUNK = 16384
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-mavx2", "-mf16c")
@@ -52,9 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bits = per_element(program, 1, 0, 0)
         rows = []
         for state, form in BOUNDED.items():
-            for name in ("as_is", "stochastic", "split8", "split16", "master"):
-                count = per_element(program, 0, form.number, WEIGHTS[name])
-                draws = form.number != 0 or name != "as_is"
+            for name in ("nearest", "stochastic", "split8", "split16", "master"):
+                count = per_element(program, 0, form.number, PARAM_STORAGES[name])
+                draws = form.number != 0 or name != "nearest"
                 rows.append(
                     {
                         "state": state,

@@ -214,7 +214,7 @@ class Configuration:
             found = memory.estimate(
                 shapes,
                 self.optimizer,
-                weights=self.weights,
+                param_storage=self.weights,
                 param_dtype=self.param,
                 gradients=gradients,
                 **words,
@@ -229,7 +229,7 @@ def _ours(optimizer: str, param: str, weights: str, state: str = "", **options: 
     import signadam_ext
 
     words = {"state_dtype": state} if state else {}
-    make = functools.partial(getattr(signadam_ext, optimizer), weights=weights, **words, **options)
+    make = functools.partial(getattr(signadam_ext, optimizer), param_storage=weights, **words, **options)
     # What is left of gradients does not depend on the rest, so that a few are enough.
     gradients = ("all", "released") if weights in ("stochastic", "split8") else ("all",)
     return Configuration(
@@ -294,17 +294,17 @@ def configurations(quick: bool) -> list[Configuration]:
         _peer("flashoptim", "flashoptim", "FlashLion", "8-bit, 24-bit weights"),
     ]
     forms = ("fp32", "bf16", "int8", "int4", "int2")
-    for weights in ("as_is", "stochastic"):
+    for weights in ("nearest", "stochastic"):
         found.append(_ours("SignSGD", "bf16", weights))
     for state in ("fp32", "bf16", "int8"):
-        found.append(_ours("Signum", "fp32", "as_is", state))
+        found.append(_ours("Signum", "fp32", "nearest", state))
         found.append(_ours("Signum", "bf16", "stochastic", state))
     for state in forms:
         found.append(_ours("SignAdam", "bf16", "stochastic", state))
         found.append(_ours("SignAdam", "bf16", "stochastic", state, second_moment="analytic"))
     for state in forms:
-        found.append(_ours("SignAdamPP", "fp32", "as_is", state))
-        for weights in ("master", "split16", "split8", "stochastic", "as_is"):
+        found.append(_ours("SignAdamPP", "fp32", "nearest", state))
+        for weights in ("master", "split16", "split8", "stochastic", "nearest"):
             found.append(_ours("SignAdamPP", "bf16", weights, state))
     found.append(_ours("SignAdamPP", "bf16", "stochastic", "int2", confidence="adaptive_delayed"))
     return found

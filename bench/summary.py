@@ -11,6 +11,7 @@ from statistics import median
 
 from reporting import present
 from reporting.pages import replaced
+from signadam_ext.core.renamed import value_today
 
 RESULTS = Path(__file__).resolve().parent / "results"
 EXAMPLES = RESULTS.parent.parent / "examples" / "results"
@@ -80,8 +81,9 @@ def memory(folder: Path = RESULTS / "memory") -> str:
         measured = [row for row in report["rows"] if "per_parameter" in row]
         lines = []
         for row in sorted(measured, key=lambda row: -_resident(row)):
+            storage = value_today("param_storage", row["weights"], warns=False)  # of results before it was renamed
             own, source = row["per_parameter"], f" ({row['source']})" if row["source"] != "ours" else ""
-            form = ", ".join(filter(None, (row["options"].get("second_moment"), row["state"], row["weights"])))
+            form = ", ".join(filter(None, (row["options"].get("second_moment"), row["state"], storage)))
             lines.append(
                 [
                     f"{row['optimizer']}{source}{', ' if form else ''}{form}",

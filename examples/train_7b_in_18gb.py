@@ -248,7 +248,7 @@ class Run:
             groups,
             beta=BETA,
             state_dtype="int2",
-            weights="stochastic",
+            param_storage="stochastic",
             seed=options["seed"],
         )
         # From here on the backward pass is the step: each gradient is used, and freed, as soon as it is complete.

@@ -118,9 +118,9 @@ def _plus(key: str, label: str, lr_of: str | None = None, **options: Any) -> Met
     return Method(f"sign_adam_pp{key}", label, signadam_ext.SignAdamPP, options, lr_of=lr_of)
 
 
-def _form(state: str, weights: str, label: str, beta: float = 0.9, **extra: Any) -> Method:
-    options = {"state_dtype": state, "weights": weights, "beta": beta}
-    key = f"{state}_{weights}" + (f"_beta{beta}" if beta != 0.9 else "")
+def _form(state: str, param_storage: str, label: str, beta: float = 0.9, **extra: Any) -> Method:
+    options = {"state_dtype": state, "param_storage": param_storage, "beta": beta}
+    key = f"{state}_{param_storage}" + (f"_beta{beta}" if beta != 0.9 else "")
     return replace(_plus(f"_{key}", label, "sign_adam_pp", **options), bf16=True, **extra)
 
 
@@ -140,13 +140,14 @@ METHODS = (
     _form("int2", "stochastic", "int2, bf16 stochastic", ten_seeds=True, checked=True),
     _form("int4", "stochastic", "int4, bf16 stochastic", checked=True),
     _form("int8", "stochastic", "int8, bf16 stochastic", checked=True),
-    _form("int2", "as_is", "int2, bf16 as is", checked=True),
+    # Its runs on record have this key.
+    replace(_form("int2", "nearest", "int2, bf16 nearest", checked=True), key="sign_adam_pp_int2_as_is"),
     _form("int2", "split8", "int2, bf16 split8", checked=True),
     _form("int2", "split16", "int2, bf16 split16", checked=True),
     _form("int2", "stochastic", "int2, bf16 stochastic, beta 0.95", beta=0.95),
     _form("int2", "stochastic", "int2, bf16 stochastic, beta 0.99", beta=0.99),
     _form("fp32", "stochastic", "fp32, bf16 stochastic"),
-    replace(_form("int2", "as_is", "int2, fp32 weights"), key="sign_adam_pp_int2_fp32_weights", bf16=False),
+    replace(_form("int2", "nearest", "int2, fp32 weights"), key="sign_adam_pp_int2_fp32_weights", bf16=False),
 )
 BY_KEY = {method.key: method for method in METHODS}
 
@@ -491,7 +492,7 @@ def supervise(args: argparse.Namespace) -> int:
     failed = start_workers(_worker, arguments, args.workers, progress, every=0.5 if args.quick else 3)
     skipped = sum(not job.method.runnable for store in stores for job in plan(store).ready)
     if skipped:
-        print(f"{skipped} runs wait for a build of signadam_ext with state_dtype and weights")
+        print(f"{skipped} runs wait for a build of signadam_ext with state_dtype and param_storage")
     return failed
 
 

@@ -17,7 +17,8 @@ import torch
 
 from . import optimizers
 from .core import checks
-from .core.formats import BF16, BOUNDED, FP32, RESIDUALS, WEIGHTS, Format, effective_weights
+from .core.formats import BF16, BOUNDED, FP32, PARAM_STORAGES, RESIDUALS, Format, effective_param_storage
+from .core.renamed import names_today, warn_user
 from .optimizers.base import SignOptimizer
 from .state.checkpoint import STEP_DTYPE
 
@@ -99,8 +100,8 @@ def estimate(
     shapes: Iterable[Sequence[int]],
     optimizer: str | type[SignOptimizer] = "SignAdamPP",
     *,
-    state_dtype: str | tuple[str, ...] | None = None,
-    weights: str = "as_is",
+    state_dtype: str | torch.dtype | tuple[str | torch.dtype, ...] | None = None,
+    param_storage: str = "nearest",
     param_dtype: str = "fp32",
     grad_dtype: str | None = None,
     gradients: str = "all",
@@ -112,7 +113,7 @@ def estimate(
     Args:
         shapes: of the parameters.
         optimizer: a class of this package, or its name.
-        state_dtype, weights: as its constructor takes them; None for the fp32 that it starts with.
+        state_dtype, param_storage: as its constructor takes them; None for the fp32 that it starts with.
         param_dtype: "fp32", "bf16" or "fp16".
         grad_dtype: the same for the gradients; None for the parameters'.
         gradients: "all" at once, or "released": only the largest, see :func:`signadam_ext.release_gradients`.
@@ -123,7 +124,7 @@ def estimate(
         TypeError, ValueError: names that do not exist, and forms that do not go together, as from the constructor.
     """
     numels = [math.prod(shape) for shape in shapes]
-    kept = _kept(optimizer, state_dtype, weights, param_dtype, grad_dtype, hyperparameters)
+    kept = _kept(optimizer, state_dtype, param_storage, param_dtype, grad_dtype, hyperparameters)
     checks.one_of("gradients", gradients, GRADIENTS)
     if gradients == "all":
         return kept.estimate(numels, None)
@@ -133,8 +134,8 @@ def estimate(
 def bytes_per_parameter(
     optimizer: str | type[SignOptimizer] = "SignAdamPP",
     *,
-    state_dtype: str | tuple[str, ...] | None = None,
-    weights: str = "as_is",
+    state_dtype: str | torch.dtype | tuple[str | torch.dtype, ...] | None = None,
+    param_storage: str = "nearest",
     param_dtype: str = "fp32",
     grad_dtype: str | None = None,
     **hyperparameters: Any,
@@ -145,7 +146,9 @@ def bytes_per_parameter(
     """
     # A whole number of runs and of bytes of every form, so that nothing is padded.
     numel = 1 << 20
-    found = _kept(optimizer, state_dtype, weights, param_dtype, grad_dtype, hyperparameters).estimate([numel], None)
+    found = _kept(optimizer, state_dtype, param_storage, param_dtype, grad_dtype, hyperparameters).estimate(
+        [numel], None
+    )
     return {part: found.each(getattr(found, part)) for part in ("weights", "residual", "moments", "gradients")}
 
 
@@ -189,8 +192,8 @@ def _name(optimizer: str) -> str:
 
 def _kept(
     optimizer: str | type[SignOptimizer],
-    state_dtype: str | tuple[str, ...] | None,
-    weights: str,
+    state_dtype: str | torch.dtype | tuple[str | torch.dtype, ...] | None,
+    param_storage: str,
     param_dtype: str,
     grad_dtype: str | None,
     hyperparameters: Mapping[str, Any],
@@ -199,17 +202,22 @@ def _kept(
     param = checks.look_up("param_dtype", param_dtype, DTYPES)
     grad = param if grad_dtype is None else checks.look_up("grad_dtype", grad_dtype, DTYPES)
     # The base class takes its defaults from its subclasses, which all have them.
-    group = {**cls([torch.empty(0)]).defaults, "weights": weights}  # type: ignore[call-arg]
-    named = dict(hyperparameters) if state_dtype is None else {"state_dtype": state_dtype, **hyperparameters}
+    group = {**cls([torch.empty(0)]).defaults, "param_storage": param_storage}  # type: ignore[call-arg]
+    # The old name of param_storage comes with the others.
+    named = (
+        names_today(hyperparameters)
+        if state_dtype is None
+        else {"state_dtype": state_dtype, **names_today(hyperparameters)}
+    )
     for name, value in named.items():
         if name not in group:
             known = ", ".join(sorted(group.keys() & {"state_dtype", *cls.HYPERPARAMETERS}))
             raise ValueError(f"{name}={value!r}: {cls.__name__} has no such argument, only {known}")
         group[name] = value
-    cls._check_group(group)
-    checks.weights("a parameter", weights, param)
+    group = cls._check_group(group)
+    checks.param_storage("a parameter", group["param_storage"], param)
     rule = cls._rule(group)
-    effective = effective_weights(weights, param)
+    effective = effective_param_storage(group["param_storage"], param)
     # The step count, and what a threshold is made of.
     scalars = STEP_DTYPE.itemsize + (torch.float64.itemsize if rule.threshold_state is not None else 0)
     return _TensorBytes(
@@ -232,7 +240,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the optimizer").add_argument
     add("--optimizer", default="SignAdamPP", metavar="NAME", help=f"{', '.join(OPTIMIZERS)} (default %(default)s)")
     add("--state", metavar="D[,D]", help=f"state_dtype: {', '.join(BOUNDED)}; or one for each moment")
-    add("--weights", default="as_is", metavar="W", help=f"{', '.join(WEIGHTS)} (default %(default)s)")
+    storages = ", ".join(PARAM_STORAGES)
+    add("--param-storage", default="nearest", metavar="S", help=f"{storages} (default %(default)s)")
+    add("--weights", action=_Renamed, dest="param_storage", help=argparse.SUPPRESS)
     add("--second-moment", metavar="M", help="of SignAdam: exact or analytic")
     add("--confidence", metavar="C", help="of SignAdamPP: fixed, adaptive, adaptive_delayed or sparsity")
     add("--amsgrad", action="store_true", default=None, help="of Adam and AdamW")
@@ -253,7 +263,7 @@ def table(options: argparse.Namespace) -> str:
         shapes,
         options.optimizer,
         state_dtype=tuple(options.state.split(",")) if options.state and "," in options.state else options.state,
-        weights=options.weights,
+        param_storage=options.param_storage,
         param_dtype=options.param_dtype,
         grad_dtype=options.grad_dtype,
         gradients=options.gradients,
@@ -263,7 +273,7 @@ def table(options: argparse.Namespace) -> str:
     how = "all at once" if options.gradients == "all" else "the largest alone"
     parts = [
         (f"weights, {options.param_dtype}", found.weights),
-        ("master copies" if options.weights == "master" else "low bits of weights", found.residual),
+        ("master copies" if options.param_storage == "master" else "low bits of weights", found.residual),
         ("moments", found.moments),
         ("scalars of each tensor", found.scalars),
         ("without gradients", found.resident),
@@ -290,6 +300,14 @@ def table(options: argparse.Namespace) -> str:
     return "\n".join(
         [title, "", *(line.rstrip() for line in lines), "", textwrap.fill(f"Not counted: {NOT_COUNTED}.", 100)]
     )
+
+
+class _Renamed(argparse.Action):
+    """An option by the name of an earlier version."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        warn_user(f"{option} is now called --{self.dest.replace('_', '-')}", DeprecationWarning)
+        setattr(namespace, self.dest, values)
 
 
 def _row(name: str, nbytes: int, found: Estimate) -> tuple[str, str, str, str]:

@@ -550,11 +550,11 @@ def swapped(side: Side, draw: Draw) -> str | None:
 def converted(side: Side, draw: Draw) -> str | None:
     i = one(side, draw, lambda p: True)
     group = side.optimizer.param_groups[side.group_of(i)[0]]
-    weights = group["weights"]
+    param_storage = group["param_storage"]
     fp32 = side.params[i].dtype == torch.float32
     dtype = draw.choice((torch.float32, torch.bfloat16, torch.float16))
     # Low bits belong to a bf16 parameter; a master copy is made for a parameter that has lost its own bits.
-    if weights in ("split16", "split8") or (weights == "master" and fp32 != (dtype == torch.float32)):
+    if param_storage in ("split16", "split8") or (param_storage == "master" and fp32 != (dtype == torch.float32)):
         raise Skip
     if side.spec.shares:
         raise Skip
@@ -853,7 +853,7 @@ def moved(side: Side, draw: Draw) -> str | None:
     i = one(side, draw, lambda p: True)
     g, k = side.group_of(i)
     to = draw.randrange(len(groups))
-    forms = [(x["weights"], x.get("state_dtype")) for x in groups]
+    forms = [(x["param_storage"], x.get("state_dtype")) for x in groups]
     if to == g or forms[to] != forms[g]:
         raise Skip
     for name in ("params", "param_names"):
@@ -904,11 +904,11 @@ def sequences(side: Side, draw: Draw) -> str | None:
 def group_added(side: Side, draw: Draw) -> str | None:
     if len(side.params) > 9:
         raise Skip
-    weights = draw.choice(("as_is", "stochastic", "master"))
+    param_storage = draw.choice(("nearest", "stochastic", "master"))
     spec = TensorSpec(draw.choice(((6,), (4, 3), (2, 3, 4, 2))), "dense", torch.bfloat16, draw.getrandbits(30))
     (param,) = made([spec])
     given: Any = [(f"layer.{len(side.params)}", param)] if side.spec.named else [param]
-    side.optimizer.add_param_group({"params": given, "weights": weights, "lr": 0.01})
+    side.optimizer.add_param_group({"params": given, "param_storage": param_storage, "lr": 0.01})
     side.params.append(param)
     side.counts.append(0)
     give(side, draw, only=len(side.params) - 1)
@@ -985,7 +985,7 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "maximize": (3.5, "yes"),
     "decoupled_weight_decay": ("yes", 2.5),
     "seed": (-1, 2**64, 0.5, "x"),
-    "weights": ("bogus", None, 3),
+    "param_storage": ("bogus", None, 3),
     "state_dtype": ("int3", 7),
     "backend": ("gpu", None),
     "confidence": ("bogus", 3),

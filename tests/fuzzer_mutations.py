@@ -48,7 +48,7 @@ READER, TABLE, OBJECTS = "csrc/python/gradient_reader.cpp", "csrc/python/host_ta
 
 COMMIT = "backends.commit(operations, tables, self._pending, self._written())"
 #: The parameters that a step writes.
-WRITTEN = "[self._reader.held(e.slot)[0] for e in self.entries if self._reader.addresses()[e.slot]]"
+WRITTEN = "[self._reader.held(e.index)[0] for e in self.entries if self._reader.addresses()[e.index]]"
 
 #: By the kinds of the issue that this package's memory safety and whole steps are about.
 MUTATIONS: tuple[Mutation, ...] = (
@@ -168,8 +168,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 RELEASE,
-                "        slot = self._slots[id(param)] = _Slot(param._cdata)\n",
-                "        slot = self._slots[id(param)] = _Slot(param._cdata)\n"
+                "        progress = self._progress[id(param)] = _Progress(param._cdata)\n",
+                "        progress = self._progress[id(param)] = _Progress(param._cdata)\n"
                 "        vars(self).setdefault('weak', []).append(weakref.ref(param))\n",
             ),
         ),

@@ -93,11 +93,11 @@ class Spec:
                 "decoupled_weight_decay": draw.random() < 0.5,
                 "maximize": draw.random() < 0.3,
                 "seed": draw.choice((0, 7, 2**64 - 1, draw.getrandbits(64))),
-                "weights": draw.choice(("as_is", "as_is", "stochastic", "split16", "split8", "master")),
+                "param_storage": draw.choice(("nearest", "nearest", "stochastic", "split16", "split8", "master")),
             }
             if state_dtypes:
                 hyperparameters["state_dtype"] = draw.choice(state_dtypes)
-            allowed = (torch.bfloat16,) if hyperparameters["weights"].startswith("split") else DTYPES
+            allowed = (torch.bfloat16,) if hyperparameters["param_storage"].startswith("split") else DTYPES
             own: list[int] = []
             for _ in range(draw.choice((1, 2, 3))):
                 own.append(len(tensors))
@@ -109,7 +109,7 @@ class Spec:
                     tensors.append(TensorSpec((40, begin), "shared", dtype, seed))
             groups.append((hyperparameters, own))
         if draw.random() < 0.25:
-            dtype = torch.bfloat16 if groups[0][0]["weights"].startswith("split") else draw.choice(DTYPES)
+            dtype = torch.bfloat16 if groups[0][0]["param_storage"].startswith("split") else draw.choice(DTYPES)
             groups[0][1].append(len(tensors))
             tensors.append(TensorSpec((LARGE,), "dense", dtype, draw.getrandbits(30)))
         return Spec(row, tensors, groups, draw.random() < 0.5, shares)

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from signadam_ext._C import FORMATS, WEIGHTS
+from signadam_ext._C import FORMATS, PARAM_STORAGES
 
 FP32 = tl.constexpr(FORMATS["fp32"][0])
 BF16 = tl.constexpr(FORMATS["bf16"][0])
@@ -12,11 +12,11 @@ INT4 = tl.constexpr(FORMATS["int4"][0])
 INT2 = tl.constexpr(FORMATS["int2"][0])
 BLOCK8 = tl.constexpr(FORMATS["block8"][0])
 
-AS_IS = tl.constexpr(WEIGHTS["as_is"])
-STOCHASTIC = tl.constexpr(WEIGHTS["stochastic"])
-SPLIT16 = tl.constexpr(WEIGHTS["split16"])
-SPLIT8 = tl.constexpr(WEIGHTS["split8"])
-MASTER = tl.constexpr(WEIGHTS["master"])
+NEAREST = tl.constexpr(PARAM_STORAGES["nearest"])
+STOCHASTIC = tl.constexpr(PARAM_STORAGES["stochastic"])
+SPLIT16 = tl.constexpr(PARAM_STORAGES["split16"])
+SPLIT8 = tl.constexpr(PARAM_STORAGES["split8"])
+MASTER = tl.constexpr(PARAM_STORAGES["master"])
 
 NAN_CODE = tl.constexpr(-128)
 
@@ -92,8 +92,8 @@ def split16(x):
     fit."""
     bits = bits_of(x)
     high = (bits + 0x8000) >> 16
-    low = tl.where(is_nan(bits), 0, bits - (high << 16))
-    return tl.where(is_nan(bits), 0x7FC0, high).to(tl.uint16), low.to(tl.int16)
+    remainder = tl.where(is_nan(bits), 0, bits - (high << 16))
+    return tl.where(is_nan(bits), 0x7FC0, high).to(tl.uint16), remainder.to(tl.int16)
 
 
 @triton.jit
@@ -102,15 +102,15 @@ def split8(x, r):
     bits = bits_of(x)
     kept = (bits + r) >> 8
     high = (kept + 0x80) >> 8
-    low = tl.where(is_nan(bits), 0, kept - (high << 8))
-    return tl.where(is_nan(bits), 0x7FC0, high).to(tl.uint16), low.to(tl.int8)
+    remainder = tl.where(is_nan(bits), 0, kept - (high << 8))
+    return tl.where(is_nan(bits), 0x7FC0, high).to(tl.uint16), remainder.to(tl.int8)
 
 
 @triton.jit
-def join(high, low):
-    """``low``, int32, in units of fp32's last place. A parameter set from outside may leave low bits behind that make a
-    NaN of a zero or an infinity: the parameter wins."""
-    bits = (high.to(tl.uint32) << 16) + low.to(tl.uint32, bitcast=True)
+def join(high, remainder):
+    """``remainder``, int32, in units of fp32's last place. A parameter set from outside may leave low bits behind that
+    make a NaN of a zero or an infinity: the parameter wins."""
+    bits = (high.to(tl.uint32) << 16) + remainder.to(tl.uint32, bitcast=True)
     return tl.where(is_nan(bits), widen(high, BF16), float_of(bits))
 
 

@@ -29,24 +29,24 @@ def random_word(k0, k1, pair):
 
 
 @triton.jit
-def has_whole_words(first):
+def has_whole_words(first_element):
     """Whether no word of the chunk that begins there serves another, and all of them have the same keys."""
-    return (first % 2 == 0) & (first >> 33 == (first + CHUNK - 1) >> 33)
+    return (first_element % 2 == 0) & (first_element >> 33 == (first_element + CHUNK - 1) >> 33)
 
 
 @triton.jit
-def random_halves(h0, h1, first, row, WIDE: tl.constexpr):
+def random_halves(h0, h1, first_element, row, WIDE: tl.constexpr):
     """The 16 random bits of each element of a row.
 
     Args:
         h0, h1: uint32, the keys of the tensor at this step before the element's high bits have entered.
-        first: int64, index of the chunk's first element in the unsharded tensor.
+        first_element: int64, index of the chunk's first element in the unsharded tensor.
         row: of the chunk.
         WIDE: see :func:`has_whole_words`.
     """
-    high = (first >> 33).to(tl.uint32)
+    high = (first_element >> 33).to(tl.uint32)
     k0, k1 = mix(h0 ^ high), mix(h1 ^ high)
-    begin = (first >> 1).to(tl.uint32)
+    begin = (first_element >> 1).to(tl.uint32)
     pair = begin + (tl.arange(0, LANES // 2) + row * (LANES // 2)).to(tl.uint32)
     if WIDE:
         word = random_word(k0, k1, pair)
@@ -54,7 +54,7 @@ def random_halves(h0, h1, first, row, WIDE: tl.constexpr):
     else:
         # Where the low bits of a pair's index have wrapped around, its high bits are the next.
         next_k0, next_k1 = mix(h0 ^ (high + 1)), mix(h1 ^ (high + 1))
-        odd = (first & 1).to(tl.uint32)
+        odd = (first_element & 1).to(tl.uint32)
         after = pair + odd
         word = random_word(tl.where(pair < begin, next_k0, k0), tl.where(pair < begin, next_k1, k1), pair)
         next_word = random_word(tl.where(after < begin, next_k0, k0), tl.where(after < begin, next_k1, k1), after)

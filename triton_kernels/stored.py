@@ -62,11 +62,11 @@ def operand(address, begin, FORMAT: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def low_operand(address, begin, WEIGHTS: tl.constexpr, WIDE: tl.constexpr):
+def residual_operand(address, begin, PARAM_STORAGE: tl.constexpr, WIDE: tl.constexpr):
     """Where what lies beside a chunk of the parameter does."""
-    if WEIGHTS == MASTER:
+    if PARAM_STORAGE == MASTER:
         return pointer_to(address, begin, tl.float32, WIDE)
-    elif WEIGHTS == SPLIT16:
+    elif PARAM_STORAGE == SPLIT16:
         return pointer_to(address, begin, tl.int16, WIDE)
     else:
         return pointer_to(address, begin, tl.int8, WIDE)
@@ -89,35 +89,37 @@ def store(pointer, index, x, count, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_param(param, low, index, count, PARAM: tl.constexpr, WEIGHTS: tl.constexpr, WIDE: tl.constexpr):
+def load_param(param, residual, index, count, PARAM: tl.constexpr, PARAM_STORAGE: tl.constexpr, WIDE: tl.constexpr):
     high = load(param, index, count, WIDE)
-    if WEIGHTS == MASTER:
-        return from_master(high, load(low, index, count, WIDE), PARAM)
-    elif WEIGHTS == SPLIT16:
-        return join(high, load(low, index, count, WIDE).to(tl.int32))
-    elif WEIGHTS == SPLIT8:
-        return join(high, load(low, index, count, WIDE).to(tl.int32) * 256)
+    if PARAM_STORAGE == MASTER:
+        return from_master(high, load(residual, index, count, WIDE), PARAM)
+    elif PARAM_STORAGE == SPLIT16:
+        return join(high, load(residual, index, count, WIDE).to(tl.int32))
+    elif PARAM_STORAGE == SPLIT8:
+        return join(high, load(residual, index, count, WIDE).to(tl.int32) * 256)
     else:
         return widen(high, PARAM)
 
 
 @triton.jit
-def store_param(param, low, index, p, r, count, PARAM: tl.constexpr, WEIGHTS: tl.constexpr, WIDE: tl.constexpr):
-    """``r``: the elements' random bits, of stochastic and split8 weights."""
-    if WEIGHTS == STOCHASTIC:
+def store_param(
+    param, residual, index, p, r, count, PARAM: tl.constexpr, PARAM_STORAGE: tl.constexpr, WIDE: tl.constexpr
+):
+    """``r``: the elements' random bits, of the stochastic and the split8 form."""
+    if PARAM_STORAGE == STOCHASTIC:
         store(param, index, narrow_stochastic(p, r, PARAM), count, WIDE)
-    elif WEIGHTS == SPLIT16:
+    elif PARAM_STORAGE == SPLIT16:
         high, rest = split16(p)
         store(param, index, high, count, WIDE)
-        store(low, index, rest, count, WIDE)
-    elif WEIGHTS == SPLIT8:
+        store(residual, index, rest, count, WIDE)
+    elif PARAM_STORAGE == SPLIT8:
         high, rest = split8(p, r >> 8)
         store(param, index, high, count, WIDE)
-        store(low, index, rest, count, WIDE)
+        store(residual, index, rest, count, WIDE)
     else:
         store(param, index, narrow(p, PARAM), count, WIDE)
-        if WEIGHTS == MASTER:
-            store(low, index, p, count, WIDE)
+        if PARAM_STORAGE == MASTER:
+            store(residual, index, p, count, WIDE)
 
 
 @triton.jit

@@ -7,32 +7,32 @@ from signadam_ext._C import ThresholdPass
 from .formats import FP32, SPLIT8, STOCHASTIC, widen
 from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, random_halves
 from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, sign
-from .stored import RUN, load, load_moment, load_param, low_operand, operand, pointer_to, store_moment, store_param
+from .stored import RUN, load, load_moment, load_param, operand, pointer_to, residual_operand, store_moment, store_param
 from .threshold import CHUNK, LANES, ROWS, finish, halve
 
 # Columns of the table of tensors, one int64 each, as in csrc/core/table.h. ``aligned``: all but the gradient lie on
 # 16-byte boundaries.
 COLUMNS = (
     "param",
-    "low",
+    "residual",
     "exp_avg",
     "exp_avg_sq",
     "aux",
     "threshold_state",
     "numel",
-    "first",
+    "shard_offset",
     "first_chunk",
     "aligned",
 )
 COLUMN_COUNT = tl.constexpr(len(COLUMNS))
 PARAM_AT = tl.constexpr(COLUMNS.index("param"))
-LOW_AT = tl.constexpr(COLUMNS.index("low"))
+RESIDUAL_AT = tl.constexpr(COLUMNS.index("residual"))
 EXP_AVG_AT = tl.constexpr(COLUMNS.index("exp_avg"))
 EXP_AVG_SQ_AT = tl.constexpr(COLUMNS.index("exp_avg_sq"))
 AUX_AT = tl.constexpr(COLUMNS.index("aux"))
 THRESHOLD_STATE_AT = tl.constexpr(COLUMNS.index("threshold_state"))
 NUMEL_AT = tl.constexpr(COLUMNS.index("numel"))
-FIRST_AT = tl.constexpr(COLUMNS.index("first"))
+SHARD_OFFSET_AT = tl.constexpr(COLUMNS.index("shard_offset"))
 FIRST_CHUNK_AT = tl.constexpr(COLUMNS.index("first_chunk"))
 ALIGNED_AT = tl.constexpr(COLUMNS.index("aligned"))
 
@@ -59,7 +59,7 @@ def run_rows(
     EXP_AVG_SQ: tl.constexpr,
     AUX: tl.constexpr,
     READS_VARIANCE: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    PARAM_STORAGE: tl.constexpr,
     DRAWS: tl.constexpr,
     THRESHOLD_PASS: tl.constexpr,
     CONFIDENCE: tl.constexpr,
@@ -69,7 +69,7 @@ def run_rows(
     """The rows of one chunk. ``WIDE``: every operand lies on a 16-byte boundary, the chunk is full, and, where random
     bits are drawn, it has whole words."""
     param = operand(tl.load(entry + PARAM_AT), begin, PARAM, WIDE)
-    low = low_operand(tl.load(entry + LOW_AT), begin, WEIGHTS, WIDE)
+    residual = residual_operand(tl.load(entry + RESIDUAL_AT), begin, PARAM_STORAGE, WIDE)
     g_from = operand(grad, begin, GRAD, WIDE)
     exp_avg = operand(tl.load(entry + EXP_AVG_AT), begin, EXP_AVG, WIDE)
     exp_avg_sq = operand(tl.load(entry + EXP_AVG_SQ_AT), begin, EXP_AVG_SQ, WIDE)
@@ -79,7 +79,7 @@ def run_rows(
     exponents = pointer_to(tl.load(entry + EXP_AVG_AT) + codes, begin // RUN, tl.int8, WIDE)
     h0 = tl.load(rng_keys).to(tl.uint32, bitcast=True)
     h1 = tl.load(rng_keys + 1).to(tl.uint32, bitcast=True)
-    first_index = tl.load(entry + FIRST_AT) + begin
+    first_element = tl.load(entry + SHARD_OFFSET_AT) + begin
     first = tl.zeros([LANES], tl.float64)
     second = tl.zeros([LANES], tl.float64)
     steers = tl.load(s + STEERS) != 0.0
@@ -96,7 +96,7 @@ def run_rows(
     for row in range(row_count):
         index = row * LANES + lanes
         g = widen(load(g_from, index, count, WIDE), GRAD)
-        p = load_param(param, low, index, count, PARAM, WEIGHTS, WIDE)
+        p = load_param(param, residual, index, count, PARAM, PARAM_STORAGE, WIDE)
         m = p
         v = p
         x = p
@@ -132,8 +132,8 @@ def run_rows(
                     magnitude += tl.abs(after).to(tl.float64)
             r = lanes
             if DRAWS:
-                r = random_halves(h0, h1, first_index, row, WIDE)
-            store_param(param, low, index, p, r, count, PARAM, WEIGHTS, WIDE)
+                r = random_halves(h0, h1, first_element, row, WIDE)
+            store_param(param, residual, index, p, r, count, PARAM, PARAM_STORAGE, WIDE)
             if MOMENTS > 0:
                 store_moment(exp_avg, exponents, row, m, bits_for_m(r), count, EXP_AVG, WIDE)
             if MOMENTS > 1:
@@ -156,7 +156,7 @@ def update(
     tensor_of_chunk,
     grads,
     rng_keys,
-    rows,
+    scalar_indices,
     scalars,
     sums,
     arrivals,
@@ -169,7 +169,7 @@ def update(
     EXP_AVG_SQ: tl.constexpr,
     AUX: tl.constexpr,
     READS_VARIANCE: tl.constexpr,
-    WEIGHTS: tl.constexpr,
+    PARAM_STORAGE: tl.constexpr,
     THRESHOLD_PASS: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     OBSERVES: tl.constexpr,
@@ -182,13 +182,13 @@ def update(
         grads: int64, address of each tensor's gradient, 0 where it takes no part.
         rng_keys: int32 ``[tensors, 2]``, the keys of each tensor's random bits at this step; unused where none are
             drawn.
-        rows: int32, each tensor's row of ``scalars``.
-        scalars: float64 ``[rows, SCALAR_COUNT]``.
+        scalar_indices: int32, each tensor's set of ``scalars``.
+        scalars: float64 ``[sets, SCALAR_COUNT]``.
         sums: float64, S1 and S2 of each chunk; unused without statistics.
         chunk_statistics: float64 ``[chunks, 6]``, as in csrc/core/table.h; unused unless OBSERVES.
         arrivals: int32, finished chunks of each tensor, zero between launches; unused without statistics.
         RULE: a function of rules.py; MOMENTS: how many it has.
-        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX: formats, FP32 for what the rule lacks; WEIGHTS: see formats.py.
+        PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX: formats, FP32 for what the rule lacks; PARAM_STORAGE: see formats.py.
         READS_VARIANCE: whether the auxiliary operand is the variance of the gradient, which is only read.
         THRESHOLD_PASS: NONE, SAME_PASS or PASS_BEFORE.
         CONFIDENCE: a function of the gradient and the threshold that takes the gradient's place, or None.
@@ -199,7 +199,7 @@ def update(
     grad = tl.load(grads + tensor)
     if grad != 0:
         entry = entries + tensor * COLUMN_COUNT
-        s = scalars + tl.load(rows + tensor) * SCALAR_COUNT
+        s = scalars + tl.load(scalar_indices + tensor) * SCALAR_COUNT
         numel = tl.load(entry + NUMEL_AT)
         begin = (chunk - tl.load(entry + FIRST_CHUNK_AT)).to(tl.int64) * CHUNK
         count = tl.minimum(numel - begin, CHUNK).to(tl.int32)
@@ -212,21 +212,25 @@ def update(
         second = tl.zeros([LANES], tl.float64)
         wide = (count == CHUNK) & (tl.load(entry + ALIGNED_AT) != 0) & (grad % 16 == 0)
         DRAWS: tl.constexpr = (
-            (WEIGHTS == STOCHASTIC) | (WEIGHTS == SPLIT8) | (EXP_AVG != FP32) | (EXP_AVG_SQ != FP32) | (AUX != FP32)
+            (PARAM_STORAGE == STOCHASTIC)
+            | (PARAM_STORAGE == SPLIT8)
+            | (EXP_AVG != FP32)
+            | (EXP_AVG_SQ != FP32)
+            | (AUX != FP32)
         )
         if DRAWS & (THRESHOLD_PASS != PASS_BEFORE):
-            wide = wide & has_whole_words(tl.load(entry + FIRST_AT) + begin)
+            wide = wide & has_whole_words(tl.load(entry + SHARD_OFFSET_AT) + begin)
         if wide:
             first, second = run_rows(
                 entry, grad, rng_keys + 2 * tensor, begin, count, s, alpha, chunk_statistics + 6 * chunk,
                 RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
-                WEIGHTS, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE=True,
+                PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE=True,
             )  # fmt: skip
         else:
             first, second = run_rows(
                 entry, grad, rng_keys + 2 * tensor, begin, count, s, alpha, chunk_statistics + 6 * chunk,
                 RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
-                WEIGHTS, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE=False,
+                PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE=False,
             )  # fmt: skip
         if THRESHOLD_PASS != NONE:
             tl.store(sums + 2 * chunk, halve(first))

@@ -147,7 +147,7 @@ struct StoredSlice {
   Operand grad;
   StoredMoment exp_avg;
   WideMoment exp_avg_sq, exp_third;
-  PieceNoise rng_keys;
+  PieceBits rng_keys;
   int count, head;
 
   SIGNADAM_HD static StoredSlice of(const Slice& slice) {
@@ -157,7 +157,7 @@ struct StoredSlice {
             StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
             WideMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
             WideMoment::of(tensor.aux, tensor.formats.aux, slice),
-            PieceNoise::of(slice),
+            PieceBits::of(slice),
             slice.count,
             tensor.head};
   }
@@ -328,7 +328,7 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
   const Slice slice = slice_of(table, step, chunk);
   if (slice.grad == nullptr) return;
   const uint32_t index = table.tensor_of_chunk[chunk];
-  const Scalars& s = step.scalars[step.rows[index]];
+  const Scalars& s = step.scalars[step.scalar_indices[index]];
   const float alpha = threshold_pass == ThresholdPass::pass_before ? 0.0f : threshold(slice.tensor, s);
 
   ChunkStatistics* shares = nullptr;

@@ -11,13 +11,13 @@ struct RandomHalves {
   SIGNADAM_HD uint32_t of(int i) const { return (word[i / 2] >> (16 * (i % 2))) & 0xffffu; }
 };
 
-struct PieceNoise {
+struct PieceBits {
   RngKey rng_keys;
   RngSubkey keys;  // of the chunk's first element
   int64_t first;   // its index in the unsharded tensor
 
-  SIGNADAM_HD static PieceNoise of(const Slice& slice) {
-    const int64_t first = slice.tensor.first + slice.begin;
+  SIGNADAM_HD static PieceBits of(const Slice& slice) {
+    const int64_t first = slice.tensor.shard_offset + slice.begin;
     return {slice.rng_keys, RngSubkey::of(slice.rng_keys, static_cast<uint32_t>(first >> 33)), first};
   }
 
@@ -44,40 +44,43 @@ struct PieceNoise {
 };
 
 struct ParamRaw {
-  Raw param, low;
+  Raw param, residual;
 };
 
 struct StoredParam {
   Operand param;
-  unsigned char* low;  // of the chunk
-  Weights weights;
+  unsigned char* residual;  // of the chunk
+  ParamStorage param_storage;
 
   SIGNADAM_HD static StoredParam of(const Slice& slice) {
     const Formats& formats = slice.tensor.formats;
-    const int size = low_size(formats.weights);
-    auto* low = static_cast<unsigned char*>(slice.tensor.low);
-    return {Operand::of(slice.tensor.param, formats.param, slice), size == 0 ? nullptr : low + slice.begin * size,
-            formats.weights};
+    const int size = residual_size(formats.param_storage);
+    auto* residual = static_cast<unsigned char*>(slice.tensor.residual);
+    return {Operand::of(slice.tensor.param, formats.param, slice), size == 0 ? nullptr : residual + slice.begin * size,
+            formats.param_storage};
   }
 
-  SIGNADAM_HD static int low_size(Weights weights) {
-    return weights == Weights::master ? 4 : weights == Weights::split16 ? 2 : weights == Weights::split8 ? 1 : 0;
+  SIGNADAM_HD static int residual_size(ParamStorage param_storage) {
+    return param_storage == ParamStorage::master    ? 4
+           : param_storage == ParamStorage::split16 ? 2
+           : param_storage == ParamStorage::split8  ? 1
+                                                    : 0;
   }
 
   // What lies beside the parameter has one width and its own alignment: one 8-byte access moves a piece of split8, two
   // or four the others'.
   SIGNADAM_HD ParamRaw load(const Piece& piece) const {
     ParamRaw raw{param.load(piece), {}};
-    const int size = low_size(weights);
+    const int size = residual_size(param_storage);
     if (size == 0) return raw;
-    const unsigned char* at = low + static_cast<int64_t>(piece.begin) * size;
+    const unsigned char* at = residual + static_cast<int64_t>(piece.begin) * size;
     if (piece.whole() && reinterpret_cast<uintptr_t>(at) % 8 == 0) {
       SIGNADAM_UNROLL
       for (int w = 0; w < 4; ++w)
         if (w < size) {
           const uint64_t two = load_one(reinterpret_cast<const uint64_t*>(at) + w);
-          raw.low.word[2 * w] = static_cast<uint32_t>(two);
-          raw.low.word[2 * w + 1] = static_cast<uint32_t>(two >> 32);
+          raw.residual.word[2 * w] = static_cast<uint32_t>(two);
+          raw.residual.word[2 * w + 1] = static_cast<uint32_t>(two >> 32);
         }
       return raw;
     }
@@ -86,12 +89,12 @@ struct StoredParam {
       const int k = i - piece.offset;
       if (k < 0 || k >= piece.count) continue;
       if (size == 4)
-        raw.low.word[i] = load_one(reinterpret_cast<const uint32_t*>(at) + k);
+        raw.residual.word[i] = load_one(reinterpret_cast<const uint32_t*>(at) + k);
       else if (size == 2)
-        raw.low.word[i / 2] |= static_cast<uint32_t>(load_one(reinterpret_cast<const uint16_t*>(at) + k))
-                               << 16 * (i % 2);
+        raw.residual.word[i / 2] |= static_cast<uint32_t>(load_one(reinterpret_cast<const uint16_t*>(at) + k))
+                                    << 16 * (i % 2);
       else
-        raw.low.word[i / 4] |= static_cast<uint32_t>(load_one(at + k)) << 8 * (i % 4);
+        raw.residual.word[i / 4] |= static_cast<uint32_t>(load_one(at + k)) << 8 * (i % 4);
     }
     return raw;
   }
@@ -101,47 +104,47 @@ struct StoredParam {
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i) {
       const auto high = static_cast<uint16_t>(raw.param.word[i / 2] >> (16 * (i % 2)));
-      if (weights == Weights::master)
-        p[i] = from_master(param.format, high, float_of(raw.low.word[i]));
-      else if (weights == Weights::split16)
-        p[i] = join(high, static_cast<int16_t>(raw.low.word[i / 2] >> (16 * (i % 2))));
-      else if (weights == Weights::split8)
-        p[i] = join(high, 256 * static_cast<int8_t>(raw.low.word[i / 4] >> (8 * (i % 4))));
+      if (param_storage == ParamStorage::master)
+        p[i] = from_master(param.format, high, float_of(raw.residual.word[i]));
+      else if (param_storage == ParamStorage::split16)
+        p[i] = join(high, static_cast<int16_t>(raw.residual.word[i / 2] >> (16 * (i % 2))));
+      else if (param_storage == ParamStorage::split8)
+        p[i] = join(high, 256 * static_cast<int8_t>(raw.residual.word[i / 4] >> (8 * (i % 4))));
     }
   }
 
   SIGNADAM_HD void store(const Piece& piece, const float* p, const RandomHalves& r) const {
-    if (weights == Weights::as_is) return param.store(piece, p);
+    if (param_storage == ParamStorage::nearest) return param.store(piece, p);
     ParamRaw raw{};
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i) {
       uint32_t high = 0;
-      if (weights == Weights::stochastic) {
+      if (param_storage == ParamStorage::stochastic) {
         high = narrow(param.format, p[i], r.of(i));
-      } else if (weights == Weights::master) {
+      } else if (param_storage == ParamStorage::master) {
         high = narrow(param.format, p[i]);
-        raw.low.word[i] = bits_of(p[i]);
-      } else if (weights == Weights::split16) {
+        raw.residual.word[i] = bits_of(p[i]);
+      } else if (param_storage == ParamStorage::split16) {
         const Split split = split16(p[i]);
         high = split.high;
-        raw.low.word[i / 2] |= (static_cast<uint32_t>(split.low) & 0xffffu) << (16 * (i % 2));
+        raw.residual.word[i / 2] |= (static_cast<uint32_t>(split.remainder) & 0xffffu) << (16 * (i % 2));
       } else {
         const Split split = split8(p[i], r.of(i) >> 8);
         high = split.high;
-        raw.low.word[i / 4] |= (static_cast<uint32_t>(split.low) & 0xffu) << (8 * (i % 4));
+        raw.residual.word[i / 4] |= (static_cast<uint32_t>(split.remainder) & 0xffu) << (8 * (i % 4));
       }
       raw.param.word[i / 2] |= high << (16 * (i % 2));
     }
     param.write(piece, raw.param);
-    const int size = low_size(weights);
+    const int size = residual_size(param_storage);
     if (size == 0) return;
-    unsigned char* at = low + static_cast<int64_t>(piece.begin) * size;
+    unsigned char* at = residual + static_cast<int64_t>(piece.begin) * size;
     if (piece.whole() && reinterpret_cast<uintptr_t>(at) % 8 == 0) {
       SIGNADAM_UNROLL
       for (int w = 0; w < 4; ++w)
         if (w < size)
           store_one(reinterpret_cast<uint64_t*>(at) + w,
-                    raw.low.word[2 * w] | static_cast<uint64_t>(raw.low.word[2 * w + 1]) << 32);
+                    raw.residual.word[2 * w] | static_cast<uint64_t>(raw.residual.word[2 * w + 1]) << 32);
       return;
     }
     SIGNADAM_UNROLL
@@ -149,11 +152,12 @@ struct StoredParam {
       const int k = i - piece.offset;
       if (k < 0 || k >= piece.count) continue;
       if (size == 4)
-        store_one(reinterpret_cast<uint32_t*>(at) + k, raw.low.word[i]);
+        store_one(reinterpret_cast<uint32_t*>(at) + k, raw.residual.word[i]);
       else if (size == 2)
-        store_one(reinterpret_cast<uint16_t*>(at) + k, static_cast<uint16_t>(raw.low.word[i / 2] >> (16 * (i % 2))));
+        store_one(reinterpret_cast<uint16_t*>(at) + k,
+                  static_cast<uint16_t>(raw.residual.word[i / 2] >> (16 * (i % 2))));
       else
-        store_one(at + k, static_cast<unsigned char>(raw.low.word[i / 4] >> (8 * (i % 4))));
+        store_one(at + k, static_cast<unsigned char>(raw.residual.word[i / 4] >> (8 * (i % 4))));
     }
   }
 };

@@ -35,8 +35,8 @@ SIGNADAM_HD constexpr int size_of(Format format) { return format == Format::fp32
 
 // How the fp32 result of a step is kept (docs/numerics.md): rounded to nearest; stochastically; with the low 16
 // or 8 bits beside it; as a copy in fp32.
-#define SIGNADAM_WEIGHTS(X) X(as_is) X(stochastic) X(split16) X(split8) X(master)
-enum class Weights : uint8_t { SIGNADAM_WEIGHTS(SIGNADAM_NAME) };
+#define SIGNADAM_PARAM_STORAGES(X) X(nearest) X(stochastic) X(split16) X(split8) X(master)
+enum class ParamStorage : uint8_t { SIGNADAM_PARAM_STORAGES(SIGNADAM_NAME) };
 #undef SIGNADAM_NAME
 
 SIGNADAM_HD float widen_bf16(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
@@ -113,10 +113,10 @@ SIGNADAM_HD int32_t stochastic_integer(float x, uint32_t r) {
 // A bf16 parameter and what fp32 has beyond it.
 struct Split {
   uint16_t high;
-  int32_t low;
+  int32_t remainder;
 };
 
-// Rounds half up: a tie to even would need low = +0x8000, which does not fit.
+// Rounds half up: a tie to even would need a remainder of +0x8000, which does not fit.
 SIGNADAM_HD Split split16(float x) {
   const uint32_t bits = bits_of(x);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
@@ -133,10 +133,10 @@ SIGNADAM_HD Split split8(float x, uint32_t r) {
   return {static_cast<uint16_t>(nan ? 0x7fc0u : high), nan ? 0 : static_cast<int32_t>(kept - (high << 8))};
 }
 
-// `low` in units of fp32's last place. A parameter set from outside may leave low bits behind that make a NaN of a zero
-// or an infinity: the parameter wins.
-SIGNADAM_HD float join(uint16_t high, int32_t low) {
-  const uint32_t bits = (static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(low);
+// `remainder` in units of fp32's last place. A parameter set from outside may leave low bits behind that make a NaN of
+// a zero or an infinity: the parameter wins.
+SIGNADAM_HD float join(uint16_t high, int32_t remainder) {
+  const uint32_t bits = (static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(remainder);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return nan ? widen_bf16(high) : float_of(bits);
 }

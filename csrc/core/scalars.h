@@ -5,7 +5,7 @@
 
 namespace signadam {
 
-// Every scalar crosses the binding as a double, unrounded, in this order; Python packs a row by these names. Most meet
+// Every scalar crosses the binding as a double, unrounded, in this order; Python packs a set by these names. Most meet
 // tensors, and are rounded to fp32 for it.
 #define SIGNADAM_FLOATS(X) \
   X(lr)                    \
@@ -59,16 +59,16 @@ struct Scalars {
   SIGNADAM_FLAGS(SIGNADAM_FIELD)
 #undef SIGNADAM_FIELD
 
-  static Scalars from_row(const double* row) {
+  static Scalars from_set(const double* set) {
     Scalars s{};
-    s.adaptive_alpha = row[index_alpha];
-#define SIGNADAM_SET(name) s.name = row[index_##name];
+    s.adaptive_alpha = set[index_alpha];
+#define SIGNADAM_SET(name) s.name = set[index_##name];
     SIGNADAM_DOUBLES(SIGNADAM_SET)
 #undef SIGNADAM_SET
-#define SIGNADAM_SET(name) s.name = static_cast<float>(row[index_##name]);
+#define SIGNADAM_SET(name) s.name = static_cast<float>(set[index_##name]);
     SIGNADAM_FLOATS(SIGNADAM_SET)
 #undef SIGNADAM_SET
-#define SIGNADAM_SET(name) s.name = row[index_##name] != 0;
+#define SIGNADAM_SET(name) s.name = set[index_##name] != 0;
     SIGNADAM_FLAGS(SIGNADAM_SET)
 #undef SIGNADAM_SET
     return s;

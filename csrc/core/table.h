@@ -34,11 +34,12 @@ struct ChunkStatistics {
 // How a tensor and what goes with it are stored.
 struct Formats {
   Format param, grad, exp_avg, exp_avg_sq, aux;
-  Weights weights;
+  ParamStorage param_storage;
 
   // fp32 moments and a parameter rounded to nearest: no random bits, nothing packed, nothing beside the parameter.
   SIGNADAM_HD bool plain() const {
-    return exp_avg == Format::fp32 && exp_avg_sq == Format::fp32 && aux == Format::fp32 && weights == Weights::as_is;
+    return exp_avg == Format::fp32 && exp_avg_sq == Format::fp32 && aux == Format::fp32 &&
+           param_storage == ParamStorage::nearest;
   }
   SIGNADAM_HD bool packed() const { return is_packed(exp_avg) || is_packed(exp_avg_sq); }
 };
@@ -52,19 +53,19 @@ struct TensorEntry {
   int64_t numel;
   uint32_t first_chunk;
   Formats formats;
-  uint8_t head;   // elements before the first 16-byte boundary
-  void* low;      // of split weights: int16 or int8; of master weights: fp32; otherwise null
-  int64_t first;  // index of the first element in the unsharded tensor, for random bits
+  uint8_t head;          // elements before the first 16-byte boundary
+  void* residual;        // split16: int16; split8: int8; master: fp32; otherwise null
+  int64_t shard_offset;  // index of the first element in the unsharded tensor, for random bits
 
   SIGNADAM_HD bool plain() const { return formats.plain() && aux == nullptr; }
 };
 
-// What a step adds. `grads[i] == nullptr`: tensor i takes no part. `rows[i]` numbers its scalars. `rng_keys` is null
-// where all tensors are plain.
+// What a step adds. `grads[i] == nullptr`: tensor i takes no part. `scalar_indices[i]` numbers its scalars. `rng_keys`
+// is null where all tensors are plain.
 struct Step {
   const void* const* grads;
   const RngKey* rng_keys;
-  const uint32_t* rows;
+  const uint32_t* scalar_indices;
   const Scalars* scalars;
 };
 

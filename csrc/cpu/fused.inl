@@ -256,10 +256,11 @@ SIGNADAM_HD bool goes_by_groups(const Slice& slice, int moments) {
     return format == Format::int8 || format == Format::int4 || format == Format::int2;
   };
   const Formats& f = slice.tensor.formats;
-  const int64_t first = slice.tensor.first + slice.begin;
+  const int64_t first = slice.tensor.shard_offset + slice.begin;
   return wide(f.param) && wide(f.grad) && (moments < 1 || wide(f.exp_avg) || code(f.exp_avg)) &&
-         (moments < 2 || wide(f.exp_avg_sq)) && (f.weights == Weights::as_is || f.weights == Weights::stochastic) &&
-         first % 2 == 0 && first >> 33 == (first + slice.count) >> 33;
+         (moments < 2 || wide(f.exp_avg_sq)) &&
+         (f.param_storage == ParamStorage::nearest || f.param_storage == ParamStorage::stochastic) && first % 2 == 0 &&
+         first >> 33 == (first + slice.count) >> 33;
 }
 
 // The whole groups of a chunk. Returns how many elements that were.
@@ -272,8 +273,8 @@ int update_groups(const Slice& slice, const Scalars& scalars, float alpha) {
   const TensorEntry tensor = slice.tensor;
   const Formats f = tensor.formats;
   const void* const grad = slice.grad;
-  const bool draws = !f.plain(), stochastic = f.weights == Weights::stochastic;
-  const auto first = static_cast<uint64_t>(tensor.first + slice.begin);
+  const bool draws = !f.plain(), stochastic = f.param_storage == ParamStorage::stochastic;
+  const auto first = static_cast<uint64_t>(tensor.shard_offset + slice.begin);
   const RngSubkey keys = RngSubkey::of(slice.rng_keys, static_cast<uint32_t>(first >> 33));
   const int64_t begin = slice.begin;
   const int whole = slice.count / group * group;

@@ -123,7 +123,7 @@ void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, u
         while (next + 1 < tensors && table.tensors[next + 1].first_chunk <= chunk + 1) ++next;
         if (chunk + 1 < units[unit + 1]) fetch_ahead(slice_of(table, step, chunk + 1, next));
         const Slice slice = slice_of(table, step, chunk, index);
-        if (slice.grad != nullptr) body(chunk, slice, step.scalars[step.rows[index]]);
+        if (slice.grad != nullptr) body(chunk, slice, step.scalars[step.scalar_indices[index]]);
         index = next;
       }
     });
@@ -132,7 +132,7 @@ void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, u
     parallel_for(1, 1, [&](int64_t) {
       for (uint32_t i = 0; i < tensors; ++i)
         if (step.grads[i] != nullptr && table.tensors[i].numel > 0)
-          finish_statistics(table, table.tensors[i], step.scalars[step.rows[i]], lanes);
+          finish_statistics(table, table.tensors[i], step.scalars[step.scalar_indices[i]], lanes);
     });
   };
 

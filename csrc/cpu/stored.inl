@@ -28,20 +28,20 @@ const uint16_t* draw(const RngKey& rng_keys, int64_t first, int count, Halves& h
 float* load_param(const TensorEntry& tensor, int64_t index, float* SIGNADAM_RESTRICT to, int count) {
   const Formats& formats = tensor.formats;
   float* const p = const_cast<float*>(widened(tensor.param, formats.param, index, to, count));
-  if (formats.weights == Weights::as_is || formats.weights == Weights::stochastic) return p;
+  if (formats.param_storage == ParamStorage::nearest || formats.param_storage == ParamStorage::stochastic) return p;
   const uint16_t* SIGNADAM_RESTRICT param = static_cast<const uint16_t*>(tensor.param) + index;
-  if (formats.weights == Weights::master) {
-    const float* SIGNADAM_RESTRICT master = static_cast<const float*>(tensor.low) + index;
+  if (formats.param_storage == ParamStorage::master) {
+    const float* SIGNADAM_RESTRICT master = static_cast<const float*>(tensor.residual) + index;
     if (formats.param == Format::bf16)
       for (int i = 0; i < count; ++i) to[i] = from_master(Format::bf16, param[i], master[i]);
     else
       for (int i = 0; i < count; ++i) to[i] = from_master(Format::fp16, param[i], master[i]);
-  } else if (formats.weights == Weights::split16) {
-    const int16_t* SIGNADAM_RESTRICT low = static_cast<const int16_t*>(tensor.low) + index;
-    for (int i = 0; i < count; ++i) to[i] = join(param[i], low[i]);
+  } else if (formats.param_storage == ParamStorage::split16) {
+    const int16_t* SIGNADAM_RESTRICT remainder = static_cast<const int16_t*>(tensor.residual) + index;
+    for (int i = 0; i < count; ++i) to[i] = join(param[i], remainder[i]);
   } else {
-    const int8_t* SIGNADAM_RESTRICT low = static_cast<const int8_t*>(tensor.low) + index;
-    for (int i = 0; i < count; ++i) to[i] = join(param[i], 256 * low[i]);
+    const int8_t* SIGNADAM_RESTRICT remainder = static_cast<const int8_t*>(tensor.residual) + index;
+    for (int i = 0; i < count; ++i) to[i] = join(param[i], 256 * remainder[i]);
   }
   return p;
 }
@@ -51,37 +51,37 @@ void store_param(const TensorEntry& tensor, int64_t index, const float* SIGNADAM
   const Formats& formats = tensor.formats;
   if (formats.param == Format::fp32) return;
   uint16_t* SIGNADAM_RESTRICT param = static_cast<uint16_t*>(tensor.param) + index;
-  switch (formats.weights) {
-    case Weights::as_is:
+  switch (formats.param_storage) {
+    case ParamStorage::nearest:
       narrow_block(formats.param, p, param, count);
       return;
-    case Weights::stochastic:
+    case ParamStorage::stochastic:
       if (formats.param == Format::bf16)
         for (int i = 0; i < count; ++i) param[i] = narrow_bf16(p[i], r[i]);
       else
         for (int i = 0; i < count; ++i) param[i] = narrow_fp16(p[i], r[i]);
       return;
-    case Weights::master: {
-      float* SIGNADAM_RESTRICT master = static_cast<float*>(tensor.low) + index;
+    case ParamStorage::master: {
+      float* SIGNADAM_RESTRICT master = static_cast<float*>(tensor.residual) + index;
       for (int i = 0; i < count; ++i) master[i] = p[i];
       narrow_block(formats.param, p, param, count);
       return;
     }
-    case Weights::split16: {
-      int16_t* SIGNADAM_RESTRICT low = static_cast<int16_t*>(tensor.low) + index;
+    case ParamStorage::split16: {
+      int16_t* SIGNADAM_RESTRICT remainder = static_cast<int16_t*>(tensor.residual) + index;
       for (int i = 0; i < count; ++i) {
         const Split split = split16(p[i]);
         param[i] = split.high;
-        low[i] = static_cast<int16_t>(split.low);
+        remainder[i] = static_cast<int16_t>(split.remainder);
       }
       return;
     }
-    case Weights::split8: {
-      int8_t* SIGNADAM_RESTRICT low = static_cast<int8_t*>(tensor.low) + index;
+    case ParamStorage::split8: {
+      int8_t* SIGNADAM_RESTRICT remainder = static_cast<int8_t*>(tensor.residual) + index;
       for (int i = 0; i < count; ++i) {
         const Split split = split8(p[i], static_cast<uint32_t>(r[i]) >> 8);
         param[i] = split.high;
-        low[i] = static_cast<int8_t>(split.low);
+        remainder[i] = static_cast<int8_t>(split.remainder);
       }
     }
   }

@@ -16,8 +16,8 @@ constexpr std::size_t parameter_bytes = 4096;
 
 struct alignas(16) LaunchHeader {
   TableView table;
-  const unsigned char* step;       // device memory, or null: then the bytes below
-  uint32_t grads, rng_keys, rows;  // offsets of StepLayout; no random bits: 0
+  const unsigned char* step;                 // device memory, or null: then the bytes below
+  uint32_t grads, rng_keys, scalar_indices;  // offsets of StepLayout; no random bits: 0
 };
 
 constexpr std::size_t inline_bytes = (parameter_bytes - sizeof(LaunchHeader)) / 16 * 16;
@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(threads_per_block, blocks_at_once<Rule, storag
     if (storage == Storage::any || header.rng_keys != 0)
       rng_keys = reinterpret_cast<const RngKey*>(bytes + header.rng_keys);
   const Step step{reinterpret_cast<const void* const*>(bytes + header.grads), rng_keys,
-                  reinterpret_cast<const uint32_t*>(bytes + header.rows), reinterpret_cast<const Scalars*>(bytes)};
+                  reinterpret_cast<const uint32_t*>(bytes + header.scalar_indices),
+                  reinterpret_cast<const Scalars*>(bytes)};
   DeviceBlock block{nullptr, nullptr};
   if constexpr (threshold_pass != ThresholdPass::none) {
     __shared__ Sums lanes[lane_count];
@@ -186,12 +187,12 @@ class DeviceGuard {
 
 }  // namespace
 
-StepLayout StepLayout::of(std::size_t scalar_rows, std::size_t tensors, std::size_t drawing) {
+StepLayout StepLayout::of(std::size_t scalar_sets, std::size_t tensors, std::size_t drawing) {
   StepLayout layout{};
-  layout.grads = scalar_rows * sizeof(Scalars);
+  layout.grads = scalar_sets * sizeof(Scalars);
   layout.rng_keys = layout.grads + tensors * sizeof(void*);
-  layout.rows = layout.rng_keys + drawing * sizeof(RngKey);
-  layout.size = layout.rows + tensors * sizeof(uint32_t);
+  layout.scalar_indices = layout.rng_keys + drawing * sizeof(RngKey);
+  layout.size = layout.scalar_indices + tensors * sizeof(uint32_t);
   return layout;
 }
 static_assert(sizeof(Scalars) % alignof(void*) == 0);
@@ -205,7 +206,8 @@ void launch(RuleIndex rule, ThresholdPass threshold_pass, Storage storage, const
   LaunchArguments arguments;
   const auto offset = [](std::size_t bytes) { return static_cast<uint32_t>(bytes); };
   arguments.header = {table, static_cast<const unsigned char*>(device_step), offset(layout.grads),
-                      layout.rng_keys == layout.rows ? 0 : offset(layout.rng_keys), offset(layout.rows)};
+                      layout.rng_keys == layout.scalar_indices ? 0 : offset(layout.rng_keys),
+                      offset(layout.scalar_indices)};
   if (device_step == nullptr) {
     if (layout.size > inline_bytes) throw std::runtime_error("the step data does not fit the kernel's parameters");
     std::memcpy(arguments.step, inline_step, layout.size);

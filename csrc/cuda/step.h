@@ -10,10 +10,10 @@
 namespace signadam::cuda {
 
 // Step data in one run of bytes: scalars, gradient addresses, keys of random bits (of `drawing` tensors: all or none),
-// rows.
+// indices of scalars.
 struct StepLayout {
-  std::size_t scalars, grads, rng_keys, rows, size;
-  static StepLayout of(std::size_t scalar_rows, std::size_t tensors, std::size_t drawing);
+  std::size_t scalars, grads, rng_keys, scalar_indices, size;
+  static StepLayout of(std::size_t scalar_sets, std::size_t tensors, std::size_t drawing);
 };
 
 // Bytes of step data that travel in the kernel's parameters; more goes by a copy.

@@ -21,19 +21,19 @@
 namespace signadam {
 namespace {
 
-using ScalarRow = std::array<double, scalar_count>;
+using ScalarSet = std::array<double, scalar_count>;
 
 template <class T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-std::vector<Scalars> to_scalars(const std::vector<ScalarRow>& rows) {
+std::vector<Scalars> to_scalars(const std::vector<ScalarSet>& sets) {
   // torch.set_flush_denormal must not turn a tiny learning rate into none.
   const cpu::FloatEnvironment ieee;
   std::vector<Scalars> scalars;
-  scalars.reserve(rows.size());
-  for (const ScalarRow& row : rows) scalars.push_back(Scalars::from_row(row.data()));
+  scalars.reserve(sets.size());
+  for (const ScalarSet& set : sets) scalars.push_back(Scalars::from_set(set.data()));
   return scalars;
 }
 
@@ -66,53 +66,57 @@ py::dict build_info() {
   return info;
 }
 
-// Step data for a kernel that takes doubles (Triton): gradient addresses, keys of random bits, rows, scalars; their
-// offsets and the size. Each begins on a 16-byte boundary: Triton compiles another kernel for every combination of
-// arguments that do.
-std::array<std::size_t, 5> step_layout(std::size_t tensors, std::size_t rows) {
+// Step data for a kernel that takes doubles (Triton): gradient addresses, keys of random bits, indices of scalars,
+// scalars; their offsets and the size. Each begins on a 16-byte boundary: Triton compiles another kernel for every
+// combination of arguments that do.
+std::array<std::size_t, 5> step_layout(std::size_t tensors, std::size_t scalar_sets) {
   const auto aligned = [](std::size_t bytes) { return (bytes + 15) / 16 * 16; };
   const std::size_t rng_keys_at = aligned(tensors * sizeof(void*));
-  const std::size_t rows_at = aligned(rng_keys_at + tensors * sizeof(RngKey));
-  const std::size_t scalars_at = aligned(rows_at + tensors * sizeof(uint32_t));
-  return {0, rng_keys_at, rows_at, scalars_at, scalars_at + rows * sizeof(ScalarRow)};
+  const std::size_t scalar_indices_at = aligned(rng_keys_at + tensors * sizeof(RngKey));
+  const std::size_t scalars_at = aligned(scalar_indices_at + tensors * sizeof(uint32_t));
+  return {0, rng_keys_at, scalar_indices_at, scalars_at, scalars_at + scalar_sets * sizeof(ScalarSet)};
 }
 
-void write_step(const HostTable& table, const std::vector<ScalarRow>& rows, uintptr_t address) {
-  const auto [grads_at, rng_keys_at, rows_at, scalars_at, size] = step_layout(table.size(), rows.size());
+void write_step(const HostTable& table, const std::vector<ScalarSet>& sets, uintptr_t address) {
+  const auto [grads_at, rng_keys_at, scalar_indices_at, scalars_at, size] = step_layout(table.size(), sets.size());
   std::memcpy(pointer<char>(address + grads_at), table.grads().data(), table.size() * sizeof(void*));
   std::memcpy(pointer<char>(address + rng_keys_at), table.rng_keys().data(), table.rng_keys().size() * sizeof(RngKey));
-  std::memcpy(pointer<char>(address + rows_at), table.rows().data(), table.size() * sizeof(uint32_t));
-  std::memcpy(pointer<char>(address + scalars_at), rows.data(), size - scalars_at);
+  std::memcpy(pointer<char>(address + scalar_indices_at), table.scalar_indices().data(),
+              table.size() * sizeof(uint32_t));
+  std::memcpy(pointer<char>(address + scalars_at), sets.data(), size - scalars_at);
 }
 
 #if defined(SIGNADAM_CUDA)
-cuda::StepLayout cuda_layout(const HostTable& table, std::size_t rows) {
-  return cuda::StepLayout::of(rows, table.size(), table.rng_keys().size());
+cuda::StepLayout cuda_layout(const HostTable& table, std::size_t scalar_sets) {
+  return cuda::StepLayout::of(scalar_sets, table.size(), table.rng_keys().size());
 }
 
-std::size_t cuda_step_bytes(const HostTable& table, std::size_t rows) { return cuda_layout(table, rows).size; }
+std::size_t cuda_step_bytes(const HostTable& table, std::size_t scalar_sets) {
+  return cuda_layout(table, scalar_sets).size;
+}
 
 // Writes the step data of a CUDA kernel to host memory of `cuda_step_bytes()`.
-void write_cuda_step(const HostTable& table, const std::vector<ScalarRow>& rows, uintptr_t address) {
-  const auto scalars = to_scalars(rows);
-  const auto layout = cuda_layout(table, rows.size());
+void write_cuda_step(const HostTable& table, const std::vector<ScalarSet>& sets, uintptr_t address) {
+  const auto scalars = to_scalars(sets);
+  const auto layout = cuda_layout(table, sets.size());
   std::memcpy(pointer<char>(address + layout.scalars), scalars.data(), scalars.size() * sizeof(Scalars));
   std::memcpy(pointer<char>(address + layout.grads), table.grads().data(), table.size() * sizeof(void*));
   std::memcpy(pointer<char>(address + layout.rng_keys), table.rng_keys().data(),
               table.rng_keys().size() * sizeof(RngKey));
-  std::memcpy(pointer<char>(address + layout.rows), table.rows().data(), table.size() * sizeof(uint32_t));
+  std::memcpy(pointer<char>(address + layout.scalar_indices), table.scalar_indices().data(),
+              table.size() * sizeof(uint32_t));
 }
 
 // `device_step`: where the stream finds what `write_cuda_step` wrote; 0: it travels in the kernel's parameters.
 void launch_cuda(const HostTable& table, int rule_index, ThresholdPass threshold_pass,
-                 const std::vector<ScalarRow>& rows, uintptr_t device_table, uintptr_t sums, uintptr_t arrivals,
+                 const std::vector<ScalarSet>& sets, uintptr_t device_table, uintptr_t sums, uintptr_t arrivals,
                  uintptr_t chunk_statistics, uintptr_t device_step, int device, uintptr_t stream) {
   const auto rule = static_cast<RuleIndex>(rule_index);
-  const auto layout = cuda_layout(table, rows.size());
+  const auto layout = cuda_layout(table, sets.size());
   std::vector<unsigned char> own;
   if (device_step == 0) {
     own.resize(layout.size);
-    write_cuda_step(table, rows, reinterpret_cast<uintptr_t>(own.data()));
+    write_cuda_step(table, sets, reinterpret_cast<uintptr_t>(own.data()));
   }
   const auto* entries = pointer<const TensorEntry>(device_table);
   const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
@@ -141,7 +145,7 @@ PYBIND11_MODULE(_C, m) {
     try {
       if (thrown) std::rethrow_exception(thrown);
     } catch (const BadStepCount& bad) {
-      const py::tuple arguments = py::make_tuple(bad.slot, bad.count);
+      const py::tuple arguments = py::make_tuple(bad.index, bad.count);
       PyErr_SetObject(PyExc_ValueError, arguments.ptr());
     }
   });
@@ -165,11 +169,11 @@ PYBIND11_MODULE(_C, m) {
   SIGNADAM_FORMATS(SIGNADAM_APPEND)
 #undef SIGNADAM_APPEND
   m.attr("FORMATS") = formats;
-  py::dict weights;
-#define SIGNADAM_APPEND(name) weights[#name] = static_cast<int>(Weights::name);
-  SIGNADAM_WEIGHTS(SIGNADAM_APPEND)
+  py::dict storages;
+#define SIGNADAM_APPEND(name) storages[#name] = static_cast<int>(ParamStorage::name);
+  SIGNADAM_PARAM_STORAGES(SIGNADAM_APPEND)
 #undef SIGNADAM_APPEND
-  m.attr("WEIGHTS") = weights;
+  m.attr("PARAM_STORAGES") = storages;
   py::list chunk_statistics;
 #define SIGNADAM_APPEND(name) chunk_statistics.append(#name);
   SIGNADAM_CHUNK_STATISTICS(SIGNADAM_APPEND)
@@ -180,7 +184,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ROWS") = row_count;
   m.attr("CHUNK_SIZE") = chunk_size;
   m.def("advise_huge_pages", &cpu::advise_huge_pages, py::arg("address"), py::arg("size"));
-  m.def("step_layout", &step_layout, py::arg("tensors"), py::arg("rows"));
+  m.def("step_layout", &step_layout, py::arg("tensors"), py::arg("scalar_sets"));
 
   py::class_<TorchShim>(m, "TorchShim")
       .def(py::init<const char*, const py::object&, const py::list&>(), py::arg("library"), py::arg("tensor_type"),
@@ -188,17 +192,17 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("recognises", [](const TorchShim& shim) { return shim.objects().recognises(); })
       .def_property_readonly("counts_versions", [](const TorchShim& shim) { return shim.objects().counts_versions(); });
 
-  py::class_<Reader>(m, "Reader")
+  py::class_<GradientReader>(m, "GradientReader")
       .def(py::init<const TorchShim*>(), py::keep_alive<1, 2>())
-      .def("watch", &Reader::watch, py::arg("group"), py::arg("param"), py::arg("grad_strides"), py::arg("grad_like"),
-           py::arg("state"))
-      .def("read", &Reader::read, py::arg("param_groups"), py::arg("state"))
-      .def("unchanged", &Reader::unchanged)
-      .def("replace", &Reader::replace, py::arg("slot"), py::arg("address"))
-      .def("present", &Reader::present)
-      .def("held", &Reader::held, py::arg("slot"))
-      .def("release", &Reader::release)
-      .def("addresses", [](const Reader& reader) {
+      .def("watch", &GradientReader::watch, py::arg("group"), py::arg("param"), py::arg("grad_strides"),
+           py::arg("grad_like"), py::arg("state"))
+      .def("read", &GradientReader::read, py::arg("param_groups"), py::arg("state"))
+      .def("unchanged", &GradientReader::unchanged)
+      .def("replace", &GradientReader::replace, py::arg("index"), py::arg("address"))
+      .def("present", &GradientReader::present)
+      .def("held", &GradientReader::held, py::arg("index"))
+      .def("release", &GradientReader::release)
+      .def("addresses", [](const GradientReader& reader) {
         std::vector<uintptr_t> addresses;
         for (void* grad : reader.grads()) addresses.push_back(reinterpret_cast<uintptr_t>(grad));
         return addresses;
@@ -209,29 +213,31 @@ PYBIND11_MODULE(_C, m) {
         py::arg("increment_version"), py::arg("guards"));
 
   py::class_<HostTable>(m, "Table")
-      .def(py::init<bool>(), py::arg("rows_by_step"))
+      .def(py::init<bool>(), py::arg("scalars_by_step"))
       .def(
           "add",
-          [](HostTable& table, uintptr_t param, uintptr_t low, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t aux,
-             uintptr_t threshold_state, uintptr_t step, bool step_is_double, int64_t numel, int64_t first,
-             int param_format, int grad_format, int exp_avg_format, int exp_avg_sq_format, int aux_format, int weights,
-             uint32_t group, std::size_t slot, uint64_t seed, uint32_t number) {
+          [](HostTable& table, uintptr_t param, uintptr_t residual, uintptr_t exp_avg, uintptr_t exp_avg_sq,
+             uintptr_t aux, uintptr_t threshold_state, uintptr_t step, bool step_is_double, int64_t numel,
+             int64_t shard_offset, int param_format, int grad_format, int exp_avg_format, int exp_avg_sq_format,
+             int aux_format, int param_storage, uint32_t group, std::size_t index, uint64_t seed, uint32_t param_id) {
             const auto format = [](int number) { return static_cast<Format>(number); };
-            const Formats formats{format(param_format),      format(grad_format), format(exp_avg_format),
-                                  format(exp_avg_sq_format), format(aux_format),  static_cast<Weights>(weights)};
+            const Formats formats{format(param_format),   format(grad_format),
+                                  format(exp_avg_format), format(exp_avg_sq_format),
+                                  format(aux_format),     static_cast<ParamStorage>(param_storage)};
             // Packed codes are read and written by whole pieces, which must begin where they do.
             const uint8_t head = formats.packed() ? 0 : head_of(pointer<void>(param), formats.param);
-            table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(aux),
-                       pointer<double>(threshold_state), numel, 0, formats, head, pointer<void>(low), first},
-                      {pointer<void>(step), step_is_double}, group, slot, seed, number);
+            table.add(
+                {pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(aux),
+                 pointer<double>(threshold_state), numel, 0, formats, head, pointer<void>(residual), shard_offset},
+                {pointer<void>(step), step_is_double}, group, index, seed, param_id);
           },
-          py::kw_only(), py::arg("param"), py::arg("low"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("aux"),
-          py::arg("threshold_state"), py::arg("step"), py::arg("step_is_double"), py::arg("numel"), py::arg("first"),
-          py::arg("param_format"), py::arg("grad_format"), py::arg("exp_avg_format"), py::arg("exp_avg_sq_format"),
-          py::arg("aux_format"), py::arg("weights"), py::arg("group"), py::arg("slot"), py::arg("seed"),
-          py::arg("number"))
+          py::kw_only(), py::arg("param"), py::arg("residual"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+          py::arg("aux"), py::arg("threshold_state"), py::arg("step"), py::arg("step_is_double"), py::arg("numel"),
+          py::arg("shard_offset"), py::arg("param_format"), py::arg("grad_format"), py::arg("exp_avg_format"),
+          py::arg("exp_avg_sq_format"), py::arg("aux_format"), py::arg("param_storage"), py::arg("group"),
+          py::arg("index"), py::arg("seed"), py::arg("param_id"))
       .def("finish", &HostTable::finish, py::arg("sums"))
-      .def("begin", [](HostTable& table, const Reader& reader) { return table.begin(reader.grads()); })
+      .def("begin", [](HostTable& table, const GradientReader& reader) { return table.begin(reader.grads()); })
       .def("begin",
            [](HostTable& table, const std::vector<uintptr_t>& addresses) {
              std::vector<void*> grads;
@@ -245,7 +251,7 @@ PYBIND11_MODULE(_C, m) {
              for (const void* grad : table.grads()) present.push_back(grad != nullptr);
              return present;
            })
-      .def("rows", &HostTable::rows)
+      .def("scalar_indices", &HostTable::scalar_indices)
       .def("__len__", &HostTable::size)
       .def_property_readonly("chunks", &HostTable::chunks)
       .def("chunk_bytes", [](const HostTable& table) { return bytes_of(table.tensor_of_chunk()); })
@@ -253,7 +259,7 @@ PYBIND11_MODULE(_C, m) {
            [](const HostTable& table) { return bytes_of(table.tensors()) + bytes_of(table.tensor_of_chunk()); })
       .def("write_step", &write_step, py::arg("scalars"), py::arg("address"))
 #if defined(SIGNADAM_CUDA)
-      .def("cuda_step_bytes", &cuda_step_bytes, py::arg("rows"))
+      .def("cuda_step_bytes", &cuda_step_bytes, py::arg("scalar_sets"))
       .def("write_cuda_step", &write_cuda_step, py::arg("scalars"), py::arg("address"))
       .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("threshold_pass"), py::arg("scalars"), py::kw_only(),
            py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("chunk_statistics"),
@@ -261,10 +267,10 @@ PYBIND11_MODULE(_C, m) {
 #endif
       .def(
           "cpu_launch",
-          [](HostTable& table, int rule, ThresholdPass threshold_pass, const std::vector<ScalarRow>& rows, int threads,
+          [](HostTable& table, int rule, ThresholdPass threshold_pass, const std::vector<ScalarSet>& sets, int threads,
              uintptr_t chunk_statistics) {
             return CpuLaunch{&table,         static_cast<RuleIndex>(rule),
-                             threshold_pass, to_scalars(rows),
+                             threshold_pass, to_scalars(sets),
                              threads,        pointer<ChunkStatistics>(chunk_statistics)};
           },
           py::keep_alive<0, 1>(), py::arg("rule"), py::arg("threshold_pass"), py::arg("scalars"), py::arg("threads"),

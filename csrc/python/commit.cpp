@@ -99,8 +99,9 @@ void commit(const py::list& operations, const py::list& tables, const py::list& 
   Insistent insist;
   for (const auto& state : states) put_state(state.cast<py::tuple>(), insist);
   // Raw writes go unnoticed by autograd until the version counters say so.
-  if (py::isinstance<Reader>(written))
-    written.cast<const Reader&>().increment_versions([&](const py::object& param) { count(param, increment_version); });
+  if (py::isinstance<GradientReader>(written))
+    written.cast<const GradientReader&>().increment_versions(
+        [&](const py::object& param) { count(param, increment_version); });
   else
     for (const auto& param : written.cast<py::list>()) count(param, increment_version);
   insist.rethrow();

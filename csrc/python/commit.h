@@ -28,10 +28,9 @@ struct CpuLaunch {
 // `operations`: in order, each a CpuLaunch, or a tuple of one of torch's builtin functions and its arguments.
 // `tables`: those whose tensors count the step.
 // `states`: (optimizer's state, parameter, the parameter's state or None, entries to put in, names to take out).
-// `written`: the parameters that are written, as a list or in a Reader; where their versions are not counted here,
-// `increment_version`, torch's builtin, does it.
-// `guards`: context managers of torch's that keep its builtins from running Python code.
-// Throws what the first operation throws; after that nothing fails.
+// `written`: the parameters that are written, as a list or in a GradientReader; where their versions are not counted
+// here, `increment_version`, torch's builtin, does it. `guards`: context managers of torch's that keep its builtins
+// from running Python code. Throws what the first operation throws; after that nothing fails.
 void commit(const py::list& operations, const py::list& tables, const py::list& states, const py::object& written,
             const py::object& increment_version, const py::list& guards);
 

@@ -71,7 +71,7 @@ constexpr std::size_t ahead = 8;
 
 void* empty_tensor() { return &empty_storage; }
 
-Reader::Reader(const TorchShim* torch) : torch_(torch) {
+GradientReader::GradientReader(const TorchShim* torch) : torch_(torch) {
   const py::object grad = py::module_::import("torch").attr("Tensor").attr("grad");
   if (Py_TYPE(grad.ptr()) == &PyGetSetDescr_Type) {
     grad_descriptor_ = grad.ptr();  // lives as long as torch
@@ -79,7 +79,7 @@ Reader::Reader(const TorchShim* torch) : torch_(torch) {
   }
 }
 
-Reader::Noted Reader::note(const py::object& tensor) {
+GradientReader::Noted GradientReader::note(const py::object& tensor) {
   TensorView view;
   if (!torch_->look(tensor.ptr(), view)) throw std::invalid_argument("torch does not describe this tensor");
   const auto element_size = tensor.attr("element_size")().cast<int64_t>();
@@ -91,8 +91,8 @@ Reader::Noted Reader::note(const py::object& tensor) {
       layout,       {}};
 }
 
-void Reader::watch(std::size_t group, const py::object& param, const py::tuple& grad_strides,
-                   const py::object& grad_like, const py::tuple& state) {
+void GradientReader::watch(std::size_t group, const py::object& param, const py::tuple& grad_strides,
+                           const py::object& grad_like, const py::tuple& state) {
   Parameter parameter{};
   parameter.group = group;
   parameter.known = !param.is_none();
@@ -122,7 +122,7 @@ void Reader::watch(std::size_t group, const py::object& param, const py::tuple& 
   grads_.push_back(nullptr);
 }
 
-bool Reader::same(PyObject* object, Noted& noted) {
+bool GradientReader::same(PyObject* object, Noted& noted) {
   if (torch_->follows(object, noted.trace)) return true;
   TensorView now;
   const bool is_same = torch_->look(object, now) && now.address == noted.address && now.dtype == noted.dtype &&
@@ -137,7 +137,7 @@ bool Reader::same(PyObject* object, Noted& noted) {
   return is_same;
 }
 
-bool Reader::usable(PyObject* grad, Parameter& parameter) {
+bool GradientReader::usable(PyObject* grad, Parameter& parameter) {
   if (torch_->follows(grad, parameter.grad_trace)) return true;
   TensorView now;
   if (!torch_->is_strided(grad) || !torch_->look(grad, now)) return false;
@@ -158,7 +158,7 @@ bool Reader::usable(PyObject* grad, Parameter& parameter) {
 }
 
 // param.grad, straight through torch's getter unless a subclass has one of its own. A new reference, or null.
-PyObject* Reader::get_grad(PyObject* param) {
+PyObject* GradientReader::get_grad(PyObject* param) {
   static PyObject* const grad_name = name("grad");
   PyTypeObject* const type = Py_TYPE(param);
   if (reinterpret_cast<PyObject*>(type) != plain_type_.ptr() || type->tp_version_tag != plain_version_) {
@@ -171,7 +171,7 @@ PyObject* Reader::get_grad(PyObject* param) {
 }
 
 // Takes the parameters that groups hold now; false where they are not as many, or not in the groups that were noted.
-bool Reader::find_parameters(const py::object& param_groups) {
+bool GradientReader::find_parameters(const py::object& param_groups) {
   static PyObject* const params_name = name("params");
   std::size_t index = 0, group_index = 0;
   const auto groups = py::reinterpret_steal<py::object>(PySequence_Fast(param_groups.ptr(), "param_groups"));
@@ -193,7 +193,7 @@ bool Reader::find_parameters(const py::object& param_groups) {
 }
 
 // Finds each parameter's state without hashing a tensor, which would run Python code.
-bool Reader::find_states(PyObject* state) {
+bool GradientReader::find_states(PyObject* state) {
   if (!PyDict_Check(state)) return false;
   states_.assign(parameters_.size(), nullptr);
   const std::size_t count = parameters_.size();
@@ -201,23 +201,23 @@ bool Reader::find_states(PyObject* state) {
   PyObject *key, *value;
   Py_ssize_t position = 0;
   for (; PyDict_Next(state, &position, &key, &value); ++place) {
-    if (place == slot_at_.size()) slot_at_.push_back(cursor);
-    std::size_t slot = slot_at_[place];
-    if (slot >= count || params_[slot].ptr() != key) {
+    if (place == index_at_.size()) index_at_.push_back(cursor);
+    std::size_t index = index_at_[place];
+    if (index >= count || params_[index].ptr() != key) {
       // State is normally made in the order of parameters, so the search finds its place at once.
       std::size_t tried = 0;
       for (; tried < count && params_[cursor].ptr() != key; ++tried) cursor = cursor + 1 == count ? 0 : cursor + 1;
       if (tried == count) continue;  // a parameter of no group
-      slot_at_[place] = slot = cursor;
+      index_at_[place] = index = cursor;
     }
-    cursor = slot + 1 == count ? 0 : slot + 1;
-    states_[slot] = value;
+    cursor = index + 1 == count ? 0 : index + 1;
+    states_[index] = value;
   }
   return true;
 }
 
 // The entry of that name, or null; its position is noted where the key is the same object.
-PyObject* Reader::find(PyObject* own, StateEntry& entry) {
+PyObject* GradientReader::find(PyObject* own, StateEntry& entry) {
   PyObject *key, *value;
   Py_ssize_t position = 0;
   for (Py_ssize_t before = 0; PyDict_Next(own, &position, &key, &value) != 0; before = position)
@@ -232,7 +232,7 @@ PyObject* Reader::find(PyObject* own, StateEntry& entry) {
 
 // A number that no other dictionary has had, and this one only for as long as it has not changed; 0 where Python does
 // not tell.
-uint64_t Reader::version_of(PyObject* dict) {
+uint64_t GradientReader::version_of(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030C0000
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
 #else
@@ -242,7 +242,7 @@ uint64_t Reader::version_of(PyObject* dict) {
 }
 
 // Whether a parameter's state is as it was noted; from here on it is owned.
-bool Reader::take_state(Parameter& parameter, PyObject* own) {
+bool GradientReader::take_state(Parameter& parameter, PyObject* own) {
   if (parameter.first_entry == parameter.end_entry) return true;
   if (own == nullptr || !PyDict_Check(own)) return false;
   const uint64_t version = version_of(own);
@@ -267,7 +267,7 @@ bool Reader::take_state(Parameter& parameter, PyObject* own) {
   return true;
 }
 
-void Reader::take_gradients() {
+void GradientReader::take_gradients() {
   grad_objects_.resize(parameters_.size());
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     if (i + ahead < parameters_.size()) {
@@ -284,7 +284,7 @@ void Reader::take_gradients() {
 }
 
 // What the loop of `read` will look at: most of its time would be spent waiting for it.
-void Reader::prefetch(std::size_t index) const {
+void GradientReader::prefetch(std::size_t index) const {
   const Parameter& parameter = parameters_[index];
   if (!states_.empty()) __builtin_prefetch(states_[index]);
   const TorchObjects& objects = torch_->objects();
@@ -293,7 +293,7 @@ void Reader::prefetch(std::size_t index) const {
   for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e) objects.prefetch(entries_[e].tensor.trace);
 }
 
-py::object Reader::read(const py::object& param_groups, const py::object& state) {
+py::object GradientReader::read(const py::object& param_groups, const py::object& state) {
   release();
   unsure_.clear();
   std::fill(grads_.begin(), grads_.end(), nullptr);
@@ -304,7 +304,7 @@ py::object Reader::read(const py::object& param_groups, const py::object& state)
     if (!find_states(state.ptr())) return py::none();
     state_tensors_.resize(entries_.size());
   }
-  std::vector<std::size_t> odd;
+  std::vector<std::size_t> needs_copy;
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     if (i + ahead < parameters_.size()) prefetch(i + ahead);
     if (!grad_objects_[i]) continue;
@@ -312,7 +312,7 @@ py::object Reader::read(const py::object& param_groups, const py::object& state)
     if (!parameter.known || !same(params_[i].ptr(), parameter.param)) return py::none();
     if (has_state && !take_state(parameter, states_[i])) return py::none();
     if (!usable(grad_objects_[i].ptr(), parameter)) {
-      odd.push_back(i);
+      needs_copy.push_back(i);
       continue;
     }
     grads_[i] = address_of(parameter);
@@ -328,15 +328,15 @@ py::object Reader::read(const py::object& param_groups, const py::object& state)
       if (grads_[i] != nullptr && is_any(grad_objects_[i])) {
         parameters_[i].grad_trace = {};
         grads_[i] = nullptr;
-        odd.push_back(i);
+        needs_copy.push_back(i);
       }
   }
-  py::list slots;
-  for (const std::size_t i : odd) slots.append(i);
-  return std::move(slots);
+  py::list indices;
+  for (const std::size_t i : needs_copy) indices.append(i);
+  return std::move(indices);
 }
 
-bool Reader::unchanged() {
+bool GradientReader::unchanged() {
   for (std::size_t i = 0; i < params_.size(); ++i) {
     if (!grad_objects_[i]) continue;
     Parameter& parameter = parameters_[i];
@@ -352,17 +352,17 @@ bool Reader::unchanged() {
   return true;
 }
 
-void Reader::release() {
+void GradientReader::release() {
   drop(params_);
   drop(grad_objects_);
   drop(state_tensors_);
 }
 
-std::size_t Reader::present() const {
+std::size_t GradientReader::present() const {
   return static_cast<std::size_t>(std::count_if(grads_.begin(), grads_.end(), [](void* g) { return g != nullptr; }));
 }
 
-py::tuple Reader::held(std::size_t index) const {
+py::tuple GradientReader::held(std::size_t index) const {
   const Parameter& parameter = parameters_.at(index);
   py::list held;
   held.append(params_.at(index));

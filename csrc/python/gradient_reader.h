@@ -17,9 +17,9 @@ void* empty_tensor();
 
 // Between two steps it owns no tensor: a step compares what groups and state hold now with what was noted when the plan
 // was made. From `read` to `release` it owns all that the step uses.
-class Reader {
+class GradientReader {
  public:
-  explicit Reader(const TorchShim* torch);
+  explicit GradientReader(const TorchShim* torch);
 
   // One per parameter, in the plan's order.
   // `param`: the tensor, or None where the plan knows no gradient and no state of it.
@@ -130,9 +130,9 @@ class Reader {
   std::vector<void*> grads_;
   // What is owned during a step, by parameter, and by state entry.
   std::vector<py::object> params_, grad_objects_, state_tensors_;
-  std::vector<PyObject*> states_;     // borrowed, while `read` runs no Python code
-  std::vector<PyObject*> unsure_;     // borrowed from what is owned
-  std::vector<std::size_t> slot_at_;  // by position in the optimizer's state, the parameter that was there last time
+  std::vector<PyObject*> states_;      // borrowed, while `read` runs no Python code
+  std::vector<PyObject*> unsure_;      // borrowed from what is owned
+  std::vector<std::size_t> index_at_;  // by position in the optimizer's state, the parameter that was there last time
 };
 
 }  // namespace signadam

@@ -9,8 +9,8 @@
 
 namespace signadam {
 
-void HostTable::add(const TensorEntry& entry, StepCount step, uint32_t group, std::size_t slot, uint64_t seed,
-                    uint32_t number) {
+void HostTable::add(const TensorEntry& entry, StepCount step, uint32_t group, std::size_t index, uint64_t seed,
+                    uint32_t param_id) {
   const int64_t chunks = chunks_of(entry.numel);
   const int64_t first = chunks_;
   if (first + chunks > std::numeric_limits<int32_t>::max())
@@ -20,15 +20,15 @@ void HostTable::add(const TensorEntry& entry, StepCount step, uint32_t group, st
   chunks_ += static_cast<uint32_t>(chunks);
   steps_.push_back(step);
   groups_.push_back(group);
-  slots_.push_back(slot);
-  seeds_.emplace_back(seed, number);
+  indices_.push_back(index);
+  seeds_.emplace_back(seed, param_id);
   plain_ = plain_ && entry.plain();
 }
 
 void HostTable::finish(bool sums) {
   grads_.assign(tensors_.size(), nullptr);
-  rows_.assign(tensors_.size(), 0);
-  if (!plain_) noise_.assign(tensors_.size(), RngKey{0, 0});
+  scalar_indices_.assign(tensors_.size(), 0);
+  if (!plain_) rng_keys_.assign(tensors_.size(), RngKey{0, 0});
   if (sums) {
     sums_.resize(chunks_);
     lanes_.resize(lane_count);
@@ -38,7 +38,7 @@ void HostTable::finish(bool sums) {
   tensors_.shrink_to_fit();
   steps_.shrink_to_fit();
   groups_.shrink_to_fit();
-  slots_.shrink_to_fit();
+  indices_.shrink_to_fit();
   seeds_.shrink_to_fit();
   units_.shrink_to_fit();
 }
@@ -53,30 +53,30 @@ std::vector<uint32_t> HostTable::tensor_of_chunk() const {
 }
 
 std::vector<std::pair<uint32_t, int64_t>> HostTable::begin(const std::vector<void*>& grads) {
-  using Row = std::pair<uint32_t, int64_t>;
-  std::vector<Row> rows;
-  std::map<Row, uint32_t> row_of;
-  uint32_t latest = 0;  // neighbours mostly share a row
+  using ScalarSet = std::pair<uint32_t, int64_t>;
+  std::vector<ScalarSet> sets;
+  std::map<ScalarSet, uint32_t> index_of;
+  uint32_t latest = 0;  // neighbours mostly share a set
   for (std::size_t i = 0; i < tensors_.size(); ++i) {
-    grads_[i] = grads.at(slots_[i]);
+    grads_[i] = grads.at(indices_[i]);
     if (grads_[i] == nullptr) continue;
     int64_t t = 0;
     if (steps_[i].address != nullptr) {
       const double count = steps_[i].value();
       if (!(count >= 0 && count < steps_[i].limit() && count == std::floor(count)))
-        throw BadStepCount{slots_[i], count};
+        throw BadStepCount{indices_[i], count};
       t = static_cast<int64_t>(count) + 1;
     }
-    if (!plain_) noise_[i] = RngKey::of(seeds_[i].first, seeds_[i].second, static_cast<uint64_t>(t));
-    const Row row{groups_[i], rows_by_step_ ? t : 0};
-    if (rows.empty() || rows[latest] != row) {
-      const auto [found, added] = row_of.try_emplace(row, static_cast<uint32_t>(rows.size()));
-      if (added) rows.push_back(row);
+    if (!plain_) rng_keys_[i] = RngKey::of(seeds_[i].first, seeds_[i].second, static_cast<uint64_t>(t));
+    const ScalarSet set{groups_[i], scalars_by_step_ ? t : 0};
+    if (sets.empty() || sets[latest] != set) {
+      const auto [found, added] = index_of.try_emplace(set, static_cast<uint32_t>(sets.size()));
+      if (added) sets.push_back(set);
       latest = found->second;
     }
-    rows_[i] = latest;
+    scalar_indices_[i] = latest;
   }
-  return rows;
+  return sets;
 }
 
 void HostTable::commit() {
@@ -87,8 +87,8 @@ void HostTable::commit() {
 void HostTable::run_cpu(RuleIndex rule, ThresholdPass threshold_pass, const std::vector<Scalars>& scalars, int threads,
                         ChunkStatistics* chunk_statistics) {
   cpu::run(rule, threshold_pass, view(chunk_statistics), static_cast<uint32_t>(tensors_.size()),
-           {grads_.data(), plain_ ? nullptr : noise_.data(), rows_.data(), scalars.data()}, units_, threads,
-           lanes_.data());
+           {grads_.data(), plain_ ? nullptr : rng_keys_.data(), scalar_indices_.data(), scalars.data()}, units_,
+           threads, lanes_.data());
 }
 
 }  // namespace signadam

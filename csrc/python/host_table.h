@@ -28,24 +28,25 @@ struct StepCount {
 
 // A step count that no training reaches, or that the next step would not change.
 struct BadStepCount {
-  std::size_t slot;
+  std::size_t index;
   double count;
 };
 
 class HostTable {
  public:
-  // A row of scalars per (group, t) when `rows_by_step`, otherwise per group.
-  explicit HostTable(bool rows_by_step) : rows_by_step_(rows_by_step) {}
+  // A set of scalars per (group, t) when `scalars_by_step`, otherwise per group.
+  explicit HostTable(bool scalars_by_step) : scalars_by_step_(scalars_by_step) {}
 
-  // `slot`: the index of the tensor's gradient in what `begin` gets. `step`: its step count. `seed`, `number`: with the
-  // step, what the tensor's random bits are made of.
-  void add(const TensorEntry& entry, StepCount step, uint32_t group, std::size_t slot, uint64_t seed, uint32_t number);
+  // `index`: of the tensor's gradient in what `begin` gets. `step`: its step count. `seed`, `param_id`: with the step,
+  // what the tensor's random bits are made of.
+  void add(const TensorEntry& entry, StepCount step, uint32_t group, std::size_t index, uint64_t seed,
+           uint32_t param_id);
 
   // Chunks are numbered here; nothing may be added afterwards. `sums`: allocate what sums over gradients need on the
   // host.
   void finish(bool sums);
 
-  // Takes this step's gradients and returns the rows of scalars it needs, each (group, t).
+  // Takes this step's gradients and returns the sets of scalars it needs, each (group, t).
   // Throws BadStepCount; nothing of a tensor has been written then.
   std::vector<std::pair<uint32_t, int64_t>> begin(const std::vector<void*>& grads);
 
@@ -57,9 +58,9 @@ class HostTable {
   const std::vector<TensorEntry>& tensors() const { return tensors_; }
   std::vector<uint32_t> tensor_of_chunk() const;  // for a device; 4 bytes for every 16384 elements are not kept here
   const std::vector<const void*>& grads() const { return grads_; }
-  const std::vector<RngKey>& rng_keys() const { return noise_; }  // empty when all tensors are plain
+  const std::vector<RngKey>& rng_keys() const { return rng_keys_; }  // empty when all tensors are plain
   Storage storage() const { return plain_ ? Storage::plain : Storage::any; }
-  const std::vector<uint32_t>& rows() const { return rows_; }
+  const std::vector<uint32_t>& scalar_indices() const { return scalar_indices_; }
 
   void run_cpu(RuleIndex rule, ThresholdPass threshold_pass, const std::vector<Scalars>& scalars, int threads,
                ChunkStatistics* chunk_statistics);
@@ -69,18 +70,18 @@ class HostTable {
     return {tensors_.data(), nullptr, sums_.data(), nullptr, chunk_statistics};
   }
 
-  bool rows_by_step_;
+  bool scalars_by_step_;
   std::vector<TensorEntry> tensors_;
   std::vector<StepCount> steps_;
   std::vector<uint32_t> groups_;
-  std::vector<std::size_t> slots_;
+  std::vector<std::size_t> indices_;
   std::vector<uint32_t> units_;
   uint32_t chunks_ = 0;
   std::vector<std::pair<uint64_t, uint32_t>> seeds_;
   std::vector<const void*> grads_;
-  std::vector<RngKey> noise_;
+  std::vector<RngKey> rng_keys_;
   bool plain_ = true;
-  std::vector<uint32_t> rows_;
+  std::vector<uint32_t> scalar_indices_;
   std::vector<Sums> sums_;
   std::vector<Sums> lanes_;  // room to add a tensor's chunks in: a step allocates nothing once it has begun to write
 };

@@ -3,7 +3,7 @@
 Each is a module with one class; :func:`choose` finds the one for a device.
 """
 
-from .base import Backend, DeviceLaunch, HostLaunch, Launch, Row, StreamedLaunch, commit
+from .base import Backend, DeviceLaunch, HostLaunch, Launch, ScalarSet, StreamedLaunch, commit
 from .bucket import Bucket, Entry
 from .registry import PREFERENCE, check_usable, choose, get
 
@@ -15,7 +15,7 @@ __all__ = [
     "Entry",
     "HostLaunch",
     "Launch",
-    "Row",
+    "ScalarSet",
     "StreamedLaunch",
     "check_usable",
     "choose",

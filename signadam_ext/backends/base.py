@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 _C = load()
 
-Row = tuple[float, ...]
-#: Updates a bucket on a device whose table has begun a step, given one row of scalars per row of the table.
-DeviceLaunch = Callable[[Sequence[Row]], None]
+ScalarSet = tuple[float, ...]
+#: Updates a bucket on a device whose table has begun a step, given the sets of scalars that its tensors name by index.
+DeviceLaunch = Callable[[Sequence[ScalarSet]], None]
 
 
 class HostLaunch:
     """A launch whose writes are operations of one commit, so that a step is taken as a whole or not at all."""
 
-    def operations(self, rows: Sequence[Row]) -> list[Any]:
+    def operations(self, scalar_sets: Sequence[ScalarSet]) -> list[Any]:
         """What :func:`commit` is to do for a bucket whose table has begun a step. Nothing has been written before."""
         raise NotImplementedError
 
-    def __call__(self, rows: Sequence[Row]) -> None:
-        commit(self.operations(rows))
+    def __call__(self, scalar_sets: Sequence[ScalarSet]) -> None:
+        commit(self.operations(scalar_sets))
 
 
 Launch = DeviceLaunch | HostLaunch
@@ -69,7 +69,7 @@ class StreamedLaunch(Protocol):
     """A launch whose kernels run on a stream of their device, after it has returned."""
 
     def wait(self) -> None: ...
-    def __call__(self, rows: Sequence[Row]) -> None: ...
+    def __call__(self, scalar_sets: Sequence[ScalarSet]) -> None: ...
 
 
 class Backend(Protocol):
@@ -82,4 +82,4 @@ class Backend(Protocol):
         """Why tensors on ``device`` (None: any) cannot be served here, or None when they can."""
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
-        """Whatever can be done before the first step; ``grad`` gives a slot's gradient to those who need the tensor."""
+        """Whatever can be done before the first step; ``grad`` gives the tensor of a gradient, by ``Entry.index``."""

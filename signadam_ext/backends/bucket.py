@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.formats import DTYPE_FORMATS, WEIGHTS, Format
+from ..core.formats import DTYPE_FORMATS, PARAM_STORAGES, Format
 from ..core.native import load
 from ..core.rule import Rule
 from ..core.step_statistics import COLUMNS
@@ -24,20 +24,20 @@ class Entry:
     """One parameter that takes part, and its state.
 
     Attributes:
-        slot: index of the parameter in the plan, and of its gradient in the reader.
+        index: index of the parameter in the plan, and of its gradient in the reader.
         param: the parameter itself, during a step.
         dense_param: what kernels update: ``param``, or a dense copy when its elements do not fill a run of memory.
         grad_dtype: dtype of its gradient.
         forms, moments: how the moments are stored, and the stored tensors, during a step.
-        weights, residual: how the parameter is stored, and what lies beside it, during a step, or None.
+        param_storage, residual: how the parameter is stored, and what lies beside it, during a step, or None.
         variance: of the gradient, with the strides of ``dense_param``, for a rule that reads it:
             ``param.grad_variance``, or a buffer into which every step copies it; None where there was none yet.
         threshold_state: 0-dim float64 on the parameter's device, what the threshold is made of, during a step, or None.
         step: 0-dim float64 on the CPU, the number of steps taken, during a step; fp32 in the functional forms; None
             where nobody counts.
         group: index of its parameter group.
-        seed, number, first: what its random bits are made of: the seed, the number under which ``state_dict()`` lists
-            the parameter, and the index of the first element in the unsharded tensor.
+        seed, param_id, shard_offset: what its random bits are made of: the seed, the number under which
+            ``state_dict()`` lists the parameter, and the index of the first element in the unsharded tensor.
         image: where the reference computes parameters that share memory, during a step: the place of ``param`` in a
             copy of its storage; None for others.
         numel, strides: of ``dense_param``.
@@ -45,21 +45,21 @@ class Entry:
         variance_address: of ``variance``, or None where it is a buffer of the plan's.
     """
 
-    slot: int
+    index: int
     param: Tensor
     dense_param: Tensor
     grad_dtype: torch.dtype
     forms: tuple[Format, ...]
     moments: tuple[Tensor, ...]
-    weights: str
+    param_storage: str
     residual: Tensor | None
     variance: Tensor | None
     threshold_state: Tensor | None
     step: Tensor | None
     group: int
     seed: int
-    number: int
-    first: int
+    param_id: int
+    shard_offset: int
     image: Tensor | None = None
     numel: int = field(init=False)
     strides: tuple[int, ...] = field(init=False)
@@ -129,13 +129,13 @@ class Bucket:
 
     def __post_init__(self) -> None:
         self.non_dense = [entry for entry in self.entries if not entry.is_dense]
-        self.table = _C.Table(rows_by_step=self.rule.uses_step)
+        self.table = _C.Table(scalars_by_step=self.rule.uses_step)
         for entry in self.entries:
             addresses = [0 if x is None else x.data_ptr() for x in entry.operands()]
             formats = [form.number for form in entry.forms] + [DTYPE_FORMATS[torch.float32]] * 3
             self.table.add(
                 param=entry.dense_param.data_ptr(),
-                low=0 if entry.residual is None else entry.residual.data_ptr(),
+                residual=0 if entry.residual is None else entry.residual.data_ptr(),
                 exp_avg=addresses[0],
                 exp_avg_sq=addresses[1],
                 aux=addresses[2],
@@ -143,17 +143,17 @@ class Bucket:
                 step=0 if entry.step is None else entry.step.data_ptr(),
                 step_is_double=entry.step is None or entry.step.dtype == torch.float64,
                 numel=entry.numel,
-                first=entry.first,
+                shard_offset=entry.shard_offset,
                 param_format=DTYPE_FORMATS[entry.dense_param.dtype],
                 grad_format=DTYPE_FORMATS[entry.grad_dtype],
                 exp_avg_format=formats[0],
                 exp_avg_sq_format=formats[1],
                 aux_format=formats[2],
-                weights=WEIGHTS[entry.weights],
+                param_storage=PARAM_STORAGES[entry.param_storage],
                 group=entry.group,
-                slot=entry.slot,
+                index=entry.index,
                 seed=entry.seed,
-                number=entry.number,
+                param_id=entry.param_id,
             )
         self.table.finish(sums=self.rule.threshold_pass != "NONE")
         if self.observes:

@@ -12,7 +12,7 @@ from ..core.native import load
 from .base import HostLaunch
 
 if TYPE_CHECKING:
-    from .base import Row
+    from .base import ScalarSet
     from .bucket import Bucket
 
 _C = load()
@@ -38,9 +38,11 @@ class CpuBucketLaunch(HostLaunch):
         self._bucket = bucket
         self._chunk_statistics = 0 if bucket.chunk_statistics is None else bucket.chunk_statistics.data_ptr()
 
-    def operations(self, rows: Sequence[Row]) -> list[Any]:
+    def operations(self, scalar_sets: Sequence[ScalarSet]) -> list[Any]:
         threads = torch.get_num_threads()
-        launch = self._bucket.table.cpu_launch(self._rule, self._threshold_pass, rows, threads, self._chunk_statistics)
+        launch = self._bucket.table.cpu_launch(
+            self._rule, self._threshold_pass, scalar_sets, threads, self._chunk_statistics
+        )
         non_dense = self._bucket.present_non_dense()
         if not non_dense:
             return [launch]

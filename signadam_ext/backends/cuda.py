@@ -14,7 +14,7 @@ from ..core.native import load
 from .device import StreamGuarded, StreamLaunch, to_device
 
 if TYPE_CHECKING:
-    from .base import Launch, Row
+    from .base import Launch, ScalarSet
     from .bucket import Bucket
 
 _C = load()
@@ -42,7 +42,7 @@ class CudaBackend:
         threshold_pass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)
         table, device = bucket.table, bucket.device
         if table.chunks == 0:
-            return lambda rows: None
+            return lambda scalar_sets: None
         resident = to_device(torch.frombuffer(bytearray(table.device_bytes()), dtype=torch.uint8), device)
         gathers = bucket.rule.threshold_pass != "NONE"
         # S1 and S2 of each chunk, and a count of finished chunks per tensor that the kernel leaves at zero.
@@ -51,16 +51,16 @@ class CudaBackend:
         chunk_statistics = 0 if bucket.chunk_statistics is None else bucket.chunk_statistics.data_ptr()
         capacity = _C.cuda_inline_capacity()
 
-        def copied(rows: int) -> int:
-            size: int = table.cuda_step_bytes(rows)
+        def copied(scalar_sets: int) -> int:
+            size: int = table.cuda_step_bytes(scalar_sets)
             return size if size > capacity else 0
 
-        def start(rows: Sequence[Row], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
+        def start(scalar_sets: Sequence[ScalarSet], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
             assert stream is not None
             table.launch_cuda(
                 rule,
                 threshold_pass,
-                rows,
+                scalar_sets,
                 device_table=resident.data_ptr(),
                 sums=sums.data_ptr(),
                 arrivals=arrivals.data_ptr(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .base import Row
+    from .base import ScalarSet
 
 #: Pinned buffers in use at once. None is written again before the copy that reads it is done.
 RING_SIZE = 4
@@ -123,9 +123,9 @@ class StreamLaunch:
         device: of all tensors.
         resident: what the kernels use at every step beside the step's data and what belongs to the user.
         observes: whether someone may :meth:`wait` for what the kernels leave.
-        size: bytes of step data to copy for so many rows of scalars; 0 where there are none to copy.
-        write: puts the step data of these rows at a host address.
-        start: starts the kernels, given the rows, the step data on the device (None: none was copied) and the stream
+        size: bytes of step data to copy for so many sets of scalars; 0 where there are none to copy.
+        write: puts the step data of these sets at a host address.
+        start: starts the kernels, given the sets, the step data on the device (None: none was copied) and the stream
             (None: on the CPU). The device is the current one.
     """
 
@@ -135,8 +135,8 @@ class StreamLaunch:
         resident: StreamGuarded,
         observes: bool,
         size: Callable[[int], int],
-        write: Callable[[Sequence[Row], int], None],
-        start: Callable[[Sequence[Row], Tensor | None, torch.cuda.Stream | None], None],
+        write: Callable[[Sequence[ScalarSet], int], None],
+        start: Callable[[Sequence[ScalarSet], Tensor | None, torch.cuda.Stream | None], None],
     ) -> None:
         self._device = device
         self._resident = resident
@@ -145,7 +145,7 @@ class StreamLaunch:
         self._ring = PinnedRing(device)
         self._done: torch.cuda.Event | None = None
 
-    def __call__(self, rows: Sequence[Row]) -> None:
+    def __call__(self, scalar_sets: Sequence[ScalarSet]) -> None:
         """Starts the kernels.
 
         Raises:
@@ -156,9 +156,11 @@ class StreamLaunch:
         self._resident.use_on(stream)
         with (
             is_current(self._device),
-            self._ring.filled(self._size(len(rows)), lambda address: self._write(rows, address), stream) as step,
+            self._ring.filled(
+                self._size(len(scalar_sets)), lambda address: self._write(scalar_sets, address), stream
+            ) as step,
         ):
-            self._start(rows, step, stream)
+            self._start(scalar_sets, step, stream)
             if self._observes and stream is not None:
                 self._done = stream.record_event(self._done)
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.formats import DTYPE_FORMATS, WEIGHTS
+from ..core.formats import DTYPE_FORMATS, PARAM_STORAGES
 from ..core.native import load
 from .confidence import Confidence, check_result, name_of
 from .device import StreamGuarded, StreamLaunch, is_current, to_device
 
 if TYPE_CHECKING:
-    from .base import Launch, Row
+    from .base import Launch, ScalarSet
     from .bucket import Bucket, Entry
 
 _C = load()
@@ -25,7 +25,7 @@ def launch_options(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]:
     """How a kernel with these constants is compiled."""
     options: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
     # What ptxas takes by itself would leave some of the large ones one block for each multiprocessor.
-    is_stored = any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "AUX", "WEIGHTS"))
+    is_stored = any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "AUX", "PARAM_STORAGE"))
     if constants["OBSERVES"]:
         return options  # more registers than that
     is_large = constants["THRESHOLD_PASS"] == _C.ThresholdPass.SAME_PASS.value or constants["MOMENTS"] > 1
@@ -59,7 +59,7 @@ class TritonBackend:
 
         device = bucket.device
         if bucket.table.chunks == 0:
-            return lambda rows: None
+            return lambda scalar_sets: None
         entries, table = bucket.entries, bucket.table
         resident = to_device(_table(entries), device)
         chunk_map = to_device(torch.frombuffer(bytearray(table.chunk_bytes()), dtype=torch.int32), device)
@@ -79,7 +79,7 @@ class TritonBackend:
             "EXP_AVG_SQ": forms[1],
             "AUX": forms[2],
             "READS_VARIANCE": bucket.rule.reads_variance,
-            "WEIGHTS": WEIGHTS[sample.weights],
+            "PARAM_STORAGE": PARAM_STORAGES[sample.param_storage],
             "CONFIDENCE": bucket.rule.confidence,
         }
         chunk_statistics = sums if bucket.chunk_statistics is None else bucket.chunk_statistics
@@ -91,16 +91,16 @@ class TritonBackend:
             own = constants | {"THRESHOLD_PASS": each, "OBSERVES": observes}
             passes.append(own | launch_options(own, nvidia=torch.version.hip is None))
 
-        def start(rows: Sequence[Row], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
+        def start(scalar_sets: Sequence[ScalarSet], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
             assert step is not None
-            grads_at, rng_keys_at, rows_at, scalars_at, size = _C.step_layout(len(table), len(rows))
+            grads_at, rng_keys_at, scalar_indices_at, scalars_at, size = _C.step_layout(len(table), len(scalar_sets))
             # Every one of them lies on a 16-byte boundary, at each step: Triton would compile another kernel otherwise.
             arguments = (
                 resident,
                 chunk_map,
                 step[grads_at:rng_keys_at].view(torch.int64),
-                step[rng_keys_at:rows_at].view(torch.int32),
-                step[rows_at:scalars_at].view(torch.int32),
+                step[rng_keys_at:scalar_indices_at].view(torch.int32),
+                step[scalar_indices_at:scalars_at].view(torch.int32),
                 step[scalars_at:size].view(torch.float64),
                 sums,
                 arrivals,
@@ -113,15 +113,15 @@ class TritonBackend:
             device,
             made,
             bucket.chunk_statistics is not None,
-            lambda rows: step_bytes(len(table), rows),
+            lambda scalar_sets: step_bytes(len(table), scalar_sets),
             table.write_step,
             start,
         )
 
 
-def step_bytes(tensors: int, rows: int) -> int:
+def step_bytes(tensors: int, scalar_sets: int) -> int:
     """Of a step's data."""
-    size: int = _C.step_layout(tensors, rows)[-1]
+    size: int = _C.step_layout(tensors, scalar_sets)[-1]
     return size
 
 
@@ -159,19 +159,19 @@ def _table(entries: Sequence[Entry]) -> Tensor:
     rows, first_chunk = [], 0
     for entry in entries:
         operands = [0 if x is None else x.data_ptr() for x in entry.operands()]
-        low = 0 if entry.residual is None else entry.residual.data_ptr()
+        residual = 0 if entry.residual is None else entry.residual.data_ptr()
         numel = entry.dense_param.numel()
         row = {
             "param": entry.dense_param.data_ptr(),
-            "low": low,
+            "residual": residual,
             "exp_avg": operands[0],
             "exp_avg_sq": operands[1],
             "aux": operands[2],
             "threshold_state": 0 if entry.threshold_state is None else entry.threshold_state.data_ptr(),
             "numel": numel,
-            "first": entry.first,
+            "shard_offset": entry.shard_offset,
             "first_chunk": first_chunk,
-            "aligned": all(address % 16 == 0 for address in (entry.dense_param.data_ptr(), low, *operands)),
+            "aligned": all(address % 16 == 0 for address in (entry.dense_param.data_ptr(), residual, *operands)),
         }
         rows.append([int(row[name]) for name in COLUMNS])
         first_chunk += -(-numel // _C.CHUNK_SIZE)

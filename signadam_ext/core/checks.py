@@ -226,12 +226,13 @@ def variance(label: str, value: Any, param: Tensor) -> None:
     state_tensor(f"grad_variance of {label}", value, param.shape, tuple(DTYPE_FORMATS), param.device, computable=True)
 
 
-def weights(label: str, value: str, dtype: torch.dtype) -> None:
+def param_storage(label: str, value: str, dtype: torch.dtype) -> None:
     """Raises unless a parameter of that dtype can be stored that way."""
     if value in ("split16", "split8") and dtype != torch.bfloat16:
-        hint = "is its own master: use 'as_is'" if dtype == torch.float32 else "has other low bits: use 'master'"
+        hint = "is its own master: use 'nearest'" if dtype == torch.float32 else "has other low bits: use 'master'"
         raise TypeError(
-            f"weights={value!r} splits fp32 into a bfloat16 parameter and its low bits, and {label}, {dtype}, {hint}"
+            f"param_storage={value!r} splits fp32 into a bfloat16 parameter and its low bits, and {label}, {dtype}, "
+            f"{hint}"
         )
 
 

@@ -82,8 +82,16 @@ DTYPE_FORMATS: dict[torch.dtype, int] = {
     torch.bfloat16: _C.FORMATS["bf16"][0],
     torch.float16: _C.FORMATS["fp16"][0],
 }
+#: The dtypes that ``state_dtype`` takes beside names, each with its name.
+MOMENT_DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int8: "int8",
+    # Not in every version of torch.
+    **{getattr(torch, name): name for name in ("int4", "int2") if hasattr(torch, name)},
+}
 #: Ways to store a parameter, with their numbers in kernels.
-WEIGHTS: dict[str, int] = _C.WEIGHTS
+PARAM_STORAGES: dict[str, int] = _C.PARAM_STORAGES
 #: Name in the state and dtype of what lies beside a parameter.
 RESIDUALS = {
     "split16": ("param_low", torch.int16),
@@ -162,9 +170,9 @@ def reordered(values: Tensor, shape: Sequence[int], order: int, strides: Sequenc
     return placed.copy_(values.as_strided(shape, strides_in_order(shape, order)))
 
 
-def effective_weights(weights: str, dtype: torch.dtype) -> str:
-    """What ``weights`` means for a parameter of that dtype: an fp32 parameter is its own master."""
-    return "as_is" if dtype == torch.float32 and weights in ("stochastic", "master") else weights
+def effective_param_storage(param_storage: str, dtype: torch.dtype) -> str:
+    """What ``param_storage`` means for a parameter of that dtype: an fp32 parameter is its own master."""
+    return "nearest" if dtype == torch.float32 and param_storage in ("stochastic", "master") else param_storage
 
 
 def bits(x: Tensor) -> Tensor:
@@ -197,14 +205,14 @@ def _halves(x: Tensor) -> Tensor:
     return torch.where(x >= 1 << 15, x - (1 << 16), x).to(torch.int16)
 
 
-def load_param(weights: str, param: Tensor, residual: Tensor | None) -> Tensor:
+def load_param(param_storage: str, param: Tensor, residual: Tensor | None) -> Tensor:
     """The fp32 number that a stored parameter stands for."""
     if residual is None:
         return param.float()
-    if weights == "master":
+    if param_storage == "master":
         return torch.where(_same(residual.to(param.dtype), param), residual, param.float())
-    low = residual.long() * (256 if weights == "split8" else 1)
-    joined = from_bits((bits(param.float()) + low) & 0xFFFFFFFF)
+    remainder = residual.long() * (256 if param_storage == "split8" else 1)
+    joined = from_bits((bits(param.float()) + remainder) & 0xFFFFFFFF)
     return torch.where(joined.isnan(), param.float(), joined)
 
 
@@ -213,35 +221,35 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
 
 
 def stored_param(
-    weights: str, p: Tensor, r: Tensor | None, dtype: torch.dtype, residual: torch.dtype | None
+    param_storage: str, p: Tensor, r: Tensor | None, dtype: torch.dtype, residual: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
     """The fp32 result ``p`` as it is stored: the parameter, and what lies beside it, as new tensors.
 
     Args:
-        weights: as :func:`effective_weights` gives it.
+        param_storage: as :func:`effective_param_storage` gives it.
         p: fp32.
-        r: 16 random bits for each element, where ``weights`` rounds stochastically.
+        r: 16 random bits for each element, where ``param_storage`` rounds stochastically.
         dtype, residual: dtypes of the two; None where nothing lies beside the parameter.
     """
-    if weights in ("as_is", "master"):
+    if param_storage in ("nearest", "master"):
         return p.to(dtype), None if residual is None else p
-    if weights == "stochastic":
+    if param_storage == "stochastic":
         assert r is not None
         return narrow_stochastic(p, r, dtype), None
     kept = bits(p)
-    if weights == "split8":
+    if param_storage == "split8":
         assert r is not None
         kept = kept + (r >> 8) >> 8
-    width = 8 if weights == "split8" else 16
+    width = 8 if param_storage == "split8" else 16
     high = kept + (1 << width - 1) >> width
-    low = kept - (high << width)
+    remainder = kept - (high << width)
     param = _halves(torch.where(p.isnan(), 0x7FC0, high & 0xFFFF)).view(torch.bfloat16)
-    return param, torch.where(p.isnan(), 0, low).to(residual)
+    return param, torch.where(p.isnan(), 0, remainder).to(residual)
 
 
-def store_param(weights: str, p: Tensor, r: Tensor | None, param: Tensor, residual: Tensor | None) -> None:
+def store_param(param_storage: str, p: Tensor, r: Tensor | None, param: Tensor, residual: Tensor | None) -> None:
     """Writes the fp32 result ``p`` into ``param`` and what lies beside it."""
-    new, new_residual = stored_param(weights, p, r, param.dtype, None if residual is None else residual.dtype)
+    new, new_residual = stored_param(param_storage, p, r, param.dtype, None if residual is None else residual.dtype)
     param.copy_(new)
     if residual is not None:
         assert new_residual is not None
@@ -324,34 +332,34 @@ def stochastic_integer(x: Tensor, r: Tensor) -> Tensor:
     return (x * 65536.0).long() + r >> 16
 
 
-def make_residual(weights: str, param: Tensor, low: Tensor | None = None) -> Tensor:
+def make_residual(param_storage: str, param: Tensor, remainder: Tensor | None = None) -> Tensor:
     """What lies beside a parameter before its first step: nothing below it, or a copy of it.
 
     Args:
-        weights: "split16", "split8" or "master".
+        param_storage: "split16", "split8" or "master".
         param: the parameter.
-        low: low bits that a split form left behind, for a master copy to be made of both.
+        remainder: low bits that a split form left behind, for a master copy to be made of both.
     """
-    dtype = RESIDUALS[weights][1]
+    dtype = RESIDUALS[param_storage][1]
     made = torch.empty_strided(param.shape, strides_of(param), dtype=dtype, device=param.device)
-    if weights != "master":
+    if param_storage != "master":
         return made.zero_()
-    if low is None:
+    if remainder is None:
         return made.copy_(param.detach())
-    was = "split16" if low.dtype == torch.int16 else "split8"
-    return made.copy_(load_param(was, param.detach().contiguous(), low.contiguous()))
+    was = "split16" if remainder.dtype == torch.int16 else "split8"
+    return made.copy_(load_param(was, param.detach().contiguous(), remainder.contiguous()))
 
 
-def low_of_master(weights: str, master: Tensor, param: Tensor | None = None) -> Tensor:
+def remainder_of_master(param_storage: str, master: Tensor, param: Tensor | None = None) -> Tensor:
     """The low bits that a master copy, flat, has below a bf16 parameter, rounded to nearest where 8 bits are kept.
 
     Args:
-        weights: "split16" or "split8".
+        param_storage: "split16" or "split8".
         master: fp32.
         param: the parameter, flat, where it is known: entries set from outside win, and have nothing below them.
     """
     high = torch.empty(master.shape, dtype=torch.bfloat16, device=master.device)
-    low = torch.empty(master.shape, dtype=RESIDUALS[weights][1], device=master.device)
+    remainder = torch.empty(master.shape, dtype=RESIDUALS[param_storage][1], device=master.device)
     half = torch.full(master.shape, 1 << 15, dtype=torch.int64, device=master.device)
-    store_param(weights, master, half, high, low)
-    return low if param is None else torch.where(_same(high, param), low, 0)
+    store_param(param_storage, master, half, high, remainder)
+    return remainder if param is None else torch.where(_same(high, param), remainder, 0)

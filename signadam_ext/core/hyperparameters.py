@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from . import checks
-from .formats import WEIGHTS
+from .formats import PARAM_STORAGES
 from .options import BACKENDS
+from .renamed import NAMES, VALUES, names_today, value_today
 
 Check = Callable[[str, Any], Any]
 Checks = Mapping[str, Check]
@@ -88,7 +91,7 @@ COMMON: Checks = {
     "decoupled_weight_decay": FLAG,
     "maximize": FLAG,
     "state_dtype": _state_dtype,
-    "weights": Choice(tuple(WEIGHTS)),
+    "param_storage": Choice(tuple(PARAM_STORAGES)),
     "seed": checks.seed,
     "backend": Choice(("auto", *BACKENDS)),
 }
@@ -148,6 +151,20 @@ def _kept(value: Any) -> Any:
         items = [checks.plain(item) for item in value]
         return value if all(map(operator.is_, items, value)) else type(value)(items)
     return checks.plain(value)
+
+
+def fold(group: dict[str, Any], has_one_beta: bool, *, warns: bool = True) -> None:
+    """Puts what a group was given by another name where it is kept; what was given so is the newer.
+
+    One ``beta`` is kept as ``betas=(beta,)``, where schedulers that cycle momentum look for it.
+    """
+    if has_one_beta and "beta" in group:
+        group["betas"] = (group.pop("beta"),)
+    if not group.keys().isdisjoint(NAMES):
+        given = names_today({name: group.pop(name) for name in NAMES if name in group}, warns=warns)
+        group.update(given)
+    for name in group.keys() & VALUES.keys():
+        group[name] = value_today(name, group[name], warns=warns)
 
 
 @contextlib.contextmanager
@@ -220,7 +237,7 @@ class Hyperparameters:
             if (
                 type(lr) is float
                 and 0.0 <= lr < math.inf
-                and "beta" not in group
+                and _OLD_NAMES.isdisjoint(group)
                 and all(map(operator.is_, self._values(group), self._seen[index]))
             ):
                 return group
@@ -230,10 +247,9 @@ class Hyperparameters:
             return self._read(index, group, defaults)
 
     def _read(self, index: int, group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-        if "beta" in group:
-            if not self._has_one_beta:
-                check_beta_names(self._optimizer, group, folded=True)
-            group["betas"] = (group.pop("beta"),)
+        if "beta" in group and not self._has_one_beta:
+            check_beta_names(self._optimizer, group, folded=True)
+        fold(group, self._has_one_beta)
         given = {"lr": _value(group, "lr")}
         found = {"lr": learning_rate(given["lr"], group, defaults)}
         try:
@@ -257,7 +273,9 @@ class _Unseen:
 
 
 _UNSEEN = _Unseen()
-_FIXED = frozenset((float, int, bool, str, type(None)))
+_FIXED = frozenset((float, int, bool, str, type(None), torch.dtype))
+#: What a group may be given between steps that it keeps under another name.
+_OLD_NAMES = frozenset(("beta", *NAMES))
 
 
 def _is_fixed(value: Any) -> bool:

@@ -8,7 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
+
+from .renamed import names_today
 
 
 class CommonButDecay(TypedDict, total=False):
@@ -16,8 +19,8 @@ class CommonButDecay(TypedDict, total=False):
 
     decoupled_weight_decay: bool
     maximize: bool
-    state_dtype: str | tuple[str, ...]
-    weights: str
+    state_dtype: str | torch.dtype | tuple[str | torch.dtype, ...]
+    param_storage: str
     seed: int
     backend: str
     foreach: bool | None
@@ -40,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "decoupled_weight_decay": True,
     "maximize": False,
     "state_dtype": "fp32",
-    "weights": "as_is",
+    "param_storage": "nearest",
     "seed": 0,
     "backend": "auto",
     "foreach": None,
@@ -64,22 +67,24 @@ DOCUMENTATION = {
         state_dtype: how the momentum is stored: "fp32", "bf16" (rounded stochastically), or as "int8", "int4" or
             "int2" codes q that stand for q / 127, q / 7 or q. Since |m| <= 1 they need no scale; rounding is
             stochastic, so the stored momentum is right on average, and its variance grows: see the README for what
-            beta allows. A tuple gives each moment its own; with codes for m alone, v is bf16.
+            beta allows. ``torch.bfloat16`` and the like are the same. A tuple gives each moment its own; with codes for
+            m alone, v is bf16.
 """,
     "unbounded_state": """
         state_dtype: how the momentum is stored: "fp32", "bf16" (rounded stochastically), or "int8": codes with one
             power of two for each 32 elements in memory order, rounded stochastically. The power goes down to 2^-126,
             so however small a block is, it is right on average; nothing is flushed to zero as with 16-bit scales.
             Infinities saturate at 127 times the power, NaN stays NaN. This is the one form whose bits depend on where
-            a tensor's memory begins. A tuple gives each moment its own; with "int8" for m, others are bf16.
+            a tensor's memory begins. ``torch.int8`` and the like are the same. A tuple gives each moment its own; with
+            "int8" for m, others are bf16.
 """,
     "common": """
         weight_decay: at least 0.
         decoupled_weight_decay: ``p *= 1 - lr * weight_decay`` before the update (True), or
             ``g += weight_decay * p`` before everything else (False).
         maximize: ascend instead of descend.
-        weights: how a bf16 or fp16 parameter keeps what its dtype cannot hold. "as_is": rounded to nearest, so that
-            steps below half its last place are lost. "stochastic": rounded up or down at random, right on average.
+        param_storage: how a bf16 or fp16 parameter keeps what its dtype cannot hold. "nearest": rounded to nearest, so
+            that steps below half its last place are lost. "stochastic": rounded up or down at random, right on average.
             "split16", "split8" (bf16 only): the low 16 bits of fp32, which makes it exact fp32 training in 4 bytes,
             or the next 8 and the rest stochastically, are kept beside it. "master": an fp32 copy is. An fp32
             parameter is its own master under "stochastic" and "master". A parameter set from outside wins over its
@@ -113,11 +118,12 @@ def documented(text: str) -> str:
 
 
 def completed(name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` on top of ``defaults``.
+    """``given`` on top of ``defaults``, by today's names.
 
     Raises:
         TypeError: a name that ``defaults`` does not have.
     """
+    given = names_today(given)
     for key in given:
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, n=1)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from . import checks, formats
 
 Group = Mapping[str, Any]
@@ -53,11 +55,11 @@ class Rule:
         Raises:
             ValueError: a ``state_dtype`` that this rule's moments do not allow.
         """
-        dtypes = group.get("state_dtype", "fp32")
-        if not isinstance(dtypes, (tuple, list)):
+        dtypes = _state_dtypes(group)
+        if not isinstance(dtypes, tuple):
             dtypes = (dtypes,) * len(self.moments)
         elif len(dtypes) != len(self.moments):
-            raise ValueError(f"state_dtype={dtypes!r}: must be one name, or {len(self.moments)}, one for each moment")
+            raise ValueError(f"state_dtype={dtypes!r}: must be one dtype, or {len(self.moments)}, one for each moment")
         if len(self.moments) > 2 and (few := [x for x in dtypes if x in ("int8", "int4", "int2")]):
             raise ValueError(
                 f"state_dtype={few[0]!r} with {self.moments[2]}: a largest value cannot be kept in few bits; "
@@ -75,8 +77,8 @@ class Rule:
         """Of the codes of the first moment, in a group whose ``state_dtype`` has been checked."""
         if not self.moments:
             return None
-        dtypes = group.get("state_dtype", "fp32")
-        return self._first_forms[dtypes if isinstance(dtypes, str) else dtypes[0]].levels
+        dtypes = _state_dtypes(group)
+        return self._first_forms[dtypes[0] if isinstance(dtypes, tuple) else dtypes].levels
 
     def _form(self, dtype: object, allowed: Mapping[str, formats.Format]) -> formats.Format:
         if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
@@ -86,7 +88,7 @@ class Rule:
             )
         return allowed[checks.one_of("state_dtype", dtype, formats.BOUNDED)]
 
-    def row(self, group: Group, t: int) -> Scalars:
+    def scalar_set(self, group: Group, t: int) -> Scalars:
         """All scalars of a group at step ``t``: those every rule takes, and the rule's own.
 
         A bounded moment in codes is ``m * L`` to the rule, which then takes ``lr / L`` and ``(1 - beta1) * L``.
@@ -97,6 +99,18 @@ class Rule:
             scalars["lr"] /= levels
             scalars["one_minus_beta1"] *= levels
         return scalars
+
+
+def _state_dtypes(group: Group) -> Any:
+    """The group's ``state_dtype``, one or a tuple, with a torch dtype by its name."""
+    given = group.get("state_dtype", "fp32")
+    if isinstance(given, (tuple, list)):
+        return tuple(_named(each) for each in given)
+    return _named(given)
+
+
+def _named(dtype: Any) -> Any:
+    return formats.MOMENT_DTYPES.get(dtype, dtype) if isinstance(dtype, torch.dtype) else dtype
 
 
 def common_scalars(group: Group) -> Scalars:

@@ -24,8 +24,8 @@ _C = load()
 StateEntries = Sequence[tuple[str, Tensor]]
 
 
-class Reader(Protocol):
-    """What a plan asks of its reader. Parameters are numbered by ``slot``, in the plan's order."""
+class GradientReader(Protocol):
+    """What a plan asks of its reader. Parameters are known by ``index``, in the plan's order."""
 
     @property
     def source(self) -> Any:
@@ -42,7 +42,7 @@ class Reader(Protocol):
         """Notes a parameter; None where the plan knows no gradient and no state of it."""
 
     def read(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any] | None) -> list[int] | None:
-        """Slots of gradients that cannot be read where they lie; None where the plan no longer holds.
+        """Indices of gradients that cannot be read where they lie; None where the plan no longer holds.
 
         ``state`` is the optimizer's, or None while what the step uses is not in it yet.
         """
@@ -50,7 +50,7 @@ class Reader(Protocol):
     def unchanged(self) -> bool:
         """Whether all that ``read`` has found is still so, after code of the user's has run."""
 
-    def replace(self, slot: int, address: int) -> None:
+    def replace(self, index: int, address: int) -> None:
         """Gives a gradient another address, of a copy that can be read."""
 
     def present(self) -> int:
@@ -59,7 +59,7 @@ class Reader(Protocol):
     def written(self) -> Any:
         """Those parameters and their state, as :func:`signadam_ext.backends.commit` takes them."""
 
-    def held(self, slot: int) -> tuple[Any, ...]:
+    def held(self, index: int) -> tuple[Any, ...]:
         """The parameter, its gradient or None, and the state entries watched, while a step is under way."""
 
     def addresses(self) -> list[int]:
@@ -90,7 +90,7 @@ class CompiledReader:
     )
 
     def __init__(self, shim: Any) -> None:
-        source = _C.Reader(shim)
+        source = _C.GradientReader(shim)
         self.source = source
         self.read = source.read
         self.unchanged = source.unchanged
@@ -120,8 +120,8 @@ class Addresses:
     def __init__(self) -> None:
         self._grads: list[int] = []
 
-    def replace(self, slot: int, address: int) -> None:
-        self._grads[slot] = address
+    def replace(self, index: int, address: int) -> None:
+        self._grads[index] = address
 
     def present(self) -> int:
         return sum(address != 0 for address in self._grads)
@@ -146,23 +146,23 @@ class ListReader(Addresses):
         self._params = params
         self._given = grads
         self._runs_user_code = runs_user_code
-        self._places: list[tuple[Tensor, Any]] = []
+        self._known_memory: list[tuple[Tensor, Any]] = []
 
     def watch(self, group: int, param: Tensor | None, strides: object, dtype: object, state: StateEntries) -> None:
         if self._runs_user_code and param is not None:
-            self._places += [(tensor, _place(tensor)) for tensor in (param, *(value for _, value in state))]
+            self._known_memory += [(tensor, _memory_of(tensor)) for tensor in (param, *(value for _, value in state))]
 
     def unchanged(self) -> bool:
-        return all(_place(tensor) == place for tensor, place in self._places)
+        return all(_memory_of(tensor) == place for tensor, place in self._known_memory)
 
     def read(self, *_: object) -> list[int]:
-        return [slot for slot, grad in enumerate(self._given) if grad is not None]
+        return [index for index, grad in enumerate(self._given) if grad is not None]
 
     def written(self) -> list[Tensor]:
         return [param for param, address in zip(self._params, self._grads, strict=True) if address]
 
-    def held(self, slot: int) -> tuple[Any, ...]:
-        return self._params[slot], self._given[slot]
+    def held(self, index: int) -> tuple[Any, ...]:
+        return self._params[index], self._given[index]
 
     def release(self) -> None:
         pass
@@ -175,7 +175,7 @@ class PythonReader(Addresses):
         super().__init__()
         self._watched: list[tuple[Any, ...]] = []
         self._held: dict[int, tuple[Any, ...]] = {}
-        self._places: dict[int, tuple[Any, ...]] = {}  # of the gradients that are read where they lie
+        self._known_memory: dict[int, tuple[Any, ...]] = {}  # of the gradients that are read where they lie
 
     def watch(
         self,
@@ -185,8 +185,8 @@ class PythonReader(Addresses):
         grad_dtype: torch.dtype,
         state: StateEntries,
     ) -> None:
-        place = None if param is None else _place(param)
-        entries = [(name, _place(value)) for name, value in state]
+        place = None if param is None else _memory_of(param)
+        entries = [(name, _memory_of(value)) for name, value in state]
         self._watched.append((group, place, tuple(grad_strides), grad_dtype, entries))
         self._grads.append(0)
 
@@ -197,23 +197,23 @@ class PythonReader(Addresses):
         if [i for _, i in params] != [group for group, *_ in self._watched]:
             return None
         needs_copy = []
-        for slot, ((param, _), (_, place, strides, dtype, entries)) in enumerate(
+        for index, ((param, _), (_, place, strides, dtype, entries)) in enumerate(
             zip(params, self._watched, strict=True)
         ):
             grad = param.grad
             if grad is None:
                 continue
-            if place is None or _place(param) != place:
+            if place is None or _memory_of(param) != place:
                 return None
             held = [param, grad]
             if state is not None:
                 own = state.get(param, {})
                 for name, noted in entries:
-                    if not isinstance(own.get(name), Tensor) or _place(own[name]) != noted:
+                    if not isinstance(own.get(name), Tensor) or _memory_of(own[name]) != noted:
                         return None
                     held.append(own[name])
-            self._held[slot] = tuple(held)
-            found = _place(grad)
+            self._held[index] = tuple(held)
+            found = _memory_of(grad)
             if (
                 found is not None
                 and grad.dtype == dtype
@@ -221,18 +221,20 @@ class PythonReader(Addresses):
                 and grad.device == param.device
                 and checks.same_strides(grad, strides)
             ):
-                self._grads[slot] = grad.data_ptr() or 1
-                self._places[slot] = found
+                self._grads[index] = grad.data_ptr() or 1
+                self._known_memory[index] = found
             else:
-                needs_copy.append(slot)
+                needs_copy.append(index)
         return needs_copy
 
     def unchanged(self) -> bool:
-        for slot, (param, grad, *state) in self._held.items():
-            _, place, _, _, entries = self._watched[slot]
-            if _place(param) != place or (slot in self._places and _place(grad) != self._places[slot]):
+        for index, (param, grad, *state) in self._held.items():
+            _, place, _, _, entries = self._watched[index]
+            if _memory_of(param) != place or (
+                index in self._known_memory and _memory_of(grad) != self._known_memory[index]
+            ):
                 return False
-            if any(_place(value) != noted for value, (_, noted) in zip(state, entries, strict=False)):
+            if any(_memory_of(value) != noted for value, (_, noted) in zip(state, entries, strict=False)):
                 return False
         return True
 
@@ -240,17 +242,17 @@ class PythonReader(Addresses):
         # All but the gradient, and the number of steps, which is last.
         return [
             tensor
-            for slot, (param, _, *state) in self._held.items()
-            if self._grads[slot]
+            for index, (param, _, *state) in self._held.items()
+            if self._grads[index]
             for tensor in (param, *state[:-1])
         ]
 
-    def held(self, slot: int) -> tuple[Any, ...]:
-        return self._held[slot]
+    def held(self, index: int) -> tuple[Any, ...]:
+        return self._held[index]
 
     def release(self) -> None:
         self._held = {}
-        self._places = {}
+        self._known_memory = {}
 
 
 @functools.cache
@@ -270,7 +272,7 @@ def _shim() -> Any | None:
             return None
 
 
-def make_reader() -> Reader:
+def make_reader() -> GradientReader:
     """The fastest reader this torch allows."""
     shim = _shim()
     return PythonReader() if shim is None else CompiledReader(shim)
@@ -285,7 +287,7 @@ def kind() -> str:
     return f"C++ (torch's C shim; knows torch's objects for {' and '.join(found) or 'nothing'})"
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...] | None:
+def _memory_of(tensor: Tensor) -> tuple[Any, ...] | None:
     """Where a tensor lies and how; None where it has not the memory that it needs, or not the numbers themselves."""
     if checks.memory_fault(tensor) is not None or tensor.is_neg():
         return None

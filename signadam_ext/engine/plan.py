@@ -19,7 +19,7 @@ from ..backends.bucket import Bucket, Entry
 from ..backends.confidence import backend_for, name_of
 from ..backends.device import StreamGuarded, refuse_capture
 from ..core import checks
-from ..core.formats import Format, effective_weights
+from ..core.formats import Format, effective_param_storage
 from ..core.native import load
 from ..core.rule import Group, Rule
 from ..state.schema import Fitted
@@ -28,7 +28,7 @@ from .step_lock import StepLock
 
 _C = load()
 
-#: A row of scalars of which a rule reads none, in the order of kernels.
+#: A set of scalars of which a rule reads none, in the order of kernels.
 _NO_SCALARS = dict.fromkeys(_C.SCALARS, 0.0)
 
 
@@ -56,10 +56,10 @@ class Item:
     own_state: Mapping[str, Any] | None = None
     state_names: tuple[str, ...] = ()
     variance: Tensor | None = None
-    weights: str = "as_is"
+    param_storage: str = "nearest"
     seed: int = 0
-    number: int = 0
-    first: int = 0
+    param_id: int = 0
+    shard_offset: int = 0
     at_rest: bool = False
 
 
@@ -67,7 +67,7 @@ class Item:
 class _Chosen:
     """An item that takes part: what was found of it before anything is prepared."""
 
-    slot: int
+    index: int
     item: Item
     grad: Tensor | None
     fitted: Fitted
@@ -132,7 +132,9 @@ class Plan:
             self._reader = ListReader([item.param for item in items], grads, runs_user_code=runs_user_code)
         # Before a plan or state is made, which a capture would take into its graph's memory.
         refuse_capture({item.param.device for item, grad in zip(items, grads, strict=True) if grad is not None})
-        chosen = [found for slot, item in enumerate(items) if (found := _choose(slot, item, grads[slot])) is not None]
+        chosen = [
+            found for index, item in enumerate(items) if (found := _choose(index, item, grads[index])) is not None
+        ]
         levels = overlap_levels([found.item.param for found in chosen])
         _let_one_backend_serve_shared_memory(chosen)
 
@@ -151,13 +153,13 @@ class Plan:
             entry, backend = _entry(found), found.backend
             _refuse_simulated(entry, found.fitted)
             self.entries.append(entry)
-            self._strides[found.slot] = entry.strides
-            self._grad_dtypes[found.slot] = entry.grad_dtype
+            self._strides[found.index] = entry.strides
+            self._grad_dtypes[found.index] = entry.grad_dtype
             if found.item.rule.reads_variance:
                 self._variances.append(entry)
                 if found.item.at_rest:
-                    self._at_rest.add(found.slot)
-            formats = (entry.dense_param.dtype, entry.grad_dtype, entry.forms, entry.weights)
+                    self._at_rest.add(found.index)
+            formats = (entry.dense_param.dtype, entry.grad_dtype, entry.forms, entry.param_storage)
             key = (backend, entry.param.device, found.item.rule, level, formats if backend.splits_formats else None)
             buckets.setdefault(key, []).append(entry)
         self._sharing: list[Entry] = []  # those that the reference computes in a copy of their storage
@@ -176,9 +178,9 @@ class Plan:
         self._watch(items, chosen)
 
     def _watch(self, items: Sequence[Item], chosen: list[_Chosen]) -> None:
-        watched = {found.slot: found for found in chosen}
-        for slot, item in enumerate(items):
-            found = watched.get(slot)
+        watched = {found.index: found for found in chosen}
+        for index, item in enumerate(items):
+            found = watched.get(index)
             if found is None:
                 self._reader.watch(item.group, None, (), torch.float32, ())
                 continue
@@ -188,9 +190,9 @@ class Plan:
                 *(x for x in (fitted.residual, fitted.threshold_state, fitted.step) if x is not None),
             ]
             entries = zip(item.state_names, tensors, strict=True) if item.state_names else ()
-            dtype = self._grad_dtypes[slot]
+            dtype = self._grad_dtypes[index]
             assert dtype is not None
-            self._reader.watch(item.group, item.param, self._strides[slot], dtype, tuple(entries))
+            self._reader.watch(item.group, item.param, self._strides[index], dtype, tuple(entries))
 
     def _own_buffers(self) -> list[StreamGuarded]:
         """Copies of parameters and variances, by device: a later step may run on another stream than made them."""
@@ -204,11 +206,11 @@ class Plan:
             StreamGuarded(device, *tensors) for device, tensors in made.items() if device.type == "cuda" and tensors
         ]
 
-    def grad(self, slot: int) -> Tensor:
-        """The gradient of a slot in the memory order of its parameter, for backends that take tensors."""
-        found = self._copies.get(slot)
+    def grad(self, index: int) -> Tensor:
+        """The gradient of a parameter in the memory order of its parameter, for backends that take tensors."""
+        found = self._copies.get(index)
         if found is None:
-            found = self._reader.held(slot)[1]
+            found = self._reader.held(index)[1]
         assert found is not None
         return found
 
@@ -249,12 +251,12 @@ class Plan:
         gradients = self._reader.addresses()
         given: list[tuple[Entry, Tensor]] = []
         for entry in self._variances:
-            if gradients[entry.slot]:
-                param = self._reader.held(entry.slot)[0]
-                variance = self._variance(entry.slot, param)
-                if variance is None and entry.slot in self._at_rest and self._is_first:
+            if gradients[entry.index]:
+                param = self._reader.held(entry.index)[0]
+                variance = self._variance(entry.index, param)
+                if variance is None and entry.index in self._at_rest and self._is_first:
                     continue
-                checks.variance(self.labels[entry.slot], variance, param)
+                checks.variance(self.labels[entry.index], variance, param)
                 assert variance is not None
                 given.append((entry, variance))
         for entry, variance in given:
@@ -267,30 +269,30 @@ class Plan:
             assert entry.variance is not None
             if entry.variance_address is None:
                 entry.variance.copy_(
-                    checks.made_real(f"grad_variance of {self.labels[entry.slot]}", variance, entry.strides)
+                    checks.made_real(f"grad_variance of {self.labels[entry.index]}", variance, entry.strides)
                 )
             else:
                 entry.variance = variance
         return True
 
-    def _variance(self, slot: int, param: Tensor) -> Any:
+    def _variance(self, index: int, param: Tensor) -> Any:
         if self._given_variances is not None:
-            return self._given_variances[slot]
+            return self._given_variances[index]
         return getattr(param, "grad_variance", None)
 
     @torch.no_grad()
     def _adopt(self, needs_copy: list[int]) -> bool:
         """Makes gradients usable that cannot be read where they lie; False where only a new plan will do."""
-        for slot in needs_copy:
-            param, grad = self._reader.held(slot)[:2]
-            label = f"the gradient of {self.labels[slot]}"
-            checks.gradient(self.labels[slot], grad, param)
-            if grad.dtype != self._grad_dtypes[slot]:
+        for index in needs_copy:
+            param, grad = self._reader.held(index)[:2]
+            label = f"the gradient of {self.labels[index]}"
+            checks.gradient(self.labels[index], grad, param)
+            if grad.dtype != self._grad_dtypes[index]:
                 return False
-            strides = self._strides[slot]
+            strides = self._strides[index]
             if checks.memory_fault(grad) is not None or grad.is_neg() or not checks.same_strides(grad, strides):
-                self._copies[slot] = grad = checks.made_real(label, grad, strides)
-            self._reader.replace(slot, grad.data_ptr() or 1)  # without elements it has no address, but takes part
+                self._copies[index] = grad = checks.made_real(label, grad, strides)
+            self._reader.replace(index, grad.data_ptr() or 1)  # without elements it has no address, but takes part
         return True
 
     def run(self, groups: Sequence[Group], lock: StepLock | None = None) -> None:
@@ -316,29 +318,29 @@ class Plan:
         self.round = 0  # until it is taken
         prepared = []
         for bucket, launch in self.launches:
-            if rows := self._rows(bucket, groups):
-                prepared.append((bucket, launch, rows))
+            if scalar_sets := self._scalar_sets(bucket, groups):
+                prepared.append((bucket, launch, scalar_sets))
         self._bind()
         operations: list[Any] = []
-        for bucket, launch, rows in prepared:
+        for bucket, launch, scalar_sets in prepared:
             if isinstance(launch, backends.HostLaunch):
                 if bucket.rule.confidence is None or lock is None:
-                    operations += launch.operations(rows)
+                    operations += launch.operations(scalar_sets)
                 else:
                     with lock.runs_user_code():
-                        operations += launch.operations(rows)
+                        operations += launch.operations(scalar_sets)
         if any(bucket.rule.confidence is not None for bucket, _, _ in prepared) and not self._reader.unchanged():
             raise RuntimeError(
                 "a confidence function has changed tensors of the step that it was called in: their memory, their "
                 "shape or what holds them; no parameter has been updated"
             )
-        for bucket, launch, rows in prepared:
+        for bucket, launch, scalar_sets in prepared:
             if not isinstance(launch, backends.HostLaunch):
                 # Around each launch by itself: a parameter may share memory with one of an earlier launch.
                 non_dense = bucket.present_non_dense()
                 for entry in non_dense:
                     entry.dense_param.copy_(entry.param.detach())
-                launch(rows)
+                launch(scalar_sets)
                 for entry in non_dense:
                     entry.param.detach().copy_(entry.dense_param)
         tables = [bucket.table for bucket, _, _ in prepared]
@@ -352,11 +354,11 @@ class Plan:
         if self._given_variances is None:
             return written
         present = self._reader.addresses()
-        others = [(*entry.moments, entry.threshold_state) for entry in self.entries if present[entry.slot]]
+        others = [(*entry.moments, entry.threshold_state) for entry in self.entries if present[entry.index]]
         return [*written, *(tensor for own in others for tensor in own if tensor is not None)]
 
-    def _rows(self, bucket: Bucket, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-        """Begins a bucket's step: a row of scalars for each group and step count that take part.
+    def _scalar_sets(self, bucket: Bucket, groups: Sequence[Group]) -> list[tuple[float, ...]]:
+        """Begins a bucket's step: a set of scalars for each group and step count that take part.
 
         Raises:
             ValueError: a step count that no training reaches.
@@ -364,23 +366,23 @@ class Plan:
         try:
             begun = bucket.table.begin(self._reader.source)
         except ValueError as error:
-            slot, count = error.args
+            index, count = error.args
             raise ValueError(
-                f"state 'step' of {self.labels[slot]} is {count!r}: must be the number of steps taken, a whole number "
+                f"state 'step' of {self.labels[index]} is {count!r}: must be the number of steps taken, a whole number "
                 "in [0, 2^53), or in [0, 2^24) where it is kept in fp32"
             ) from None
-        return [_row(bucket.rule, groups[group], t) for group, t in begun]
+        return [_scalar_set(bucket.rule, groups[group], t) for group, t in begun]
 
     def _bind(self) -> None:
         """Gives the entries that need tensors those of this step."""
         if not self._bound:
             return
         present = self._reader.addresses()
-        bound = [entry for entry in self._bound if present[entry.slot]]
+        bound = [entry for entry in self._bound if present[entry.index]]
         if not self._is_first:
             for entry in bound:
-                entry.bind(*self._reader.held(entry.slot))
-        _give_images([entry for entry in self._sharing if present[entry.slot]])
+                entry.bind(*self._reader.held(entry.index))
+        _give_images([entry for entry in self._sharing if present[entry.index]])
 
     def release(self) -> None:
         """Lets go of all tensors of the user's; also where a step is not taken."""
@@ -392,7 +394,7 @@ class Plan:
         self.owns = False
 
 
-def _choose(slot: int, item: Item, grad: Tensor | None) -> _Chosen | None:
+def _choose(index: int, item: Item, grad: Tensor | None) -> _Chosen | None:
     """What is found of a parameter, if it takes part.
 
     Raises:
@@ -407,7 +409,7 @@ def _choose(slot: int, item: Item, grad: Tensor | None) -> _Chosen | None:
             variance = item.variance if item.variance is not None else getattr(item.param, "grad_variance", None)
             if variance is not None or not item.at_rest:
                 checks.variance(item.label, variance, item.param)
-        return _Chosen(slot, item, grad, fitted, _backend(item))
+        return _Chosen(index, item, grad, fitted, _backend(item))
     if not item.has_state:
         return None
     try:
@@ -417,7 +419,7 @@ def _choose(slot: int, item: Item, grad: Tensor | None) -> _Chosen | None:
     except (TypeError, ValueError, RuntimeError):
         # Offloaded perhaps. Without a gradient that is nobody's business.
         return None
-    return None if fitted.changes or fitted.removed else _Chosen(slot, item, None, fitted, backend)
+    return None if fitted.changes or fitted.removed else _Chosen(index, item, None, fitted, backend)
 
 
 def _backend(item: Item) -> backends.Backend:
@@ -437,21 +439,21 @@ def _entry(found: _Chosen) -> Entry:
     item, grad, fitted, param = found.item, found.grad, found.fitted, found.item.param
     dense_param = param if checks.is_dense(param) else torch.empty_like(param, requires_grad=False)
     entry = Entry(
-        found.slot,
+        found.index,
         param,
         dense_param,
         param.dtype if grad is None else grad.dtype,
         item.forms,
         fitted.moments,
-        effective_weights(item.weights, param.dtype),
+        effective_param_storage(item.param_storage, param.dtype),
         fitted.residual,
         None,
         fitted.threshold_state,
         fitted.step,
         item.group,
         item.seed,
-        item.number,
-        item.first,
+        item.param_id,
+        item.shard_offset,
     )
     if item.rule.reads_variance and grad is not None:
         given = item.variance if item.variance is not None else getattr(param, "grad_variance", None)
@@ -490,8 +492,8 @@ def _refuse_simulated(entry: Entry, fitted: Fitted) -> None:
             )
 
 
-def _row(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
-    return tuple({**_NO_SCALARS, **rule.row(group, t)}.values())
+def _scalar_set(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
+    return tuple({**_NO_SCALARS, **rule.scalar_set(group, t)}.values())
 
 
 def _give_images(entries: Sequence[Entry]) -> None:

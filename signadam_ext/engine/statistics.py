@@ -96,9 +96,9 @@ def collect(plans: Iterable[Plan]) -> Statistics:
                 if present and numel > 0:
                     levels = entry.forms[0].levels if entry.forms else None
                     sums = _sums(rows[begin:end], numel, levels or 1, bool(entry.forms))
-                    label = plan.labels[entry.slot]
+                    label = plan.labels[entry.index]
                     named = re.fullmatch(r"parameter (['\"].*)", label)
-                    found.append((entry.number, ast.literal_eval(named[1]) if named else label, sums))
+                    found.append((entry.param_id, ast.literal_eval(named[1]) if named else label, sums))
                 begin = end
     found.sort(key=lambda item: item[0])
     every = [sums for _, _, sums in found]

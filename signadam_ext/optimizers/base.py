@@ -6,7 +6,6 @@ import contextlib
 import copy
 import inspect
 import os
-import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,8 @@ from torch.optim import Optimizer
 from .. import backends
 from ..core import checks, hyperparameters, options
 from ..core.dynamo import untraced
-from ..core.formats import effective_weights, outside_inference_mode
+from ..core.formats import effective_param_storage, outside_inference_mode
+from ..core.renamed import names_today, warn_user
 from ..core.rule import Group, Rule
 from ..engine.plan import Item, Plan
 from ..engine.runtime import Runtime
@@ -31,7 +31,7 @@ from ..state.schema import Fitted, entry_names, fit
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 #: Group entries that stay the constructor's when a checkpoint is loaded.
-CONSTRUCTORS = ("backend", "state_dtype", "weights")
+CONSTRUCTORS = ("backend", "state_dtype", "param_storage")
 
 #: Largest beta, by levels of a momentum's codes, that goes without a warning of the variance that rounding adds.
 VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
@@ -104,12 +104,12 @@ class SignOptimizer(Optimizer):
             TypeError, ValueError: a hyperparameter or a parameter that cannot be served; the optimizer is unchanged.
         """
         if isinstance(param_group, dict):
-            given, param_group = param_group, hyperparameters.kept(param_group)
+            given, param_group = param_group, hyperparameters.kept(names_today(param_group))
             with hyperparameters.of_group(len(self.param_groups)):
                 for name in checks.TORCH_OPTIONS:
                     checks.torch_option(name, param_group.get(name))
                 hyperparameters.check_beta_names(type(self), param_group, folded=True)
-                _fold_beta(param_group, self.defaults)
+                hyperparameters.fold(param_group, _has_one_beta(self.defaults))
                 checked = self._check_group({**self.defaults, **param_group})
                 param_group["seed"] = checked["seed"]
             # As in torch.optim, the dictionary that is handed in becomes the group.
@@ -125,7 +125,7 @@ class SignOptimizer(Optimizer):
                 if param.requires_grad:
                     label = _label(group, len(self.param_groups) - 1, i)
                     checks.parameter(label, param, at_step=False)
-                    checks.weights(label, group["weights"], param.dtype)
+                    checks.param_storage(label, group["param_storage"], param.dtype)
             self._warn_of_variance(group)  # which raises where warnings are errors
         except BaseException:
             self.param_groups.pop()
@@ -201,8 +201,8 @@ class SignOptimizer(Optimizer):
             return False
         index, i = runtime.places[id(param)]
         group = self._read_group(index)
-        number = i + sum(len(other["params"]) for other in self.param_groups[:index])
-        key = (self._plan_key_of(group), number)
+        param_id = i + sum(len(other["params"]) for other in self.param_groups[:index])
+        key = (self._plan_key_of(group), param_id)
         # To its plan the parameter is the only one of the only group, so that reading takes no look at the others.
         alone = [{**group, "params": [param]}]
         own = self.state.get(param)
@@ -210,7 +210,7 @@ class SignOptimizer(Optimizer):
         try:
             if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
                 runtime.plans_alone.pop(id(param), None)
-                plan = self._plan_of([self._item(_label(group, index, i), param, group, 0, number)], alone)
+                plan = self._plan_of([self._item(_label(group, index, i), param, group, 0, param_id)], alone)
             plan.run(alone, runtime.lock)
         except BaseException:
             if plan is not None and plan.owns:  # as above
@@ -274,7 +274,7 @@ class SignOptimizer(Optimizer):
 
     def _plan_key_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What a plan depends on in a group, beside what is read anew each step."""
-        return self._rule(group), group["backend"], group.get("state_dtype"), group["weights"], group["seed"]
+        return self._rule(group), group["backend"], group.get("state_dtype"), group["param_storage"], group["seed"]
 
     def _make_plan(self, groups: Sequence[dict[str, Any]]) -> Plan:
         items: list[Item] = []
@@ -298,7 +298,7 @@ class SignOptimizer(Optimizer):
                 return plan
         raise RuntimeError("gradients changed while the step was being planned; is another thread running backward?")
 
-    def _item(self, label: str, param: Tensor, group: dict[str, Any], index: int, number: int) -> Item:
+    def _item(self, label: str, param: Tensor, group: dict[str, Any], index: int, param_id: int) -> Item:
         layout = self._layout(label, param, group)
         own = self.state.get(param)
         return Item(
@@ -308,19 +308,19 @@ class SignOptimizer(Optimizer):
             self._rule(group),
             group["backend"],
             has_state=bool(own),
-            fit=lambda: self._fitted(layout, {} if own is None else own, group["seed"], number),
+            fit=lambda: self._fitted(layout, {} if own is None else own, group["seed"], param_id),
             forms=tuple(layout.moments.values()),
             own_state=own,
             state_names=entry_names(layout),
-            weights=group["weights"],
+            param_storage=group["param_storage"],
             seed=group["seed"],
-            number=number,
+            param_id=param_id,
             # Torch makes the state that a distributed checkpoint is read into by a step without a learning rate.
             at_rest=not own and group["lr"] == 0,
         )
 
-    def _fitted(self, layout: Layout, own: Mapping[str, Any], seed: int, number: int) -> Fitted:
-        fitted = fit(layout, own, seed, number)
+    def _fitted(self, layout: Layout, own: Mapping[str, Any], seed: int, param_id: int) -> Fitted:
+        fitted = fit(layout, own, seed, param_id)
         shape, addresses = self._runtime.coded.get(id(layout.param), (layout.param.shape, ()))
         if shape != layout.param.shape:
             for (name, form), moment in zip(layout.moments.items(), fitted.moments, strict=True):
@@ -338,7 +338,7 @@ class SignOptimizer(Optimizer):
             label,
             param,
             dict(zip(rule.moments, rule.forms(group), strict=True)),
-            effective_weights(group["weights"], param.dtype),
+            effective_param_storage(group["param_storage"], param.dtype),
             rule.threshold_state,
             # A function of the user's may be larger than 1.
             bounded=rule.bounded and rule.confidence is None,
@@ -353,10 +353,9 @@ class SignOptimizer(Optimizer):
         if limit is not None and group["betas"][0] > limit and not self._runtime.has_warned:
             self._runtime.has_warned = True
             assert form is not None
-            warnings.warn(
+            warn_user(
                 f"{form.kind} momentum with beta = {group['betas'][0]}: the longer a momentum remembers, the more "
-                f"variance rounding adds to it; beyond {limit} take more bits, or a smaller beta",
-                stacklevel=6,  # past the constructors
+                f"variance rounding adds to it; beyond {limit} take more bits, or a smaller beta"
             )
 
     @torch._disable_dynamo
@@ -411,9 +410,9 @@ class SignOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim, but state keeps its precision or takes this optimizer's.
 
-        Hyperparameters and the seed come from the checkpoint; ``backend``, ``state_dtype``, ``weights`` and functions
-        stay this optimizer's. Where that changes the precision of a state, one warning says how. Everything is made
-        before anything is put in place, so that both states are in memory for a moment.
+        Hyperparameters and the seed come from the checkpoint; ``backend``, ``state_dtype``, ``param_storage`` and
+        functions stay this optimizer's. Where that changes the precision of a state, one warning says how. Everything
+        is made before anything is put in place, so that both states are in memory for a moment.
 
         Raises:
             TypeError, ValueError: state or hyperparameters that do not fit this optimizer, another method's for
@@ -507,6 +506,7 @@ class SignOptimizer(Optimizer):
         """(number in a state dict, layout) of each parameter."""
         layouts: list[tuple[int, Layout]] = []
         for index, group in enumerate(self.param_groups):
+            hyperparameters.fold(group, _has_one_beta(self.defaults))
             for i, param in enumerate(group["params"]):
                 layouts.append((len(layouts), self._layout(_label(group, index, i), param, group)))
         return layouts
@@ -535,6 +535,7 @@ class SignOptimizer(Optimizer):
                     f"size of the optimizer's, {len(own['params'])}"
                 )
             self._check_method(index, saved)
+            saved = names_today(saved, warns=False)
             kept = _constructors_of(own)
             group = {
                 name: value if callable(value) else copy.deepcopy(value)
@@ -640,7 +641,7 @@ class SignOptimizer(Optimizer):
         if runtime is None:
             runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)), has_warned=True)
             taken["_runtime"] = runtime
-        defaults = {**vars(self), **state}["defaults"]
+        taken["defaults"] = defaults = names_today({**vars(self), **state}["defaults"], warns=False)
         for group in state.get("param_groups", ()):
             _complete(group, defaults)
         # Plans compare groups and state with what they know; what was observed is of before.
@@ -657,15 +658,13 @@ def _label(group: dict[str, Any], group_index: int, index: int) -> str:
     return f"parameter {index} of group {group_index}"
 
 
-def _fold_beta(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """A group keeps its one ``beta`` as ``betas=(beta,)``, where schedulers that cycle momentum look for it."""
-    if "beta" in group and len(defaults.get("betas", ())) == 1:
-        group["betas"] = (group.pop("beta"),)
+def _has_one_beta(defaults: Mapping[str, Any]) -> bool:
+    return len(defaults.get("betas", ())) == 1
 
 
 def _complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Gives a group of an earlier version, or of another optimizer, the hyperparameters that it lacks."""
-    _fold_beta(group, defaults)
+    hyperparameters.fold(group, _has_one_beta(defaults), warns=False)
     for name, value in defaults.items():
         if name != "differentiable":  # which torch adds to the defaults, and to them alone
             group.setdefault(name, value)
@@ -696,10 +695,9 @@ def _is_empty(saved: Any) -> bool:
 
 def _warn_of_changes(changes: list[str]) -> None:
     if changes:
-        warnings.warn(
+        warn_user(
             "the loaded state has been converted to this optimizer's storage forms (" + "; ".join(changes) + "): "
-            "training goes on, but not bit for bit as it would have",
-            stacklevel=4,
+            "training goes on, but not bit for bit as it would have"
         )
 
 

@@ -19,7 +19,7 @@ from .base import SignOptimizer
 T = TypeVar("T")
 
 #: Moments in fp32 and parameters rounded to nearest: what few bits need beside them is the optimizers' affair.
-STORAGE = {"state_dtype": "fp32", "weights": "as_is", "seed": 0}
+STORAGE = {"state_dtype": "fp32", "param_storage": "nearest", "seed": 0}
 COMMON = {name: DEFAULTS[name] for name in ("weight_decay", "decoupled_weight_decay", "maximize", "backend")}
 
 

@@ -43,7 +43,7 @@ class Layout:
         label: what errors call the parameter.
         param: the parameter.
         moments: form of each moment, by name.
-        weights: form of the parameter, as :func:`storage.effective_weights` gives it.
+        param_storage: how the parameter is stored, as :func:`formats.effective_param_storage` gives it.
         threshold_state: name of what the threshold is made of, or None.
         bounded: whether no entry of the first moment exceeds 1.
         uses_step: whether the rule computes with the number of steps.
@@ -52,7 +52,7 @@ class Layout:
     label: str
     param: Tensor
     moments: Mapping[str, Format]
-    weights: str
+    param_storage: str
     threshold_state: str | None
     bounded: bool = False
     uses_step: bool = False
@@ -326,7 +326,7 @@ def check_codes(label: str, name: str, source: Format, saved: Mapping[str, Any])
             raise ValueError(f"{label} has fractions among its {source.kind} codes: must be whole numbers")
 
 
-def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> tuple[dict[str, Any], list[str]]:
+def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) -> tuple[dict[str, Any], list[str]]:
     """A checked checkpoint's state as this optimizer keeps it, on the parameter's device, and changes of precision.
 
     A moment of the same kind keeps its bits. Another kind is converted, where fewer bits are left by stochastic
@@ -358,7 +358,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> t
                 m = m / torch.full((), float(source.levels), dtype=torch.float32, device=m.device)
             if form.levels is not None:
                 m = m.clamp(-1.0, 1.0) * form.levels
-            stored = formats.encode(form, m, conversion_bits(own_bits, seed, number, t, m))
+            stored = formats.encode(form, m, conversion_bits(own_bits, seed, param_id, t, m))
             adopted[name] = stored if form.packed else _shaped(stored, param)
             exact = source is form and torch.equal(
                 formats.decode(form, stored, param.numel()).nan_to_num(), flat.float().nan_to_num()
@@ -366,13 +366,13 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, number: int) -> t
             if not exact:
                 changes.append(f"{name}: {source.kind} to {form.kind}")
         adopted.update(moment_tags(name, form, param))
-    changes += _adopt_weights(layout, saved, adopted)
+    changes += _adopt_residual(layout, saved, adopted)
     return adopted, changes
 
 
-def conversion_bits(own_bits: Callable[[Tensor], Tensor], seed: int, number: int, t: int, values: Tensor) -> Tensor:
+def conversion_bits(own_bits: Callable[[Tensor], Tensor], seed: int, param_id: int, t: int, values: Tensor) -> Tensor:
     """The random bits with which a moment is stored in another form, after step ``t``."""
-    return own_bits(random_bits(int(seed), number, t + CONVERSION, 0, values.numel(), values.device))
+    return own_bits(random_bits(int(seed), param_id, t + CONVERSION, 0, values.numel(), values.device))
 
 
 def step_tensor(t: int) -> Tensor:
@@ -390,21 +390,21 @@ def _own_copy(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _adopt_weights(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, Any]) -> list[str]:
+def _adopt_residual(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, Any]) -> list[str]:
     """What lies beside the parameter, converted between the split forms and a master copy."""
-    param, weights = layout.param, layout.weights
-    low, master = saved.get("param_low"), saved.get("master_param")
-    found = low if master is None else master
+    param, param_storage = layout.param, layout.param_storage
+    remainder, master = saved.get("param_low"), saved.get("master_param")
+    found = remainder if master is None else master
     if found is None:
         return []
-    was = "master" if low is None else "split16" if low.dtype == torch.int16 else "split8"
+    was = "master" if remainder is None else "split16" if remainder.dtype == torch.int16 else "split8"
     flat = _flat(found.detach().to(param.device), param)
-    if weights == was or weights == "master":
+    if param_storage == was or param_storage == "master":
         # Low bits become a master copy at the first step: the parameter may not have been loaded yet.
         adopted["param_low" if was != "master" else "master_param"] = _shaped(flat, param)
         return []
-    change = f"weights: {was} to {weights}"
-    if weights not in formats.RESIDUALS:
+    change = f"param_storage: {was} to {param_storage}"
+    if param_storage not in formats.RESIDUALS:
         return [change]
     if was == "split8":
         adopted["param_low"] = _shaped(flat.to(torch.int16) * 256, param)
@@ -412,8 +412,8 @@ def _adopt_weights(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, 
     if was == "split16":
         adopted["param_low"] = _shaped((flat.int() + 128 >> 8).clamp(-128, 127).to(torch.int8), param)
         return [change]
-    adopted["param_low"] = _shaped(formats.low_of_master(weights, flat), param)
-    return [change] if weights == "split8" else []
+    adopted["param_low"] = _shaped(formats.remainder_of_master(param_storage, flat), param)
+    return [change] if param_storage == "split8" else []
 
 
 def _flat(value: Tensor, param: Tensor) -> Tensor:

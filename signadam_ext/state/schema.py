@@ -57,39 +57,39 @@ class Fitted:
 
 def entry_names(layout: Layout) -> tuple[str, ...]:
     """The state entries that a step reads: moments, what lies beside the parameter, gate and step, in this order."""
-    residual = (RESIDUALS[layout.weights][0],) if layout.weights in RESIDUALS else ()
+    residual = (RESIDUALS[layout.param_storage][0],) if layout.param_storage in RESIDUALS else ()
     threshold_state = () if layout.threshold_state is None else (layout.threshold_state,)
     return (*layout.moments, *residual, *threshold_state, "step")
 
 
-def fit(layout: Layout, state: Mapping[str, Any], seed: int, number: int) -> Fitted:
+def fit(layout: Layout, state: Mapping[str, Any], seed: int, param_id: int) -> Fitted:
     """What a step needs, of what there is; nothing is written, neither to ``state`` nor to a tensor.
 
     What is missing is made: zeros, a master copy of the parameter and its low bits. What lies otherwise in memory is
     copied: other strides, codes in another memory order, packed codes that are not aligned, what is lazily negative or
     zero, moments in the form that checkpoints hold. Blocks of codes are then formed anew, with random bits that are a
-    function of seed, number, and steps taken.
+    function of seed, param_id, and steps taken.
 
     Args:
         layout: how the state is to be stored.
         state: the parameter's; entries that are not the rule's are a user's and left alone.
-        seed, number: what the parameter's random bits are made of.
+        seed, param_id: what the parameter's random bits are made of.
 
     Raises:
         TypeError, ValueError: an entry that cannot be the parameter's, by its name.
     """
     # What is made for later steps must not be of one that runs in inference mode.
     with formats.outside_inference_mode(), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-        return _Fitting(layout, state, seed, number).fitted()
+        return _Fitting(layout, state, seed, param_id).fitted()
 
 
 class _Fitting:
-    def __init__(self, layout: Layout, state: Mapping[str, Any], seed: int, number: int) -> None:
+    def __init__(self, layout: Layout, state: Mapping[str, Any], seed: int, param_id: int) -> None:
         label, param = layout.label, layout.param
         if not isinstance(state, MutableMapping):
             raise TypeError(f"the state of {label} is a {type(state).__name__}: must be a dict, which a step can write")
-        checks.weights(label, layout.weights, param.dtype)
-        self.layout, self.state, self.seed, self.number = layout, state, seed, number
+        checks.param_storage(label, layout.param_storage, param.dtype)
+        self.layout, self.state, self.seed, self.param_id = layout, state, seed, param_id
         self.strides = formats.strides_of(param)
         self.changes: dict[str, Any] = {}
         check_one_residual(label, state)
@@ -99,11 +99,13 @@ class _Fitting:
         for name, form in layout.moments.items():
             if name in state:
                 self._check_moment(name, form)
-        if layout.weights in RESIDUALS:
+        if layout.param_storage in RESIDUALS:
             for name, dtypes in RESIDUAL_DTYPES.items():
                 if name in state:
                     self.found[name] = self._real(name)
-                    exact = (RESIDUALS[layout.weights][1],) if name == RESIDUALS[layout.weights][0] else dtypes
+                    exact = (
+                        (RESIDUALS[layout.param_storage][1],) if name == RESIDUALS[layout.param_storage][0] else dtypes
+                    )
                     checks.state_tensor(self._shown(name), self.found[name], param.shape, exact, param.device)
         if layout.threshold_state is not None and layout.threshold_state in state:
             checks.threshold_state(label, layout.threshold_state, state[layout.threshold_state])
@@ -189,29 +191,29 @@ class _Fitting:
         flat = formats.flat(value)
         if form is not BLOCK8:
             return _huge_pages(formats.pack(form, flat.to(torch.int8)))
-        bits = conversion_bits(own_bits, self.seed, self.number, self.steps, flat)
+        bits = conversion_bits(own_bits, self.seed, self.param_id, self.steps, flat)
         return _huge_pages(formats.encode(form, flat.float(), bits))
 
     # The others
 
     def _residual(self) -> tuple[Tensor | None, tuple[str, ...]]:
         """What lies beside the parameter, and the entries that have gone into it."""
-        weights, param = self.layout.weights, self.layout.param
-        if weights not in RESIDUALS:
+        param_storage, param = self.layout.param_storage, self.layout.param
+        if param_storage not in RESIDUALS:
             return None, ()
-        name, _ = RESIDUALS[weights]
+        name, _ = RESIDUALS[param_storage]
         (other,) = RESIDUAL_DTYPES.keys() - {name}
         if name in self.found:
             return self._put(name, self._strided(self.found[name])), ()
         from_other = self.found.get(other)
         if from_other is None:
-            return self._put(name, formats.make_residual(weights, param)), ()
-        if weights == "master":
-            made = formats.make_residual(weights, param, from_other)
+            return self._put(name, formats.make_residual(param_storage, param)), ()
+        if param_storage == "master":
+            made = formats.make_residual(param_storage, param, from_other)
         else:
             master, own = (formats.flat(formats.restrided(x, param)) for x in (from_other, param.detach()))
             made = formats.reordered(
-                formats.low_of_master(weights, master, own),
+                formats.remainder_of_master(param_storage, master, own),
                 param.shape,
                 formats.order_of(param.shape, self.strides),
                 self.strides,

@@ -145,7 +145,7 @@ _NO_SCALER = (
 
 
 @dataclass(slots=True, eq=False)
-class _Slot:
+class _Progress:
     """What is remembered of a released parameter.
 
     Attributes:
@@ -177,7 +177,7 @@ class GradientRelease:
         # Torch's tensors do not show their hooks to the garbage collector: whatever those hold on to for good, lives
         # for good. They hold this object weakly, and it holds the optimizer weakly.
         self._optimizer = weakref.ref(optimizer)
-        self._slots: dict[int, _Slot] = {}
+        self._progress: dict[int, _Progress] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._removed = False
         self._window = 0
@@ -271,8 +271,8 @@ class GradientRelease:
         if left:
             if self.accumulation_steps == 1:
                 for param in left:
-                    slot = self._slot(param)
-                    if slot is not None and slot.window == self._window:
+                    progress = self._progress_of(param)
+                    if progress is not None and progress.window == self._window:
                         raise RuntimeError(
                             f"{_name(optimizer, param)} was updated in backward and has got another gradient "
                             "since: by hand, by a backward that was refused, or by DistributedDataParallel, which "
@@ -280,7 +280,7 @@ class GradientRelease:
                         )
             optimizer._step_all()
             for param in left:
-                if self._slot(param) is not None:
+                if self._progress_of(param) is not None:
                     param.grad = None
         self._window += 1
         self._step_called = True
@@ -300,24 +300,24 @@ class GradientRelease:
         frozen = not param.requires_grad
         if frozen and (not param.is_floating_point() or param.is_inference()):
             return  # it can never require a gradient
-        slot = self._slots[id(param)] = _Slot(param._cdata)
+        progress = self._progress[id(param)] = _Progress(param._cdata)
         # Hooks can be registered only where a gradient is required, and stay when it no longer is.
         if frozen:
             param.requires_grad_(True)
         try:
             _drop_dead_hooks(param)
-            self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self, slot)))
-            self._attach(param, slot)
+            self._handles.append(param.register_post_accumulate_grad_hook(_Hook(self, progress)))
+            self._attach(param, progress)
         finally:
             if frozen:
                 param.requires_grad_(False)
 
-    def _attach(self, param: Tensor, slot: _Slot) -> None:
+    def _attach(self, param: Tensor, progress: _Progress) -> None:
         """What the tensor that a parameter is now must have to call its hooks, and to tell when it is swapped."""
         # A parameter that had hooks before it was swapped is called for none of them, until they are set once more.
         param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
         if self.accumulation_steps > 1:
-            self._handles.append(param.register_hook(self._before_accumulation(id(param), slot)))
+            self._handles.append(param.register_hook(self._before_accumulation(id(param), progress)))
         vars(param)[_SwapNotice.NAME] = _SwapNotice(self, id(param))
 
     def _drop_hooks(self) -> None:
@@ -330,20 +330,22 @@ class GradientRelease:
             if isinstance(notice, _SwapNotice) and notice.is_of(self):
                 del vars(param)[_SwapNotice.NAME]
 
-    def _slot(self, param: Tensor) -> _Slot | None:
+    def _progress_of(self, param: Tensor) -> _Progress | None:
         """What is remembered of a parameter, if it is released. Its hook shows that it is no other of the same id."""
-        slot = self._slots.get(id(param))
+        progress = self._progress.get(id(param))
         hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
-        return slot if any(isinstance(hook, _Hook) and hook.slot is slot for hook in hooks.values()) else None
+        return (
+            progress if any(isinstance(hook, _Hook) and hook.progress is progress for hook in hooks.values()) else None
+        )
 
     def _renew_hooks(self, params: Iterable[Tensor]) -> None:
         """Gives parameters that were swapped their hooks back: they are called for what the other tensor has become."""
         for param in params:
-            slot = self._slots.get(id(param))
-            if slot is None or slot.implementation == param._cdata or self._slot(param) is None:
+            progress = self._progress.get(id(param))
+            if progress is None or progress.implementation == param._cdata or self._progress_of(param) is None:
                 continue
-            slot.implementation = param._cdata
-            self._attach(param, slot)
+            progress.implementation = param._cdata
+            self._attach(param, progress)
 
     def _swapped(self, key: int) -> None:
         """The parameter of that id has become another tensor, or has ended."""
@@ -352,7 +354,7 @@ class GradientRelease:
         if param is not None:
             self._renew_hooks([param])
 
-    def _before_accumulation(self, key: int, slot: _Slot) -> Callable[[Tensor], None]:
+    def _before_accumulation(self, key: int, progress: _Progress) -> Callable[[Tensor], None]:
         """A hook that begins the sum of gradients anew where the last one was dropped."""
         release = weakref.ref(self)  # whatever a tensor's hooks hold on to for good, lives for good
 
@@ -362,11 +364,11 @@ class GradientRelease:
             optimizer = None if this is None else this._optimizer()
             param = None if optimizer is None else optimizer._parameter_of_id(key)
             if param is not None and param.grad is None:
-                slot.backwards = 0
+                progress.backwards = 0
 
         return hook
 
-    def _gradient_complete(self, optimizer: SignOptimizer, slot: _Slot, param: Tensor) -> None:
+    def _gradient_complete(self, optimizer: SignOptimizer, progress: _Progress, param: Tensor) -> None:
         """Called by autograd when it has added to ``param.grad`` all that this backward has for it."""
         if param.grad is None:
             raise RuntimeError(
@@ -378,20 +380,20 @@ class GradientRelease:
         with lock.held:
             if task != self._task or task == -1:
                 self._begin(optimizer, task)
-            self._check_accumulation(optimizer, slot, param, task)
-            slot.task, slot.nested = task, self._nested
-            slot.backwards += 1
-            if slot.backwards < self.accumulation_steps:
+            self._check_accumulation(optimizer, progress, param, task)
+            progress.task, progress.nested = task, self._nested
+            progress.backwards += 1
+            if progress.backwards < self.accumulation_steps:
                 return
             try:
                 if not optimizer._step_parameter(param):
                     return  # no longer the optimizer's
             except BaseException:
-                slot.refused = _identity(param.grad)
+                progress.refused = _identity(param.grad)
                 raise
             param.grad = None
-            slot.backwards = 0
-            slot.window = self._window
+            progress.backwards = 0
+            progress.window = self._window
             # Schedulers want to know that a step has been taken.
             optimizer._opt_called = True  # type: ignore[attr-defined]
 
@@ -407,27 +409,27 @@ class GradientRelease:
             # Called only where a backward comes to its end.
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(self._running.discard, task))
         if not self._searched and _processes_may_exist():
-            self._refuse_ddp([param for param in _own_parameters(optimizer) if self._slot(param) is not None])
+            self._refuse_ddp([param for param in _own_parameters(optimizer) if self._progress_of(param) is not None])
             self._searched = True
         # A loop that never calls step() must have nothing left for it to do.
         optimizer._runtime.round += 1
         self._renew_hooks(_own_parameters(optimizer))
         self._others = not self._step_called and any(
-            param.requires_grad and self._slot(param) is None for param in _own_parameters(optimizer)
+            param.requires_grad and self._progress_of(param) is None for param in _own_parameters(optimizer)
         )
         self._task = task
 
-    def _check_accumulation(self, optimizer: SignOptimizer, slot: _Slot, param: Tensor, task: int) -> None:
+    def _check_accumulation(self, optimizer: SignOptimizer, progress: _Progress, param: Tensor, task: int) -> None:
         """Raises where this gradient is another part of one that has been applied, before anything is written."""
         why = None
-        refused, slot.refused = slot.refused, None
+        refused, progress.refused = progress.refused, None
         if refused is not None and refused != _identity(param.grad) and refused[0] == _identity(param.grad)[0]:
-            slot.refused = _identity(param.grad)
+            progress.refused = _identity(param.grad)
             why = (
                 "a gradient that was added to one which the step before had refused, and left: call "
                 "optimizer.zero_grad() after a backward that has raised"
             )
-        elif slot.task == task != -1:
+        elif progress.task == task != -1:
             why = (
                 "its gradient in parts, of which the first has been taken for the whole: did its dtype or device "
                 "change while the graph was built?"
@@ -438,8 +440,8 @@ class GradientRelease:
                     "a gradient from a backward inside another one, where parts of a gradient cannot be told from "
                     "gradients to be accumulated: with accumulation_steps > 1 use checkpoint(..., use_reentrant=False)"
                 )
-        elif slot.window == self._window:
-            if self._nested or slot.nested:
+        elif progress.window == self._window:
+            if self._nested or progress.nested:
                 why = (
                     f"{_SECOND}, and one of them came from a backward inside another. In reentrant checkpointing a "
                     "parameter used in several segments gets its gradient in parts: use checkpoint(..., "
@@ -486,9 +488,9 @@ _NO_FSDP = (
 class _Hook:
     """Called by autograd after it has accumulated a parameter's gradient."""
 
-    def __init__(self, release: GradientRelease, slot: _Slot) -> None:
+    def __init__(self, release: GradientRelease, progress: _Progress) -> None:
         self._release = weakref.ref(release)
-        self.slot = slot
+        self.progress = progress
 
     def optimizer(self) -> SignOptimizer | None:
         release = self._release()
@@ -498,7 +500,7 @@ class _Hook:
     def __call__(self, param: Tensor) -> None:
         release, optimizer = self._release(), self.optimizer()
         if release is not None and optimizer is not None:
-            release._gradient_complete(optimizer, self.slot, param)
+            release._gradient_complete(optimizer, self.progress, param)
             return
         warnings.warn(
             "the optimizer for which gradients were released no longer exists, so parameters are not updated: keep the "

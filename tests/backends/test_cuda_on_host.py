@@ -23,7 +23,15 @@ from torch import Tensor
 from signadam_ext import _C, backends
 from signadam_ext.backends import Bucket, Entry
 from signadam_ext.core import formats
-from signadam_ext.core.formats import BF16, BOUNDED, DTYPE_FORMATS, RESIDUALS, UNBOUNDED, Format, effective_weights
+from signadam_ext.core.formats import (
+    BF16,
+    BOUNDED,
+    DTYPE_FORMATS,
+    RESIDUALS,
+    UNBOUNDED,
+    Format,
+    effective_param_storage,
+)
 from signadam_ext.core.rule import Rule, Scalars
 
 DTYPES = tuple(DTYPE_FORMATS)
@@ -45,12 +53,12 @@ SPECIALS = (
     *(3.4028234e38, -3.4028234e38, 1.00390625, 1.00048828125, torch.inf, -torch.inf, torch.nan),
 )
 #: Index of a tensor's first element in the unsharded one: odd, no multiple of four, and where random keys change.
-FIRSTS = (0, 0, 1, 2, 3, 5, 32, 2**31 - 1, 2**32 - 6, *(2**33 - n for n in (1, 2, 7, 8, 33, 1021, 1024, 16383)))
+SHARD_OFFSETS = (0, 0, 1, 2, 3, 5, 32, 2**31 - 1, 2**32 - 6, *(2**33 - n for n in (1, 2, 7, 8, 33, 1021, 1024, 16383)))
 #: How a parameter of each dtype may be kept.
-WEIGHTS = {
-    torch.float32: ("as_is",),
-    torch.bfloat16: ("as_is", "stochastic", "split16", "split8", "master"),
-    torch.float16: ("as_is", "stochastic", "master"),
+PARAM_STORAGES = {
+    torch.float32: ("nearest",),
+    torch.bfloat16: ("nearest", "stochastic", "split16", "split8", "master"),
+    torch.float16: ("nearest", "stochastic", "master"),
 }
 GUARD = 64
 
@@ -85,7 +93,7 @@ FLOATS = tuple(name for name in _C.SCALARS if name not in (*DOUBLES[1:], *FLAGS)
 
 def assert_same_step(table: Any, rows: Sequence[tuple[float, ...]], step: np.ndarray, offsets: Sequence[int]) -> None:
     """The CUDA backend writes what the step's data for Triton holds, in a layout of its own."""
-    own = np.full(table.cuda_step_bytes(rows=len(rows)), 0xA5, dtype=np.uint8)
+    own = np.full(table.cuda_step_bytes(scalar_sets=len(rows)), 0xA5, dtype=np.uint8)
     table.write_cuda_step(scalars=rows, address=own.ctypes.data)
     expected = []
     for row in rows:
@@ -114,7 +122,7 @@ class CudaOnHost:
         table = bucket.table
 
         def launch(rows: Sequence[tuple[float, ...]]) -> None:
-            *offsets, size = _C.step_layout(tensors=len(table), rows=len(rows))
+            *offsets, size = _C.step_layout(tensors=len(table), scalar_sets=len(rows))
             step = np.full(size, 0xA5, dtype=np.uint8)
             table.write_step(scalars=rows, address=step.ctypes.data)
             assert not any(offset % 16 for offset in offsets)
@@ -141,7 +149,7 @@ class TensorCase:
     dtype: torch.dtype
     grad_dtype: torch.dtype
     state_dtype: tuple[str, ...] = ()
-    weights: str = "as_is"
+    param_storage: str = "nearest"
     #: Of parameter, gradient, moments and what lies beside the parameter, in elements from an aligned address.
     offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
     scale: float = 1.0
@@ -149,8 +157,8 @@ class TensorCase:
     present: bool = True
     group: int = 0
     seed: int = 0
-    number: int = 0
-    first: int = 0
+    param_id: int = 0
+    shard_offset: int = 0
     steps_taken: int = 0
 
 
@@ -230,15 +238,15 @@ def tensor_cases(draw: st.DrawFn, rule: str, group_count: int, stored: bool) -> 
         dtype=dtype,
         grad_dtype=draw(st.sampled_from(DTYPES)),
         state_dtype=draw(st.sampled_from(state_dtypes(rule))) if stored else ("fp32",) * FUNCTORS[rule].moments,
-        weights=draw(st.sampled_from(WEIGHTS[dtype])) if stored else "as_is",
+        param_storage=draw(st.sampled_from(PARAM_STORAGES[dtype])) if stored else "nearest",
         offsets=draw(st.tuples(*4 * [st.sampled_from((0, 0, 1, 2, 3, 4, 5, 6, 7))])),
         scale=draw(st.sampled_from((1.0, 1.0, 1e-6, 1e4, 1e-39))),
         specials=draw(st.booleans()),
         present=draw(st.sampled_from((True, True, True, False))),
         group=draw(st.integers(0, group_count - 1)),
         seed=draw(st.integers(0, 2**64 - 1)),
-        number=draw(st.integers(0, 2**32 - 1)),
-        first=draw(st.sampled_from(FIRSTS) | st.integers(0, 2**40)),
+        param_id=draw(st.integers(0, 2**32 - 1)),
+        shard_offset=draw(st.sampled_from(SHARD_OFFSETS) | st.integers(0, 2**40)),
         steps_taken=draw(st.sampled_from((0, 1, 1000, 2**24 - 2, 2**35))),
     )
 
@@ -345,13 +353,13 @@ def stored_moment(case: TensorCase, form: Format, second: bool, generator: torch
 def initial_state(case: TensorCase, rule: Rule, forms: tuple[Format, ...], generator: torch.Generator) -> State:
     x = values(case, generator)
     moments = [stored_moment(case, form, i > 0, generator) for i, form in enumerate(forms)]
-    weights = effective_weights(case.weights, case.dtype)
-    exact = case.dtype == torch.bfloat16 and weights in ("stochastic", "split16", "split8")
+    param_storage = effective_param_storage(case.param_storage, case.dtype)
+    exact = case.dtype == torch.bfloat16 and param_storage in ("stochastic", "split16", "split8")
     param = Operand(x, case.dtype, case.offsets[0], exact)
     residual = None
-    if weights in RESIDUALS:
-        dtype = RESIDUALS[weights][1]
-        if weights == "master":
+    if param_storage in RESIDUALS:
+        dtype = RESIDUALS[param_storage][1]
+        if param_storage == "master":
             # Now and then a parameter has been set from outside.
             low = torch.where(torch.rand(case.size, generator=generator) < 0.1, torch.flip(x, (0,)), x)
         else:
@@ -377,21 +385,21 @@ def take_step(
     """One launch over all tensors, as a plan makes it."""
     entries = [
         Entry(
-            slot=i,
+            index=i,
             param=state.param.view,
             dense_param=state.param.view,
             grad_dtype=tensor.grad_dtype,
             forms=rule.forms(own[i]),
             moments=tuple(moment.view for moment in state.moments),
-            weights=effective_weights(tensor.weights, tensor.dtype),
+            param_storage=effective_param_storage(tensor.param_storage, tensor.dtype),
             residual=None if state.residual is None else state.residual.view,
             variance=None if state.variance is None else state.variance.view,
             threshold_state=state.threshold_state,
             step=state.step,
             group=i,
             seed=tensor.seed,
-            number=tensor.number,
-            first=tensor.first,
+            param_id=tensor.param_id,
+            shard_offset=tensor.shard_offset,
         )
         for i, (tensor, state) in enumerate(zip(case.tensors, states, strict=True))
     ]
@@ -402,7 +410,7 @@ def take_step(
     ]
     rows = []
     for group, t in bucket.table.begin(addresses):
-        scalars = rule.row(own[group], t)
+        scalars = rule.scalar_set(own[group], t)
         rows.append(tuple(scalars.get(name, 0.0) for name in _C.SCALARS))
     launch(rows)
     bucket.table.commit()
@@ -475,10 +483,10 @@ GROUPS = (
 def every_form(rule: str) -> Iterator[TensorCase]:
     """All storage forms, each at every small size and a large one, at offsets that differ."""
     combinations = itertools.product(
-        state_dtypes(rule), [(dtype, weights) for dtype in DTYPES for weights in WEIGHTS[dtype]]
+        state_dtypes(rule), [(dtype, param_storage) for dtype in DTYPES for param_storage in PARAM_STORAGES[dtype]]
     )
     count = 0
-    for i, (state_dtype, (dtype, weights)) in enumerate(combinations):
+    for i, (state_dtype, (dtype, param_storage)) in enumerate(combinations):
         large = (16383, 16384, 16385, 40_000)[i % 4]
         for size in (0, 1, 3, 31, 32, 33, 255, 2047, 2048, 2049, large):
             count += 1
@@ -487,15 +495,17 @@ def every_form(rule: str) -> Iterator[TensorCase]:
                 dtype=dtype,
                 grad_dtype=DTYPES[count % 3],
                 state_dtype=state_dtype,
-                weights=weights,
+                param_storage=param_storage,
                 offsets=(count % 8, count // 2 % 8, count // 3 % 8, count // 5 % 8),
                 specials=count % 3 == 0,
                 present=count % 11 != 7,
                 group=count // 2 % 2,
                 seed=count * 0x9E3779B97F4A7C15 % 2**64,
-                number=count,
+                param_id=count,
                 # In the middle of a chunk the keys change, at an odd or an even index.
-                first=2**33 * (1 + i % 3) - 8190 - i % 2 if size > 16000 else FIRSTS[count % len(FIRSTS)],
+                shard_offset=2**33 * (1 + i % 3) - 8190 - i % 2
+                if size > 16000
+                else SHARD_OFFSETS[count % len(SHARD_OFFSETS)],
                 steps_taken=i % 5 * 2**31,
             )
 
@@ -509,7 +519,7 @@ def test_deviation_of_many_chunks(library: ctypes.CDLL) -> None:
     """Blocks in every order: the last to arrive is another one each time, the deviation is not."""
     size = 40 * 16384 + 5
     plain = TensorCase(size, torch.float32, torch.float32, ("fp32",), offsets=(1, 0, 0, 0))
-    stored = TensorCase(size, torch.bfloat16, torch.bfloat16, ("int4",), "master", first=2**33 - size // 2)
+    stored = TensorCase(size, torch.bfloat16, torch.bfloat16, ("int4",), "master", shard_offset=2**33 - size // 2)
     for tensor, order in ((plain, 0), (plain, 1), (plain, 2), (stored, 1), (stored, 2)):
         check(library, "sign_adam_pp", "SAME_PASS", Case(3, order, 2, GROUPS, (tensor,)))
 
@@ -581,22 +591,22 @@ def test_splitting_and_joining(
     library: ctypes.CDLL, every_upper_half: Tensor, random_halves: Tensor, width: int
 ) -> None:
     x, count = every_upper_half, len(every_upper_half)
-    weights = f"split{width}"
+    param_storage = f"split{width}"
     high, low = torch.empty(count, dtype=torch.int16), torch.empty(count, dtype=torch.int32)
     call(library.split_all, width, x, random_halves.int(), high, low)
     param = torch.empty(count, dtype=torch.bfloat16)
-    residual = torch.empty(count, dtype=RESIDUALS[weights][1])
-    formats.store_param(weights, x, random_halves, param, residual)
+    residual = torch.empty(count, dtype=RESIDUALS[param_storage][1])
+    formats.store_param(param_storage, x, random_halves, param, residual)
     assert torch.equal(high, param.view(torch.int16)) and torch.equal(low, residual.int())
     joined = torch.empty(count)
     call(library.join_all, high, low * (256 if width == 8 else 1), joined)
-    assert same_bits(joined, formats.load_param(weights, param, residual))
+    assert same_bits(joined, formats.load_param(param_storage, param, residual))
     if width == 16:
         assert same_bits(joined, x)
     # Low bits that somebody else left beside a parameter.
     strange = torch.flip(low, (0,))
     call(library.join_all, high, strange * (256 if width == 8 else 1), joined)
-    assert same_bits(joined, formats.load_param(weights, param, strange.to(residual.dtype)))
+    assert same_bits(joined, formats.load_param(param_storage, param, strange.to(residual.dtype)))
     assert not joined[~param.isnan()].isnan().any()
 
 

@@ -186,7 +186,7 @@ def test_statistics_wait_before_they_read() -> None:
         def wait(self) -> None:
             rows.copy_(torch.tensor([[3.0, 4.0, 1.0, 2.0, 5.0, 0.5]], dtype=torch.float64))
 
-    entry = SimpleNamespace(numel=10, forms=(), slot=0, number=0)
+    entry = SimpleNamespace(numel=10, forms=(), index=0, param_id=0)
     bucket = SimpleNamespace(
         chunk_statistics=rows, device=CPU, entries=[entry], table=SimpleNamespace(grads=lambda: [True])
     )
@@ -208,7 +208,7 @@ def test_devices_for_which_the_driver_compiles(capability: tuple[int, int], expe
 @given(tensors=st.integers(1, 10_000), rows=st.integers(1, 50))
 def test_step_data_is_aligned(tensors: int, rows: int) -> None:
     """So Triton compiles one kernel for each set of constants."""
-    *offsets, size = _C.step_layout(tensors=tensors, rows=rows)
+    *offsets, size = _C.step_layout(tensors=tensors, scalar_sets=rows)
     assert not any(offset % 16 for offset in offsets)
     grads, rng_keys, numbers, scalars = offsets
     assert (

@@ -25,7 +25,7 @@ THRESHOLD_PASSES = ("none", "same_pass", "pass_before")
 #: As in csrc/core/formats.h, with the bits of an element.
 FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "block8": 8}
 #: With the bits of what lies beside an element of the parameter.
-WEIGHTS = {"as_is": 0, "stochastic": 0, "split16": 16, "split8": 8, "master": 32}
+PARAM_STORAGES = {"nearest": 0, "stochastic": 0, "split16": 16, "split8": 8, "master": 32}
 RULES = rules()
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = "gfx942"
@@ -39,7 +39,7 @@ class Job(NamedTuple):
     grad: str = "fp32"
     exp_avg: str = "fp32"
     exp_avg_sq: str = "fp32"
-    weights: str = "as_is"
+    param_storage: str = "nearest"
     observes: str = "without_statistics"
 
     def arguments(self) -> list[object]:
@@ -53,7 +53,7 @@ class Job(NamedTuple):
             "EXP_AVG_SQ": formats.index(self.exp_avg_sq),
             "AUX": formats.index(self.exp_avg_sq if RULES[self.rule].moments > 2 else "fp32"),
             "READS_VARIANCE": RULES[self.rule].reads_variance,
-            "WEIGHTS": list(WEIGHTS).index(self.weights),
+            "PARAM_STORAGE": list(PARAM_STORAGES).index(self.param_storage),
             "THRESHOLD_PASS": THRESHOLD_PASSES.index(self.threshold_pass),
             "CONFIDENCE": None,
             "OBSERVES": self.observes == "with_statistics",
@@ -78,8 +78,8 @@ STORED = [
     ("signum", "none", "bf16", "bf16", "block8", "fp32", "master"),
     ("sign_sgd", "none", "fp16", "fp16", "fp32", "fp32", "stochastic"),
     ("adam_amsgrad", "none", "bf16", "bf16", "bf16", "bf16", "stochastic"),
-    ("sign_adam_pp", "same_pass", "fp32", "fp32", "fp32", "fp32", "as_is", "with_statistics"),
-    ("msvag_minibatch", "none", "bf16", "fp32", "fp32", "fp32", "as_is", "with_statistics"),
+    ("sign_adam_pp", "same_pass", "fp32", "fp32", "fp32", "fp32", "nearest", "with_statistics"),
+    ("msvag_minibatch", "none", "bf16", "fp32", "fp32", "fp32", "nearest", "with_statistics"),
 ]
 #: What is compiled for one architecture of NVIDIA only: rules of the same operations as others, mixed dtypes.
 LIKE_OTHERS = ("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion")
@@ -129,7 +129,7 @@ def amd(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Path]:
 def accesses(job: Job, lanes: int) -> tuple[Counter[int], Counter[int]]:
     """Loads and stores of a row's thread with so many lanes, by bytes: at least these."""
     moments = (job.exp_avg, job.exp_avg_sq, job.exp_avg_sq)[: RULES[job.rule].moments]
-    updated = [FORMATS[job.param], WEIGHTS[job.weights]]
+    updated = [FORMATS[job.param], PARAM_STORAGES[job.param_storage]]
     stores = [] if job.threshold_pass == "pass_before" else [*updated, *(FORMATS[moment] for moment in moments)]
     given = [FORMATS["fp32"]] if RULES[job.rule].reads_variance else []
     loads = [FORMATS[job.grad], *(stores or updated), *given]

@@ -1,7 +1,7 @@
 """The Triton kernels in every storage form: parameters and state equal byte for byte to the reference's.
 
-Interpreted in a process of its own, every combination of forms, weights and dtype with one rule of each kind, some with
-the others; on a GPU some of them.
+Interpreted in a process of its own, every combination of forms, parameter storage and dtype with one rule of each
+kind, some with the others; on a GPU some of them.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Combination:
     """How the tensors of a run are stored."""
 
     state_dtype: tuple[str, ...]
-    weights: str
+    param_storage: str
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        return "-".join((*self.state_dtype, self.weights, str(self.dtype).removeprefix("torch.")))
+        return "-".join((*self.state_dtype, self.param_storage, str(self.dtype).removeprefix("torch.")))
 
 
 def combinations(row: Row) -> list[Combination]:
@@ -66,12 +66,12 @@ def combinations(row: Row) -> list[Combination]:
     first = formats.BOUNDED if rule.bounded else formats.UNBOUNDED
     wide = ("fp32", "bf16")
     forms = itertools.product(*(wide if len(rule.moments) > 2 else first, wide, wide)[: len(rule.moments)])
-    weights = {
-        torch.float32: ("as_is",),
-        torch.bfloat16: tuple(formats.WEIGHTS),
-        torch.float16: ("as_is", "stochastic", "master"),
+    param_storage = {
+        torch.float32: ("nearest",),
+        torch.bfloat16: tuple(formats.PARAM_STORAGES),
+        torch.float16: ("nearest", "stochastic", "master"),
     }
-    return [Combination(form, name, dtype) for form in forms for dtype in DTYPES for name in weights[dtype]]
+    return [Combination(form, name, dtype) for form in forms for dtype in DTYPES for name in param_storage[dtype]]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def train(
     specials = "confidence" not in row.hyperparameters
     values = Values(combination.dtype, device, specials, torch.Generator().manual_seed(1))
     params = [values.tensor(size, offset) for size, offset, _ in tensors]
-    stored = {"weights": combination.weights}
+    stored = {"param_storage": combination.param_storage}
     if combination.state_dtype:
         stored["state_dtype"] = combination.state_dtype
     options = {**row.hyperparameters, **stored, **hyperparameters}
@@ -120,9 +120,9 @@ def train(
             # Aligned only where the parameter is, and not always then.
             param.grad = values.tensor(size, 0 if offset == 0 else step % 2)
             param.grad_variance = values.tensor(size, 0).float().abs()
-        items = [optimizer._item(str(i), param, group, 0, number=i) for i, param in enumerate(params)]
-        for item, (_, _, first) in zip(items, tensors, strict=True):
-            item.first = first
+        items = [optimizer._item(str(i), param, group, 0, param_id=i) for i, param in enumerate(params)]
+        for item, (_, _, shard_offset) in zip(items, tensors, strict=True):
+            item.shard_offset = shard_offset
         plan = Plan(items, state=optimizer.state)
         assert plan.read(optimizer.param_groups, optimizer.state)
         plan.run(optimizer.param_groups)
@@ -179,7 +179,7 @@ def test_every_combination(row: Row, device: str) -> None:
         ("sign_adam", Combination(("int4", "bf16"), "split8", torch.bfloat16)),
         ("sign_adam_pp", Combination(("int2",), "stochastic", torch.bfloat16)),
         ("sign_adam_pp-adaptive", Combination(("int8",), "split16", torch.bfloat16)),
-        ("sign_adam_pp-delayed", Combination(("int2",), "as_is", torch.float32)),
+        ("sign_adam_pp-delayed", Combination(("int2",), "nearest", torch.float32)),
     ],
     ids=str,
 )

@@ -274,8 +274,8 @@ def test_block_scaled_momentum_keeps_tiny_values():
         assert back.abs().amax() > 0
 
 
-@pytest.mark.parametrize("weights", SPLITS)
-def test_split_weights_are_put_together_again(weights):
+@pytest.mark.parametrize("param_storage", SPLITS)
+def test_split_weights_are_put_together_again(param_storage):
     generator = torch.Generator().manual_seed(0)
     x = torch.cat(
         [
@@ -284,10 +284,13 @@ def test_split_weights_are_put_together_again(weights):
         ]
     )
     zero = torch.zeros(x.numel(), dtype=torch.int64)
-    param, low = torch.empty_like(x, dtype=torch.bfloat16), torch.empty(x.shape, dtype=formats.RESIDUALS[weights][1])
-    formats.store_param(weights, x, zero, param, low)
-    back = formats.load_param(weights, param, low)
-    expected = x if weights == "split16" else formats.from_bits(formats.bits(x) & 0xFFFFFF00)
+    param, low = (
+        torch.empty_like(x, dtype=torch.bfloat16),
+        torch.empty(x.shape, dtype=formats.RESIDUALS[param_storage][1]),
+    )
+    formats.store_param(param_storage, x, zero, param, low)
+    back = formats.load_param(param_storage, param, low)
+    expected = x if param_storage == "split16" else formats.from_bits(formats.bits(x) & 0xFFFFFF00)
     assert same_bits(back, torch.where(x.isnan(), torch.nan, expected))
 
 
@@ -301,7 +304,7 @@ def test_split_weights_are_put_together_again(weights):
 def test_split16_follows_the_fp32_run(cls, backend):
     half = parameter((3, 41))
     full = torch.nn.Parameter(half.detach().float())
-    a = cls([half], lr=1e-3, weights="split16", weight_decay=0.1, backend=backend)
+    a = cls([half], lr=1e-3, param_storage="split16", weight_decay=0.1, backend=backend)
     b = cls([full], lr=1e-3, weight_decay=0.1, backend=backend)
     for step in range(20):
         g = torch.randn(half.shape, generator=torch.Generator().manual_seed(step)).bfloat16()
@@ -320,7 +323,7 @@ def test_master_weights_follow_the_fp32_run(backend):
     for dtype in (torch.bfloat16, torch.float16):
         half = parameter((3, 41), dtype)
         full = torch.nn.Parameter(half.detach().float())
-        a = signadam_ext.SignAdamPP([half], lr=1e-3, weights="master", backend=backend)
+        a = signadam_ext.SignAdamPP([half], lr=1e-3, param_storage="master", backend=backend)
         b = signadam_ext.SignAdamPP([full], lr=1e-3, backend=backend)
         for step in range(20):
             g = torch.randn(half.shape, generator=torch.Generator().manual_seed(step)).to(dtype)
@@ -332,10 +335,10 @@ def test_master_weights_follow_the_fp32_run(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("weights", ["master", *SPLITS])
-def test_a_parameter_written_from_outside_wins(weights, backend):
+@pytest.mark.parametrize("param_storage", ["master", *SPLITS])
+def test_a_parameter_written_from_outside_wins(param_storage, backend):
     p = parameter((6,))
-    optimizer = signadam_ext.SignAdamPP([p], lr=1e-4, weights=weights, backend=backend)
+    optimizer = signadam_ext.SignAdamPP([p], lr=1e-4, param_storage=param_storage, backend=backend)
     train([p], optimizer, range(3))
     with torch.no_grad():
         p.copy_(torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 5.0, -0.125]))
@@ -346,14 +349,14 @@ def test_a_parameter_written_from_outside_wins(weights, backend):
     finite = before.isfinite()
     assert torch.equal(p[finite], before[finite])
     assert p[2] == torch.inf and p[3] == -torch.inf
-    if weights == "master":
+    if param_storage == "master":
         assert torch.equal(optimizer.state[p]["master_param"], before.float())
 
 
 def test_fp32_parameters_are_their_own_masters():
-    for weights in ("stochastic", "master"):
+    for param_storage in ("stochastic", "master"):
         a, b = parameter(dtype=torch.float32), parameter(dtype=torch.float32)
-        one = signadam_ext.SignAdamPP([a], weights=weights)
+        one = signadam_ext.SignAdamPP([a], param_storage=param_storage)
         other = signadam_ext.SignAdamPP([b])
         train([a], one, range(3))
         train([b], other, range(3))
@@ -365,7 +368,9 @@ def test_the_seed_decides_and_nothing_global_is_touched():
     results = []
     for seed in (0, 0, 1):
         p = parameter((500,))
-        optimizer = made(signadam_ext.SignAdamPP, [p], lr=1e-4, state_dtype="int2", weights="stochastic", seed=seed)
+        optimizer = made(
+            signadam_ext.SignAdamPP, [p], lr=1e-4, state_dtype="int2", param_storage="stochastic", seed=seed
+        )
         train([p], optimizer, range(3))
         results.append((p.detach().clone(), optimizer.state[p]["exp_avg"]))
     assert torch.equal(before, torch.get_rng_state())
@@ -377,14 +382,14 @@ def test_stochastic_weights_move_where_rounding_to_nearest_stands_still():
     """lr is a hundredth of the last place: to nearest nothing moves, stochastically the mean moves by lr a step."""
     n, lr, steps = 20000, 2.0**-8 / 100, 50
     moved = {}
-    for weights in ("as_is", "stochastic"):
+    for param_storage in ("nearest", "stochastic"):
         p = torch.nn.Parameter(torch.full((n,), 1.5).bfloat16())
-        optimizer = signadam_ext.SignSGD([p], lr=lr, weights=weights)
+        optimizer = signadam_ext.SignSGD([p], lr=lr, param_storage=param_storage)
         for _ in range(steps):
             p.grad = torch.ones_like(p)
             optimizer.step()
-        moved[weights] = 1.5 - float(p.detach().double().mean())
-    assert moved["as_is"] == 0
+        moved[param_storage] = 1.5 - float(p.detach().double().mean())
+    assert moved["nearest"] == 0
     # Each step rounds with a variance below ulp^2 * lr / ulp, independently.
     error = 5 * math.sqrt(steps * 2.0**-7 * lr / n)
     assert abs(moved["stochastic"] - steps * lr) < error < steps * lr / 4
@@ -394,8 +399,8 @@ def test_stochastic_weights_move_where_rounding_to_nearest_stands_still():
 def test_a_group_may_have_its_own_forms(backend):
     a, b, c = parameter((70,)), parameter((33,)), parameter((5,), torch.float32)
     groups = [
-        {"params": [a], "state_dtype": "int2", "weights": "stochastic"},
-        {"params": [b], "state_dtype": "fp32", "weights": "split8"},
+        {"params": [a], "state_dtype": "int2", "param_storage": "stochastic"},
+        {"params": [b], "state_dtype": "fp32", "param_storage": "split8"},
         {"params": [c]},
     ]
     optimizer = signadam_ext.SignAdamPP(groups, lr=1e-3, state_dtype="int8", backend=backend)
@@ -415,20 +420,20 @@ def test_each_moment_may_have_its_own_form():
 # Checkpoints
 
 FORMATS = [
-    (cls, sd, weights)
+    (cls, sd, param_storage)
     for cls, names in (
         (signadam_ext.SignAdamPP, STATE_DTYPES),
         (signadam_ext.SignAdam, STATE_DTYPES),
         (signadam_ext.Signum, ("fp32", "bf16", "int8")),
     )
-    for sd, weights in product(names, formats.WEIGHTS)
+    for sd, param_storage in product(names, formats.PARAM_STORAGES)
 ]
 
 
-@pytest.mark.parametrize("cls, sd, weights", FORMATS)
-def test_a_resumed_run_has_the_same_bits(cls, sd, weights, tmp_path):
+@pytest.mark.parametrize("cls, sd, param_storage", FORMATS)
+def test_a_resumed_run_has_the_same_bits(cls, sd, param_storage, tmp_path):
     """Through torch.save and weights_only, through save_state, deepcopy and pickle; from one backend into the other."""
-    forms = {"state_dtype": sd, "weights": weights}
+    forms = {"state_dtype": sd, "param_storage": param_storage}
     params = [parameter((33, 5)), parameter((7,), seed=1)]
     optimizer = made(cls, params, lr=0.01, seed=9, backend="cpu", **forms)
     train(params, optimizer, range(3))
@@ -458,7 +463,7 @@ def test_a_resumed_run_has_the_same_bits(cls, sd, weights, tmp_path):
 @pytest.mark.parametrize("sd", ["int8", "int4", "int2"])
 def test_state_dicts_hold_codes_of_the_parameters_shape(sd):
     p = torch.nn.Parameter(torch.randn(4, 6).t().bfloat16())
-    optimizer = made(signadam_ext.SignAdamPP, [p], lr=0.1, state_dtype=sd, weights="stochastic")
+    optimizer = made(signadam_ext.SignAdamPP, [p], lr=0.1, state_dtype=sd, param_storage="stochastic")
     train([p], optimizer, range(3))
     state_dict = optimizer.state_dict()
     saved, own = state_dict["state"][0], optimizer.state[p]
@@ -468,7 +473,7 @@ def test_state_dicts_hold_codes_of_the_parameters_shape(sd):
     codes = formats.codes_of(formats.FORMATS[sd], own["exp_avg"], p.numel())
     assert torch.equal(saved["exp_avg"].t().flatten(), codes)
     group = state_dict["param_groups"][0]
-    assert (group["backend"], group["state_dtype"], group["weights"]) == ("auto", sd, "stochastic")
+    assert (group["backend"], group["state_dtype"], group["param_storage"]) == ("auto", sd, "stochastic")
     assert group["seed"] == 0 and group["method"] == "SignAdamPP"
 
 
@@ -526,12 +531,12 @@ def test_a_change_of_precision_warns_once_and_keeps_the_expectation(source, targ
 )
 def test_stored_parameters_change_form_without_loss(source, target):
     p = parameter((50,))
-    optimizer = signadam_ext.SignAdamPP([p], lr=1e-3, weights=source)
+    optimizer = signadam_ext.SignAdamPP([p], lr=1e-3, param_storage=source)
     train([p], optimizer, range(4))
     residual = optimizer.state[p][formats.RESIDUALS[source][0]]
     value = formats.load_param(source, p.detach(), residual)
     q = torch.nn.Parameter(p.detach().clone())
-    other = signadam_ext.SignAdamPP([q], lr=0.5, weights=target)
+    other = signadam_ext.SignAdamPP([q], lr=0.5, param_storage=target)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         other.load_state_dict(optimizer.state_dict())
@@ -543,11 +548,11 @@ def test_stored_parameters_change_form_without_loss(source, target):
 
 def test_leaving_precision_behind_is_said():
     p = parameter((50,))
-    optimizer = signadam_ext.SignAdamPP([p], lr=1e-3, weights="split16")
+    optimizer = signadam_ext.SignAdamPP([p], lr=1e-3, param_storage="split16")
     train([p], optimizer, range(2))
-    for target in ("as_is", "stochastic", "split8"):
-        other = signadam_ext.SignAdamPP([p], weights=target)
-        with pytest.warns(UserWarning, match=f"weights: split16 to {target}"):
+    for target in ("nearest", "stochastic", "split8"):
+        other = signadam_ext.SignAdamPP([p], param_storage=target)
+        with pytest.warns(UserWarning, match=f"param_storage: split16 to {target}"):
             other.load_state_dict(optimizer.state_dict())
 
 
@@ -634,10 +639,10 @@ BAD_ARGUMENTS = {
         signadam_ext.SignAdamPP,
         {"state_dtype": ("int8", "fp32")},
         ValueError,
-        "must be one name",
+        "must be one dtype",
     ),
     "int8 second moment": (signadam_ext.SignAdam, {"state_dtype": 8}, ValueError, "state_dtype=8: must be one of"),
-    "weights": (signadam_ext.SignSGD, {"weights": "split"}, ValueError, "did you mean 'split"),
+    "param_storage": (signadam_ext.SignSGD, {"param_storage": "split"}, ValueError, "did you mean 'split"),
     "seed type": (signadam_ext.SignSGD, {"seed": 1.0}, TypeError, "seed=1.0: must be an integer"),
     "seed flag": (signadam_ext.SignSGD, {"seed": True}, TypeError, "seed=True"),
     "seed range": (signadam_ext.SignSGD, {"seed": -1}, ValueError, "seed=-1: must be in \\[0, 2\\^64\\)"),
@@ -650,11 +655,11 @@ def test_bad_arguments(cls, options, error, message):
         cls([parameter()], **options)
 
 
-@pytest.mark.parametrize("weights, dtype", list(product(SPLITS, (torch.float32, torch.float16))))
-def test_split_weights_of_what_is_not_bf16_are_refused(weights, dtype):
+@pytest.mark.parametrize("param_storage, dtype", list(product(SPLITS, (torch.float32, torch.float16))))
+def test_split_weights_of_what_is_not_bf16_are_refused(param_storage, dtype):
     p = parameter(dtype=dtype)
-    with pytest.raises(TypeError, match=f"weights='{weights}' splits fp32 into a bfloat16 parameter"):
-        signadam_ext.SignAdamPP([p], weights=weights)
+    with pytest.raises(TypeError, match=f"param_storage='{param_storage}' splits fp32 into a bfloat16 parameter"):
+        signadam_ext.SignAdamPP([p], param_storage=param_storage)
 
 
 def test_much_added_variance_is_said_once():

@@ -50,7 +50,7 @@ EVERYWHERE = [
     ("weight_decay", (-1.0, NAN, INF, "x", None, False, torch.tensor(-1.0), np.float64(-1))),
     ("decoupled_weight_decay", (1, None, "yes", torch.tensor(True))),
     ("maximize", (0, None, "no")),
-    ("weights", ("as-is", None, 0, ["as_is"])),
+    ("param_storage", ("as-is", None, 0, ["nearest"])),
     ("backend", ("cdua", None, ["cpu"])),
     ("seed", (-1, 1 << 64, 0.5, None, "0", True, torch.tensor(0.0))),
 ]

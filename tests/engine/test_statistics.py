@@ -41,7 +41,9 @@ def near(a: TensorStatistics, b: TensorStatistics) -> bool:
 @pytest.mark.parametrize("stored", [False, True], ids=["fp32", "stored"])
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.id)
 def test_equals_the_reference_and_changes_nothing(row: Row, stored: bool) -> None:
-    options = {"weights": "stochastic", "state_dtype": row.state_dtypes[-1]} if stored and row.state_dtypes else {}
+    options = (
+        {"param_storage": "stochastic", "state_dtype": row.state_dtypes[-1]} if stored and row.state_dtypes else {}
+    )
     shapes = SHAPES[: 3 if BACKEND == "triton" else 4]
     params = parameters(*shapes, dtype=torch.bfloat16 if stored else torch.float32)
     chunk_statistics, reference, plain = copies(params), copies(params), copies(params)

@@ -71,7 +71,7 @@ CLASSES = [
     (SignAdamPP, {}),
     (SignAdamPP, {"state_dtype": "int8", "confidence": "adaptive_delayed"}),
     (Adam, {}),
-    (SignSGD, {"weights": "stochastic"}),
+    (SignSGD, {"param_storage": "stochastic"}),
 ]
 
 

@@ -18,9 +18,9 @@ from signadam_ext import Adam, AdamW, SignAdamPP, Signum, release_gradients
 
 FORMATS: list[tuple[Any, dict[str, Any]]] = [
     (SignAdamPP, {}),
-    (SignAdamPP, {"state_dtype": "int2", "weights": "stochastic", "confidence": "sparsity", "target": 0.5}),
-    (Signum, {"state_dtype": "int8", "weights": "split16"}),
-    (Adam, {"weights": "master"}),
+    (SignAdamPP, {"state_dtype": "int2", "param_storage": "stochastic", "confidence": "sparsity", "target": 0.5}),
+    (Signum, {"state_dtype": "int8", "param_storage": "split16"}),
+    (Adam, {"param_storage": "master"}),
 ]
 form = pytest.mark.parametrize("cls, options", FORMATS, ids=["plain", "int2", "int8", "master"])
 both = pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -41,7 +41,7 @@ class OutOfMemory(TorchDispatchMode):
 
 
 def make(cls, options, backend: str, steps: int, gaps: bool = False):
-    dtype = torch.bfloat16 if "weights" in options else torch.float32
+    dtype = torch.bfloat16 if "param_storage" in options else torch.float32
     base = torch.zeros(8, 10, dtype=dtype)
     params = [
         nn.Parameter(base[:, ::2] if gaps else torch.ones(9, dtype=dtype)),

@@ -22,7 +22,7 @@ from signadam_ext.backends.triton import launch_options
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 POINTERS = {
     **dict.fromkeys(("entries", "grads"), "*i64"),
-    **dict.fromkeys(("tensor_of_chunk", "rng_keys", "rows", "arrivals"), "*i32"),
+    **dict.fromkeys(("tensor_of_chunk", "rng_keys", "scalar_indices", "arrivals"), "*i32"),
     **dict.fromkeys(("scalars", "sums", "chunk_statistics"), "*fp64"),
 }
 

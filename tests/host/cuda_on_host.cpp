@@ -37,7 +37,7 @@ extern "C" {
 // the places of gradients, keys, rows and scalars in it, as Table.write_step writes them. Returns 0, 1 when there is
 // no such kernel, 2 when a count of arrivals was left behind, 3 when the table was not built from these headers.
 int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks, const unsigned char* table_bytes,
-                 int64_t table_size, const unsigned char* step_bytes, const int64_t* offsets, int64_t scalar_rows,
+                 int64_t table_size, const unsigned char* step_bytes, const int64_t* offsets, int64_t scalar_sets,
                  int order, uint32_t seed) {
   auto threshold_pass = static_cast<ThresholdPass>(statistics_index);
   if (table_size != tensors * static_cast<int64_t>(sizeof(TensorEntry)) + chunks * 4) return 3;
@@ -49,7 +49,7 @@ int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks
   const TableView table{entries, reinterpret_cast<const uint32_t*>(entries + tensors), sums.data(), arrivals.data()};
   std::vector<Scalars> scalars;
   const auto* const rows = reinterpret_cast<const double*>(step_bytes + offsets[3]);
-  for (int64_t i = 0; i < scalar_rows; ++i) scalars.push_back(Scalars::from_row(rows + i * scalar_count));
+  for (int64_t i = 0; i < scalar_sets; ++i) scalars.push_back(Scalars::from_set(rows + i * scalar_count));
   const bool plain = std::all_of(entries, entries + tensors, [](const TensorEntry& entry) { return entry.plain(); });
   const Step step{reinterpret_cast<const void* const*>(step_bytes + offsets[0]),
                   plain ? nullptr : reinterpret_cast<const RngKey*>(step_bytes + offsets[1]),
@@ -87,7 +87,7 @@ void narrow_stochastic_all(int format, int64_t count, const float* from, const i
 void split_all(int bits, int64_t count, const float* from, const int32_t* r, uint16_t* high, int32_t* low) {
   for (int64_t i = 0; i < count; ++i) {
     const Split split = bits == 16 ? split16(from[i]) : split8(from[i], static_cast<uint32_t>(r[i]) >> 8);
-    high[i] = split.high, low[i] = split.low;
+    high[i] = split.high, low[i] = split.remainder;
   }
 }
 

@@ -123,13 +123,13 @@ struct Spec {
   Format param, grad;
   int param_offset, grad_offset;  // in elements
   Format exp_avg = Format::fp32, exp_avg_sq = Format::fp32;
-  Weights weights = Weights::as_is;
+  ParamStorage param_storage = ParamStorage::nearest;
 };
 
 template <class Rule, ThresholdPass threshold_pass, Storage storage>
 void run(const std::vector<Spec>& specs) {
   struct Memory {
-    std::vector<unsigned char> param, grad, exp_avg, exp_avg_sq, aux, low;
+    std::vector<unsigned char> param, grad, exp_avg, exp_avg_sq, aux, residual;
     double threshold_state = 0.5;
   };
   std::vector<Memory> memory(specs.size());
@@ -146,7 +146,7 @@ void run(const std::vector<Spec>& specs) {
     m.exp_avg.resize(4 * padded + padded / packed_run);
     m.exp_avg_sq.resize(4 * padded);
     m.aux.resize(4 * padded);
-    m.low.resize(4 * padded);
+    m.residual.resize(4 * padded);
     TensorEntry entry{};
     entry.param = m.param.data() + spec.param_offset * size_of(spec.param);
     entry.exp_avg = m.exp_avg.data();
@@ -155,10 +155,10 @@ void run(const std::vector<Spec>& specs) {
     entry.threshold_state = threshold_pass == ThresholdPass::none ? nullptr : &m.threshold_state;
     entry.numel = spec.numel;
     entry.first_chunk = static_cast<uint32_t>(tensor_of_chunk.size());
-    entry.formats = {spec.param, spec.grad, spec.exp_avg, spec.exp_avg_sq, Format::fp32, spec.weights};
+    entry.formats = {spec.param, spec.grad, spec.exp_avg, spec.exp_avg_sq, Format::fp32, spec.param_storage};
     entry.head = entry.formats.packed() ? 0 : head_of(entry.param, spec.param);
-    entry.low = m.low.data();
-    entry.first = 5;
+    entry.residual = m.residual.data();
+    entry.shard_offset = 5;
     tensors.push_back(entry);
     grads.push_back(m.grad.data() + spec.grad_offset * size_of(spec.grad));
     tensor_of_chunk.insert(tensor_of_chunk.end(), static_cast<std::size_t>(chunks_of(spec.numel)),
@@ -200,12 +200,13 @@ int main() {
   // Neighbours in a byte, in a word, and under an exponent.
   std::vector<Spec> bounded, unbounded;
   const Format codes[] = {Format::int2, Format::int4, Format::int8, Format::bf16, Format::fp32};
-  const Weights weights[] = {Weights::split8, Weights::split16, Weights::master, Weights::stochastic, Weights::as_is};
+  const ParamStorage param_storage[] = {ParamStorage::split8, ParamStorage::split16, ParamStorage::master,
+                                        ParamStorage::stochastic, ParamStorage::nearest};
   for (int i = 0; i < 5; ++i)
     for (const int64_t numel : {20, 2049, 16384 + 9}) {
       const int offset = i * static_cast<int>(numel) % 8;
       bounded.push_back(
-          {numel, Format::bf16, Format::bf16, offset, i, codes[i], Format::bf16, weights[(i + numel) % 5]});
+          {numel, Format::bf16, Format::bf16, offset, i, codes[i], Format::bf16, param_storage[(i + numel) % 5]});
       unbounded.push_back(bounded.back());
       unbounded.back().exp_avg = i < 3 ? Format::block8 : codes[i];
     }

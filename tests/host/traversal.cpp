@@ -165,18 +165,18 @@ struct Spec {
   int param_offset, grad_offset, moment_offset;  // in elements, from a 16-byte boundary
   bool present;
   Format exp_avg = Format::fp32, exp_avg_sq = Format::fp32;
-  Weights weights = Weights::as_is;
-  int low_offset = 0;
-  int64_t first = 0;
+  ParamStorage param_storage = ParamStorage::nearest;
+  int residual_offset = 0;
+  int64_t shard_offset = 0;
 };
 
 struct Tensor {
   Spec spec;
-  Buffer param, grad, exp_avg, exp_avg_sq, aux, low;
+  Buffer param, grad, exp_avg, exp_avg_sq, aux, residual;
   std::unique_ptr<double> threshold_state;
   uint32_t group;
 
-  std::vector<const Buffer*> buffers() const { return {&param, &grad, &exp_avg, &exp_avg_sq, &aux, &low}; }
+  std::vector<const Buffer*> buffers() const { return {&param, &grad, &exp_avg, &exp_avg_sq, &aux, &residual}; }
 };
 
 // Which operands a rule has beside parameter and gradient.
@@ -195,8 +195,11 @@ struct Uses {
 template <class Rule>
 constexpr Storage plain_for = has_third<Rule> ? Storage::any : Storage::plain;
 
-int low_bytes(Weights weights) {
-  return weights == Weights::split8 ? 1 : weights == Weights::split16 ? 2 : weights == Weights::master ? 4 : 0;
+int residual_bytes(ParamStorage param_storage) {
+  return param_storage == ParamStorage::split8    ? 1
+         : param_storage == ParamStorage::split16 ? 2
+         : param_storage == ParamStorage::master  ? 4
+                                                  : 0;
 }
 
 // Tensors of one launch. Moments and deviation exist only where the launch needs them: null otherwise, as in training.
@@ -215,8 +218,8 @@ class Model {
       if (uses.moments > 0) t.exp_avg = moment(spec.exp_avg, spec.moment_offset);
       if (uses.moments > 1) t.exp_avg_sq = moment(spec.exp_avg_sq, (spec.moment_offset + 1) % 4);
       if (uses.aux()) t.aux = moment(aux, (spec.moment_offset + 2) % 4);
-      if (const int size = low_bytes(spec.weights); size > 0)
-        t.low = Buffer(static_cast<std::size_t>(spec.numel * size), spec.low_offset * size);
+      if (const int size = residual_bytes(spec.param_storage); size > 0)
+        t.residual = Buffer(static_cast<std::size_t>(spec.numel * size), spec.residual_offset * size);
       if (adaptive) t.threshold_state = std::make_unique<double>(0.25);
       TensorEntry entry{};
       entry.param = t.param.begin();
@@ -230,10 +233,10 @@ class Model {
                        uses.moments > 0 ? spec.exp_avg : Format::fp32,
                        uses.moments > 1 ? spec.exp_avg_sq : Format::fp32,
                        aux,
-                       spec.weights};
+                       spec.param_storage};
       entry.head = entry.formats.packed() ? 0 : head_of(entry.param, spec.param);
-      entry.low = t.low.begin();
-      entry.first = spec.first;
+      entry.residual = t.residual.begin();
+      entry.shard_offset = spec.shard_offset;
       table_.add(entry, {}, t.group, tensors_.size(), 0x0123456789abcdefu, static_cast<uint32_t>(tensors_.size()));
       tensors_.push_back(std::move(t));
     }
@@ -261,7 +264,7 @@ class Model {
                          storage == Storage::with_statistics ? observed_.data() : nullptr};
     REQUIRE(table_.storage() == storage || storage == Storage::with_statistics, "there are tensors of another kind");
     const RngKey* const rng_keys = table_.rng_keys().empty() ? nullptr : table_.rng_keys().data();
-    const Step step{table_.grads().data(), rng_keys, table_.rows().data(), rows.data()};
+    const Step step{table_.grads().data(), rng_keys, table_.scalar_indices().data(), rows.data()};
     tracing = true;
     launch<Rule, threshold_pass, storage>(view, step, table_.chunks(), order, 7);
     tracing = false;
@@ -309,17 +312,19 @@ std::vector<Spec> stored_specs(int moments, bool bounded, bool large) {
   const Forms first = moments == 0 ? none
                       : bounded    ? Forms{Format::fp32, Format::bf16, Format::int8, Format::int4, Format::int2}
                                    : Forms{Format::fp32, Format::bf16, Format::block8};
-  const std::pair<Format, Weights> params[] = {
-      {Format::fp32, Weights::as_is},      {Format::bf16, Weights::as_is},      {Format::fp16, Weights::as_is},
-      {Format::bf16, Weights::stochastic}, {Format::fp16, Weights::stochastic}, {Format::bf16, Weights::split16},
-      {Format::bf16, Weights::split8},     {Format::bf16, Weights::master},     {Format::fp16, Weights::master},
+  const std::pair<Format, ParamStorage> params[] = {
+      {Format::fp32, ParamStorage::nearest},    {Format::bf16, ParamStorage::nearest},
+      {Format::fp16, ParamStorage::nearest},    {Format::bf16, ParamStorage::stochastic},
+      {Format::fp16, ParamStorage::stochastic}, {Format::bf16, ParamStorage::split16},
+      {Format::bf16, ParamStorage::split8},     {Format::bf16, ParamStorage::master},
+      {Format::fp16, ParamStorage::master},
   };
   std::vector<Spec> specs;
   std::mt19937 random(4);
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
   for (const Format exp_avg : first)
     for (const Format exp_avg_sq : moments > 1 ? wide : none)
-      for (const auto& [param, weights] : params) {
+      for (const auto& [param, param_storage] : params) {
         std::vector<int64_t> sizes = {0, 1, 7, 8, 9, 31, 32, 33, 255, 2047, 2049};
         if (large && below(3) == 0)
           sizes.push_back(std::vector<int64_t>{16383, 16385, 2 * 16384 + 2057}[specs.size() % 3]);
@@ -327,7 +332,8 @@ std::vector<Spec> stored_specs(int moments, bool bounded, bool large) {
           const int offset = below(3) == 0 ? 0 : below(16 / size_of(param));
           const int64_t index = std::vector<int64_t>{0, 1, 6, (int64_t{1} << 33) - 1001}[specs.size() % 4];
           specs.push_back({numel, param, formats[below(3)], offset, below(2) * below(8), below(2) * below(4),
-                           specs.size() % 13 != 7, exp_avg, exp_avg_sq, weights, below(3) == 0 ? 0 : below(8), index});
+                           specs.size() % 13 != 7, exp_avg, exp_avg_sq, param_storage, below(3) == 0 ? 0 : below(8),
+                           index});
         }
       }
   return specs;
@@ -428,7 +434,7 @@ void huge() {
   constexpr uint32_t chunks = 3 * (1u << 31 >> 14) + 1;
   static_assert(chunks_of(numel) == chunks);
   constexpr Format moments[] = {Format::int8, Format::int2, Format::block8};
-  constexpr Weights weights[] = {Weights::as_is, Weights::split8, Weights::master};
+  constexpr ParamStorage param_storage[] = {ParamStorage::nearest, ParamStorage::split8, ParamStorage::master};
   HostTable table(false);
   std::vector<uintptr_t> bases;
   for (std::size_t i = 0; i < 3; ++i) {
@@ -437,9 +443,9 @@ void huge() {
     TensorEntry entry{};
     entry.param = reinterpret_cast<void*>(bases.back());
     entry.numel = numel;
-    entry.formats = {format, Format::fp32, moments[i], Format::fp32, Format::fp32, weights[i]};
+    entry.formats = {format, Format::fp32, moments[i], Format::fp32, Format::fp32, param_storage[i]};
     entry.exp_avg = reinterpret_cast<void*>(bases.back() << 1);
-    entry.low = reinterpret_cast<void*>(bases.back() << 2);
+    entry.residual = reinterpret_cast<void*>(bases.back() << 2);
     entry.head = head_of(entry.param, format);
     table.add(entry, {}, 0, i, 0, 0);
   }
@@ -449,7 +455,7 @@ void huge() {
   table.begin(grads);
   const std::vector<uint32_t> tensor_of_chunk = table.tensor_of_chunk();
   const TableView view{table.tensors().data(), tensor_of_chunk.data(), nullptr, nullptr, nullptr};
-  const Step step{table.grads().data(), table.rng_keys().data(), table.rows().data(), nullptr};
+  const Step step{table.grads().data(), table.rng_keys().data(), table.scalar_indices().data(), nullptr};
 
   int64_t covered = 0;
   for (uint32_t chunk = 0; chunk < table.chunks(); ++chunk) {
@@ -469,8 +475,9 @@ void huge() {
     // Exponents follow the codes of all runs, of which the last holds 5.
     const uintptr_t exponents = (bases[tensor] << 1) + numel - 5 + 32 + uintptr_t{own} * 512;
     if (tensor == 2) REQUIRE(reinterpret_cast<uintptr_t>(moment.exponents) == exponents, "chunk %u", chunk);
-    const uintptr_t low = (bases[tensor] << 2) + uintptr_t{own} * 16384 * (tensor == 1 ? 1 : 4);
-    if (tensor > 0) REQUIRE(reinterpret_cast<uintptr_t>(StoredParam::of(slice).low) == low, "chunk %u", chunk);
+    const uintptr_t residual = (bases[tensor] << 2) + uintptr_t{own} * 16384 * (tensor == 1 ? 1 : 4);
+    if (tensor > 0)
+      REQUIRE(reinterpret_cast<uintptr_t>(StoredParam::of(slice).residual) == residual, "chunk %u", chunk);
     covered += slice.count;
   }
   REQUIRE(covered == 3 * numel, "%lld", static_cast<long long>(covered));
@@ -609,7 +616,7 @@ Scalars scalars_of(bool coupled, bool maximize, double alpha) {
   row[index_bias_correction] = 0.5;
   row[index_rho] = 0.25, row[index_one_minus_rho] = 0.75;
   row[index_confidence_beta] = 0.9, row[index_one_minus_confidence_beta] = 1 - 0.9;
-  return Scalars::from_row(row);
+  return Scalars::from_set(row);
 }
 
 struct Expected {
@@ -740,10 +747,10 @@ void fill(Model& model) {
       if (t.aux.bytes() > 0) t.aux.set(i, std::abs(normal(random)));
     }
     if (t.exp_avg.bytes() > 0 && is_packed(t.exp_avg.format())) fill_codes(t.exp_avg);
-    if (t.spec.weights == Weights::master)
-      for (int64_t i = 0; i < n; ++i) set_value(t.low.begin(), Format::fp32, i, t.param.get(i) * 1.0001f);
+    if (t.spec.param_storage == ParamStorage::master)
+      for (int64_t i = 0; i < n; ++i) set_value(t.residual.begin(), Format::fp32, i, t.param.get(i) * 1.0001f);
     else
-      for (std::size_t i = 0; i < t.low.bytes(); ++i) t.low.begin()[i] = static_cast<unsigned char>(random());
+      for (std::size_t i = 0; i < t.residual.bytes(); ++i) t.residual.begin()[i] = static_cast<unsigned char>(random());
   }
 }
 
@@ -898,7 +905,7 @@ std::size_t count_accesses(const std::vector<Spec>& specs, Order order, bool cou
     const Times once = t.spec.present && updates ? Times{1, 1} : Times{0, 0};
     const Times param = t.spec.present && !updates && coupled ? Times{1, 0} : once;
     expect(t.param, 0, t.param.bytes(), param, "param", k);
-    expect(t.low, 0, t.low.bytes(), param, "low", k);
+    expect(t.residual, 0, t.residual.bytes(), param, "residual", k);
     expect(t.grad, 0, t.grad.bytes(), {1, 0}, "gradient", k);
     for (const Buffer* moment : {&t.exp_avg, &t.exp_avg_sq}) {
       // Codes by whole pieces of 8, of which the last run may have fewer than it has room for.

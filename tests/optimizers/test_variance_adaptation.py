@@ -388,7 +388,7 @@ def test_amsgrad_refuses_few_bits(state_dtype: Any) -> None:
 def test_lion_decay_acts_on_bf16() -> None:
     """A decay of 1e-3 that is rounded by itself is none in bf16; rounded once with the step it acts, on average."""
     param = Parameter(torch.full((20_000,), 2.0, dtype=torch.bfloat16))
-    optimizer = Lion([param], lr=1e-3, weight_decay=1.0, weights="stochastic")
+    optimizer = Lion([param], lr=1e-3, weight_decay=1.0, param_storage="stochastic")
     for _ in range(10):
         param.grad = torch.zeros_like(param)
         optimizer.step()

@@ -131,9 +131,9 @@ def test_documentation_is_complete(name: str) -> None:
 
 def test_unknown_argument_is_refused() -> None:
     with pytest.raises(
-        TypeError, match=r"Signum\(\) got an unexpected keyword argument 'wieghts'; did you mean 'weights'"
+        TypeError, match=r"Signum\(\) got an unexpected keyword argument 'param_storge'; did you mean 'param_storage'"
     ):
-        signadam_ext.Signum([torch.nn.Parameter(torch.zeros(1))], wieghts="as_is")
+        signadam_ext.Signum([torch.nn.Parameter(torch.zeros(1))], param_storge="nearest")
     with pytest.raises(TypeError, match="unexpected keyword argument 'state_dtype'"):
         signadam_ext.SignSGD([torch.nn.Parameter(torch.zeros(1))], state_dtype="fp32")
 

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 import signadam_ext
 from signadam_ext import memory
-from signadam_ext.core.formats import BOUNDED, FORMATS, WEIGHTS
+from signadam_ext.core.formats import BOUNDED, FORMATS, PARAM_STORAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,12 +38,12 @@ def configurations() -> Iterator[dict[str, Any]]:
     for optimizer, kinds in KINDS.items():
         for kind in kinds:
             for state in (None, *BOUNDED, ("int8", "fp32")):
-                for weights in WEIGHTS:
+                for param_storage in PARAM_STORAGES:
                     for param_dtype in memory.DTYPES:
                         yield {
                             "optimizer": optimizer,
                             "state_dtype": state,
-                            "weights": weights,
+                            "param_storage": param_storage,
                             "param_dtype": param_dtype,
                             **kind,
                         }
@@ -94,7 +94,7 @@ def test_calculated_bytes_are_those_of_the_tensors(optimizer: str) -> None:
 
 
 def test_parts_are_what_they_are_called() -> None:
-    configuration = {"optimizer": "SignAdam", "state_dtype": "int4", "weights": "split8", "param_dtype": "bf16"}
+    configuration = {"optimizer": "SignAdam", "state_dtype": "int4", "param_storage": "split8", "param_dtype": "bf16"}
     params, optimizer = made({**configuration, "second_moment": "exact"})
     for param in params:
         param.grad = torch.ones_like(param)
@@ -116,12 +116,12 @@ def test_released_gradients_are_the_largest_alone() -> None:
 
 def test_bytes_per_parameter_are_those_of_a_large_tensor() -> None:
     for state in BOUNDED:
-        for weights in WEIGHTS:
-            words: dict[str, Any] = {"state_dtype": state, "weights": weights, "param_dtype": "bf16"}
+        for param_storage in PARAM_STORAGES:
+            words: dict[str, Any] = {"state_dtype": state, "param_storage": param_storage, "param_dtype": "bf16"}
             large = memory.estimate([(1 << 20,)], **words)
             each = memory.bytes_per_parameter(**words)
             assert each == {part: large.each(getattr(large, part)) for part in each}
-    assert memory.bytes_per_parameter(state_dtype="int2", weights="stochastic", param_dtype="bf16") == {
+    assert memory.bytes_per_parameter(state_dtype="int2", param_storage="stochastic", param_dtype="bf16") == {
         "weights": 2,
         "residual": 0,
         "moments": FORMATS["int2"].bits / 8,
@@ -159,10 +159,10 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_command_prints_what_it_computes() -> None:
-    result = python("-m", "signadam_ext", "memory", "--params=7e9", "--state=int2", "--weights=stochastic")
+    result = python("-m", "signadam_ext", "memory", "--params=7e9", "--state=int2", "--param-storage=stochastic")
     assert result.returncode == 0, result.stderr
     rows = {line[:60].split("  ")[0]: line.split()[-3:] for line in result.stdout.splitlines()}
-    each = memory.bytes_per_parameter(state_dtype="int2", weights="stochastic", param_dtype="bf16")
+    each = memory.bytes_per_parameter(state_dtype="int2", param_storage="stochastic", param_dtype="bf16")
     resident = each["weights"] + each["moments"]
     assert rows["without gradients"] == [f"{resident:g}", f"{resident * 7:.3f}", f"{resident * 7e9 / 2**30:.3f}"]
     assert rows["with gradients"][0] == f"{sum(each.values()):g}"
@@ -197,12 +197,12 @@ def test_command_takes_shapes() -> None:
             "--params 1e9 --state int2 --optimizer Signum",
             "state_dtype='int2': this momentum has no bound",
         ),
-        ("--params 1e9 --param-dtype fp32 --weights split16", "is its own master: use 'as_is'"),
-        ("--params 1e9 --param-dtype fp16 --weights split8", "has other low bits: use 'master'"),
+        ("--params 1e9 --param-dtype fp32 --param-storage split16", "is its own master: use 'nearest'"),
+        ("--params 1e9 --param-dtype fp16 --param-storage split8", "has other low bits: use 'master'"),
         ("--params 1e9 --optimizer SignAdamP", "did you mean 'SignAdam"),
         ("--params 1e9 --state int3", "state_dtype='int3'.*did you mean 'int"),
-        ("--params 1e9 --state int8,bf16", "must be one name, or 1"),
-        ("--params 1e9 --weights stochstic", "did you mean 'stochastic'"),
+        ("--params 1e9 --state int8,bf16", "must be one dtype, or 1"),
+        ("--params 1e9 --param-storage stochstic", "did you mean 'stochastic'"),
         ("--params 1e9 --param-dtype float32", "did you mean 'fp32'"),
         ("--params 1e9 --grad-dtype fp8", "grad_dtype='fp8'"),
         ("--params 1e9 --optimizer SignSGD --state fp32", "state_dtype='fp32': SignSGD has no such argument"),

@@ -33,6 +33,22 @@ GONE = {
     "_Kept": "_TensorBytes",
     "GATHER": "SAME_PASS",
     "gather": "same_pass",
+    "Weights": "ParamStorage",
+    "WEIGHTS": "PARAM_STORAGES",
+    "as_is": "nearest",
+    "AS_IS": "NEAREST",
+    "effective_weights": "effective_param_storage",
+    "low_of_master": "remainder_of_master",
+    "LOW_AT": "RESIDUAL_AT",
+    "slot": "index",
+    "_Slot": "_Progress",
+    "FIRST_AT": "SHARD_OFFSET_AT",
+    "Row": "ScalarSet",
+    "ScalarRow": "ScalarSet",
+    "rows_by_step": "scalars_by_step",
+    "Reader": "GradientReader",
+    "PieceNoise": "PieceBits",
+    "_places": "_known_memory",
 }
 SUFFIXES = {".py", ".h", ".cpp", ".cu", ".inl"}
 SOURCES = [

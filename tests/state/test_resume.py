@@ -55,8 +55,8 @@ STORED = {
     "adamw-fp32": (AdamW, {}, torch.float32),
     "sgd": (SignSGD, {}, torch.float32),
     **{
-        f"pp-{weights}": (SignAdamPP, {"state_dtype": "int8", "weights": weights}, torch.bfloat16)
-        for weights in ("split16", "split8", "master", "stochastic")
+        f"pp-{param_storage}": (SignAdamPP, {"state_dtype": "int8", "param_storage": param_storage}, torch.bfloat16)
+        for param_storage in ("split16", "split8", "master", "stochastic")
     },
     "adaptive": (SignAdamPP, {"confidence": "adaptive"}, torch.float32),
     "sparsity": (SignAdamPP, {"confidence": "sparsity", "target": 0.3, "state_dtype": "int4"}, torch.float32),
@@ -294,12 +294,12 @@ class OutOfMemory(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("how", ["load_state_dict", "load_state"])
-@pytest.mark.parametrize("source", [{"state_dtype": "int8"}, {"weights": "split16"}])
+@pytest.mark.parametrize("source", [{"state_dtype": "int8"}, {"param_storage": "split16"}])
 def test_out_of_memory_anywhere_leaves_everything_as_it_was(how, source, tmp_path):
     optimizer = several(2, **source)
     optimizer.save_state(tmp_path / "state")
     what = optimizer.state_dict() if how == "load_state_dict" else tmp_path / "state"
-    other = several(1, state_dtype="int4", weights="split8")
+    other = several(1, state_dtype="int4", param_storage="split8")
     before = seen(other)
     for n in range(1, 2000):
         mode = OutOfMemory(n)

@@ -44,8 +44,8 @@ def orders(shape):
     return {dims, dims[::-1], dims[:1] + dims[2:] + dims[1:2], dims[1:] + dims[:1]}
 
 
-def layout(param, form=FP32, weights="as_is", threshold_state=None):
-    return Layout("parameter 'w'", param, {"exp_avg": form}, weights, threshold_state)
+def layout(param, form=FP32, param_storage="nearest", threshold_state=None):
+    return Layout("parameter 'w'", param, {"exp_avg": form}, param_storage, threshold_state)
 
 
 def content(state):
@@ -100,7 +100,7 @@ def test_codes_follow_their_elements_into_another_memory_order(form, shape):
             state["exp_avg"] = formats.encode(
                 form, formats.flat(values), torch.zeros(values.numel(), dtype=torch.int64)
             )
-            moved = Layout(own.label, dense(shape, second), own.moments, "as_is", None)
+            moved = Layout(own.label, dense(shape, second), own.moments, "nearest", None)
             before = content(state)
             found = fit(moved, state, 0, 0)
             assert unchanged(state, before)
@@ -314,7 +314,7 @@ def test_state_without_memory_is_refused_by_name(nowhere, entry):
     with pytest.raises((TypeError, ValueError), match=f"state '{name}' of parameter 'w'"):
         fit(layout(param, form, "split16", "threshold"), state, 0, 0)
     optimizer = made(
-        SignAdamPP, [("w", param)], weights="split16", confidence="sparsity", target=0.5, state_dtype=form.kind
+        SignAdamPP, [("w", param)], param_storage="split16", confidence="sparsity", target=0.5, state_dtype=form.kind
     )
     before = optimizer.state_dict()
     with pytest.raises((TypeError, ValueError), match=f"state '{name}' of parameter 'w'"):
@@ -410,13 +410,17 @@ def test_what_is_the_default_does_not_matter(default):
     def run():
         param = nn.Parameter(dense((3, 5), (1, 0), torch.bfloat16))
         found = [
-            fit(layout(param, form, weights, threshold_state), {"step": 3}, 7, 1)
+            fit(layout(param, form, param_storage, threshold_state), {"step": 3}, 7, 1)
             for form in (FP32, BF16, *PACKED)
-            for weights, threshold_state in (("as_is", None), ("master", "threshold"), ("split8", "exp_avg_std"))
+            for param_storage, threshold_state in (
+                ("nearest", None),
+                ("master", "threshold"),
+                ("split8", "exp_avg_std"),
+            )
         ]
         codes = {"exp_avg": torch.ones(3, 5, dtype=torch.int8, device="cpu"), "exp_avg_kind": 3, "step": 1}
         found.append(fit(layout(param, INT8), codes, 7, 1))
-        optimizer = made(SignAdamPP, [param], state_dtype="int8", confidence="adaptive", weights="split16")
+        optimizer = made(SignAdamPP, [param], state_dtype="int8", confidence="adaptive", param_storage="split16")
         groups = optimizer.state_dict()["param_groups"]
         moments = torch.linspace(-1, 1, 15, device="cpu", dtype=torch.float32).view(3, 5)
         with warnings.catch_warnings():

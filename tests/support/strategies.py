@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.paper_formulas import TABLE, Row
 from torch import Tensor
 
-from signadam_ext.core.formats import WEIGHTS
+from signadam_ext.core.formats import PARAM_STORAGES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Sizes around every border of the kernels: vectors, pieces, rows, chunks, units of threads.
@@ -112,7 +112,7 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     }
     mine = {name: strategy for name, strategy in own.items() if name in row.hyperparameters}
     storage = {
-        "weights": st.sampled_from(tuple(WEIGHTS)),
+        "param_storage": st.sampled_from(tuple(PARAM_STORAGES)),
         "seed": st.sampled_from((0, 7, 2**64 - 1)),
     }
     if row.state_dtypes:
@@ -194,8 +194,8 @@ def train(case: RunCase, backend: str, device: str) -> tuple[list[Tensor], torch
     groups = []
     for i, group in enumerate(case.groups):
         own = [p for p, tensor in zip(params, case.tensors, strict=True) if tensor.group == i]
-        if group.get("weights", "").startswith("split") and any(p.dtype != torch.bfloat16 for p in own):
-            group = {**group, "weights": "stochastic"}  # the nearest that every dtype has
+        if group.get("param_storage", "").startswith("split") and any(p.dtype != torch.bfloat16 for p in own):
+            group = {**group, "param_storage": "stochastic"}  # the nearest that every dtype has
         groups.append({"params": own, **group})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* momentum with beta")

@@ -18,7 +18,7 @@ from . import rules
 
 if TYPE_CHECKING:
     from ...core.rule import Rule
-    from ..base import Row
+    from ..base import ScalarSet
     from ..bucket import Bucket, Entry
 
 _C = load()
@@ -43,16 +43,17 @@ class ReferenceLaunch(HostLaunch):
         self.grad = grad
 
     @torch.no_grad()
-    def operations(self, rows: Sequence[Row]) -> list[Any]:
+    def operations(self, scalar_sets: Sequence[ScalarSet]) -> list[Any]:
         targets: list[Tensor] = []
         results: list[Tensor] = []
         first_chunk = 0
         table, gathered = self.bucket.table, self.bucket.chunk_statistics
-        scalars = [dict(zip(_C.SCALARS, row, strict=True)) for row in rows]
-        for entry, present, row in zip(self.bucket.entries, table.grads(), table.rows(), strict=True):
+        scalars = [dict(zip(_C.SCALARS, values, strict=True)) for values in scalar_sets]
+        indices = table.scalar_indices()
+        for entry, present, index in zip(self.bucket.entries, table.grads(), indices, strict=True):
             if present and entry.numel > 0:
                 own = None if gathered is None else gathered[first_chunk]
-                for target, result in _update(self.bucket.rule, scalars[row], entry, self.grad(entry.slot), own):
+                for target, result in _update(self.bucket.rule, scalars[index], entry, self.grad(entry.index), own):
                     targets.append(target)
                     results.append(result)
             first_chunk += -(-entry.numel // _C.CHUNK_SIZE)
@@ -68,7 +69,7 @@ def _update(
     param = flat(source if entry.is_dense else torch.empty_like(source).copy_(source))
     residual = None if entry.residual is None else flat(entry.residual)
     stored = [moment if form.packed else flat(moment) for form, moment in zip(entry.forms, entry.moments, strict=True)]
-    p = formats.load_param(entry.weights, param, residual)
+    p = formats.load_param(entry.param_storage, param, residual)
     moments = tuple(formats.decode(form, x, numel) for form, x in zip(entry.forms, stored, strict=True))
     before = moments[0] if moments else None
     if entry.variance is not None:
@@ -81,11 +82,11 @@ def _update(
     if chunk_statistics is not None:
         chunk_statistics.copy_(_observe(g, alpha, before, moments[0] if moments else None))
     r = None
-    if entry.weights in ("stochastic", "split8") or any(form is not formats.FP32 for form in entry.forms):
+    if entry.param_storage in ("stochastic", "split8") or any(form is not formats.FP32 for form in entry.forms):
         t = 0 if entry.step is None else int(entry.step) + 1
-        r = random_bits(entry.seed, entry.number, t, entry.first, numel, param.device)
+        r = random_bits(entry.seed, entry.param_id, t, entry.shard_offset, numel, param.device)
     new, new_residual = formats.stored_param(
-        entry.weights, p, r, param.dtype, None if residual is None else residual.dtype
+        entry.param_storage, p, r, param.dtype, None if residual is None else residual.dtype
     )
     shaped = new.as_strided(entry.param.shape, entry.strides)
     if entry.image is not None:
