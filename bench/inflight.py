@@ -185,7 +185,7 @@ def _dump(*options: str) -> str:
 
 def _readable(symbol: str) -> str:
     """The name that the module itself gives a kernel: sign_adam, sign_adam_pp+same_pass, pass_before+stored."""
-    import signadam_ext._C as _C
+    from signadam_ext.core.native import compiled as _C
 
     match = re.search(r"kernelINS_\d+([A-Za-z]+?)ELNS_\d+ThresholdPassE(\d)ELNS_\d+StorageE(\d)", symbol)
     if match is None:
@@ -209,7 +209,7 @@ def _target(built: Sequence[str]) -> Target:
     if not torch.cuda.is_available():
         arch = "sm_90" if "sm_90" in built else built[-1]
         return Target(arch, _limit(arch))
-    import signadam_ext._C as _C
+    from signadam_ext.core.native import compiled as _C
 
     p = torch.cuda.get_device_properties(0)
     arch = f"sm_{p.major}{p.minor}"

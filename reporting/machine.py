@@ -52,7 +52,7 @@ def _gpu() -> dict[str, Any] | None:
 def _build() -> Any:
     """What the compiled module says of itself, or why it cannot."""
     try:
-        import signadam_ext._C as _C
+        from signadam_ext.core.native import compiled as _C
 
         return {**_C.build_info(), "cpu_capability": _C.cpu_capability()}
     except Exception as error:

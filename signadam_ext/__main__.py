@@ -15,14 +15,13 @@ import torch
 
 from . import backends, memory
 from ._version import __version__
-from .core.native import load
+from .core.native import compiled as _C
 from .core.options import BACKENDS
 from .engine import gradients
 
 
 def report() -> str:
     """The report as text, one fact a line."""
-    _C = load()
     build = _C.build_info()
     lines: list[tuple[str, str]] = [("signadam_ext", __version__)]
     if build["version"] != __version__:

@@ -18,7 +18,9 @@ import torch
 from . import optimizers
 from .core import checks
 from .core.formats import BF16, BOUNDED, FP32, PARAM_STORAGES, RESIDUALS, Format, effective_param_storage
+from .core.hyperparameters import checked
 from .core.renamed import names_today, warn_user
+from .core.rule import rule_of
 from .optimizers.base import SignOptimizer
 from .state.checkpoint import STEP_DTYPE
 
@@ -214,9 +216,9 @@ def _kept(
             known = ", ".join(sorted(group.keys() & {"state_dtype", *cls.HYPERPARAMETERS}))
             raise ValueError(f"{name}={value!r}: {cls.__name__} has no such argument, only {known}")
         group[name] = value
-    group = cls._check_group(group)
+    group = checked(cls, group)
     checks.param_storage("a parameter", group["param_storage"], param)
-    rule = cls._rule(group)
+    rule = rule_of(cls, group)
     effective = effective_param_storage(group["param_storage"], param)
     # The step count, and what a threshold is made of.
     scalars = STEP_DTYPE.itemsize + (torch.float64.itemsize if rule.threshold_state is not None else 0)

@@ -150,8 +150,9 @@ class Fuzzer:
         )
 
     def result(self) -> dict[str, Any]:
-        import signadam_ext._C as _C
         import torch
+
+        import signadam_ext._C as _C
 
         return {
             "seed": self.seed,

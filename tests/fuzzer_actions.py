@@ -51,6 +51,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import signadam_ext
+from signadam_ext.core.rule import rule_of
 
 Draw = random.Random
 Act = Callable[[Side, Draw], str | None]
@@ -616,7 +617,7 @@ def _in_blocks(side: Side, i: int) -> bool:
     group = side.optimizer.param_groups[side.group_of(i)[0]]
     dtypes = group.get("state_dtype", "fp32")
     return "int8" in (dtypes if isinstance(dtypes, tuple) else (dtypes,)) and any(
-        form.kind == "int8_block32" for form in side.optimizer._rule(group).forms(group)
+        form.kind == "int8_block32" for form in rule_of(type(side.optimizer), group).forms(group)
     )
 
 
@@ -1113,7 +1114,7 @@ def damaged_checkpoint(side: Side, draw: Draw) -> str | None:
     number = side.number_of(i)
     saved = copy.deepcopy(side.optimizer.state_dict())
     state = saved["state"][number]
-    moments = list(side.optimizer._rule(side.optimizer.param_groups[side.group_of(i)[0]]).moments)
+    moments = list(rule_of(type(side.optimizer), side.optimizer.param_groups[side.group_of(i)[0]]).moments)
     how = draw.choice(("moment missing", "step", "both", "shape", "hyperparameter", "method", "groups"))
     names: tuple[str, ...] = (side.label(i),)
     if how in ("moment missing", "shape") and not moments:

@@ -40,7 +40,8 @@ class Mutation:
 
 
 PLAN, STATE, CHECKS = "signadam_ext/engine/plan.py", "signadam_ext/state/schema.py", "signadam_ext/core/checks.py"
-OPTIMIZER, CHECKPOINT = "signadam_ext/optimizers/base.py", "signadam_ext/state/checkpoint.py"
+STEPPING, LOADING = "signadam_ext/optimizers/stepping.py", "signadam_ext/optimizers/checkpoints.py"
+CHECKPOINT = "signadam_ext/state/checkpoint.py"
 ARCHIVE = "signadam_ext/state/archive.py"
 LOCK, RELEASE = "signadam_ext/engine/step_lock.py", "signadam_ext/training/gradient_release.py"
 BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference/backend.py"
@@ -191,9 +192,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         3,
         (
             (
-                OPTIMIZER,
-                "            with runtime.lock.held:\n                groups = self._read_groups()",
-                "            if True:\n                groups = self._read_groups()",
+                STEPPING,
+                "        with runtime.lock.held:\n            groups = _read_groups(optimizer)",
+                "        if True:\n            groups = _read_groups(optimizer)",
             ),
         ),
     ),
@@ -268,7 +269,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "load_state_dict puts one parameter's state in place after another",
         4,
-        ((OPTIMIZER, "state: defaultdict[Any, Any] = defaultdict(dict, others)", "state: Any = self.state"),),
+        ((LOADING, "state: defaultdict[Any, Any] = defaultdict(dict, others)", "state: Any = optimizer.state"),),
     ),
     # 5 and 6: hyperparameters, step counts
     Mutation(
@@ -347,9 +348,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         8,
         (
             (
-                OPTIMIZER,
-                '        ours, method = self._method(), saved.get("method")\n',
-                '        return\n        ours, method = self._method(), saved.get("method")\n',
+                LOADING,
+                '    ours, method = method_of(type(optimizer)), saved.get("method")\n',
+                '    return\n    ours, method = method_of(type(optimizer)), saved.get("method")\n',
             ),
             (CHECKPOINT, "        if name not in saved and not OPTIMIZERS_OWN.isdisjoint(saved):", "        if False:"),
         ),

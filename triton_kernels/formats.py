@@ -2,7 +2,10 @@
 
 import triton
 import triton.language as tl
-from signadam_ext._C import FORMATS, PARAM_STORAGES
+
+from signadam_ext.core.native import compiled as _C
+
+FORMATS, PARAM_STORAGES = _C.FORMATS, _C.PARAM_STORAGES
 
 FP32 = tl.constexpr(FORMATS["fp32"][0])
 BF16 = tl.constexpr(FORMATS["bf16"][0])

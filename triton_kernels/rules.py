@@ -7,7 +7,10 @@ of zero.
 
 import triton
 import triton.language as tl
-from signadam_ext._C import SCALARS
+
+from signadam_ext.core.native import compiled as _C
+
+SCALARS = _C.SCALARS
 
 LR = tl.constexpr(SCALARS.index("lr"))
 WEIGHT_DECAY = tl.constexpr(SCALARS.index("weight_decay"))

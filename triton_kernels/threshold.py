@@ -2,15 +2,14 @@
 
 import triton
 import triton.language as tl
-from signadam_ext._C import CHUNK_SIZE
-from signadam_ext._C import LANES as LANE_COUNT
-from signadam_ext._C import ROWS as ROW_COUNT
+
+from signadam_ext.core.native import compiled as _C
 
 from .rules import CONFIDENCE_BETA, GAIN, ONE_MINUS_CONFIDENCE_BETA, QUANTILE, STEERS, TARGET
 
-LANES = tl.constexpr(LANE_COUNT)
-ROWS = tl.constexpr(ROW_COUNT)
-CHUNK = tl.constexpr(CHUNK_SIZE)
+LANES = tl.constexpr(_C.LANES)
+ROWS = tl.constexpr(_C.ROWS)
+CHUNK = tl.constexpr(_C.CHUNK_SIZE)
 
 
 @triton.jit

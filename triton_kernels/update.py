@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from signadam_ext._C import ThresholdPass
+
+from signadam_ext.core.native import compiled as _C
 
 from .formats import FP32, SPLIT8, STOCHASTIC, widen
 from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, random_halves
@@ -36,6 +37,7 @@ SHARD_OFFSET_AT = tl.constexpr(COLUMNS.index("shard_offset"))
 FIRST_CHUNK_AT = tl.constexpr(COLUMNS.index("first_chunk"))
 ALIGNED_AT = tl.constexpr(COLUMNS.index("aligned"))
 
+ThresholdPass = _C.ThresholdPass
 NONE = tl.constexpr(ThresholdPass.NONE.value)
 SAME_PASS = tl.constexpr(ThresholdPass.SAME_PASS.value)
 PASS_BEFORE = tl.constexpr(ThresholdPass.PASS_BEFORE.value)

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.native import load
+from ..core.native import compiled as _C
 
 if TYPE_CHECKING:
     from .bucket import Bucket
-
-_C = load()
 
 ScalarSet = tuple[float, ...]
 #: Updates a bucket on a device whose table has begun a step, given the sets of scalars that its tensors name by index.

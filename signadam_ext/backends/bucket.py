@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from ..core.formats import DTYPE_FORMATS, PARAM_STORAGES, Format
-from ..core.native import load
+from ..core.native import compiled as _C
 from ..core.rule import Rule
 from ..core.step_statistics import COLUMNS
-
-_C = load()
 
 #: Stands for a tensor between two steps.
 _NONE = torch.empty(0, dtype=torch.float32, device="cpu")

@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.native import load
+from ..core.native import compiled as _C
 from .base import HostLaunch
 
 if TYPE_CHECKING:
     from .base import ScalarSet
     from .bucket import Bucket
-
-_C = load()
 
 
 class CpuBackend:

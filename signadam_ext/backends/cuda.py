@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.native import load
+from ..core.native import compiled as _C
 from .device import StreamGuarded, StreamLaunch, to_device
 
 if TYPE_CHECKING:
     from .base import Launch, ScalarSet
     from .bucket import Bucket
-
-_C = load()
 
 
 class CudaBackend:

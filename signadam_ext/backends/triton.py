@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from ..core.formats import DTYPE_FORMATS, PARAM_STORAGES
-from ..core.native import load
+from ..core.native import compiled as _C
 from .confidence import Confidence, check_result, name_of
 from .device import StreamGuarded, StreamLaunch, is_current, to_device
 
 if TYPE_CHECKING:
     from .base import Launch, ScalarSet
     from .bucket import Bucket, Entry
-
-_C = load()
 
 
 def launch_options(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]:

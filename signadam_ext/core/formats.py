@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .native import load
-
-_C = load()
+from .native import compiled as _C
 
 #: Codes lie in runs of this many, the last one padded with zeros.
 RUN: int = _C.RUN

@@ -1,4 +1,4 @@
-"""Imports the compiled module, and says what to do where there is none."""
+"""The compiled module as ``compiled``, or an error that says what to do where there is none."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 
-def load() -> ModuleType:
+def _load() -> ModuleType:
     """``signadam_ext._C``.
 
     Raises:
@@ -33,3 +34,9 @@ def load() -> ModuleType:
         else:
             reason = "its compiled module is missing"
         raise ImportError(f"signadam_ext cannot be imported: {reason}. Run {command} with this Python.") from error
+
+
+if TYPE_CHECKING:
+    from .. import _C as compiled
+else:
+    compiled = _load()

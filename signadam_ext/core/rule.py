@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -99,6 +99,39 @@ class Rule:
             scalars["lr"] /= levels
             scalars["one_minus_beta1"] *= levels
         return scalars
+
+
+@dataclass(frozen=True)
+class RuleChoice:
+    """A rule that depends on hyperparameters; ``of(group)`` is the group's."""
+
+    of: Callable[[Group], Rule]
+
+
+def rule_by(hyperparameter: str, rules: Mapping[Any, Rule]) -> RuleChoice:
+    """One rule for each value of a hyperparameter."""
+    return RuleChoice(lambda group: checks.look_up(hyperparameter, group[hyperparameter], rules))
+
+
+class HasRule(Protocol):
+    """A class of optimizers, as far as it declares its rule."""
+
+    RULE: ClassVar[Rule | RuleChoice]
+
+
+def rule_of(optimizer: type[HasRule], group: Group) -> Rule:
+    """The rule that updates a group.
+
+    Raises:
+        TypeError, ValueError: hyperparameters that name none.
+    """
+    rule = optimizer.RULE
+    return rule if isinstance(rule, Rule) else rule.of(group)
+
+
+def method_of(optimizer: type[HasRule]) -> str:
+    """The name of the class that declares the rule."""
+    return next(base.__name__ for base in optimizer.__mro__ if "RULE" in vars(base))
 
 
 def _state_dtypes(group: Group) -> Any:

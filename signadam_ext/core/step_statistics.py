@@ -1,6 +1,6 @@
 """What kernels gather of a step, chunk by chunk, for ``optimizer.statistics()``."""
 
-from .native import load
+from .native import compiled as _C
 
 #: Of a row for each chunk.
-COLUMNS: tuple[str, ...] = load().CHUNK_STATISTICS
+COLUMNS: tuple[str, ...] = _C.CHUNK_STATISTICS

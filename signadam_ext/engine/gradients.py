@@ -17,9 +17,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.formats import outside_inference_mode
-from ..core.native import load
-
-_C = load()
+from ..core.native import compiled as _C
 
 StateEntries = Sequence[tuple[str, Tensor]]
 

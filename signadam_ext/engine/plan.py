@@ -20,13 +20,11 @@ from ..backends.confidence import backend_for, name_of
 from ..backends.device import StreamGuarded, refuse_capture
 from ..core import checks
 from ..core.formats import Format, effective_param_storage
-from ..core.native import load
+from ..core.native import compiled as _C
 from ..core.rule import Group, Rule
 from ..state.schema import Fitted
 from .gradients import ListReader, make_reader
 from .step_lock import StepLock
-
-_C = load()
 
 #: A set of scalars of which a rule reads none, in the order of kernels.
 _NO_SCALARS = dict.fromkeys(_C.SCALARS, 0.0)

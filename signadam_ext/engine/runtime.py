@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,6 +63,20 @@ class Runtime:
     round: int = 0
     driver: StepDriver | None = None
     has_warned: bool = False
+
+    @contextlib.contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """A step on another thread is of before or of after.
+
+        Raises:
+            RuntimeError: that step runs a confidence function, which may wait for this thread.
+        """
+        self.lock.refuse_waiting(
+            "the state was asked for while a step on another thread runs a confidence function: does that function "
+            "wait for this thread?"
+        )
+        with self.lock.held:
+            yield
 
     def forget_plans(self) -> None:
         self.plan = None

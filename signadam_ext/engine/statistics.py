@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from ..backends import StreamedLaunch
-from ..core.native import load
+from ..core.native import compiled as _C
 
 if TYPE_CHECKING:
     from .plan import Plan
-
-_C = load()
 
 
 @dataclass(frozen=True)

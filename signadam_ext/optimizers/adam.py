@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core import checks
 from ..core.hyperparameters import FLAG, LEARNING_RATE, TWO_BETAS, Checks, Number
 from ..core.options import BUT_DECAY, CommonButDecay
-from ..core.rule import Group, Rule, Scalars, decays, power
+from ..core.rule import Group, Rule, Scalars, decays, power, rule_by
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -63,6 +62,7 @@ class Adam(SignOptimizer):
     Sources: [KB] Kingma and Ba, arXiv 1412.6980, Alg. 1; Reddi et al., arXiv 1904.09237, for amsgrad.
     """
 
+    RULE = rule_by("amsgrad", RULES)
     HYPERPARAMETERS: ClassVar[Checks] = {
         "lr": LEARNING_RATE,
         "betas": TWO_BETAS,
@@ -83,11 +83,6 @@ class Adam(SignOptimizer):
     ) -> None:
         own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
         super().__init__(params, own, common)
-
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        checks.flag("amsgrad", group["amsgrad"])
-        return RULES[group["amsgrad"]]
 
 
 class AdamW(Adam):
@@ -123,7 +118,7 @@ class AdamW(Adam):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **common)
 
-    def _adapt_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    def adapt_loaded_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """The decay of a checkpoint of torch's Adam becomes decoupled, as in torch.optim.AdamW."""
         if "seed" not in saved:  # which ours have
             group["decoupled_weight_decay"] = True

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..core.hyperparameters import LEARNING_RATE, TWO_BETAS, Checks
 from ..core.options import Common
-from ..core.rule import Group, Rule, decays
+from ..core.rule import Rule, decays
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -43,6 +43,7 @@ class Lion(SignOptimizer):
     learning rate as much smaller.
     """
 
+    RULE = RULE
     HYPERPARAMETERS: ClassVar[Checks] = {"lr": LEARNING_RATE, "betas": TWO_BETAS}
 
     def __init__(
@@ -54,10 +55,6 @@ class Lion(SignOptimizer):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas}, common)
-
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        return RULE
 
 
 def lion(

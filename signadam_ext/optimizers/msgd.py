@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..core.hyperparameters import LEARNING_RATE, ONE_BETA, Checks
 from ..core.options import Common
-from ..core.rule import Group, Rule, decays
+from ..core.rule import Rule, decays
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -40,16 +40,13 @@ class MSGD(SignOptimizer):
     Source: [BH] Balles and Hennig, arXiv 1705.07774, Sec. 6.
     """
 
+    RULE = RULE
     HYPERPARAMETERS: ClassVar[Checks] = {"lr": LEARNING_RATE, "betas": ONE_BETA}
 
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-2, *, beta: float = 0.9, **common: Unpack[Common]
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": (beta,)}, common)
-
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        return RULE
 
 
 def msgd(

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..core import checks
 from ..core.hyperparameters import LEARNING_RATE, TWO_BETAS, Checks, Choice, Number
 from ..core.options import Common
-from ..core.rule import Group, Rule, Scalars, decays, power
+from ..core.rule import Group, Rule, Scalars, decays, power, rule_by
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -66,6 +65,7 @@ class SignAdam(SignOptimizer):
     t - 1, which is 0 at the first step and contradicts its Alg. 2: taken as a misprint.
     """
 
+    RULE = rule_by("second_moment", RULES)
     HYPERPARAMETERS: ClassVar[Checks] = {
         "lr": LEARNING_RATE,
         "betas": TWO_BETAS,
@@ -90,10 +90,6 @@ class SignAdam(SignOptimizer):
             "second_moment": second_moment,
         }
         super().__init__(params, own, common)
-
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        return checks.look_up("second_moment", group["second_moment"], RULES)
 
 
 def sign_adam(

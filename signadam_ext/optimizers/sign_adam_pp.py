@@ -14,7 +14,7 @@ from ..backends.confidence import Confidence, backend_for
 from ..core import checks
 from ..core.hyperparameters import BETA, LEARNING_RATE, ONE_BETA, SHARE, Checks, Number, Optional
 from ..core.options import Common
-from ..core.rule import Group, Rule, Scalars, decays
+from ..core.rule import Group, Rule, RuleChoice, Scalars, decays
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -65,6 +65,11 @@ def _confidence(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, RULES))}, or a function of (g, alpha)")
     return checks.one_of(name, value, RULES)
+
+
+def _rule(group: Group) -> Rule:
+    confidence = _confidence("confidence", group["confidence"])
+    return replace(_OWN, confidence=confidence) if callable(confidence) else RULES[confidence]
 
 
 class SignAdamPP(SignOptimizer):
@@ -124,6 +129,7 @@ class SignAdamPP(SignOptimizer):
     and not by the momentum; this class follows the paper, :class:`SignSGD` with ``alpha=5e-4`` the code.
     """
 
+    RULE = RuleChoice(_rule)
     HYPERPARAMETERS: ClassVar[Checks] = {
         "lr": LEARNING_RATE,
         "betas": ONE_BETA,
@@ -162,11 +168,6 @@ class SignAdamPP(SignOptimizer):
             "gain": gain,
         }
         super().__init__(params, own, common)
-
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        confidence = _confidence("confidence", group["confidence"])
-        return replace(_OWN, confidence=confidence) if callable(confidence) else RULES[confidence]
 
     @classmethod
     def check_relations(cls, group: Group) -> None:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..core.hyperparameters import LEARNING_RATE, Checks, Number
 from ..core.options import WITHOUT_MOMENTS, Common
-from ..core.rule import Group, Rule
+from ..core.rule import Rule
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -42,6 +42,7 @@ class SignSGD(SignOptimizer):
     Wang et al., arXiv 1907.09008, Alg. 3.
     """
 
+    RULE = RULE
     HYPERPARAMETERS: ClassVar[Checks] = {"lr": LEARNING_RATE, "alpha": Number()}
     COMMON = WITHOUT_MOMENTS
 
@@ -59,10 +60,6 @@ class SignSGD(SignOptimizer):
             "betas": (),
         }
         super().__init__(params, own, common)
-
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        return RULE
 
 
 def sign_sgd(

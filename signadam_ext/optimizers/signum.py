@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..core.hyperparameters import LEARNING_RATE, ONE_BETA, Checks
 from ..core.options import Common
-from ..core.rule import Group, Rule, decays
+from ..core.rule import Rule, decays
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -42,6 +42,7 @@ class Signum(SignOptimizer):
     [SA] Wang et al., arXiv 1907.09008, Sec. 6.
     """
 
+    RULE = RULE
     HYPERPARAMETERS: ClassVar[Checks] = {"lr": LEARNING_RATE, "betas": ONE_BETA}
 
     def __init__(
@@ -57,10 +58,6 @@ class Signum(SignOptimizer):
             "betas": (beta,),
         }
         super().__init__(params, own, common)
-
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        return RULE
 
 
 def signum(

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.hyperparameters import check_beta_names
+from ..core.hyperparameters import check_beta_names, checked
 from ..core.options import DEFAULTS
+from ..core.rule import Rule, rule_of
 from ..engine.plan import Item, Plan
 from ..state.schema import Fitted
 from .base import SignOptimizer
-
-T = TypeVar("T")
 
 #: Moments in fp32 and parameters rounded to nearest: what few bits need beside them is the optimizers' affair.
 STORAGE = {"state_dtype": "fp32", "param_storage": "nearest", "seed": 0}
@@ -50,6 +49,34 @@ def step_lists(
     Raises:
         TypeError, ValueError: lists of unequal length, wrong tensors or hyperparameters; nothing has been written then.
     """
+    group = _group(optimizer, params, hyperparameters)
+    rule = rule_of(optimizer, group)
+    lists: dict[str, Sequence[Any]] = {"grads": grads, **{f"{name}s": moments[name] for name in rule.moments}}
+    if rule.threshold_state is not None:
+        lists[f"{rule.threshold_state}s"] = threshold_states or ()
+    if rule.uses_step or state_steps is not None:
+        lists["state_steps"] = state_steps or ()
+    if rule.reads_variance:
+        lists["grad_variances"] = grad_variances or ()
+    for name, values in lists.items():
+        if len(values) != len(params):
+            raise ValueError(
+                f"{name} has {len(values)} entries: must have one for each of the {len(params)} parameters"
+            )
+    # A parameter without a gradient may have been offloaded: nobody looks at it.
+    items = [_item(rule, group, i, params[i], lists) for i, grad in enumerate(grads) if grad is not None]
+    plan = Plan(items, [grad for grad in grads if grad is not None])
+    plan.read([group], None)
+    plan.run([group])
+
+
+def _group(optimizer: type[SignOptimizer], params: Sequence[Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameter group that these hyperparameters make, checked.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter that the rule has not, or that makes no sense.
+    """
+    hyperparameters = dict(given)
     for name in checks.TORCH_OPTIONS:
         checks.torch_option(name, hyperparameters.pop(name, None))
     check_beta_names(optimizer, hyperparameters)
@@ -60,58 +87,40 @@ def step_lists(
             known = (*COMMON, *optimizer.HYPERPARAMETERS)
             near = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown hyperparameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    group = optimizer._check_group({**COMMON, **STORAGE, **hyperparameters, "params": list(params)})
-    rule = optimizer._rule(group)
+    return checked(optimizer, {**COMMON, **STORAGE, **hyperparameters, "params": list(params)})
 
-    lists = {"grads": grads, **{f"{name}s": moments[name] for name in rule.moments}}
-    threshold_state_list = f"{rule.threshold_state}s"
+
+def _item(rule: Rule, group: dict[str, Any], i: int, param: Tensor, lists: Mapping[str, Sequence[Any]]) -> Item:
+    """A parameter with its entries of the lists, as a plan takes it.
+
+    Raises:
+        TypeError, ValueError: a tensor that cannot be updated in place.
+    """
+    label = f"params[{i}]"
+    checks.strided(label, param)
+    moments = tuple(lists[f"{name}s"][i] for name in rule.moments)
+    for name, moment in zip(rule.moments, moments, strict=True):
+        _check_layout(label, name, moment, param)
+    threshold_state = step = None
     if rule.threshold_state is not None:
-        lists[threshold_state_list] = threshold_states if threshold_states is not None else ()
-    if rule.uses_step or state_steps is not None:
-        lists["state_steps"] = state_steps if state_steps is not None else ()
-    if rule.reads_variance:
-        lists["grad_variances"] = grad_variances if grad_variances is not None else ()
-    for name, values in lists.items():
-        if len(values) != len(params):
-            raise ValueError(
-                f"{name} has {len(values)} entries: must have one for each of the {len(params)} parameters"
-            )
-
-    items = []
-    for i, param in enumerate(params):
-        label = f"params[{i}]"
-        if grads[i] is None:
-            continue  # offloaded perhaps: nobody looks at it
-        checks.strided(label, param)
-        own = tuple(moments[name][i] for name in rule.moments)
-        threshold_state = lists[threshold_state_list][i] if rule.threshold_state is not None else None
-        step = lists["state_steps"][i] if "state_steps" in lists else None
-        for name, moment in zip(rule.moments, own, strict=True):
-            _check_layout(label, name, moment, param)
-        if rule.threshold_state is not None:
-            _check_scalar(f"{threshold_state_list}[{i}]", threshold_state, torch.float64, param.device)
-        if "state_steps" in lists:
-            _check_step(f"state_steps[{i}]", step)
-        items.append(
-            Item(
-                label,
-                param,
-                0,
-                rule,
-                group["backend"],
-                has_state=False,
-                fit=_given(Fitted(own, None, threshold_state, step, {}, ())),
-                forms=rule.forms(group),
-                variance=lists["grad_variances"][i] if "grad_variances" in lists else None,
-            )
-        )
-    plan = Plan(items, [grad for grad in grads if grad is not None])
-    plan.read([group], None)
-    plan.run([group])
-
-
-def _given(value: T) -> Callable[[], T]:
-    return lambda: value
+        name = f"{rule.threshold_state}s"
+        threshold_state = lists[name][i]
+        _check_scalar(f"{name}[{i}]", threshold_state, torch.float64, param.device)
+    if "state_steps" in lists:
+        step = lists["state_steps"][i]
+        _check_step(f"state_steps[{i}]", step)
+    fitted = Fitted(moments, None, threshold_state, step, {}, ())
+    return Item(
+        label,
+        param,
+        0,
+        rule,
+        group["backend"],
+        has_state=False,
+        fit=lambda: fitted,
+        forms=rule.forms(group),
+        variance=lists["grad_variances"][i] if "grad_variances" in lists else None,
+    )
 
 
 def _refuse_negative(label: str, value: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ..core import checks
 from ..core.hyperparameters import FLAG, LEARNING_RATE, ONE_BETA, Checks, Choice
 from ..core.options import Common
-from ..core.rule import Group, Rule, Scalars, decays, power
+from ..core.rule import Group, Rule, RuleChoice, Scalars, decays, power, rule_by
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -86,6 +86,7 @@ class SVAG(SignOptimizer):
     Source: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 3 and Sec. 4.
     """
 
+    RULE = SVAG_RULE
     HYPERPARAMETERS: ClassVar[Checks] = {
         "lr": LEARNING_RATE,
         "betas": ONE_BETA,
@@ -103,10 +104,6 @@ class SVAG(SignOptimizer):
     ) -> None:
         own = {"lr": lr, "betas": (beta,), "bias_correct_variance": bias_correct_variance}
         super().__init__(params, own, common)
-
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        return SVAG_RULE
 
 
 class MSVAG(SignOptimizer):
@@ -151,6 +148,7 @@ class MSVAG(SignOptimizer):
     Sources: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 1; [BH0] its anonymous draft for ICLR 2018, Alg. 3.
     """
 
+    RULE = rule_by("variance", MSVAG_RULES)
     HYPERPARAMETERS: ClassVar[Checks] = {
         "lr": LEARNING_RATE,
         "betas": ONE_BETA,
@@ -171,9 +169,17 @@ class MSVAG(SignOptimizer):
         own = {"lr": lr, "betas": (beta,), "bias_correct_variance": bias_correct_variance, "variance": variance}
         super().__init__(params, own, common)
 
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        return checks.look_up("variance", group["variance"], MSVAG_RULES)
+
+def _adam_star_rule(group: Group) -> Rule:
+    rule = checks.look_up("variance", group["variance"], ADAM_STAR_RULES)
+    if group["momentum"]:
+        return rule
+    if rule.reads_variance:
+        raise ValueError(
+            f"momentum=False with variance={group['variance']!r}: ADAM* without momentum is defined by exponential "
+            "averages only; use variance='ema'"
+        )
+    return ADAM_STAR_PLAIN_RULE
 
 
 class AdamStar(SignOptimizer):
@@ -211,6 +217,7 @@ class AdamStar(SignOptimizer):
     Alg. 5.
     """
 
+    RULE = RuleChoice(_adam_star_rule)
     HYPERPARAMETERS: ClassVar[Checks] = {
         "lr": LEARNING_RATE,
         "betas": ONE_BETA,
@@ -238,18 +245,6 @@ class AdamStar(SignOptimizer):
             "variance": variance,
         }
         super().__init__(params, own, common)
-
-    @classmethod
-    def _rule(cls, group: Group) -> Rule:
-        rule = checks.look_up("variance", group["variance"], ADAM_STAR_RULES)
-        if group["momentum"]:
-            return rule
-        if rule.reads_variance:
-            raise ValueError(
-                f"momentum=False with variance={group['variance']!r}: ADAM* without momentum is defined by exponential "
-                "averages only; use variance='ema'"
-            )
-        return ADAM_STAR_PLAIN_RULE
 
 
 def svag(

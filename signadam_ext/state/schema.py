@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import checks, formats
 from ..core.formats import BLOCK8, RESIDUALS, Format
-from ..core.native import load
+from ..core.native import compiled as _C
 from ..core.random_bits import MOMENT_BITS
 from .checkpoint import (
     RESIDUAL_DTYPES,
@@ -241,5 +241,5 @@ class _Fitting:
 
 def _huge_pages(moment: Tensor) -> Tensor:
     if moment.device.type == "cpu":
-        load().advise_huge_pages(moment.data_ptr(), moment.nbytes)
+        _C.advise_huge_pages(moment.data_ptr(), moment.nbytes)
     return moment

@@ -25,7 +25,9 @@ from torch.nn.parameter import is_lazy
 
 from ..core.dynamo import untraced
 from ..engine.plan import overlap_levels
-from ..optimizers.base import SignOptimizer, _label
+from ..optimizers.base import SignOptimizer
+from ..optimizers.groups import label
+from ..optimizers.stepping import parameter_of_id, step_all, step_parameter
 
 
 def release_gradients(
@@ -125,15 +127,15 @@ def release_gradients(
     if grad_scaler is not None and grad_scaler.is_enabled():
         raise ValueError(f"grad_scaler={type(grad_scaler).__name__}: {_NO_SCALER}")
     # A trainer may have wrapped it in an object that poses as its class.
-    optimizer = cast(SignOptimizer, optimizer._runtime.owner() or optimizer)
-    if optimizer._runtime.driver is not None:
+    optimizer = cast(SignOptimizer, optimizer.runtime.owner() or optimizer)
+    if optimizer.runtime.driver is not None:
         raise RuntimeError("this optimizer's gradients are released already: call remove() of that release first")
     params = _parameters_of(model_or_params)
     if isinstance(model_or_params, nn.Module):
         for name, module in model_or_params.named_modules():
             _refuse_wrapper(name, module)
     release = GradientRelease(optimizer, params, accumulation_steps)
-    optimizer._runtime.driver = release
+    optimizer.runtime.driver = release
     return release
 
 
@@ -176,7 +178,7 @@ class GradientRelease:
         self.accumulation_steps = accumulation_steps
         # Torch's tensors do not show their hooks to the garbage collector: whatever those hold on to for good, lives
         # for good. They hold this object weakly, and it holds the optimizer weakly.
-        self._optimizer = weakref.ref(optimizer)
+        self.optimizer = weakref.ref(optimizer)
         self._progress: dict[int, _Progress] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._removed = False
@@ -231,10 +233,10 @@ class GradientRelease:
             return
         self._removed = True
         self._drop_hooks()
-        optimizer = self._optimizer()
+        optimizer = self.optimizer()
         if optimizer is None:
             return
-        optimizer._runtime.driver = None
+        optimizer.runtime.driver = None
         if self._scaling is None:
             del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
         else:
@@ -254,7 +256,7 @@ class GradientRelease:
     @untraced
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """``optimizer.step()`` while gradients are released: applies those that backward has not."""
-        optimizer = self._optimizer()
+        optimizer = self.optimizer()
         assert optimizer is not None  # it is the caller
         scaled = [name for name in ("grad_scale", "found_inf") if name in vars(optimizer)]
         if scaled:
@@ -278,7 +280,7 @@ class GradientRelease:
                             "since: by hand, by a backward that was refused, or by DistributedDataParallel, which "
                             "cannot be used while gradients are released. optimizer.zero_grad() drops that gradient"
                         )
-            optimizer._step_all()
+            step_all(optimizer)
             for param in left:
                 if self._progress_of(param) is not None:
                     param.grad = None
@@ -324,7 +326,7 @@ class GradientRelease:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        optimizer = self._optimizer()
+        optimizer = self.optimizer()
         for param in () if optimizer is None else _own_parameters(optimizer):
             notice = vars(param).get(_SwapNotice.NAME)
             if isinstance(notice, _SwapNotice) and notice.is_of(self):
@@ -347,10 +349,10 @@ class GradientRelease:
             progress.implementation = param._cdata
             self._attach(param, progress)
 
-    def _swapped(self, key: int) -> None:
+    def swapped(self, key: int) -> None:
         """The parameter of that id has become another tensor, or has ended."""
-        optimizer = self._optimizer()
-        param = None if self._removed or optimizer is None else optimizer._parameter_of_id(key)
+        optimizer = self.optimizer()
+        param = None if self._removed or optimizer is None else parameter_of_id(optimizer, key)
         if param is not None:
             self._renew_hooks([param])
 
@@ -361,21 +363,21 @@ class GradientRelease:
         @untraced
         def hook(_: Tensor) -> None:
             this = release()
-            optimizer = None if this is None else this._optimizer()
-            param = None if optimizer is None else optimizer._parameter_of_id(key)
+            optimizer = None if this is None else this.optimizer()
+            param = None if optimizer is None else parameter_of_id(optimizer, key)
             if param is not None and param.grad is None:
                 progress.backwards = 0
 
         return hook
 
-    def _gradient_complete(self, optimizer: SignOptimizer, progress: _Progress, param: Tensor) -> None:
+    def gradient_complete(self, optimizer: SignOptimizer, progress: _Progress, param: Tensor) -> None:
         """Called by autograd when it has added to ``param.grad`` all that this backward has for it."""
         if param.grad is None:
             raise RuntimeError(
                 f"{_name(optimizer, param)} has lost its gradient to another hook: was it released for two optimizers?"
             )
         task = torch._C._current_graph_task_id()  # -1 where a compiled backward calls
-        lock = optimizer._runtime.lock  # autograd has a thread for each device
+        lock = optimizer.runtime.lock  # autograd has a thread for each device
         lock.refuse_nested()
         with lock.held:
             if task != self._task or task == -1:
@@ -386,7 +388,7 @@ class GradientRelease:
             if progress.backwards < self.accumulation_steps:
                 return
             try:
-                if not optimizer._step_parameter(param):
+                if not step_parameter(optimizer, param):
                     return  # no longer the optimizer's
             except BaseException:
                 progress.refused = _identity(param.grad)
@@ -412,7 +414,7 @@ class GradientRelease:
             self._refuse_ddp([param for param in _own_parameters(optimizer) if self._progress_of(param) is not None])
             self._searched = True
         # A loop that never calls step() must have nothing left for it to do.
-        optimizer._runtime.round += 1
+        optimizer.runtime.round += 1
         self._renew_hooks(_own_parameters(optimizer))
         self._others = not self._step_called and any(
             param.requires_grad and self._progress_of(param) is None for param in _own_parameters(optimizer)
@@ -494,13 +496,13 @@ class _Hook:
 
     def optimizer(self) -> SignOptimizer | None:
         release = self._release()
-        return None if release is None else release._optimizer()
+        return None if release is None else release.optimizer()
 
     @untraced
     def __call__(self, param: Tensor) -> None:
         release, optimizer = self._release(), self.optimizer()
         if release is not None and optimizer is not None:
-            release._gradient_complete(optimizer, self.progress, param)
+            release.gradient_complete(optimizer, self.progress, param)
             return
         warnings.warn(
             "the optimizer for which gradients were released no longer exists, so parameters are not updated: keep the "
@@ -529,7 +531,7 @@ class _SwapNotice:
     def __del__(self) -> None:
         release = self._release()
         if release is not None:
-            release._swapped(self._key)
+            release.swapped(self._key)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A parameter that is pickled takes nothing of its release along."""
@@ -609,5 +611,5 @@ def _name(optimizer: SignOptimizer, param: Tensor | None) -> str:
     for index, group in enumerate(optimizer.param_groups):
         for i, other in enumerate(group["params"]):
             if other is param:
-                return _label(group, index, i)
+                return label(group, index, i)
     return "a parameter"

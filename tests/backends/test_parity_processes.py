@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import signadam_ext._C as _C
 
 HERE = Path(__file__).parent

@@ -21,7 +21,9 @@ from support.strategies import DTYPES, SPECIALS, same_bits
 from torch import Tensor
 
 from signadam_ext.core import formats
+from signadam_ext.core.rule import rule_of
 from signadam_ext.engine.plan import Plan
+from signadam_ext.optimizers.stepping import make_item
 
 pytest.importorskip("triton")
 
@@ -62,7 +64,7 @@ class Combination:
 def combinations(row: Row) -> list[Combination]:
     """All that a rule can be asked for."""
     optimizer = row.optimizer([torch.zeros(1)], **row.hyperparameters)
-    rule = optimizer._rule(optimizer.param_groups[0])
+    rule = rule_of(type(optimizer), optimizer.param_groups[0])
     first = formats.BOUNDED if rule.bounded else formats.UNBOUNDED
     wide = ("fp32", "bf16")
     forms = itertools.product(*(wide if len(rule.moments) > 2 else first, wide, wide)[: len(rule.moments)])
@@ -120,7 +122,7 @@ def train(
             # Aligned only where the parameter is, and not always then.
             param.grad = values.tensor(size, 0 if offset == 0 else step % 2)
             param.grad_variance = values.tensor(size, 0).float().abs()
-        items = [optimizer._item(str(i), param, group, 0, param_id=i) for i, param in enumerate(params)]
+        items = [make_item(optimizer, str(i), param, group, 0, param_id=i) for i, param in enumerate(params)]
         for item, (_, _, shard_offset) in zip(items, tensors, strict=True):
             item.shard_offset = shard_offset
         plan = Plan(items, state=optimizer.state)

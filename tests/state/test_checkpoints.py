@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from signadam_ext import AdamStar, SignAdamPP
+from signadam_ext.core.rule import rule_of
 
 
 def through_a_file(state_dict):
@@ -190,7 +191,7 @@ def test_missing_hyperparameters_are_the_optimizers(row, backend):
 def test_entries_taken_out_of_the_state_start_at_zero(row, backend):
     """Their user's doing; a checkpoint without them is refused."""
     optimizer, other = trained(row, backend), trained(row, backend)
-    names = row.optimizer._rule(optimizer.param_groups[0]).moments
+    names = rule_of(row.optimizer, optimizer.param_groups[0]).moments
     for state in optimizer.state.values():
         for name in names:
             state[name].zero_()

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import signadam_ext
 from signadam_ext import MSGD, Adam, AdamW, SignAdam, SignAdamPP, SignSGD, Signum
+from signadam_ext.core.rule import rule_of
 from signadam_ext.optimizers.base import SignOptimizer
 from signadam_ext.state.checkpoint import MOMENTS
 
@@ -370,7 +371,7 @@ def test_all_moments_are_known_as_an_optimizers_own():
     """So that a checkpoint which lacks one is told from notes of a user."""
     for row in TABLE:
         optimizer = row.optimizer([nn.Parameter(torch.ones(3))], **row.hyperparameters)
-        assert set(row.optimizer._rule(optimizer.param_groups[0]).moments) <= set(MOMENTS)
+        assert set(rule_of(row.optimizer, optimizer.param_groups[0]).moments) <= set(MOMENTS)
 
 
 # What cannot be meant

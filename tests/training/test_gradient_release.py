@@ -481,7 +481,7 @@ def test_other_arguments_are_type_errors(params: Any, message: str) -> None:
     _, optimizer, *_ = pair()
     with pytest.raises(TypeError, match=message):
         release_gradients(params, optimizer)
-    assert optimizer._runtime.driver is None
+    assert optimizer.runtime.driver is None
 
 
 def test_other_optimizers_are_type_errors() -> None:
@@ -578,7 +578,7 @@ def test_copies_are_not_released(duplicate: Any) -> None:
     release_gradients(model, optimizer)
     bare(model, optimizer, 0)
     other, copied = duplicate((model, optimizer))
-    assert copied._runtime.driver is None and not hasattr(copied, "_step_supports_amp_scaling")
+    assert copied.runtime.driver is None and not hasattr(copied, "_step_supports_amp_scaling")
     assert_same(optimizer, copied)
     train_ordinarily(other, copied, 1)
     assert other.once.weight.grad is not None
@@ -763,7 +763,7 @@ def test_remove() -> None:
     bare(model, optimizer, 0)
     for _ in range(2):
         release.remove()
-        assert optimizer._runtime.driver is None
+        assert optimizer.runtime.driver is None
     before = snapshot(optimizer)
     bare(model, optimizer, 1)
     assert all(param.grad is not None for param in params_of(optimizer))
@@ -779,7 +779,7 @@ def test_remove_does_not_end_a_later_release() -> None:
     first.remove()
     second = release_gradients(model, optimizer)
     first.remove()
-    assert optimizer._runtime.driver is second
+    assert optimizer.runtime.driver is second
     bare(model, optimizer, 0)
     assert no_gradients(optimizer)
 
@@ -787,9 +787,9 @@ def test_remove_does_not_end_a_later_release() -> None:
 def test_context_manager_ends_with_its_block() -> None:
     model, optimizer, *_ = pair()
     with pytest.raises(KeyError), release_gradients(model, optimizer) as release:
-        assert optimizer._runtime.driver is release
+        assert optimizer.runtime.driver is release
         raise KeyError
-    assert optimizer._runtime.driver is None
+    assert optimizer.runtime.driver is None
     bare(model, optimizer, 0)
     assert not no_gradients(optimizer)
 
@@ -958,7 +958,7 @@ def test_grad_scaler_and_clipping_announced() -> None:
         release_gradients(model, optimizer, grad_scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match=r"max_norm=1.0: the norm of all gradients is known only when the last"):
         release_gradients(model, optimizer, max_norm=1.0)
-    assert optimizer._runtime.driver is None
+    assert optimizer.runtime.driver is None
 
 
 def test_clipping_by_value() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...core import formats
 from ...core.formats import flat
-from ...core.native import load
+from ...core.native import compiled as _C
 from ...core.random_bits import MOMENT_BITS, random_bits
 from ..base import HostLaunch
 from ..confidence import Confidence, check_result
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ...core.rule import Rule
     from ..base import ScalarSet
     from ..bucket import Bucket, Entry
-
-_C = load()
 
 
 class ReferenceBackend:

@@ -1,0 +1,157 @@
+"""The compiled module, see csrc/python/bindings.cpp. Addresses are of this process or of a device, as Python integers.
+
+Import it through :mod:`signadam_ext.core.native`, which says what to do where there is none.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+from torch import Tensor
+
+#: Names of the rules, of their scalars, and of what statistics gather of a chunk, in the order of kernels.
+RULES: tuple[str, ...]
+SCALARS: tuple[str, ...]
+CHUNK_STATISTICS: tuple[str, ...]
+#: (number in tables and kernels, bits of an element) of each format.
+FORMATS: dict[str, tuple[int, int]]
+#: Number in kernels of each way to store a parameter.
+PARAM_STORAGES: dict[str, int]
+#: Elements of a run of codes; lanes and rows of a chunk; elements of a chunk.
+RUN: int
+LANES: int
+ROWS: int
+CHUNK_SIZE: int
+
+class ThresholdPass:
+    NONE: ThresholdPass
+    SAME_PASS: ThresholdPass
+    PASS_BEFORE: ThresholdPass
+    def __init__(self, value: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+def build_info() -> dict[str, Any]: ...
+def cpu_capability() -> str: ...
+def advise_huge_pages(address: int, size: int) -> None: ...
+def step_layout(tensors: int, scalar_sets: int) -> list[int]: ...
+
+class TorchShim:
+    """torch's C interface, and where its objects keep what a step compares.
+
+    Raises:
+        RuntimeError: this torch has not what is needed.
+    """
+
+    def __init__(self, library: str, tensor_type: type, samples: list[Tensor]) -> None: ...
+    @property
+    def recognises(self) -> bool: ...
+    @property
+    def counts_versions(self) -> bool: ...
+
+class GradientReader:
+    """See :class:`signadam_ext.engine.gradients.GradientReader`."""
+
+    def __init__(self, shim: TorchShim, /) -> None: ...
+    def watch(
+        self,
+        group: int,
+        param: Tensor | None,
+        grad_strides: tuple[int, ...],
+        grad_like: Tensor,
+        state: tuple[tuple[str, Tensor], ...],
+    ) -> None: ...
+    def read(self, param_groups: Sequence[Any], state: Any) -> list[int] | None: ...
+    def unchanged(self) -> bool: ...
+    def replace(self, index: int, address: int) -> None: ...
+    def present(self) -> int: ...
+    def held(self, index: int) -> tuple[Any, ...]: ...
+    def addresses(self) -> list[int]: ...
+    def release(self) -> None: ...
+
+class CpuLaunch:
+    """A step of a table on the CPU, as an operation of :func:`commit`."""
+
+class Table:
+    """The tensors of one launch, and each step's gradients, step counts and random bits."""
+
+    def __init__(self, scalars_by_step: bool) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def chunks(self) -> int: ...
+    def add(
+        self,
+        *,
+        param: int,
+        residual: int,
+        exp_avg: int,
+        exp_avg_sq: int,
+        aux: int,
+        threshold_state: int,
+        step: int,
+        step_is_double: bool,
+        numel: int,
+        shard_offset: int,
+        param_format: int,
+        grad_format: int,
+        exp_avg_format: int,
+        exp_avg_sq_format: int,
+        aux_format: int,
+        param_storage: int,
+        group: int,
+        index: int,
+        seed: int,
+        param_id: int,
+    ) -> None: ...
+    def finish(self, sums: bool) -> None: ...
+    @overload
+    def begin(self, reader: GradientReader, /) -> list[tuple[int, int]]: ...
+    @overload
+    def begin(self, addresses: Sequence[int], /) -> list[tuple[int, int]]: ...
+    def commit(self) -> None: ...
+    def grads(self) -> list[bool]: ...
+    def scalar_indices(self) -> list[int]: ...
+    def chunk_bytes(self) -> bytes: ...
+    def device_bytes(self) -> bytes: ...
+    def write_step(self, scalars: Sequence[Sequence[float]], address: int) -> None: ...
+    def cpu_launch(
+        self,
+        rule: int,
+        threshold_pass: ThresholdPass,
+        scalars: Sequence[Sequence[float]],
+        threads: int,
+        chunk_statistics: int,
+    ) -> CpuLaunch: ...
+    # Of a module that was built with CUDA:
+    def cuda_step_bytes(self, scalar_sets: int) -> int: ...
+    def write_cuda_step(self, scalars: Sequence[Sequence[float]], address: int) -> None: ...
+    def launch_cuda(
+        self,
+        rule: int,
+        threshold_pass: ThresholdPass,
+        scalars: Sequence[Sequence[float]],
+        *,
+        device_table: int,
+        sums: int,
+        arrivals: int,
+        chunk_statistics: int,
+        device_step: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+
+def commit(
+    operations: list[Any],
+    tables: list[Table],
+    states: list[tuple[Any, ...]],
+    written: GradientReader | list[Tensor],
+    increment_version: Callable[..., Any],
+    guards: list[Any],
+) -> None: ...
+
+# Of a module that was built with CUDA:
+def cuda_inline_capacity() -> int: ...
+def cuda_runtime_version() -> int: ...
+def cuda_unusable_reason(device: int) -> str: ...
+def cuda_kernel_info(device: int) -> list[dict[str, Any]]: ...

@@ -1,0 +1,105 @@
+"""What a parameter group holds, and what follows from it: names in errors, layouts of state, what few bits cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from ..core import hyperparameters
+from ..core.formats import effective_param_storage
+from ..core.renamed import warn_user
+from ..core.rule import Group, Rule, RuleChoice, rule_of
+from ..engine.runtime import Runtime
+from ..state.checkpoint import Layout
+
+#: Largest beta, by levels of a momentum's codes, that goes without a warning of the variance that rounding adds.
+VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
+
+
+class GroupedOptimizer(Protocol):
+    """An optimizer of this package, as far as steps and checkpoints need it."""
+
+    HYPERPARAMETERS: ClassVar[hyperparameters.Checks]
+    COMMON: ClassVar[dict[str, Any]]
+    RULE: ClassVar[Rule | RuleChoice]
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    defaults: dict[str, Any]
+    runtime: Runtime
+
+    @classmethod
+    def check_relations(cls, group: Group) -> None: ...
+    def adapt_loaded_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None: ...
+    def __setstate__(self, state: dict[str, Any]) -> None: ...
+
+
+def label(group: Group, group_index: int, index: int) -> str:
+    """What errors call a parameter."""
+    names = group.get("param_names")
+    if isinstance(names, (list, tuple)) and index < len(names):  # parameters may have been appended without a name
+        return f"parameter {names[index]!r}"
+    return f"parameter {index} of group {group_index}"
+
+
+def has_one_beta(defaults: Mapping[str, Any]) -> bool:
+    return len(defaults.get("betas", ())) == 1
+
+
+def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Gives a group of an earlier version, or of another optimizer, the hyperparameters that it lacks."""
+    hyperparameters.fold(group, has_one_beta(defaults), warns=False)
+    for name, value in defaults.items():
+        if name != "differentiable":  # which torch adds to the defaults, and to them alone
+            group.setdefault(name, value)
+
+
+def keep_first_of_each(group: dict[str, Any]) -> None:
+    """A parameter listed twice, which torch warns about, is updated once a step."""
+    first: dict[int, int] = {}
+    for i, param in enumerate(group["params"]):
+        first.setdefault(id(param), i)
+    for name in ("params", "param_names"):
+        if name in group:
+            group[name] = [group[name][i] for i in first.values()]
+
+
+def layout_of(optimizer: GroupedOptimizer, name: str, param: Tensor, group: Group) -> Layout:
+    """How the state of a parameter of this group is stored; ``name`` is what errors call it."""
+    rule = rule_of(type(optimizer), group)
+    return Layout(
+        name,
+        param,
+        dict(zip(rule.moments, rule.forms(group), strict=True)),
+        effective_param_storage(group["param_storage"], param.dtype),
+        rule.threshold_state,
+        # A function of the user's may be larger than 1.
+        bounded=rule.bounded and rule.confidence is None,
+        uses_step=rule.uses_step,
+    )
+
+
+def layouts_of(optimizer: GroupedOptimizer) -> list[tuple[int, Layout]]:
+    """(number in a state dict, layout) of each parameter."""
+    layouts: list[tuple[int, Layout]] = []
+    for index, group in enumerate(optimizer.param_groups):
+        hyperparameters.fold(group, has_one_beta(optimizer.defaults))
+        for i, param in enumerate(group["params"]):
+            layouts.append((len(layouts), layout_of(optimizer, label(group, index, i), param, group)))
+    return layouts
+
+
+def warn_of_variance(optimizer: GroupedOptimizer, group: Group) -> None:
+    """Few bits add variance to a momentum, the more of it the longer it remembers."""
+    rule = rule_of(type(optimizer), group)
+    form = rule.forms(group)[0] if rule.moments else None
+    limit = None if form is None or form.levels is None else VARIANCE_LIMIT.get(form.levels)
+    if limit is not None and group["betas"][0] > limit and not optimizer.runtime.has_warned:
+        optimizer.runtime.has_warned = True
+        assert form is not None
+        warn_user(
+            f"{form.kind} momentum with beta = {group['betas'][0]}: the longer a momentum remembers, the more "
+            f"variance rounding adds to it; beyond {limit} take more bits, or a smaller beta"
+        )

@@ -1,0 +1,172 @@
+"""From groups to a step: what a plan is made of, when one still holds, and how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..core.dynamo import untraced
+from ..core.formats import outside_inference_mode
+from ..core.rule import rule_of
+from ..engine.plan import Item, Plan
+from ..state.checkpoint import Layout
+from ..state.schema import Fitted, entry_names, fit
+from .groups import GroupedOptimizer, label, layout_of
+
+#: How often a step is planned where another thread gives or drops gradients meanwhile.
+PLANNING_ATTEMPTS = 3
+
+
+@untraced
+def step_all(optimizer: GroupedOptimizer) -> None:
+    """Takes the step of every parameter with a gradient."""
+    runtime = optimizer.runtime
+    runtime.lock.refuse_nested()
+    enabled = torch.is_grad_enabled()
+    try:
+        with runtime.lock.held:
+            groups = _read_groups(optimizer)
+            key = [_plan_key(optimizer, group) for group in groups]
+            plan = runtime.plan
+            if plan is None or key != runtime.plan_key or not plan.read(optimizer.param_groups, optimizer.state):
+                # The old one lets go of what it has read before the new one takes it.
+                runtime.plan = None
+                plan = make_plan(optimizer, groups)
+            plan.run(groups, runtime.lock)
+            runtime.plan, runtime.plan_key = plan, key
+            runtime.round += 1
+            plan.round = runtime.round
+    except BaseException:
+        # A signal handler may have raised just before the plan lets go of what it has read.
+        if runtime.plan is not None and runtime.plan.owns:
+            runtime.plan = None
+        raise
+    finally:
+        # Where a signal handler raises as torch.no_grad is left, gradients would stay disabled.
+        torch._C._set_grad_enabled(enabled)
+
+
+def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
+    """Takes the step of one parameter, as if no other had a gradient; False where no group has it.
+
+    The caller holds the lock.
+    """
+    runtime = optimizer.runtime
+    if parameter_of_id(optimizer, id(param)) is not param:
+        return False
+    index, i = runtime.places[id(param)]
+    group = runtime.hyperparameters.read(index, optimizer.param_groups[index], optimizer.defaults)
+    param_id = i + sum(len(other["params"]) for other in optimizer.param_groups[:index])
+    key = (_plan_key(optimizer, group), param_id)
+    # To its plan the parameter is the only one of the only group, so that reading takes no look at the others.
+    alone = [{**group, "params": [param]}]
+    own = optimizer.state.get(param)
+    plan, plan_key = runtime.plans_alone.get(id(param), (None, None))
+    try:
+        if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
+            runtime.plans_alone.pop(id(param), None)
+            item = make_item(optimizer, label(group, index, i), param, group, 0, param_id)
+            plan = _plan_of(optimizer, [item], alone)
+        plan.run(alone, runtime.lock)
+    except BaseException:
+        if plan is not None and plan.owns:  # as above
+            runtime.plans_alone.pop(id(param), None)
+        raise
+    runtime.plans_alone[id(param)] = plan, key
+    plan.round = runtime.round
+    return True
+
+
+def parameter_of_id(optimizer: GroupedOptimizer, key: int) -> Tensor | None:
+    """The parameter of that id, if a group has it."""
+    groups, places = optimizer.param_groups, optimizer.runtime.places
+    for attempt in range(2):
+        index, i = places.get(key, (0, -1))
+        params = groups[index]["params"] if index < len(groups) else ()
+        if 0 <= i < len(params) and id(params[i]) == key:
+            return cast(Tensor, params[i])
+        if attempt == 0:  # parameters may have moved
+            places = optimizer.runtime.places = {
+                id(param): (index, i) for index, group in enumerate(groups) for i, param in enumerate(group["params"])
+            }
+    return None
+
+
+def _read_groups(optimizer: GroupedOptimizer) -> list[dict[str, Any]]:
+    """The groups with the hyperparameters that hold for this step, checked, as Python numbers."""
+    read, defaults = optimizer.runtime.hyperparameters.read, optimizer.defaults
+    return [read(index, group, defaults) for index, group in enumerate(optimizer.param_groups)]
+
+
+def _plan_key(optimizer: GroupedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a plan depends on in a group, beside what is read anew each step."""
+    rule = rule_of(type(optimizer), group)
+    return rule, group["backend"], group.get("state_dtype"), group["param_storage"], group["seed"]
+
+
+def make_plan(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> Plan:
+    """A plan for all parameters of these groups, as the optimizer's were read for this step."""
+    items: list[Item] = []
+    for index, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            items.append(make_item(optimizer, label(group, index, i), param, group, index, len(items)))
+    return _plan_of(optimizer, items, groups)
+
+
+def _plan_of(optimizer: GroupedOptimizer, items: list[Item], groups: Sequence[dict[str, Any]]) -> Plan:
+    """A plan that has read its first gradients."""
+    runtime = optimizer.runtime
+    # What is made for later steps must not be of one that runs in inference mode.
+    for _ in range(PLANNING_ATTEMPTS):
+        with outside_inference_mode(), torch.no_grad():
+            plan = Plan(items, state=optimizer.state, observes=runtime.observes)
+        if plan.read(groups, optimizer.state):
+            runtime.coded.update(
+                (id(entry.param), (entry.param.shape, tuple(x.data_ptr() for x in entry.moments)))
+                for entry in plan.entries
+                if any(form.packed for form in entry.forms)
+            )
+            return plan
+    raise RuntimeError("gradients changed while the step was being planned; is another thread running backward?")
+
+
+def make_item(
+    optimizer: GroupedOptimizer, name: str, param: Tensor, group: dict[str, Any], index: int, param_id: int
+) -> Item:
+    """A parameter of this group as a plan takes it; ``name`` is what errors call it, ``index`` the group's."""
+    layout = layout_of(optimizer, name, param, group)
+    own = optimizer.state.get(param)
+    return Item(
+        name,
+        param,
+        index,
+        rule_of(type(optimizer), group),
+        group["backend"],
+        has_state=bool(own),
+        fit=lambda: _fitted(optimizer, layout, {} if own is None else own, group["seed"], param_id),
+        forms=tuple(layout.moments.values()),
+        own_state=own,
+        state_names=entry_names(layout),
+        param_storage=group["param_storage"],
+        seed=group["seed"],
+        param_id=param_id,
+        # Torch makes the state that a distributed checkpoint is read into by a step without a learning rate.
+        at_rest=not own and group["lr"] == 0,
+    )
+
+
+def _fitted(optimizer: GroupedOptimizer, layout: Layout, own: Mapping[str, Any], seed: int, param_id: int) -> Fitted:
+    fitted = fit(layout, own, seed, param_id)
+    shape, addresses = optimizer.runtime.coded.get(id(layout.param), (layout.param.shape, ()))
+    if shape != layout.param.shape:
+        for (name, form), moment in zip(layout.moments.items(), fitted.moments, strict=True):
+            # What has just been made may lie where an old one was.
+            if form.packed and moment is own.get(name) and moment.data_ptr() in addresses:
+                raise ValueError(
+                    f"state {name!r} of {layout.label} holds {form.kind} codes for the shape {tuple(shape)}, which "
+                    f"the parameter had at the last step: it has {tuple(layout.param.shape)} now"
+                )
+    return fitted
