@@ -42,7 +42,7 @@ class Mutation:
 PLAN, STATE, CHECKS = "signadam_ext/engine/plan.py", "signadam_ext/state/schema.py", "signadam_ext/core/checks.py"
 STEPPING, LOADING = "signadam_ext/optimizers/stepping.py", "signadam_ext/optimizers/checkpoints.py"
 CHECKPOINT = "signadam_ext/state/checkpoint.py"
-ARCHIVE = "signadam_ext/state/archive.py"
+ARCHIVE, PARTICIPANTS = "signadam_ext/state/archive.py", "signadam_ext/engine/participants.py"
 LOCK, RELEASE = "signadam_ext/engine/step_lock.py", "signadam_ext/training/gradient_release.py"
 BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference/backend.py"
 READER, TABLE, OBJECTS = "csrc/python/gradient_reader.cpp", "csrc/python/host_table.cpp", "csrc/python/torch_objects.h"
@@ -80,7 +80,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "parameters without a gradient must be in order",
         1,
-        ((PLAN, "    except (TypeError, ValueError, RuntimeError):\n", "    except ZeroDivisionError:\n"),),
+        ((PARTICIPANTS, "    except (TypeError, ValueError, RuntimeError):\n", "    except ZeroDivisionError:\n"),),
     ),
     # 2: what a plan watches
     Mutation(

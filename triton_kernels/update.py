@@ -222,18 +222,14 @@ def update(
         )
         if DRAWS & (THRESHOLD_PASS != PASS_BEFORE):
             wide = wide & has_whole_words(tl.load(entry + SHARD_OFFSET_AT) + begin)
-        if wide:
-            first, second = run_rows(
-                entry, grad, rng_keys + 2 * tensor, begin, count, s, alpha, chunk_statistics + 6 * chunk,
-                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
-                PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE=True,
-            )  # fmt: skip
-        else:
-            first, second = run_rows(
-                entry, grad, rng_keys + 2 * tensor, begin, count, s, alpha, chunk_statistics + 6 * chunk,
-                RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
-                PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE=False,
-            )  # fmt: skip
+        # Compiled twice, of which a chunk takes one.
+        for WIDE in tl.static_range(2):
+            if wide == (WIDE == 1):
+                first, second = run_rows(
+                    entry, grad, rng_keys + 2 * tensor, begin, count, s, alpha, chunk_statistics + 6 * chunk,
+                    RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
+                    PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE == 1,
+                )  # fmt: skip
         if THRESHOLD_PASS != NONE:
             tl.store(sums + 2 * chunk, halve(first))
             tl.store(sums + 2 * chunk + 1, halve(second))

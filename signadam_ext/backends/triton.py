@@ -52,69 +52,89 @@ class TritonBackend:
         return "Triton takes CPU tensors only when TRITON_INTERPRET=1 was set before the import"
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
-        from ..triton_kernels import rules
-        from ..triton_kernels.update import NONE, PASS_BEFORE, update
-
-        device = bucket.device
         if bucket.table.chunks == 0:
             return lambda scalar_sets: None
-        entries, table = bucket.entries, bucket.table
-        resident = to_device(_table(entries), device)
-        chunk_map = to_device(torch.frombuffer(bytearray(table.chunk_bytes()), dtype=torch.int32), device)
-        threshold_pass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass).value
-        gathers = threshold_pass != NONE.value
+        if bucket.rule.confidence is not None:
+            _probe(bucket.rule.confidence, bucket.device)
+        kernels = _Kernels(bucket)
+        return StreamLaunch(
+            bucket.device,
+            StreamGuarded(bucket.device, *kernels.buffers, *bucket.observations()),
+            bucket.chunk_statistics is not None,
+            lambda scalar_sets: step_bytes(len(bucket.table), scalar_sets),
+            bucket.table.write_step,
+            kernels.start,
+        )
+
+
+class _Kernels:
+    """The kernels of a bucket: one, or where the threshold is this step's, one before it.
+
+    Attributes:
+        buffers: tables and scratch on the device.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        device, table = bucket.device, bucket.table
+        gathers = bucket.rule.threshold_pass != "NONE"
+        entries = to_device(_table(bucket.entries), device)
+        tensor_of_chunk = to_device(torch.frombuffer(bytearray(table.chunk_bytes()), dtype=torch.int32), device)
         sums = torch.empty(2 * table.chunks if gathers else 1, dtype=torch.float64, device=device)
         arrivals = torch.zeros(len(table) if gathers else 1, dtype=torch.int32, device=device)
-        made = StreamGuarded(device, resident, chunk_map, sums, arrivals, *bucket.observations())
-        sample = entries[0]  # all are stored alike
-        forms = [form.number for form in sample.forms] + [DTYPE_FORMATS[torch.float32]] * 3
-        constants: dict[str, Any] = {
-            "RULE": getattr(rules, bucket.rule.name),
-            "MOMENTS": len(bucket.rule.moments),
-            "PARAM": DTYPE_FORMATS[sample.dense_param.dtype],
-            "GRAD": DTYPE_FORMATS[sample.grad_dtype],
-            "EXP_AVG": forms[0],
-            "EXP_AVG_SQ": forms[1],
-            "AUX": forms[2],
-            "READS_VARIANCE": bucket.rule.reads_variance,
-            "PARAM_STORAGE": PARAM_STORAGES[sample.param_storage],
-            "CONFIDENCE": bucket.rule.confidence,
-        }
-        chunk_statistics = sums if bucket.chunk_statistics is None else bucket.chunk_statistics
-        if bucket.rule.confidence is not None:
-            _probe(bucket.rule.confidence, device)
-        passes = []
-        for each in [PASS_BEFORE.value, NONE.value] if threshold_pass == PASS_BEFORE.value else [threshold_pass]:
-            observes = bucket.chunk_statistics is not None and each != PASS_BEFORE.value
-            own = constants | {"THRESHOLD_PASS": each, "OBSERVES": observes}
-            passes.append(own | launch_options(own, nvidia=torch.version.hip is None))
+        self.buffers = (entries, tensor_of_chunk, sums, arrivals)
+        self._chunk_statistics = sums if bucket.chunk_statistics is None else bucket.chunk_statistics
+        self._table = table
+        self._launches = _launches(bucket)
 
-        def start(scalar_sets: Sequence[ScalarSet], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
-            assert step is not None
-            grads_at, rng_keys_at, scalar_indices_at, scalars_at, size = _C.step_layout(len(table), len(scalar_sets))
-            # Every one of them lies on a 16-byte boundary, at each step: Triton would compile another kernel otherwise.
-            arguments = (
-                resident,
-                chunk_map,
-                step[grads_at:rng_keys_at].view(torch.int64),
-                step[rng_keys_at:scalar_indices_at].view(torch.int32),
-                step[scalar_indices_at:scalars_at].view(torch.int32),
-                step[scalars_at:size].view(torch.float64),
-                sums,
-                arrivals,
-                chunk_statistics,
-            )
-            for own in passes:
-                update[(table.chunks,)](*arguments, **own)
+    def start(self, scalar_sets: Sequence[ScalarSet], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
+        """Starts them; ``step`` is what :meth:`Table.write_step` wrote, on the device."""
+        from ..triton_kernels.update import update
 
-        return StreamLaunch(
-            device,
-            made,
-            bucket.chunk_statistics is not None,
-            lambda scalar_sets: step_bytes(len(table), scalar_sets),
-            table.write_step,
-            start,
+        assert step is not None
+        grads_at, rng_keys_at, scalar_indices_at, scalars_at, size = _C.step_layout(len(self._table), len(scalar_sets))
+        entries, tensor_of_chunk, sums, arrivals = self.buffers
+        # Every one of them lies on a 16-byte boundary, at each step: Triton would compile another kernel otherwise.
+        arguments = (
+            entries,
+            tensor_of_chunk,
+            step[grads_at:rng_keys_at].view(torch.int64),
+            step[rng_keys_at:scalar_indices_at].view(torch.int32),
+            step[scalar_indices_at:scalars_at].view(torch.int32),
+            step[scalars_at:size].view(torch.float64),
+            sums,
+            arrivals,
+            self._chunk_statistics,
         )
+        for constants in self._launches:
+            update[(self._table.chunks,)](*arguments, **constants)
+
+
+def _launches(bucket: Bucket) -> list[dict[str, Any]]:
+    """The constants of each launch of a step, and how it is compiled."""
+    from ..triton_kernels import rules
+
+    sample = bucket.entries[0]  # all are stored alike
+    moments = [form.number for form in sample.forms] + [DTYPE_FORMATS[torch.float32]] * 3
+    constants: dict[str, Any] = {
+        "RULE": getattr(rules, bucket.rule.name),
+        "MOMENTS": len(bucket.rule.moments),
+        "PARAM": DTYPE_FORMATS[sample.dense_param.dtype],
+        "GRAD": DTYPE_FORMATS[sample.grad_dtype],
+        "EXP_AVG": moments[0],
+        "EXP_AVG_SQ": moments[1],
+        "AUX": moments[2],
+        "READS_VARIANCE": bucket.rule.reads_variance,
+        "PARAM_STORAGE": PARAM_STORAGES[sample.param_storage],
+        "CONFIDENCE": bucket.rule.confidence,
+    }
+    before, none = _C.ThresholdPass.PASS_BEFORE, _C.ThresholdPass.NONE
+    own: _C.ThresholdPass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)
+    launches = []
+    for threshold_pass in (before, none) if own == before else (own,):
+        observes = bucket.chunk_statistics is not None and threshold_pass != before
+        of_pass = {**constants, "THRESHOLD_PASS": threshold_pass.value, "OBSERVES": observes}
+        launches.append(of_pass | launch_options(of_pass, nvidia=torch.version.hip is None))
+    return launches
 
 
 def step_bytes(tensors: int, scalar_sets: int) -> int:

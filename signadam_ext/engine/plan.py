@@ -7,8 +7,7 @@ no tensor of its user's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -16,60 +15,17 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.bucket import Bucket, Entry
-from ..backends.confidence import backend_for, name_of
 from ..backends.device import StreamGuarded, refuse_capture
 from ..core import checks
-from ..core.formats import Format, effective_param_storage
 from ..core.native import compiled as _C
 from ..core.rule import Group, Rule
-from ..state.schema import Fitted
-from .gradients import ListReader, make_reader
+from .gradients import GradientReader, ListReader, make_reader
+from .overlap import overlap_levels
+from .participants import Item, Participant, choose, entry_of, is_readable
 from .step_lock import StepLock
 
 #: A set of scalars of which a rule reads none, in the order of kernels.
 _NO_SCALARS = dict.fromkeys(_C.SCALARS, 0.0)
-
-
-@dataclass(slots=True)
-class Item:
-    """A parameter as it is handed to a plan. The rest is as in :class:`Entry`.
-
-    Attributes:
-        has_state: whether it may take part without a gradient, so that a gradient which comes and goes needs no new
-            plan.
-        fit: what a step uses of its state. Raises on state that does not fit; writes nothing.
-        own_state: its state in the optimizer, or None.
-        state_names: of the entries of ``fit``, as the state holds them.
-        at_rest: whether this is a first step without a learning rate, which needs no variance.
-    """
-
-    label: str
-    param: Tensor
-    group: int
-    rule: Rule
-    backend: str
-    has_state: bool
-    fit: Callable[[], Fitted]
-    forms: tuple[Format, ...]
-    own_state: Mapping[str, Any] | None = None
-    state_names: tuple[str, ...] = ()
-    variance: Tensor | None = None
-    param_storage: str = "nearest"
-    seed: int = 0
-    param_id: int = 0
-    shard_offset: int = 0
-    at_rest: bool = False
-
-
-@dataclass(slots=True)
-class _Chosen:
-    """An item that takes part: what was found of it before anything is prepared."""
-
-    index: int
-    item: Item
-    grad: Tensor | None
-    fitted: Fitted
-    backend: backends.Backend
 
 
 class Plan:
@@ -118,64 +74,70 @@ class Plan:
         self.round = 0  # the number of the optimizer's step that this plan has last taken
         self.owns = True  # tensors of a step, until they are released
         self.labels = [item.label for item in items]
+        self.entries: list[Entry] = []
+        self.launches: list[tuple[Bucket, backends.Launch]] = []
         self._copies: dict[int, Tensor] = {}
         self._is_first = True
         self._holds_all = True  # as entries are made
+        self._strides: list[tuple[int, ...]] = [()] * len(items)
+        self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
+        self._variances: list[Entry] = []
+        self._at_rest: set[int] = set()
+        self._sharing: list[Entry] = []  # those that the reference computes in a copy of their storage
+        self._bound: list[Entry] = []  # those whose tensors a step asks for
         self._given_variances = None if grads is None else [item.variance for item in items]
         if grads is None:
-            self._reader: Any = make_reader()
+            self._reader: GradientReader = make_reader()
             grads = [item.param.grad for item in items]
         else:
             runs_user_code = any(item.rule.confidence is not None for item in items)
             self._reader = ListReader([item.param for item in items], grads, runs_user_code=runs_user_code)
         # Before a plan or state is made, which a capture would take into its graph's memory.
         refuse_capture({item.param.device for item, grad in zip(items, grads, strict=True) if grad is not None})
-        chosen = [
-            found for index, item in enumerate(items) if (found := _choose(index, item, grads[index])) is not None
-        ]
-        levels = overlap_levels([found.item.param for found in chosen])
-        _let_one_backend_serve_shared_memory(chosen)
-
+        chosen = choose(items, grads)
         self._pending = [
             (state, found.item.param, found.item.own_state, found.fitted.changes, found.fitted.removed)
             for found in chosen
             if found.fitted.changes or found.fitted.removed
         ]
-        self._strides: list[tuple[int, ...]] = [()] * len(items)
-        self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
-        self._variances: list[Entry] = []
-        self._at_rest: set[int] = set()
-        self.entries: list[Entry] = []
-        buckets: dict[tuple[Any, ...], list[Entry]] = {}
-        for found, level in zip(chosen, levels, strict=True):
-            entry, backend = _entry(found), found.backend
-            _refuse_simulated(entry, found.fitted)
-            self.entries.append(entry)
-            self._strides[found.index] = entry.strides
-            self._grad_dtypes[found.index] = entry.grad_dtype
-            if found.item.rule.reads_variance:
-                self._variances.append(entry)
-                if found.item.at_rest:
-                    self._at_rest.add(found.index)
-            formats = (entry.dense_param.dtype, entry.grad_dtype, entry.forms, entry.param_storage)
-            key = (backend, entry.param.device, found.item.rule, level, formats if backend.splits_formats else None)
-            buckets.setdefault(key, []).append(entry)
-        self._sharing: list[Entry] = []  # those that the reference computes in a copy of their storage
-        if any(levels):
-            for (backend, *_), own in buckets.items():
-                self._sharing += own if backend.name == "reference" else []
-        ordered = sorted(buckets.items(), key=lambda keyed: keyed[0][3])
-        self.launches: list[tuple[Bucket, backends.Launch]] = []
-        self._bound: list[Entry] = []  # those whose tensors a step asks for
-        for (backend, device, rule, *_), entries in ordered:
-            bucket = Bucket(rule, device, entries, observes)
-            self.launches.append((bucket, backend.prepare(bucket, self.grad)))
-            self._bound += entries if backend.name == "reference" else bucket.non_dense
+        for found in chosen:
+            self._enter(found)
+        self._make_launches(chosen, observes)
         self._writes_by_torch = bool(self._bound)
         self._buffers = self._own_buffers()
         self._watch(items, chosen)
 
-    def _watch(self, items: Sequence[Item], chosen: list[_Chosen]) -> None:
+    def _enter(self, found: Participant) -> None:
+        """Makes the entry of a parameter, and notes what a step will compare or read for it."""
+        entry = entry_of(found)
+        self.entries.append(entry)
+        self._strides[found.index] = entry.strides
+        self._grad_dtypes[found.index] = entry.grad_dtype
+        if found.item.rule.reads_variance:
+            self._variances.append(entry)
+            if found.item.at_rest:
+                self._at_rest.add(found.index)
+
+    def _make_launches(self, chosen: Sequence[Participant], observes: bool) -> None:
+        """Cuts the entries into buckets, each with its launch; those that share memory go one after the other."""
+        levels = overlap_levels([found.item.param for found in chosen])
+        buckets: dict[tuple[Any, ...], list[Entry]] = {}
+        for found, entry, level in zip(chosen, self.entries, levels, strict=True):
+            formats = (entry.dense_param.dtype, entry.grad_dtype, entry.forms, entry.param_storage)
+            own = formats if found.backend.splits_formats else None
+            buckets.setdefault((level, found.backend, entry.param.device, found.item.rule, own), []).append(entry)
+        for key in sorted(buckets, key=lambda key: key[0]):
+            _, backend, device, rule, _ = key
+            bucket = Bucket(rule, device, buckets[key], observes)
+            self.launches.append((bucket, backend.prepare(bucket, self.grad)))
+            if backend.name != "reference":
+                self._bound += bucket.non_dense
+                continue
+            self._bound += bucket.entries
+            if any(levels):
+                self._sharing += bucket.entries
+
+    def _watch(self, items: Sequence[Item], chosen: Sequence[Participant]) -> None:
         watched = {found.index: found for found in chosen}
         for index, item in enumerate(items):
             found = watched.get(index)
@@ -261,7 +223,7 @@ class Plan:
             if entry.variance is None:
                 return False
             address = entry.variance_address
-            if address is not None and not (_is_readable(variance, entry.strides) and variance.data_ptr() == address):
+            if address is not None and not (is_readable(variance, entry.strides) and variance.data_ptr() == address):
                 return False
         for entry, variance in given:
             assert entry.variance is not None
@@ -392,104 +354,6 @@ class Plan:
         self.owns = False
 
 
-def _choose(index: int, item: Item, grad: Tensor | None) -> _Chosen | None:
-    """What is found of a parameter, if it takes part.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: it has a gradient, and cannot be served.
-    """
-    if grad is not None:
-        checks.gradient(item.label, grad, item.param)
-        checks.parameter(item.label, item.param)
-        checks.executed(item.label)
-        fitted = item.fit()
-        if item.rule.reads_variance:
-            variance = item.variance if item.variance is not None else getattr(item.param, "grad_variance", None)
-            if variance is not None or not item.at_rest:
-                checks.variance(item.label, variance, item.param)
-        return _Chosen(index, item, grad, fitted, _backend(item))
-    if not item.has_state:
-        return None
-    try:
-        checks.parameter(item.label, item.param)
-        fitted = item.fit()
-        backend = _backend(item)
-    except (TypeError, ValueError, RuntimeError):
-        # Offloaded perhaps. Without a gradient that is nobody's business.
-        return None
-    return None if fitted.changes or fitted.removed else _Chosen(index, item, None, fitted, backend)
-
-
-def _backend(item: Item) -> backends.Backend:
-    confidence = item.rule.confidence
-    wanted = item.backend
-    if confidence is not None:
-        wanted = backend_for(confidence, item.backend)
-        if (reason := backends.get(wanted).unusable(item.param.device)) is not None:
-            raise RuntimeError(
-                f"confidence={name_of(confidence)} needs backend={wanted!r}, which cannot serve {item.label} "
-                f"on {item.param.device}: {reason}; a Python function of torch operations runs everywhere"
-            )
-    return backends.choose(wanted, item.param.device, item.label)
-
-
-def _entry(found: _Chosen) -> Entry:
-    item, grad, fitted, param = found.item, found.grad, found.fitted, found.item.param
-    dense_param = param if checks.is_dense(param) else torch.empty_like(param, requires_grad=False)
-    entry = Entry(
-        found.index,
-        param,
-        dense_param,
-        param.dtype if grad is None else grad.dtype,
-        item.forms,
-        fitted.moments,
-        effective_param_storage(item.param_storage, param.dtype),
-        fitted.residual,
-        None,
-        fitted.threshold_state,
-        fitted.step,
-        item.group,
-        item.seed,
-        item.param_id,
-        item.shard_offset,
-    )
-    if item.rule.reads_variance and grad is not None:
-        given = item.variance if item.variance is not None else getattr(param, "grad_variance", None)
-        if given is not None and _is_readable(given, entry.strides):
-            entry.variance, entry.variance_address = given, given.data_ptr()
-        else:
-            entry.variance = torch.zeros_like(dense_param, dtype=torch.float32, requires_grad=False)
-    return entry
-
-
-def _is_readable(variance: Tensor, strides: Sequence[int]) -> bool:
-    """Whether kernels can read a variance where it lies."""
-    return (
-        variance.dtype == torch.float32
-        and checks.same_strides(variance, strides)
-        and checks.memory_fault(variance) is None
-        and not variance.is_neg()
-    )
-
-
-def _refuse_simulated(entry: Entry, fitted: Fitted) -> None:
-    """Raises where what has been made for a step has no memory.
-
-    Raises:
-        RuntimeError: a mode, FakeTensorMode for example, has made tensors of its own.
-    """
-    made = [value for value in fitted.changes.values() if isinstance(value, Tensor)]
-    made += [] if entry.is_dense else [entry.dense_param]
-    if entry.variance is not None and entry.variance_address is None:
-        made.append(entry.variance)
-    for tensor in made:
-        if (fault := checks.memory_fault(tensor)) is not None:
-            raise RuntimeError(
-                f"state made for a step {fault[1]}: a mode such as FakeTensorMode is active, under which no real "
-                "parameter can be updated; take the step outside it"
-            )
-
-
 def _scalar_set(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
     return tuple({**_NO_SCALARS, **rule.scalar_set(group, t)}.values())
 
@@ -506,44 +370,3 @@ def _give_images(entries: Sequence[Entry]) -> None:
         entry.image = torch.empty(0, dtype=param.dtype, device=param.device).set_(
             copy, param.storage_offset(), param.shape, param.stride()
         )
-
-
-def _let_one_backend_serve_shared_memory(chosen: list[_Chosen]) -> None:
-    """Where backends take turns on the same memory, the reference takes all of it: it can prepare a step as a whole."""
-    for run in _overlapping([found.item.param for found in chosen]):
-        if len({id(chosen[i].backend) for _, _, i in run}) > 1:
-            for _, _, i in run:
-                confidence = chosen[i].item.rule.confidence
-                if confidence is None or backend_for(confidence, "auto") == "reference":
-                    chosen[i].backend = backends.get("reference")
-
-
-_Span = tuple[int, int, int]
-
-
-def _overlapping(params: Sequence[Tensor | None]) -> list[list[_Span]]:
-    """Runs of memory that spans of several parameters cover together, each (begin, end, index)."""
-    spans: list[_Span] = []
-    for i, param in enumerate(params):
-        if param is not None and param.numel() > 0:
-            last = sum(stride * (size - 1) for stride, size in zip(param.stride(), param.shape, strict=True))
-            spans.append((param.data_ptr(), param.data_ptr() + (last + 1) * param.element_size(), i))
-    runs: list[list[_Span]] = []
-    run_end = 0
-    for span in sorted(spans):
-        if span[0] >= run_end:
-            runs.append([])
-        runs[-1].append(span)
-        run_end = max(run_end, span[1])
-    return [run for run in runs if len(run) > 1]
-
-
-def overlap_levels(params: Sequence[Tensor | None]) -> list[int]:
-    """Parameters that share memory must not be updated by one launch: each goes to the one after the last it meets."""
-    levels = [0] * len(params)
-    for run in _overlapping(params):
-        met: list[_Span] = []
-        for begin, end, i in sorted(run, key=lambda span: span[2]):
-            levels[i] = 1 + max((levels[k] for b, e, k in met if b < end and begin < e), default=-1)
-            met.append((begin, end, i))
-    return levels

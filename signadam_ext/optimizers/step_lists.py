@@ -13,7 +13,8 @@ from ..core import checks
 from ..core.hyperparameters import check_beta_names, checked
 from ..core.options import DEFAULTS
 from ..core.rule import Rule, rule_of
-from ..engine.plan import Item, Plan
+from ..engine.participants import Item
+from ..engine.plan import Plan
 from ..state.schema import Fitted
 from .base import SignOptimizer
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
 from ..core.rule import rule_of
-from ..engine.plan import Item, Plan
+from ..engine.participants import Item
+from ..engine.plan import Plan
 from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from .groups import GroupedOptimizer, label, layout_of

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..core.dynamo import untraced
-from ..engine.plan import overlap_levels
+from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
 from ..optimizers.groups import label
 from ..optimizers.stepping import parameter_of_id, step_all, step_parameter

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..core import checks
-from ..engine.plan import overlap_levels
+from ..engine.overlap import overlap_levels
 
 #: What the gradients of a chunk's samples may take where no ``chunk_size`` is given, in bytes.
 CHUNK_BYTES = 512 << 20

@@ -33,7 +33,7 @@ from torch.optim import lr_scheduler
 import signadam_ext.engine.plan
 from signadam_ext import SignAdamPP
 from signadam_ext.engine.gradients import CompiledReader, PythonReader, make_reader
-from signadam_ext.engine.plan import overlap_levels
+from signadam_ext.engine.overlap import overlap_levels
 from signadam_ext.optimizers import stepping
 
 

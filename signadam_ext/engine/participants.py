@@ -1,0 +1,187 @@
+"""Which parameters take part in a plan, on which backend, and what kernels are given of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends.bucket import Entry
+from ..backends.confidence import backend_for, name_of
+from ..core import checks
+from ..core.formats import Format, effective_param_storage
+from ..core.rule import Rule
+from ..state.schema import Fitted
+from .overlap import overlapping
+
+
+@dataclass(slots=True)
+class Item:
+    """A parameter as it is handed to a plan. The rest is as in :class:`Entry`.
+
+    Attributes:
+        has_state: whether it may take part without a gradient, so that a gradient which comes and goes needs no new
+            plan.
+        fit: what a step uses of its state. Raises on state that does not fit; writes nothing.
+        own_state: its state in the optimizer, or None.
+        state_names: of the entries of ``fit``, as the state holds them.
+        at_rest: whether this is a first step without a learning rate, which needs no variance.
+    """
+
+    label: str
+    param: Tensor
+    group: int
+    rule: Rule
+    backend: str
+    has_state: bool
+    fit: Callable[[], Fitted]
+    forms: tuple[Format, ...]
+    own_state: Mapping[str, Any] | None = None
+    state_names: tuple[str, ...] = ()
+    variance: Tensor | None = None
+    param_storage: str = "nearest"
+    seed: int = 0
+    param_id: int = 0
+    shard_offset: int = 0
+    at_rest: bool = False
+
+
+@dataclass(slots=True)
+class Participant:
+    """An item that takes part: what was found of it before anything is prepared."""
+
+    index: int
+    item: Item
+    grad: Tensor | None
+    fitted: Fitted
+    backend: backends.Backend
+
+
+def choose(items: Sequence[Item], grads: Sequence[Tensor | None]) -> list[Participant]:
+    """Those that take part, checked, each with the backend that serves it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: a parameter with a gradient that cannot be served.
+    """
+    pairs = enumerate(zip(items, grads, strict=True))
+    chosen = [found for index, (item, grad) in pairs if (found := _choose(index, item, grad)) is not None]
+    _let_one_backend_serve_shared_memory(chosen)
+    return chosen
+
+
+def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
+    """What is found of a parameter, if it takes part.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: it has a gradient, and cannot be served.
+    """
+    if grad is not None:
+        checks.gradient(item.label, grad, item.param)
+        checks.parameter(item.label, item.param)
+        checks.executed(item.label)
+        fitted = item.fit()
+        if item.rule.reads_variance:
+            variance = item.variance if item.variance is not None else getattr(item.param, "grad_variance", None)
+            if variance is not None or not item.at_rest:
+                checks.variance(item.label, variance, item.param)
+        return Participant(index, item, grad, fitted, _backend(item))
+    if not item.has_state:
+        return None
+    try:
+        checks.parameter(item.label, item.param)
+        fitted = item.fit()
+        backend = _backend(item)
+    except (TypeError, ValueError, RuntimeError):
+        # Offloaded perhaps. Without a gradient that is nobody's business.
+        return None
+    return None if fitted.changes or fitted.removed else Participant(index, item, None, fitted, backend)
+
+
+def _backend(item: Item) -> backends.Backend:
+    confidence = item.rule.confidence
+    wanted = item.backend
+    if confidence is not None:
+        wanted = backend_for(confidence, item.backend)
+        if (reason := backends.get(wanted).unusable(item.param.device)) is not None:
+            raise RuntimeError(
+                f"confidence={name_of(confidence)} needs backend={wanted!r}, which cannot serve {item.label} "
+                f"on {item.param.device}: {reason}; a Python function of torch operations runs everywhere"
+            )
+    return backends.choose(wanted, item.param.device, item.label)
+
+
+def entry_of(found: Participant) -> Entry:
+    """What kernels are given of a parameter, with the buffers that this needs.
+
+    Raises:
+        RuntimeError: a mode, FakeTensorMode for example, has made tensors of its own.
+    """
+    item, grad, fitted, param = found.item, found.grad, found.fitted, found.item.param
+    dense_param = param if checks.is_dense(param) else torch.empty_like(param, requires_grad=False)
+    entry = Entry(
+        found.index,
+        param,
+        dense_param,
+        param.dtype if grad is None else grad.dtype,
+        item.forms,
+        fitted.moments,
+        effective_param_storage(item.param_storage, param.dtype),
+        fitted.residual,
+        None,
+        fitted.threshold_state,
+        fitted.step,
+        item.group,
+        item.seed,
+        item.param_id,
+        item.shard_offset,
+    )
+    if item.rule.reads_variance and grad is not None:
+        given = item.variance if item.variance is not None else getattr(param, "grad_variance", None)
+        if given is not None and is_readable(given, entry.strides):
+            entry.variance, entry.variance_address = given, given.data_ptr()
+        else:
+            entry.variance = torch.zeros_like(dense_param, dtype=torch.float32, requires_grad=False)
+    _refuse_simulated(entry, fitted)
+    return entry
+
+
+def is_readable(variance: Tensor, strides: Sequence[int]) -> bool:
+    """Whether kernels can read a variance where it lies."""
+    return (
+        variance.dtype == torch.float32
+        and checks.same_strides(variance, strides)
+        and checks.memory_fault(variance) is None
+        and not variance.is_neg()
+    )
+
+
+def _refuse_simulated(entry: Entry, fitted: Fitted) -> None:
+    """Raises where what has been made for a step has no memory.
+
+    Raises:
+        RuntimeError: a mode, FakeTensorMode for example, has made tensors of its own.
+    """
+    made = [value for value in fitted.changes.values() if isinstance(value, Tensor)]
+    made += [] if entry.is_dense else [entry.dense_param]
+    if entry.variance is not None and entry.variance_address is None:
+        made.append(entry.variance)
+    for tensor in made:
+        if (fault := checks.memory_fault(tensor)) is not None:
+            raise RuntimeError(
+                f"state made for a step {fault[1]}: a mode such as FakeTensorMode is active, under which no real "
+                "parameter can be updated; take the step outside it"
+            )
+
+
+def _let_one_backend_serve_shared_memory(chosen: list[Participant]) -> None:
+    """Where backends take turns on the same memory, the reference takes all of it: it can prepare a step as a whole."""
+    for run in overlapping([found.item.param for found in chosen]):
+        if len({id(chosen[i].backend) for _, _, i in run}) > 1:
+            for _, _, i in run:
+                confidence = chosen[i].item.rule.confidence
+                if confidence is None or backend_for(confidence, "auto") == "reference":
+                    chosen[i].backend = backends.get("reference")
