@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from . import optimizers
-from .core import checks
+from .core import checks, tensors
 from .core.formats import BF16, BOUNDED, FP32, PARAM_STORAGES, RESIDUALS, Format, effective_param_storage
 from .core.hyperparameters import checked
 from .core.renamed import names_today, warn_user
@@ -217,7 +217,7 @@ def _kept(
             raise ValueError(f"{name}={value!r}: {cls.__name__} has no such argument, only {known}")
         group[name] = value
     group = checked(cls, group)
-    checks.param_storage("a parameter", group["param_storage"], param)
+    tensors.param_storage("a parameter", group["param_storage"], param)
     rule = rule_of(cls, group)
     effective = effective_param_storage(group["param_storage"], param)
     # The step count, and what a threshold is made of.

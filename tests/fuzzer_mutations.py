@@ -39,7 +39,8 @@ class Mutation:
         return any(file.startswith("csrc/") for file, _, _ in self.edits)
 
 
-PLAN, STATE, CHECKS = "signadam_ext/engine/plan.py", "signadam_ext/state/schema.py", "signadam_ext/core/checks.py"
+PLAN, STATE = "signadam_ext/engine/plan.py", "signadam_ext/state/schema.py"
+TENSORS, VALUES = "signadam_ext/core/tensors.py", "signadam_ext/core/checks.py"
 STEPPING, LOADING = "signadam_ext/optimizers/stepping.py", "signadam_ext/optimizers/checkpoints.py"
 CHECKPOINT = "signadam_ext/state/checkpoint.py"
 ARCHIVE, PARTICIPANTS = "signadam_ext/state/archive.py", "signadam_ext/engine/participants.py"
@@ -57,7 +58,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "gradients that are zero tensors are read where they lie",
         1,
-        ((PLAN, "checks.memory_fault(grad) is not None or grad.is_neg() or not", "grad.is_neg() or not"),),
+        ((PLAN, "tensors.memory_fault(grad) is not None or grad.is_neg() or not", "grad.is_neg() or not"),),
     ),
     Mutation(
         "state that is a zero tensor is taken as it is",
@@ -69,14 +70,14 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "        return value\n",
             ),
             (
-                CHECKS,
+                TENSORS,
                 "    if nbytes < needed:",
                 "    if tensor._is_zerotensor():\n        return None\n    if nbytes < needed:",
             ),
             (STATE, "            and not (step._is_zerotensor() or step.is_neg() or step.is_inference())\n", ""),
         ),
     ),
-    Mutation("a storage's size is not looked at", 1, ((CHECKS, "    if nbytes < needed:", "    if False:"),)),
+    Mutation("a storage's size is not looked at", 1, ((TENSORS, "    if nbytes < needed:", "    if False:"),)),
     Mutation(
         "parameters without a gradient must be in order",
         1,
@@ -115,8 +116,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         2,
         (
             (READER, "  if (extent == 0) return true;", "  if (extent >= 0) return true;"),
-            (CHECKS, "    if not is_computable(grad):\n", "    if False:\n"),
-            (PLAN, "checks.memory_fault(grad) is not None or grad.is_neg() or not", "grad.is_neg() or not"),
+            (TENSORS, "    if not is_computable(grad):\n", "    if False:\n"),
+            (PLAN, "tensors.memory_fault(grad) is not None or grad.is_neg() or not", "grad.is_neg() or not"),
         ),
     ),
     Mutation(
@@ -306,7 +307,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "any number of steps is taken",
         6,
         (
-            (CHECKS, "    if not 0 <= value <= MOST_STEPS or value != int(value):", "    if not math.isfinite(value):"),
+            (VALUES, "    if not 0 <= value <= MOST_STEPS or value != int(value):", "    if not math.isfinite(value):"),
             (TABLE, "    if (!(count >= 0", "    if (false && !(count >= 0"),
         ),
     ),
@@ -319,7 +320,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "the order in which codes lie is not looked at",
         7,
-        ((STATE, "        if order != formats.order_of(param.shape, self.strides):", "        if order < 0:"),),
+        ((STATE, "        if order != memory_order.order_of(param.shape, self.strides):", "        if order < 0:"),),
     ),
     Mutation(
         "state made in inference mode stays of that mode",

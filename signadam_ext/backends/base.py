@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import tensors
 from ..core.native import compiled as _C
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def commit(
     for _, targets, results in copies:
         for tensor in (*targets, *results):
             # A mode of the user's, FakeTensorMode for example, may have made it.
-            checks.allocated("what a step copies", tensor)
+            tensors.allocated("what a step copies", tensor)
     # Modes and subclasses would run Python code between two of the writes. Made last: they work as soon as they exist.
     guards = [torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch()] if copies else []
     _C.commit(

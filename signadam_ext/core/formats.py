@@ -7,12 +7,13 @@ checkpoints. All tensors are flat, in memory order.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .memory_order import strides_of
 from .native import compiled as _C
 
 #: Codes lie in runs of this many, the last one padded with zeros.
@@ -30,12 +31,14 @@ class Format:
         number: in tables and kernels.
         bits: of one element.
         levels: L of codes q in [-L, L] that stand for q / L; None for the others.
+        largest_beta: of a momentum that goes without a warning of the variance that rounding adds; None for any.
     """
 
     kind: str
     number: int
     bits: int
     levels: int | None = None
+    largest_beta: float | None = None
 
     @property
     def packed(self) -> bool:
@@ -54,25 +57,27 @@ class Format:
         return runs * RUN * self.bits // 8 + (runs if self is BLOCK8 else 0)
 
 
-def _format(name: str, kind: str | None = None, levels: int | None = None) -> Format:
+def _format(name: str, kind: str | None = None, **others: Any) -> Format:
     number, bits = _C.FORMATS[name]
-    return Format(kind or name, number, bits, levels)
+    return Format(kind or name, number, bits, **others)
 
 
 FP32 = _format("fp32")
 BF16 = _format("bf16")
-INT8 = _format("int8", levels=127)
-INT4 = _format("int4", levels=7)
-INT2 = _format("int2", levels=1)
+INT8 = _format("int8", levels=127, largest_beta=0.99)
+INT4 = _format("int4", levels=7, largest_beta=0.95)
+INT2 = _format("int2", levels=1, largest_beta=0.9)
 BLOCK8 = _format("block8", kind="int8_block32")
 
-FORMATS = {form.kind: form for form in (FP32, BF16, INT8, INT4, INT2, BLOCK8)}
+#: Codes without a scale, of a moment that never exceeds 1.
+CODES = {form.kind: form for form in (INT8, INT4, INT2)}
+FORMATS = {form.kind: form for form in (FP32, BF16, *CODES.values(), BLOCK8)}
 #: The same by their numbers, which state holds: some checkpoint formats keep tensors and numbers alone.
 FORMATS_BY_NUMBER = {form.number: form for form in FORMATS.values()}
 #: By ``state_dtype``, for a moment that never exceeds 1, for any other first moment, and for a second moment.
-BOUNDED = {"fp32": FP32, "bf16": BF16, "int8": INT8, "int4": INT4, "int2": INT2}
+BOUNDED = {"fp32": FP32, "bf16": BF16, **CODES}
 UNBOUNDED = {"fp32": FP32, "bf16": BF16, "int8": BLOCK8}
-SECOND = {"fp32": FP32, "bf16": BF16, "int8": BF16, "int4": BF16, "int2": BF16}
+SECOND = {"fp32": FP32, "bf16": BF16, **dict.fromkeys(CODES, BF16)}
 
 #: The dtypes that kernels read and write, with the numbers of their formats.
 DTYPE_FORMATS: dict[torch.dtype, int] = {
@@ -84,9 +89,8 @@ DTYPE_FORMATS: dict[torch.dtype, int] = {
 MOMENT_DTYPES: dict[torch.dtype, str] = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
-    torch.int8: "int8",
-    # Not in every version of torch.
-    **{getattr(torch, name): name for name in ("int4", "int2") if hasattr(torch, name)},
+    # Those of few bits are not in every version of torch.
+    **{getattr(torch, name): name for name in CODES if hasattr(torch, name)},
 }
 #: Ways to store a parameter, with their numbers in kernels.
 PARAM_STORAGES: dict[str, int] = _C.PARAM_STORAGES
@@ -104,68 +108,6 @@ def outside_inference_mode() -> contextlib.AbstractContextManager[object]:
     Nothing is entered where nothing is to be left: an interrupted exit would put back an older state of autograd later.
     """
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
-
-
-def flat(x: Tensor) -> Tensor:
-    """The elements of a dense tensor in memory order."""
-    return x.as_strided((x.numel(),), (1,))
-
-
-def strides_of(param: Tensor) -> tuple[int, ...]:
-    """The strides of what kernels update: the parameter's, without gaps."""
-    return torch.empty_like(param, device="meta").stride()
-
-
-def restrided(value: Tensor, param: Tensor) -> Tensor:
-    """A copy of ``value`` in the memory order of what kernels update."""
-    return torch.empty_strided(param.shape, strides_of(param), dtype=value.dtype, device=value.device).copy_(value)
-
-
-def order_of(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """The memory order of a dense tensor's dimensions as one number, 0 where it is contiguous.
-
-    It is the rank of a permutation in lexicographic order: of the dimensions of more than one element, from the one
-    with the largest stride to the one with the smallest. Other dimensions have no place in memory and do not count.
-    """
-    if 0 in shape:
-        return 0
-    counted = [dim for dim, size in enumerate(shape) if size > 1]
-    order = sorted(counted, key=lambda dim: -strides[dim])
-    rank = 0
-    for dim in order:
-        place = counted.index(dim)
-        rank = rank * len(counted) + place
-        del counted[place]
-    return rank
-
-
-def strides_in_order(shape: Sequence[int], order: int) -> tuple[int, ...]:
-    """The strides of a dense tensor whose :func:`order_of` is ``order``.
-
-    Raises:
-        ValueError: no order of so many dimensions has this number.
-    """
-    counted = [dim for dim, size in enumerate(shape) if size > 1] if 0 not in shape else []
-    places = []
-    rest = order
-    for radix in range(1, len(counted) + 1):
-        rest, place = divmod(rest, radix)
-        places.append(place)
-    if rest != 0:
-        raise ValueError(f"{order} is no order of {len(counted)} dimensions: must be in [0, {len(counted)}!)")
-    ordered = [counted.pop(place) for place in reversed(places)]
-    strides = [1] * len(shape)
-    step = 1
-    for dim in reversed(ordered):
-        strides[dim] = step
-        step *= shape[dim]
-    return tuple(strides)
-
-
-def reordered(values: Tensor, shape: Sequence[int], order: int, strides: Sequence[int]) -> Tensor:
-    """A tensor of that shape and those strides, of elements that lie flat in the memory order ``order``."""
-    placed = torch.empty_strided(shape, strides, dtype=values.dtype, device=values.device)
-    return placed.copy_(values.as_strided(shape, strides_in_order(shape, order)))
 
 
 def effective_param_storage(param_storage: str, dtype: torch.dtype) -> str:

@@ -60,7 +60,7 @@ class Rule:
             dtypes = (dtypes,) * len(self.moments)
         elif len(dtypes) != len(self.moments):
             raise ValueError(f"state_dtype={dtypes!r}: must be one dtype, or {len(self.moments)}, one for each moment")
-        if len(self.moments) > 2 and (few := [x for x in dtypes if x in ("int8", "int4", "int2")]):
+        if len(self.moments) > 2 and (few := [x for x in dtypes if x in formats.CODES]):
             raise ValueError(
                 f"state_dtype={few[0]!r} with {self.moments[2]}: a largest value cannot be kept in few bits; "
                 "use 'fp32' or 'bf16'"

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import memory_order, tensors
 from ..core.formats import outside_inference_mode
 from ..core.native import compiled as _C
 
@@ -217,7 +217,7 @@ class PythonReader(Addresses):
                 and grad.dtype == dtype
                 and grad.shape == param.shape
                 and grad.device == param.device
-                and checks.same_strides(grad, strides)
+                and memory_order.same_strides(grad, strides)
             ):
                 self._grads[index] = grad.data_ptr() or 1
                 self._known_memory[index] = found
@@ -287,7 +287,7 @@ def kind() -> str:
 
 def _memory_of(tensor: Tensor) -> tuple[Any, ...] | None:
     """Where a tensor lies and how; None where it has not the memory that it needs, or not the numbers themselves."""
-    if checks.memory_fault(tensor) is not None or tensor.is_neg():
+    if tensors.memory_fault(tensor) is not None or tensor.is_neg():
         return None
     strides = [1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, strides

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.bucket import Entry
 from ..backends.confidence import backend_for, name_of
-from ..core import checks
+from ..core import memory_order, tensors
 from ..core.formats import Format, effective_param_storage
 from ..core.rule import Rule
 from ..state.schema import Fitted
@@ -80,19 +80,19 @@ def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
         TypeError, ValueError, RuntimeError: it has a gradient, and cannot be served.
     """
     if grad is not None:
-        checks.gradient(item.label, grad, item.param)
-        checks.parameter(item.label, item.param)
-        checks.executed(item.label)
+        tensors.gradient(item.label, grad, item.param)
+        tensors.parameter(item.label, item.param)
+        tensors.executed(item.label)
         fitted = item.fit()
         if item.rule.reads_variance:
             variance = item.variance if item.variance is not None else getattr(item.param, "grad_variance", None)
             if variance is not None or not item.at_rest:
-                checks.variance(item.label, variance, item.param)
+                tensors.variance(item.label, variance, item.param)
         return Participant(index, item, grad, fitted, _backend(item))
     if not item.has_state:
         return None
     try:
-        checks.parameter(item.label, item.param)
+        tensors.parameter(item.label, item.param)
         fitted = item.fit()
         backend = _backend(item)
     except (TypeError, ValueError, RuntimeError):
@@ -121,7 +121,7 @@ def entry_of(found: Participant) -> Entry:
         RuntimeError: a mode, FakeTensorMode for example, has made tensors of its own.
     """
     item, grad, fitted, param = found.item, found.grad, found.fitted, found.item.param
-    dense_param = param if checks.is_dense(param) else torch.empty_like(param, requires_grad=False)
+    dense_param = param if memory_order.is_dense(param) else torch.empty_like(param, requires_grad=False)
     entry = Entry(
         found.index,
         param,
@@ -153,8 +153,8 @@ def is_readable(variance: Tensor, strides: Sequence[int]) -> bool:
     """Whether kernels can read a variance where it lies."""
     return (
         variance.dtype == torch.float32
-        and checks.same_strides(variance, strides)
-        and checks.memory_fault(variance) is None
+        and memory_order.same_strides(variance, strides)
+        and tensors.memory_fault(variance) is None
         and not variance.is_neg()
     )
 
@@ -170,7 +170,7 @@ def _refuse_simulated(entry: Entry, fitted: Fitted) -> None:
     if entry.variance is not None and entry.variance_address is None:
         made.append(entry.variance)
     for tensor in made:
-        if (fault := checks.memory_fault(tensor)) is not None:
+        if (fault := tensors.memory_fault(tensor)) is not None:
             raise RuntimeError(
                 f"state made for a step {fault[1]}: a mode such as FakeTensorMode is active, under which no real "
                 "parameter can be updated; take the step outside it"

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.bucket import Bucket, Entry
 from ..backends.device import StreamGuarded, refuse_capture
-from ..core import checks
+from ..core import memory_order, tensors
 from ..core.native import compiled as _C
 from ..core.rule import Group, Rule
 from .gradients import GradientReader, ListReader, make_reader
@@ -183,7 +183,7 @@ class Plan:
                 at it.
         """
         if self.labels:
-            checks.executed(self.labels[0])
+            tensors.executed(self.labels[0])
         holds = False
         self.owns = True
         try:
@@ -216,7 +216,7 @@ class Plan:
                 variance = self._variance(entry.index, param)
                 if variance is None and entry.index in self._at_rest and self._is_first:
                     continue
-                checks.variance(self.labels[entry.index], variance, param)
+                tensors.variance(self.labels[entry.index], variance, param)
                 assert variance is not None
                 given.append((entry, variance))
         for entry, variance in given:
@@ -229,7 +229,7 @@ class Plan:
             assert entry.variance is not None
             if entry.variance_address is None:
                 entry.variance.copy_(
-                    checks.made_real(f"grad_variance of {self.labels[entry.index]}", variance, entry.strides)
+                    tensors.made_real(f"grad_variance of {self.labels[entry.index]}", variance, entry.strides)
                 )
             else:
                 entry.variance = variance
@@ -246,12 +246,12 @@ class Plan:
         for index in needs_copy:
             param, grad = self._reader.held(index)[:2]
             label = f"the gradient of {self.labels[index]}"
-            checks.gradient(self.labels[index], grad, param)
+            tensors.gradient(self.labels[index], grad, param)
             if grad.dtype != self._grad_dtypes[index]:
                 return False
             strides = self._strides[index]
-            if checks.memory_fault(grad) is not None or grad.is_neg() or not checks.same_strides(grad, strides):
-                self._copies[index] = grad = checks.made_real(label, grad, strides)
+            if tensors.memory_fault(grad) is not None or grad.is_neg() or not memory_order.same_strides(grad, strides):
+                self._copies[index] = grad = tensors.made_real(label, grad, strides)
             self._reader.replace(index, grad.data_ptr() or 1)  # without elements it has no address, but takes part
         return True
 

@@ -14,9 +14,6 @@ from ..core.rule import Group, Rule, RuleChoice, rule_of
 from ..engine.runtime import Runtime
 from ..state.checkpoint import Layout
 
-#: Largest beta, by levels of a momentum's codes, that goes without a warning of the variance that rounding adds.
-VARIANCE_LIMIT = {127: 0.99, 7: 0.95, 1: 0.9}
-
 
 class GroupedOptimizer(Protocol):
     """An optimizer of this package, as far as steps and checkpoints need it."""
@@ -95,7 +92,7 @@ def warn_of_variance(optimizer: GroupedOptimizer, group: Group) -> None:
     """Few bits add variance to a momentum, the more of it the longer it remembers."""
     rule = rule_of(type(optimizer), group)
     form = rule.forms(group)[0] if rule.moments else None
-    limit = None if form is None or form.levels is None else VARIANCE_LIMIT.get(form.levels)
+    limit = None if form is None else form.largest_beta
     if limit is not None and group["betas"][0] > limit and not optimizer.runtime.has_warned:
         optimizer.runtime.has_warned = True
         assert form is not None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import checks
+from ..core import checks, memory_order, tensors
 from ..core.hyperparameters import check_beta_names, checked
 from ..core.options import DEFAULTS
 from ..core.rule import Rule, rule_of
@@ -98,7 +98,7 @@ def _item(rule: Rule, group: dict[str, Any], i: int, param: Tensor, lists: Mappi
         TypeError, ValueError: a tensor that cannot be updated in place.
     """
     label = f"params[{i}]"
-    checks.strided(label, param)
+    tensors.strided(label, param)
     moments = tuple(lists[f"{name}s"][i] for name in rule.moments)
     for name, moment in zip(rule.moments, moments, strict=True):
         _check_layout(label, name, moment, param)
@@ -133,7 +133,7 @@ def _check_scalar(label: str, value: Any, dtype: torch.dtype, device: torch.devi
     if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() > 0 or value.device != device:
         raise TypeError(f"{label} is {value!r}: must be a 0-dim {str(dtype).removeprefix('torch.')} tensor on {device}")
     _refuse_negative(label, value)
-    checks.allocated(label, value)
+    tensors.allocated(label, value)
 
 
 def _check_step(label: str, value: Any) -> None:
@@ -146,10 +146,10 @@ def _check_step(label: str, value: Any) -> None:
 
 
 def _check_layout(label: str, name: str, moment: Tensor, param: Tensor) -> None:
-    checks.moment(label, name, moment, param)
+    tensors.moment(label, name, moment, param)
     _refuse_negative(f"{name} of {label}", moment)
     like = torch.empty_like(param, device="meta")
-    if not checks.same_strides(moment, like.stride()):
+    if not memory_order.same_strides(moment, like.stride()):
         raise ValueError(
             f"{name} of {label} has strides {moment.stride()}: must be {like.stride()}, the parameter's memory order"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import checks, formats
+from ..core import checks, formats, memory_order, tensors
 from ..core.formats import BF16, BLOCK8, FORMATS, FORMATS_BY_NUMBER, FP32, Format
 from ..core.random_bits import MOMENT_BITS, random_bits
 
@@ -90,7 +90,7 @@ def moment_tags(name: str, form: Format, param: Tensor) -> dict[str, int]:
     if form.levels is not None:
         said[levels_key(name)] = form.levels
     if form.packed:
-        said[order_key(name)] = formats.order_of(param.shape, formats.strides_of(param))
+        said[order_key(name)] = memory_order.order_of(param.shape, memory_order.strides_of(param))
     return said
 
 
@@ -125,11 +125,11 @@ def stated_order(label: str, name: str, state: Mapping[str, Any], param: Tensor)
     """
     order = state.get(order_key(name))
     if order is None:
-        return formats.order_of(param.shape, formats.strides_of(param))
+        return memory_order.order_of(param.shape, memory_order.strides_of(param))
     shown = f"{order_key(name)} of {label}"
     found = checks.whole_number(shown, order)
     try:
-        formats.strides_in_order(param.shape, found)
+        memory_order.strides_in_order(param.shape, found)
     except ValueError as error:
         raise ValueError(f"{shown} is {found}, but {error}") from None
     return found
@@ -150,13 +150,13 @@ def real(label: str, value: Any) -> Any:
         return value
     if value.layout == torch.strided and value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    checks.strided(label, value)
+    tensors.strided(label, value)
     return copied(value) if value.is_neg() else value
 
 
 def copied(value: Tensor) -> Tensor:
     """The same numbers in memory of their own, dense, with the dimensions in the same order."""
-    strides = formats.strides_of(value)
+    strides = memory_order.strides_of(value)
     return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
@@ -199,7 +199,7 @@ def written_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
     if (
         isinstance(value, Tensor)
         and type(value) not in (Tensor, torch.nn.Parameter)
-        and checks.memory_fault(value) is None
+        and tensors.memory_fault(value) is None
     ):
         value = value.as_subclass(Tensor)  # the numbers of a subclass whose memory is its own
     return (
@@ -221,9 +221,9 @@ def _exported(layout: Layout, name: str, form: Format, state: Mapping[str, Any])
             "that has been offloaded or resized needs its elements back before its state can be saved"
         )
     order = stated_order(label, name, state, param)
-    strides = formats.strides_of(param)
+    strides = memory_order.strides_of(param)
     values = formats.codes_of(form, stored, numel) if form is not BLOCK8 else _block_values(stored, numel)
-    return formats.reordered(values, param.shape, order, strides)
+    return memory_order.reordered(values, param.shape, order, strides)
 
 
 def _block_values(stored: Tensor, numel: int) -> Tensor:
@@ -258,11 +258,11 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
             _check_moment(f"state {name!r} of {label}", name, form, saved, param, bounded=bounded)
     for name, dtypes in RESIDUAL_DTYPES.items():
         if name in saved:
-            checks.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
+            tensors.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
     check_one_residual(label, saved)
     if layout.threshold_state is not None and layout.threshold_state in saved:
-        checks.threshold_state(label, layout.threshold_state, saved[layout.threshold_state])
-        checks.threshold_state_value(label, layout.threshold_state, saved[layout.threshold_state])
+        tensors.threshold_state(label, layout.threshold_state, saved[layout.threshold_state])
+        tensors.threshold_state_value(label, layout.threshold_state, saved[layout.threshold_state])
     taken(label, saved)
 
 
@@ -287,7 +287,7 @@ def _check_moment(
 ) -> None:
     source = stated_format(label, name, saved)
     if source is None:
-        checks.state_tensor(label, saved[name], param.shape, (torch.float32, torch.bfloat16))
+        tensors.state_tensor(label, saved[name], param.shape, (torch.float32, torch.bfloat16))
         value = saved[name]
         largest = float(value.abs().amax()) if value.numel() else 0.0
         # A momentum of signs exceeds 1 by rounding errors at the most.
@@ -302,7 +302,7 @@ def _check_moment(
         return
     if form is BLOCK8 and source.levels is not None:
         raise ValueError(f"{label} is {source.kind}, codes of a bounded momentum: must be fp32, bf16 or {BLOCK8.kind}")
-    checks.state_tensor(label, saved[name], param.shape, (torch.bfloat16 if source is BLOCK8 else torch.int8,))
+    tensors.state_tensor(label, saved[name], param.shape, (torch.bfloat16 if source is BLOCK8 else torch.int8,))
     check_codes(label, name, source, saved)
 
 
@@ -418,13 +418,13 @@ def _adopt_residual(layout: Layout, saved: Mapping[str, Any], adopted: dict[str,
 
 def _flat(value: Tensor, param: Tensor) -> Tensor:
     """The elements of a tensor of the parameter's shape, in the parameter's memory order."""
-    lies_so = checks.same_strides(value, formats.strides_of(param))
-    return formats.flat(value if lies_so else formats.restrided(value, param))
+    lies_so = memory_order.same_strides(value, memory_order.strides_of(param))
+    return memory_order.flat(value if lies_so else memory_order.restrided(value, param))
 
 
 def _shaped(flat: Tensor, param: Tensor) -> Tensor:
     """The reverse, as a tensor of its own."""
-    strides = formats.strides_of(param)
+    strides = memory_order.strides_of(param)
     shaped = torch.empty_strided(param.shape, strides, dtype=flat.dtype, device=flat.device)
-    formats.flat(shaped).copy_(flat)
+    memory_order.flat(shaped).copy_(flat)
     return shaped

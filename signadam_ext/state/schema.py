@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import checks, formats
+from ..core import formats, memory_order, tensors
 from ..core.formats import BLOCK8, RESIDUALS, Format
 from ..core.native import compiled as _C
 from ..core.random_bits import MOMENT_BITS
@@ -88,9 +88,9 @@ class _Fitting:
         label, param = layout.label, layout.param
         if not isinstance(state, MutableMapping):
             raise TypeError(f"the state of {label} is a {type(state).__name__}: must be a dict, which a step can write")
-        checks.param_storage(label, layout.param_storage, param.dtype)
+        tensors.param_storage(label, layout.param_storage, param.dtype)
         self.layout, self.state, self.seed, self.param_id = layout, state, seed, param_id
-        self.strides = formats.strides_of(param)
+        self.strides = memory_order.strides_of(param)
         self.changes: dict[str, Any] = {}
         check_one_residual(label, state)
         # Everything is checked before anything is made.
@@ -106,9 +106,9 @@ class _Fitting:
                     exact = (
                         (RESIDUALS[layout.param_storage][1],) if name == RESIDUALS[layout.param_storage][0] else dtypes
                     )
-                    checks.state_tensor(self._shown(name), self.found[name], param.shape, exact, param.device)
+                    tensors.state_tensor(self._shown(name), self.found[name], param.shape, exact, param.device)
         if layout.threshold_state is not None and layout.threshold_state in state:
-            checks.threshold_state(label, layout.threshold_state, state[layout.threshold_state])
+            tensors.threshold_state(label, layout.threshold_state, state[layout.threshold_state])
             self.found[layout.threshold_state] = self._real(layout.threshold_state)
 
     def fitted(self) -> Fitted:
@@ -147,10 +147,10 @@ class _Fitting:
             # A checkpoint's tensor, perhaps in the dtype of the parameter, as torch loads what is no number of steps.
             floating = (torch.bfloat16, torch.float32, torch.float16)
             dtypes = floating if form is BLOCK8 else (torch.int8, *floating)
-            checks.state_tensor(label, value, param.shape, dtypes, param.device)
+            tensors.state_tensor(label, value, param.shape, dtypes, param.device)
             check_codes(label, name, form, {**self.state, name: value})
             return
-        checks.moment(self.layout.label, name, value, param, form)
+        tensors.moment(self.layout.label, name, value, param, form)
         if form.packed:
             stated_order(label, name, self.state, param)
 
@@ -172,15 +172,19 @@ class _Fitting:
         return self._put(name, value)
 
     def _strided(self, value: Tensor) -> Tensor:
-        return value if checks.same_strides(value, self.strides) else formats.restrided(value, self.layout.param)
+        return (
+            value
+            if memory_order.same_strides(value, self.strides)
+            else memory_order.restrided(value, self.layout.param)
+        )
 
     def _in_order(self, stored: Tensor, name: str, form: Format, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
         """A packed buffer whose codes lie in the memory order of the parameter."""
         param = self.layout.param
         order = stated_order(self._shown(name), name, self.state, param)
-        if order != formats.order_of(param.shape, self.strides):
+        if order != memory_order.order_of(param.shape, self.strides):
             values = formats.decode if form is BLOCK8 else formats.codes_of
-            placed = formats.reordered(values(form, stored, param.numel()), param.shape, order, self.strides)
+            placed = memory_order.reordered(values(form, stored, param.numel()), param.shape, order, self.strides)
             return self._packed(placed, form, own_bits)
         if not stored.is_contiguous() or stored.data_ptr() % ALIGNMENT != 0:
             return stored.clone(memory_format=torch.contiguous_format)
@@ -188,7 +192,7 @@ class _Fitting:
 
     def _packed(self, value: Tensor, form: Format, own_bits: Callable[[Tensor], Tensor]) -> Tensor:
         """Codes, or values of blocks, in the parameter's memory order, as a packed buffer."""
-        flat = formats.flat(value)
+        flat = memory_order.flat(value)
         if form is not BLOCK8:
             return _huge_pages(formats.pack(form, flat.to(torch.int8)))
         bits = conversion_bits(own_bits, self.seed, self.param_id, self.steps, flat)
@@ -211,11 +215,11 @@ class _Fitting:
         if param_storage == "master":
             made = formats.make_residual(param_storage, param, from_other)
         else:
-            master, own = (formats.flat(formats.restrided(x, param)) for x in (from_other, param.detach()))
-            made = formats.reordered(
+            master, own = (memory_order.flat(memory_order.restrided(x, param)) for x in (from_other, param.detach()))
+            made = memory_order.reordered(
                 formats.remainder_of_master(param_storage, master, own),
                 param.shape,
-                formats.order_of(param.shape, self.strides),
+                memory_order.order_of(param.shape, self.strides),
                 self.strides,
             )
         return self._put(name, made), (other,)

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..core import checks
+from ..core import memory_order, tensors
 from ..engine.overlap import overlap_levels
 
 #: What the gradients of a chunk's samples may take where no ``chunk_size`` is given, in bytes.
@@ -104,7 +104,7 @@ def per_sample_variance(
     if not params:
         raise ValueError("model has no parameter that requires grad: there is nothing to take the variance of")
     for name, param in params.items():
-        checks.parameter(f"parameter {name.removeprefix('model.')!r}", param)
+        tensors.parameter(f"parameter {name.removeprefix('model.')!r}", param)
     samples, count = _samples_of(batch)
     if chunk_size is None:
         chunk_size = max(1, CHUNK_BYTES // max(1, 4 * sum(param.numel() for param in params.values())))
@@ -320,7 +320,7 @@ def _fits(place: Any, param: Tensor) -> bool:
         and place.shape == param.shape
         and place.device == param.device
         and not (place.requires_grad or place.is_inference() or place.is_neg())
-        and checks.same_strides(place, torch.empty_like(param, device="meta").stride())
+        and memory_order.same_strides(place, torch.empty_like(param, device="meta").stride())
     )
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from signadam_ext import _C, SignAdam
 from signadam_ext.backends import device as device_module
 from signadam_ext.backends.device import RING_SIZE, PinnedRing, StreamGuarded, StreamLaunch, refuse_capture
-from signadam_ext.core import checks
+from signadam_ext.core import tensors
 from signadam_ext.core.step_statistics import COLUMNS
 from signadam_ext.engine import statistics
 
@@ -231,8 +231,8 @@ def test_triton_gets_aligned_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
             return lambda *arguments, **constants: seen.append(arguments)
 
     monkeypatch.setattr(update, "update", Kernel())
-    for tensors in range(2, 12):
-        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(tensors)]
+    for count in range(2, 12):
+        params = [torch.nn.Parameter(torch.ones(3)) for _ in range(count)]
         for param in params:
             param.grad = torch.ones(3)
         groups = [{"params": params[:1], "lr": 0.5}, {"params": params[1:]}]
@@ -252,6 +252,6 @@ def test_misaligned_addresses(dtype: torch.dtype) -> None:
     for offset in range(1, dtype.itemsize):
         message = rf"w on cuda:1 lies at address 0x\w+: must be a multiple of its element size, {dtype.itemsize} bytes"
         with pytest.raises(ValueError, match=message):
-            checks.aligned("w", stand_in(SECOND, 0x7000 + offset))
-        checks.aligned("w", stand_in(CPU, 0x7000 + offset))
-    checks.aligned("w", stand_in(SECOND, 0x7000 + dtype.itemsize))
+            tensors.aligned("w", stand_in(SECOND, 0x7000 + offset))
+        tensors.aligned("w", stand_in(CPU, 0x7000 + offset))
+    tensors.aligned("w", stand_in(SECOND, 0x7000 + dtype.itemsize))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from signadam_ext import SignAdamPP, Signum
-from signadam_ext.core import formats
+from signadam_ext.core import formats, memory_order
 from signadam_ext.core.formats import BF16, BLOCK8, FP32, INT2, INT4, INT8
 from signadam_ext.state.checkpoint import Layout
 from signadam_ext.state.schema import STEP_DTYPE, entry_names, fit
@@ -68,22 +68,22 @@ def test_an_order_has_one_number_and_a_number_one_order(shape):
     counted = [size for size in shape if size > 1] if 0 not in shape else []
     seen = {}
     for number in range(math.factorial(len(counted))):
-        strides = formats.strides_in_order(shape, number)
-        assert formats.order_of(shape, strides) == number
+        strides = memory_order.strides_in_order(shape, number)
+        assert memory_order.order_of(shape, strides) == number
         seen[tuple(stride for stride, size in zip(strides, shape, strict=True) if size > 1)] = number
     assert len(seen) == max(1, math.factorial(len(counted)))
     contiguous = torch.empty(shape).stride()
-    assert formats.order_of(shape, contiguous) == 0
+    assert memory_order.order_of(shape, contiguous) == 0
     for wrong in (-1, math.factorial(len(counted))):
         with pytest.raises(ValueError, match="is no order of"):
-            formats.strides_in_order(shape, wrong)
+            memory_order.strides_in_order(shape, wrong)
 
 
 def test_dimensions_of_one_element_do_not_count():
     shape = (2, 1, 4)
-    assert {formats.order_of(shape, (4, stride, 1)) for stride in (0, 1, 4, 77)} == {0}
+    assert {memory_order.order_of(shape, (4, stride, 1)) for stride in (0, 1, 4, 77)} == {0}
     x = torch.zeros(2, 3, 1, 1)
-    assert formats.order_of(x.shape, x.to(memory_format=torch.channels_last).stride()) == 0
+    assert memory_order.order_of(x.shape, x.to(memory_format=torch.channels_last).stride()) == 0
 
 
 @pytest.mark.parametrize("form", PACKED, ids=lambda form: form.kind)
@@ -98,18 +98,19 @@ def test_codes_follow_their_elements_into_another_memory_order(form, shape):
             state = {"step": torch.zeros((), dtype=STEP_DTYPE)}
             state.update(fit(own, state, 0, 0).changes)
             state["exp_avg"] = formats.encode(
-                form, formats.flat(values), torch.zeros(values.numel(), dtype=torch.int64)
+                form, memory_order.flat(values), torch.zeros(values.numel(), dtype=torch.int64)
             )
             moved = Layout(own.label, dense(shape, second), own.moments, "nearest", None)
             before = content(state)
             found = fit(moved, state, 0, 0)
             assert unchanged(state, before)
             flat = formats.decode(form, found.moments[0], param.numel())
-            back = flat.as_strided(shape, formats.strides_of(moved.param))
+            back = flat.as_strided(shape, memory_order.strides_of(moved.param))
             # Blocks may be formed anew; whole numbers up to 1 are exact in them.
             assert torch.equal(back, values)
             assert ("exp_avg_order" in found.changes) == (
-                formats.order_of(shape, formats.strides_of(param)) != formats.order_of(shape, moved.param.stride())
+                memory_order.order_of(shape, memory_order.strides_of(param))
+                != memory_order.order_of(shape, moved.param.stride())
             )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core import formats
-from ...core.formats import flat
+from ...core.memory_order import flat
 from ...core.native import compiled as _C
 from ...core.random_bits import MOMENT_BITS, random_bits
 from ..base import HostLaunch
