@@ -157,7 +157,7 @@ def bytes_per_parameter(
 def adamw(
     shapes: Iterable[Sequence[int]], param_dtype: str = "fp32", *, grad_dtype: str | None = None, mixed: bool = False
 ) -> Estimate:
-    """The same for ``torch.optim.AdamW``, whose moments have the dtype of what it updates.
+    """Bytes with ``torch.optim.AdamW``, whose moments have the dtype of what it updates.
 
     Args:
         shapes: of the parameters.

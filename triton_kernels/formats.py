@@ -101,7 +101,7 @@ def split16(x):
 
 @triton.jit
 def split8(x, r):
-    """The same on 24 bits, to which x is rounded stochastically by 8 random bits."""
+    """Splits the 24 bits to which x is rounded stochastically by 8 random bits."""
     bits = bits_of(x)
     kept = (bits + r) >> 8
     high = (kept + 0x80) >> 8

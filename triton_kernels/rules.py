@@ -60,13 +60,13 @@ def gated_sign(g, alpha):
 
 @triton.jit
 def divided(x, divisor):
-    """By a scalar."""
+    """Division by a scalar, rounded once."""
     return tl.div_rn(x, tl.full(x.shape, 0.0, tl.float32) + divisor)
 
 
 @triton.jit
 def zero_where_zero(denominator, x):
-    """Whatever the numerator: where nothing is known of a gradient, its parameter stays."""
+    """``x``, or 0 where the denominator is 0: a parameter of whose gradient nothing is known stays."""
     return tl.where(denominator == 0.0, 0.0, x)
 
 

@@ -63,7 +63,7 @@ def operand(address, begin, FORMAT: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def residual_operand(address, begin, PARAM_STORAGE: tl.constexpr, WIDE: tl.constexpr):
-    """Where what lies beside a chunk of the parameter does."""
+    """Where the residual of a chunk of the parameter lies."""
     if PARAM_STORAGE == MASTER:
         return pointer_to(address, begin, tl.float32, WIDE)
     elif PARAM_STORAGE == SPLIT16:

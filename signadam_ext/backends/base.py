@@ -80,4 +80,4 @@ class Backend(Protocol):
         """Why tensors on ``device`` (None: any) cannot be served here, or None when they can."""
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
-        """Whatever can be done before the first step; ``grad`` gives the tensor of a gradient, by ``Entry.index``."""
+        """Does what can be done before the first step; ``grad`` gives the tensor of a gradient, by ``Entry.index``."""

@@ -162,7 +162,7 @@ class Bucket:
         return () if self.chunk_statistics is None else (self.chunk_statistics,)
 
     def present_non_dense(self) -> list[Entry]:
-        """Those of ``non_dense`` that take part in the step that the table has begun."""
+        """Entries of ``non_dense`` with a gradient in the step that the table has begun."""
         if not self.non_dense:
             return []
         return [e for e, present in zip(self.entries, self.table.grads(), strict=True) if present and not e.is_dense]

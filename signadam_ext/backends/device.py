@@ -64,7 +64,7 @@ class StreamGuarded:
                 tensor.record_stream(stream)
 
     def use(self) -> None:
-        """The same for the stream that is current on the tensors' device."""
+        """Calls :meth:`use_on` with the stream that is current on the tensors' device."""
         if self._stream is not None:
             self.use_on(torch.cuda.current_stream(self._device))
 

@@ -87,7 +87,7 @@ class _Kernels:
         self._launches = _launches(bucket)
 
     def start(self, scalar_sets: Sequence[ScalarSet], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
-        """Starts them; ``step`` is what :meth:`Table.write_step` wrote, on the device."""
+        """Starts the kernels; ``step`` is what :meth:`Table.write_step` wrote, on the device."""
         from ..triton_kernels.update import update
 
         assert step is not None
@@ -138,7 +138,7 @@ def _launches(bucket: Bucket) -> list[dict[str, Any]]:
 
 
 def step_bytes(tensors: int, scalar_sets: int) -> int:
-    """Of a step's data."""
+    """Bytes of the data that one step sends to the device."""
     size: int = _C.step_layout(tensors, scalar_sets)[-1]
     return size
 

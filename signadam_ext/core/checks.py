@@ -1,4 +1,4 @@
-"""Checks of everything a user hands in. Each error names the argument, its value, and what would be right."""
+"""Checks of values that a user hands in. Each error names the argument, its value, and what would be right."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _item(name: str, value: Tensor) -> Any:
 
 
 def learning_rate(name: str, value: Any, slack: float = 0.0) -> float:
-    """As :func:`number`, at least ``-slack``; a tensor must be able to hold what schedulers write into it."""
+    """A learning rate of at least ``-slack``; a tensor must be able to hold what schedulers write into it."""
     if isinstance(value, Tensor) and not (value.numel() == 1 and value.is_floating_point()):
         raise ValueError(f"{name}={value!r}: a tensor {name} must hold one floating-point number")
     found = number(name, value, -math.inf)

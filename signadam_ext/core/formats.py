@@ -103,7 +103,7 @@ RESIDUALS = {
 
 
 def outside_inference_mode() -> contextlib.AbstractContextManager[object]:
-    """For what is made for later steps, which must not be inference tensors.
+    """A context for making what later steps need, which must not be inference tensors.
 
     Nothing is entered where nothing is to be left: an interrupted exit would put back an older state of autograd later.
     """

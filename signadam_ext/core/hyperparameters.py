@@ -154,7 +154,7 @@ def _kept(value: Any) -> Any:
 
 
 def fold(group: dict[str, Any], has_one_beta: bool, *, warns: bool = True) -> None:
-    """Puts what a group was given by another name where it is kept; what was given so is the newer.
+    """Moves what a group was given under another name to the name that groups keep; the other name is the newer.
 
     One ``beta`` is kept as ``betas=(beta,)``, where schedulers that cycle momentum look for it.
     """
@@ -169,7 +169,7 @@ def fold(group: dict[str, Any], has_one_beta: bool, *, warns: bool = True) -> No
 
 @contextlib.contextmanager
 def of_group(index: int, whose: str = "") -> Iterator[None]:
-    """Has errors say which group they are about, and whose it is."""
+    """Prefixes errors with the index of the group, and whose group it is."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
@@ -286,7 +286,7 @@ def _is_fixed(value: Any) -> bool:
 
 
 def learning_rate(value: Any, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
-    """As the constructor takes it, or below zero by what a scheduler's rounding leaves.
+    """A learning rate as the constructor takes it, or just below zero by a scheduler's rounding.
 
     Raises:
         TypeError, ValueError: another value.

@@ -15,7 +15,7 @@ from .renamed import names_today
 
 
 class CommonButDecay(TypedDict, total=False):
-    """Those of :class:`Common` that no optimizer takes by position."""
+    """Keyword arguments of :class:`Common` that no optimizer takes by position."""
 
     decoupled_weight_decay: bool
     maximize: bool
@@ -133,7 +133,7 @@ def completed(name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) 
 
 
 def signature(init: Any, defaults: Mapping[str, Any]) -> inspect.Signature:
-    """Of a class with this constructor: each of its ``**common`` by name and default, but what it names itself."""
+    """The signature of a class with this constructor, with ``**common`` spelled out by name and default."""
     found = inspect.signature(init)
     own = list(found.parameters.values())[1:]
     if own and own[-1].name == "common":

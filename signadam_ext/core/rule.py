@@ -74,7 +74,7 @@ class Rule:
         return formats.BOUNDED if self.bounded else formats.UNBOUNDED
 
     def _levels(self, group: Group) -> int | None:
-        """Of the codes of the first moment, in a group whose ``state_dtype`` has been checked."""
+        """Levels of the first moment's codes, in a group whose ``state_dtype`` has been checked; None without codes."""
         if not self.moments:
             return None
         dtypes = _state_dtypes(group)

@@ -55,13 +55,13 @@ class GradientReader(Protocol):
         """How many parameters have a gradient this step."""
 
     def written(self) -> Any:
-        """Those parameters and their state, as :func:`signadam_ext.backends.commit` takes them."""
+        """The parameters with a gradient and their state, as :func:`signadam_ext.backends.commit` takes them."""
 
     def held(self, index: int) -> tuple[Any, ...]:
         """The parameter, its gradient or None, and the state entries watched, while a step is under way."""
 
     def addresses(self) -> list[int]:
-        """Of the gradients, 0 where there is none."""
+        """Address of each gradient, 0 where a parameter has none."""
 
     def release(self) -> None:
         """The step is over: nothing is owned any more."""
@@ -167,7 +167,7 @@ class ListReader(Addresses):
 
 
 class PythonReader(Addresses):
-    """The same as the compiled reader, for a torch in which the shim is not found."""
+    """Does what the compiled reader does, for a torch whose C shim is not found."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ def kind() -> str:
 
 
 def _memory_of(tensor: Tensor) -> tuple[Any, ...] | None:
-    """Where a tensor lies and how; None where it has not the memory that it needs, or not the numbers themselves."""
+    """Address, device, dtype, shape and strides; None where the memory does not hold the tensor's numbers."""
     if tensors.memory_fault(tensor) is not None or tensor.is_neg():
         return None
     strides = [1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]

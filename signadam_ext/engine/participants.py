@@ -62,7 +62,7 @@ class Participant:
 
 
 def choose(items: Sequence[Item], grads: Sequence[Tensor | None]) -> list[Participant]:
-    """Those that take part, checked, each with the backend that serves it.
+    """Checks the parameters that take part in a step, and chooses the backend of each.
 
     Raises:
         TypeError, ValueError, RuntimeError: a parameter with a gradient that cannot be served.
@@ -178,7 +178,10 @@ def _refuse_simulated(entry: Entry, fitted: Fitted) -> None:
 
 
 def _let_one_backend_serve_shared_memory(chosen: list[Participant]) -> None:
-    """Where backends take turns on the same memory, the reference takes all of it: it can prepare a step as a whole."""
+    """Gives parameters that share memory to the reference if several backends would update them.
+
+    Only the reference can prepare a step on shared memory as a whole.
+    """
     for run in overlapping([found.item.param for found in chosen]):
         if len({id(chosen[i].backend) for _, _, i in run}) > 1:
             for _, _, i in run:

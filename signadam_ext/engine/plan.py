@@ -155,7 +155,7 @@ class Plan:
             self._reader.watch(item.group, item.param, self._strides[index], dtype, tuple(entries))
 
     def _own_buffers(self) -> list[StreamGuarded]:
-        """Copies of parameters and variances, by device: a later step may run on another stream than made them."""
+        """The plan's own copies of parameters and variances, by device, guarded for use on later streams."""
         made: dict[torch.device, list[Tensor]] = {}
         for bucket, _ in self.launches:
             made.setdefault(bucket.device, []).extend(entry.dense_param for entry in bucket.non_dense)

@@ -47,7 +47,7 @@ class TensorStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the parameters that took part in the last step: over all of them, and of each."""
+    """What the last step did: over all parameters that took part, and for each of them."""
 
     all: TensorStatistics
     tensors: tuple[TensorStatistics, ...]

@@ -140,7 +140,7 @@ class SignOptimizer(Optimizer):
         return loss
 
     def observe(self, enabled: bool = True) -> None:
-        """Has every step from now on gather what :meth:`statistics` tells, in the pass that updates; or no longer.
+        """Turns on, or off, what :meth:`statistics` needs: every step gathers it in the pass that updates.
 
         It takes time (on the CPU about as long again as the step) and 48 bytes for each 16384 entries. Nothing of it
         enters a checkpoint, and a copy of the optimizer does not observe.
@@ -169,7 +169,7 @@ class SignOptimizer(Optimizer):
 
     @untraced
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim. Holds plain tensors and numbers, loads into any backend, storage form and parameter dtype.
+        """As ``torch.optim``'s: tensors and numbers, which load into any backend, storage form and parameter dtype.
 
         Moments are tensors of their parameters' shapes. Those kept in few bits become int8 codes, which needs one byte
         for each element while the dictionary lives: :meth:`save_state` does with one tensor at a time. Each group says
@@ -192,7 +192,7 @@ class SignOptimizer(Optimizer):
 
     @untraced
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim, but state keeps its precision or takes this optimizer's.
+        """As ``torch.optim``'s, but state keeps its precision, or takes the precision that this optimizer stores.
 
         Hyperparameters and the seed come from the checkpoint; ``backend``, ``state_dtype``, ``param_storage`` and
         functions stay this optimizer's. Where that changes the precision of a state, one warning says how. Everything
@@ -243,10 +243,10 @@ class SignOptimizer(Optimizer):
         checkpoints.load_file(self, path)
 
     def adapt_loaded_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-        """Where a subclass reads a group of a checkpoint otherwise than it stands there."""
+        """Changes a group of another optimizer's checkpoint where a subclass reads it otherwise."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SignOptimizer:
-        """As by default, but functions in groups are shared: those of Triton cannot be copied."""
+        """Copies all but functions in groups, which are shared: those of Triton cannot be copied."""
         for group in (self.defaults, *self.param_groups):
             memo.update((id(value), value) for value in group.values() if callable(value))
         twin = type(self).__new__(type(self))

@@ -91,7 +91,7 @@ def load_file(optimizer: GroupedOptimizer, path: str | os.PathLike[str]) -> None
 
 
 def _numbers(optimizer: GroupedOptimizer) -> dict[int, int]:
-    """By the parameters' ids, the numbers under which a checkpoint lists them."""
+    """The number under which a checkpoint lists each parameter, by its id."""
     numbers: dict[int, int] = {}
     for number, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
         numbers.setdefault(id(param), number)

@@ -360,5 +360,5 @@ def adam_star(
 
 
 def _moments(first: Sequence[Tensor], second: Sequence[Tensor]) -> dict[str, Sequence[Tensor]]:
-    """By the names of either form."""
+    """Both moments by the names of either ``variance``; the rule picks its own."""
     return {"exp_avg": first, "momentum_buffer": first, "exp_avg_sq": second, "exp_avg_var": second}

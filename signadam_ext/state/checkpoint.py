@@ -155,7 +155,7 @@ def real(label: str, value: Any) -> Any:
 
 
 def copied(value: Tensor) -> Tensor:
-    """The same numbers in memory of their own, dense, with the dimensions in the same order."""
+    """A dense copy with memory of its own and the dimensions in the same order."""
     strides = memory_order.strides_of(value)
     return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
@@ -190,7 +190,7 @@ def export_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
 
 
 def written_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
-    """The same for a file, which must hold the numbers themselves.
+    """One entry as a file holds it, which must have the numbers themselves.
 
     Raises:
         TypeError, ValueError: as :func:`export_entry`, and for a tensor of the optimizer's own without its memory.
@@ -227,7 +227,7 @@ def _exported(layout: Layout, name: str, form: Format, state: Mapping[str, Any])
 
 
 def _block_values(stored: Tensor, numel: int) -> Tensor:
-    """Exact: a code has seven bits, and bf16 eight."""
+    """Values of blocks as bf16, without rounding: a code has seven bits, and bf16 eight."""
     return formats.decode(BLOCK8, stored, numel).bfloat16()
 
 

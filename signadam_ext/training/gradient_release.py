@@ -315,7 +315,7 @@ class GradientRelease:
                 param.requires_grad_(False)
 
     def _attach(self, param: Tensor, progress: _Progress) -> None:
-        """What the tensor that a parameter is now must have to call its hooks, and to tell when it is swapped."""
+        """Gives a parameter's current tensor what calls its hooks, and what tells when ``swap_tensors`` replaces it."""
         # A parameter that had hooks before it was swapped is called for none of them, until they are set once more.
         param._post_accumulate_grad_hooks = param._post_accumulate_grad_hooks
         if self.accumulation_steps > 1:
@@ -333,7 +333,7 @@ class GradientRelease:
                 del vars(param)[_SwapNotice.NAME]
 
     def _progress_of(self, param: Tensor) -> _Progress | None:
-        """What is remembered of a parameter, if it is released. Its hook shows that it is no other of the same id."""
+        """The record of a released parameter, or None. The hook tells it from another parameter of the same id."""
         progress = self._progress.get(id(param))
         hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
         return (
@@ -341,7 +341,7 @@ class GradientRelease:
         )
 
     def _renew_hooks(self, params: Iterable[Tensor]) -> None:
-        """Gives parameters that were swapped their hooks back: they are called for what the other tensor has become."""
+        """Registers the hooks of swapped parameters again: autograd keeps them with the tensor that was swapped out."""
         for param in params:
             progress = self._progress.get(id(param))
             if progress is None or progress.implementation == param._cdata or self._progress_of(param) is None:
@@ -350,7 +350,7 @@ class GradientRelease:
             self._attach(param, progress)
 
     def swapped(self, key: int) -> None:
-        """The parameter of that id has become another tensor, or has ended."""
+        """Called when the parameter of that id was swapped for another tensor, or deleted."""
         optimizer = self.optimizer()
         param = None if self._removed or optimizer is None else parameter_of_id(optimizer, key)
         if param is not None:
@@ -400,7 +400,7 @@ class GradientRelease:
             optimizer._opt_called = True  # type: ignore[attr-defined]
 
     def _begin(self, optimizer: SignOptimizer, task: int) -> None:
-        """Once for each backward, or each turn in a nested one."""
+        """Notes that a backward has begun, or goes on after one inside it."""
         self._nested = _inside_custom_backward()
         if not self._nested and self._running - {task}:
             # One has raised before its end. What it has updated stays so, and the loop goes on with another.
@@ -539,7 +539,7 @@ class _SwapNotice:
 
 
 def _drop_dead_hooks(param: Tensor) -> None:
-    """Of optimizers that were dropped without remove(): now that there is another, they have nothing to warn of."""
+    """Removes hooks of optimizers that were dropped without remove(): the new optimizer takes their place."""
     hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
     for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.optimizer() is None]:
         del hooks[key]

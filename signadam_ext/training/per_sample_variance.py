@@ -175,7 +175,7 @@ class _ModuleWithLoss(nn.Module):
         return torch.autograd.grad(loss, leaves, allow_unused=True)
 
     def buffer_copies(self) -> dict[str, Tensor]:
-        """Copies, since a forward may write to them."""
+        """Copies of the buffers, which a forward may write to."""
         return {name: buffer.detach().clone() for name, buffer in self.named_buffers()}
 
 
@@ -292,12 +292,12 @@ def _batch_of_one(tensor: Tensor) -> Tensor:
 
 
 def _rows(samples: Any, first: int, count: int) -> Any:
-    """Copies, without a graph: a model may write to its inputs."""
+    """Copies of some samples, without a graph: a model may write to its inputs."""
     return _each(lambda tensor: tensor.detach()[first : first + count].clone(), samples)
 
 
 def _write_buffers(params: list[nn.Parameter]) -> list[Tensor]:
-    """Where the results go: the ``grad_variance`` there is, if it is fit to be written, or else a new tensor.
+    """The tensor that each result goes to: the parameter's ``grad_variance`` if it may be written, or a new one.
 
     Not fit is one that shares memory with a parameter, a gradient, or the place of another parameter.
     """
