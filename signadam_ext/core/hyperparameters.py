@@ -237,7 +237,8 @@ class Hyperparameters:
             if (
                 type(lr) is float
                 and 0.0 <= lr < math.inf
-                and _OLD_NAMES.isdisjoint(group)
+                and "beta" not in group
+                and "weights" not in group  # and every other of NAMES
                 and all(map(operator.is_, self._values(group), self._seen[index]))
             ):
                 return group
@@ -274,8 +275,6 @@ class _Unseen:
 
 _UNSEEN = _Unseen()
 _FIXED = frozenset((float, int, bool, str, type(None), torch.dtype))
-#: What a group may be given between steps that it keeps under another name.
-_OLD_NAMES = frozenset(("beta", *NAMES))
 
 
 def _is_fixed(value: Any) -> bool:

@@ -78,7 +78,7 @@ class Rule:
         if not self.moments:
             return None
         dtypes = _state_dtypes(group)
-        return self._first_forms[dtypes[0] if isinstance(dtypes, tuple) else dtypes].levels
+        return self._first_forms[dtypes if type(dtypes) is str else dtypes[0]].levels
 
     def _form(self, dtype: object, allowed: Mapping[str, formats.Format]) -> formats.Format:
         if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
@@ -126,7 +126,7 @@ def rule_of(optimizer: type[HasRule], group: Group) -> Rule:
         TypeError, ValueError: hyperparameters that name none.
     """
     rule = optimizer.RULE
-    return rule if isinstance(rule, Rule) else rule.of(group)
+    return rule.of(group) if isinstance(rule, RuleChoice) else rule
 
 
 def method_of(optimizer: type[HasRule]) -> str:
@@ -137,6 +137,8 @@ def method_of(optimizer: type[HasRule]) -> str:
 def _state_dtypes(group: Group) -> Any:
     """The group's ``state_dtype``, one or a tuple, with a torch dtype by its name."""
     given = group.get("state_dtype", "fp32")
+    if type(given) is str:  # at each step
+        return given
     if isinstance(given, (tuple, list)):
         return tuple(_named(each) for each in given)
     return _named(given)
