@@ -698,7 +698,7 @@ void rules() {
   const std::vector<Spec> specs = adversarial(1, true), small = adversarial(1, false);
   int64_t elements = 0;
 #define SIGNADAM_COMPARE(Rule) elements += compare_rule<Rule, ThresholdPass::none>(small, Order::shuffled);
-  SIGNADAM_RULES(SIGNADAM_COMPARE)
+  SIGNADAM_HOST_RULES(SIGNADAM_COMPARE)
 #undef SIGNADAM_COMPARE
   elements += compare_rule<SignAdamPP, ThresholdPass::same_pass>(specs, Order::reversed);
   elements += compare_rule<SignAdamPP, ThresholdPass::pass_before>(specs, Order::shuffled);
@@ -785,7 +785,7 @@ std::size_t compare_orders(bool large) {
 void stored() {
   std::size_t tensors = 0;
 #define SIGNADAM_COMPARE(Rule) tensors += compare_orders<Rule, ThresholdPass::none>(true);
-  SIGNADAM_RULES(SIGNADAM_COMPARE)
+  SIGNADAM_HOST_RULES(SIGNADAM_COMPARE)
 #undef SIGNADAM_COMPARE
   tensors += compare_orders<SignAdamPP, ThresholdPass::same_pass>(false);
   tensors += compare_orders<SignAdamPP, ThresholdPass::pass_before>(false);
@@ -928,7 +928,7 @@ std::size_t count_all_accesses(Order order) {
 void accesses() {
   std::size_t bytes = 0;
 #define SIGNADAM_COUNT(Rule) bytes += count_all_accesses<Rule, ThresholdPass::none>(Order::shuffled);
-  SIGNADAM_RULES(SIGNADAM_COUNT)
+  SIGNADAM_HOST_RULES(SIGNADAM_COUNT)
 #undef SIGNADAM_COUNT
   bytes += count_all_accesses<SignAdamPP, ThresholdPass::same_pass>(Order::reversed);
   bytes += count_all_accesses<SignAdamPP, ThresholdPass::pass_before>(Order::forward);
