@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.toolchain import HOST, ROOT, build
+from support.toolchain import HOST, QUICK, ROOT, build
 
 NOT_READY = 600
 INVALID = 1
 
 
 @pytest.fixture(scope="module")
-def library(built_once: Callable[..., Path]) -> ctypes.CDLL:
+def library(built_once: Callable[..., Path], thorough: bool) -> ctypes.CDLL:
     flags = ("-O0", "-shared", "-fPIC", "-Wno-unused-function", "-Wno-unused-but-set-variable")
-    flags += (f"-I{HOST / 'fake_cuda'}",)
+    flags += (f"-I{HOST / 'fake_cuda'}", *(() if thorough else QUICK))
     folder = built_once("cuda_launch", lambda folder: build("cuda_launch.cpp", folder / "library.so", *flags))
     found = ctypes.CDLL(str(folder / "library.so"))
     found.capacity.restype = ctypes.c_int64

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.toolchain import ADDRESS, QUICK, build, build_traced
+from support.toolchain import ADDRESS, ADDRESS_QUICK, QUICK, build, build_traced
 
 # -O1: the sanitizers' checks survive and it runs five times as fast as at -O0.
 THREAD = ("-O1", "-g1", "-fsanitize=thread", "-pthread")
@@ -28,7 +28,7 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def traversal(built_once: Callable[..., Path], thorough: bool) -> Path:
-    flags = ADDRESS if thorough else (*ADDRESS, *QUICK)
+    flags = ADDRESS if thorough else (*ADDRESS_QUICK, *QUICK)
     return built_once("traversal", lambda folder: build("traversal.cpp", folder / "program", *flags)) / "program"
 
 

@@ -174,7 +174,7 @@ def test_every_combination(row: Row, device: str, thorough: bool) -> None:
     # On a GPU each one is compiled: some of them. So are some of rules like another: storage is no business of theirs.
     some = (1 if row.id in OF_A_KIND else 5) if INTERPRETED else 10
     if INTERPRETED and not thorough and len(found) > 10:
-        some = 7  # each moment and each parameter still has each of its forms, in one rule or another
+        some = 11  # each moment and each parameter still has each of its forms, in one rule or another
         found = found[OF_A_KIND.index(row.id) % some :]
     for i, combination in enumerate(found[::some]):
         tensor = ((3, 31, 33, 1023, 1025, 2049, 63)[i % 7], i % 4, 0)
@@ -188,11 +188,11 @@ def test_every_combination(row: Row, device: str, thorough: bool) -> None:
     ("rule", "combination"),
     [
         pytest.param("sign_sgd-gated", Combination((), "stochastic", torch.float16), marks=THOROUGH),
-        ("signum", Combination(("int8",), "master", torch.bfloat16)),
+        pytest.param("signum", Combination(("int8",), "master", torch.bfloat16), marks=THOROUGH),
         ("sign_adam", Combination(("int4", "bf16"), "split8", torch.bfloat16)),
         pytest.param("sign_adam_pp", Combination(("int2",), "stochastic", torch.bfloat16), marks=THOROUGH),
         pytest.param("sign_adam_pp-adaptive", Combination(("int8",), "split16", torch.bfloat16), marks=THOROUGH),
-        ("sign_adam_pp-delayed", Combination(("int2",), "as_is", torch.float32)),
+        pytest.param("sign_adam_pp-delayed", Combination(("int2",), "as_is", torch.float32), marks=THOROUGH),
     ],
     ids=str,
 )

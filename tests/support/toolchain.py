@@ -24,6 +24,8 @@ WARNINGS = ("-Wall", "-Wextra")
 QUICK = ("-DSIGNADAM_QUICK",)
 #: With every access and every operation checked.
 ADDRESS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+#: The same checks, but what is undefined ends the program without a word: compiled in two thirds of the time.
+ADDRESS_QUICK = (*ADDRESS, "-fsanitize-undefined-trap-on-error")
 
 
 def compiler() -> str:
