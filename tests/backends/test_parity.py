@@ -22,11 +22,13 @@ import signadam_ext
 BACKEND = os.environ.get("SIGNADAM_TEST_BACKEND", "cpu")
 # Triton's interpreter takes seconds for a large tensor.
 LARGE = BACKEND != "triton"
+#: Of a process of test_parity_processes.py the quick run takes part.
+WHOLE = LARGE and "SIGNADAM_CPU_CAPABILITY" not in os.environ
 
 
 def some(rows: list[Row], taken: Callable[[int, Row], bool]) -> list[Any]:
-    """Parameters, of which the quick run interprets those that are taken, and otherwise runs all."""
-    left = () if LARGE else pytest.mark.thorough
+    """Parameters; in a process of its own the quick run has those that are taken."""
+    left = () if WHOLE else pytest.mark.thorough
     return [pytest.param(row, id=row.id, marks=() if taken(i, row) else left) for i, row in enumerate(rows)]
 
 

@@ -1,8 +1,8 @@
 """The Triton kernels compiled ahead of time for NVIDIA and AMD: no approximation, no contraction, wide accesses.
 
 Every kernel that the backend can launch in fp32, and every storage form in one kernel or another, for one target of
-each maker, most of them for the others; some mixtures of dtypes, with a rule of one moment and one of two. The quick run
-compiles one of those that share code.
+each maker, most of them for the others; some mixtures of dtypes, with a rule of one moment and one of two. The quick
+run compiles one of those that share code.
 """
 
 from __future__ import annotations

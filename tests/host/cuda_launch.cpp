@@ -2,7 +2,7 @@
 #include "../../csrc/core/rules.h"
 #if defined(SIGNADAM_QUICK)  // whichever kernel is launched, the host does the same
 #undef SIGNADAM_RULES
-#define SIGNADAM_RULES(X) X(SignAdamPP)
+#define SIGNADAM_RULES(X) X(SignSGD) X(SignAdamPP)
 #endif
 #include "../../csrc/cuda/step.cu"
 
