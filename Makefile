@@ -5,7 +5,7 @@ build:
 	pip install -e ".[dev]"
 
 test:
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist worksteal
 
 lint:
 	ruff check .

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.toolchain import HOST, ROOT, build
+from support.toolchain import HOST, QUICK, ROOT, build
 
 NOT_READY = 600
 INVALID = 1
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("launch") / "libcuda_launch.so"
+def library(built_once: Callable[..., Path], thorough: bool) -> ctypes.CDLL:
     flags = ("-O0", "-shared", "-fPIC", "-Wno-unused-function", "-Wno-unused-but-set-variable")
-    found = ctypes.CDLL(str(build("cuda_launch.cpp", target, *flags, f"-I{HOST / 'fake_cuda'}")))
+    flags += (f"-I{HOST / 'fake_cuda'}", *(() if thorough else QUICK))
+    folder = built_once("cuda_launch", lambda folder: build("cuda_launch.cpp", folder / "library.so", *flags))
+    found = ctypes.CDLL(str(folder / "library.so"))
     found.capacity.restype = ctypes.c_int64
     found.launched_step.restype = ctypes.c_void_p
     found.launched_bytes.restype = ctypes.c_void_p

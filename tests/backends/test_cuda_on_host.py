@@ -1,7 +1,7 @@
 """The CUDA kernels' own text, run on the host block by block, against the reference bit for bit; and the CPU backend.
 
 Blocks and threads run in several orders, tensors lie at any address and in any storage form, values include every
-special one.
+special one. The quick run takes one of the rules that share code.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.toolchain import build, rules
+from support.toolchain import QUICK, build, quick_rules, rules
 from torch import Tensor
 
 from signadam_ext import _C, backends
@@ -43,7 +44,13 @@ KERNELS = [
     ("sign_adam_pp", "PASS_BEFORE"),
     ("sign_sgd", "PASS_BEFORE"),
 ]
-each_kernel = pytest.mark.parametrize(("rule", "threshold_pass"), KERNELS, ids=["-".join(kernel) for kernel in KERNELS])
+each_kernel = pytest.mark.parametrize(
+    ("rule", "threshold_pass"),
+    [
+        pytest.param(*kernel, id="-".join(kernel), marks=() if kernel[0] in quick_rules() else pytest.mark.thorough)
+        for kernel in KERNELS
+    ],
+)
 #: Around every border: vectors, pieces, runs of codes, rows, chunks.
 SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 255, 1025, 2047, 2048, 2049, 4099, 16383, 16384, 16385)
 LARGE_SIZES = (2 * 16384, 3 * 16384 + 2057)
@@ -64,9 +71,10 @@ GUARD = 64
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("host") / "libcuda_on_host.so"
-    return ctypes.CDLL(str(build("cuda_on_host.cpp", target, "-O2", "-shared", "-fPIC")))
+def library(built_once: Callable[..., Path], thorough: bool) -> ctypes.CDLL:
+    flags = ("-O2", "-shared", "-fPIC", *(() if thorough else QUICK))
+    folder = built_once("cuda_on_host", lambda folder: build("cuda_on_host.cpp", folder / "library.so", *flags))
+    return ctypes.CDLL(str(folder / "library.so"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -480,11 +488,13 @@ GROUPS = (
 )
 
 
-def every_form(rule: str) -> Iterator[TensorCase]:
-    """All storage forms, each at every small size and a large one, at offsets that differ."""
-    combinations = itertools.product(
-        state_dtypes(rule), [(dtype, param_storage) for dtype in DTYPES for param_storage in PARAM_STORAGES[dtype]]
-    )
+def every_form(rule: str, thorough: bool) -> Iterator[TensorCase]:
+    """All storage forms, each at every small size and a large one, at offsets that differ; in the quick run every
+    fifth of them, so that each moment and each parameter has each of its forms."""
+    stored = [(dtype, param_storage) for dtype in DTYPES for param_storage in PARAM_STORAGES[dtype]]
+    combinations = list(itertools.product(state_dtypes(rule), stored))
+    if not thorough and len(combinations) > 40:
+        combinations = combinations[::5]
     count = 0
     for i, (state_dtype, (dtype, param_storage)) in enumerate(combinations):
         large = (16383, 16384, 16385, 40_000)[i % 4]
@@ -511,8 +521,10 @@ def every_form(rule: str) -> Iterator[TensorCase]:
 
 
 @each_kernel
-def test_every_form_and_size_in_one_launch(library: ctypes.CDLL, rule: str, threshold_pass: str) -> None:
-    check(library, rule, threshold_pass, Case(1, 2, 2, GROUPS, tuple(every_form(rule))))
+def test_every_form_and_size_in_one_launch(
+    library: ctypes.CDLL, rule: str, threshold_pass: str, thorough: bool
+) -> None:
+    check(library, rule, threshold_pass, Case(1, 2, 2, GROUPS, tuple(every_form(rule, thorough))))
 
 
 def test_deviation_of_many_chunks(library: ctypes.CDLL) -> None:

@@ -36,7 +36,7 @@ def run(profile: str, **environment: str) -> None:
 
 
 @pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
-def test_instruction_sets(capability: str) -> None:
+def test_instruction_sets(capability: str, thorough: bool) -> None:
     if capability == _C.cpu_capability():
         pytest.skip(f"{capability} is what test_parity.py runs here")
     probe = subprocess.run(
@@ -48,9 +48,9 @@ def test_instruction_sets(capability: str) -> None:
     if probe.returncode != 0:
         pytest.skip(probe.stderr.strip().splitlines()[-1])
     assert probe.stdout.strip() == capability
-    run("medium", SIGNADAM_CPU_CAPABILITY=capability)
+    run("medium" if thorough else "quick", SIGNADAM_CPU_CAPABILITY=capability)
 
 
-def test_triton_interpreted() -> None:
+def test_triton_interpreted(thorough: bool) -> None:
     pytest.importorskip("triton")
-    run("short", SIGNADAM_TEST_BACKEND="triton", TRITON_INTERPRET="1")
+    run("short" if thorough else "few", SIGNADAM_TEST_BACKEND="triton", TRITON_INTERPRET="1")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.toolchain import ADDRESS, build, build_traced
+from support.toolchain import ADDRESS, ADDRESS_QUICK, QUICK, build, build_traced
 
 # -O1: the sanitizers' checks survive and it runs five times as fast as at -O0.
 THREAD = ("-O1", "-g1", "-fsanitize=thread", "-pthread")
@@ -26,8 +27,9 @@ def run(*command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def traversal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("traversal.cpp", tmp_path_factory.mktemp("host") / "traversal", *ADDRESS)
+def traversal(built_once: Callable[..., Path], thorough: bool) -> Path:
+    flags = ADDRESS if thorough else (*ADDRESS_QUICK, *QUICK)
+    return built_once("traversal", lambda folder: build("traversal.cpp", folder / "program", *flags)) / "program"
 
 
 @pytest.mark.parametrize(
@@ -46,14 +48,15 @@ def test_traversal(traversal: Path, part: str) -> None:
     assert run(str(traversal), part)
 
 
-def test_accesses(tmp_path: Path) -> None:
+def test_accesses(tmp_path: Path, thorough: bool) -> None:
     """Every byte is read and written as often as it must be, by one thread: codes, low bits and masters included."""
-    assert "each by one thread" in run(str(build_traced("traversal.cpp", tmp_path / "traced")), "accesses")
+    program = build_traced("traversal.cpp", tmp_path / "traced", *(() if thorough else QUICK))
+    assert "each by one thread" in run(str(program), "accesses")
 
 
 @pytest.fixture(scope="module")
-def overrun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("overrun.cpp", tmp_path_factory.mktemp("host") / "overrun", *ADDRESS)
+def overrun(built_once: Callable[..., Path]) -> Path:
+    return built_once("overrun", lambda folder: build("overrun.cpp", folder / "program", *ADDRESS)) / "program"
 
 
 @pytest.mark.parametrize("memory", ["param", "codes"])

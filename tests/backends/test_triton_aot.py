@@ -1,7 +1,8 @@
 """The Triton kernels compiled ahead of time for NVIDIA and AMD: no approximation, no contraction, wide accesses.
 
 Every kernel that the backend can launch in fp32, and every storage form in one kernel or another, for one target of
-each maker, most of them for the others; some mixtures of dtypes, with a rule of one moment and one of two.
+each maker, most of them for the others; some mixtures of dtypes, with a rule of one moment and one of two. The quick
+run compiles one of those that share code.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,14 +92,29 @@ NVIDIA_JOBS = [
 ]
 NVIDIA_JOBS += [Job("sm_90", *mixture) for mixture in MIXTURES]
 AMD_JOBS = [Job(AMD, *kernel) for kernel in (*KERNELS, *STORED, *MIXTURES)]
+#: What the quick run compiles: no moment and up to two, each form of storage, each pass, every target.
+SOME = {
+    *(Job("sm_90", *kernel) for kernel in (("sign_adam",), ("sign_adam_pp", "pass_before"))),
+    *(Job("sm_90", *stored) for stored in (STORED[0], STORED[1], STORED[3], STORED[-1])),
+    *(Job("sm_80", "sign_sgd"), Job("sm_100", "sign_adam_pp")),
+    *(Job(AMD, *kernel) for kernel in (("sign_adam",), STORED[1], STORED[3])),
+}
+assert {*NVIDIA_JOBS, *AMD_JOBS} >= SOME
 
 
-def identify(job: Job) -> str:
-    return "-".join(job)
+def each(jobs: Sequence[Job]) -> pytest.MarkDecorator:
+    rest = pytest.mark.thorough
+    params = [pytest.param(job, id="-".join(job), marks=() if job in SOME else rest) for job in jobs]
+    return pytest.mark.parametrize("job", params)
 
 
-def compile_all(jobs: Sequence[Job], folder: Path) -> dict[Job, Path]:
+def compiled(built_once: Callable[..., Path], name: str, jobs: Sequence[Job]) -> dict[Job, Path]:
     """Each job's output without its suffix."""
+    folder = built_once(name, lambda folder: compile_all(jobs, folder))
+    return {job: folder / str(number) for number, job in enumerate(jobs)}
+
+
+def compile_all(jobs: Sequence[Job], folder: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # A cache of its own, so what is looked at was made now.
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
@@ -113,17 +129,16 @@ def compile_all(jobs: Sequence[Job], folder: Path) -> dict[Job, Path]:
     )
     # What went wrong is said last, or by ptxas first; between them is the whole program.
     assert done.returncode == 0, done.stdout[:2000] + done.stderr[-2000:]
-    return {job: folder / str(number) for number, job in enumerate(jobs)}
 
 
 @pytest.fixture(scope="module")
-def nvidia(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Path]:
-    return compile_all(NVIDIA_JOBS, tmp_path_factory.mktemp("nvidia"))
+def nvidia(built_once: Callable[..., Path], thorough: bool) -> dict[Job, Path]:
+    return compiled(built_once, "triton-nvidia", [job for job in NVIDIA_JOBS if thorough or job in SOME])
 
 
 @pytest.fixture(scope="module")
-def amd(tmp_path_factory: pytest.TempPathFactory) -> dict[Job, Path]:
-    return compile_all(AMD_JOBS, tmp_path_factory.mktemp("amd"))
+def amd(built_once: Callable[..., Path], thorough: bool) -> dict[Job, Path]:
+    return compiled(built_once, "triton-amd", [job for job in AMD_JOBS if thorough or job in SOME])
 
 
 def accesses(job: Job, lanes: int) -> tuple[Counter[int], Counter[int]]:
@@ -140,7 +155,7 @@ def pieces(size: int) -> list[int]:
     return [16] * (size // 16) if size > 16 else [size] * (size > 0)
 
 
-@pytest.mark.parametrize("job", NVIDIA_JOBS, ids=identify)
+@each(NVIDIA_JOBS)
 def test_ptx(nvidia: dict[Job, Path], job: Job) -> None:
     code = nvidia[job].with_suffix(".ptx").read_text()
     arithmetic = set(PTX_ARITHMETIC.findall(code))
@@ -162,7 +177,7 @@ def test_ptx(nvidia: dict[Job, Path], job: Job) -> None:
     assert bool(stores) == ("st.global.cs" in code)
 
 
-@pytest.mark.parametrize("job", NVIDIA_JOBS, ids=identify)
+@each(NVIDIA_JOBS)
 def test_cubin(nvidia: dict[Job, Path], job: Job) -> None:
     cubin = str(nvidia[job].with_suffix(".cubin"))
     used = [found for line in listing("--dump-resource-usage", cubin).splitlines() if (found := resources(line))]
@@ -198,7 +213,7 @@ def count(operation: str, code: str) -> int:
     return len(re.findall(rf"\b{operation}(?:_e\d\d)?\b", code))
 
 
-@pytest.mark.parametrize("job", AMD_JOBS, ids=identify)
+@each(AMD_JOBS)
 def test_amdgcn(amd: dict[Job, Path], job: Job) -> None:
     code = amd[job].with_suffix(".amdgcn").read_text()
     fused = r"\bv_(?:pk_)?(?:fma|fmac|mad|mac|fmaak|fmamk|fma_mix\w*)_f(?:16|32)\w*"

@@ -1,7 +1,7 @@
 """The Triton kernels in every storage form: parameters and state equal byte for byte to the reference's.
 
 Interpreted in a process of its own, every combination of forms, parameter storage and dtype with one rule of each
-kind, some with the others; on a GPU some of them.
+kind, some with the others; on a GPU some of them. The quick run interprets some of each kind.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+#: What the quick run does not interpret.
+THOROUGH = pytest.mark.thorough if INTERPRETED else ()
 ROWS = {row.id: row for row in TABLE}
 #: Around the borders of runs of codes, rows and chunks; two chunks, of which one takes the wide path.
 SIZES = (0, 1, 3, 31, 32, 33, 1023, 1025, 2047, 2048, 2049, 16384, 16385)
 
 
-def test_interpreted() -> None:
+def test_interpreted(thorough: bool) -> None:
     if INTERPRETED:
         pytest.skip("this is the process that interprets")
-    command = [sys.executable, "-m", "pytest", "-qx", "-m", "not gpu", __file__]
+    profile = f"--hypothesis-profile={'thorough' if thorough else 'quick'}"
+    command = [sys.executable, "-m", "pytest", "-qx", "-m", "not gpu", profile, __file__]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -157,14 +160,24 @@ def assert_parity(
 
 @pytest.mark.filterwarnings("ignore:.*momentum with beta")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("row", [row for row in TABLE if row.id != "sign_sgd"], ids=lambda row: row.id)
-def test_every_combination(row: Row, device: str) -> None:
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id=row.id, marks=() if row.id in OF_A_KIND else THOROUGH)
+        for row in TABLE
+        if row.id != "sign_sgd"
+    ],
+)
+def test_every_combination(row: Row, device: str, thorough: bool) -> None:
     """One small tensor each, of sizes and offsets that take turns. Both kinds of adaptive confidence share the lot."""
     found = combinations(row)
     if row.hyperparameters.get("confidence"):
         found = found[row.id.endswith("delayed") :: 2]
     # On a GPU each one is compiled: some of them. So are some of rules like another: storage is no business of theirs.
     some = (1 if row.id in OF_A_KIND else 5) if INTERPRETED else 10
+    if INTERPRETED and not thorough and len(found) > 10:
+        some = 11  # each moment and each parameter still has each of its forms, in one rule or another
+        found = found[OF_A_KIND.index(row.id) % some :]
     for i, combination in enumerate(found[::some]):
         tensor = ((3, 31, 33, 1023, 1025, 2049, 63)[i % 7], i % 4, 0)
         options = {"weight_decay": 0.1, "decoupled_weight_decay": i % 5 == 0, "maximize": i % 3 == 0}
@@ -176,12 +189,12 @@ def test_every_combination(row: Row, device: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "combination"),
     [
-        ("sign_sgd-gated", Combination((), "stochastic", torch.float16)),
-        ("signum", Combination(("int8",), "master", torch.bfloat16)),
+        pytest.param("sign_sgd-gated", Combination((), "stochastic", torch.float16), marks=THOROUGH),
+        pytest.param("signum", Combination(("int8",), "master", torch.bfloat16), marks=THOROUGH),
         ("sign_adam", Combination(("int4", "bf16"), "split8", torch.bfloat16)),
-        ("sign_adam_pp", Combination(("int2",), "stochastic", torch.bfloat16)),
-        ("sign_adam_pp-adaptive", Combination(("int8",), "split16", torch.bfloat16)),
-        ("sign_adam_pp-delayed", Combination(("int2",), "nearest", torch.float32)),
+        pytest.param("sign_adam_pp", Combination(("int2",), "stochastic", torch.bfloat16), marks=THOROUGH),
+        pytest.param("sign_adam_pp-adaptive", Combination(("int8",), "split16", torch.bfloat16), marks=THOROUGH),
+        pytest.param("sign_adam_pp-delayed", Combination(("int2",), "nearest", torch.float32), marks=THOROUGH),
     ],
     ids=str,
 )
@@ -195,7 +208,7 @@ def test_every_size(rule: str, combination: Combination, device: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "combination"),
     [
-        ("sign_adam", Combination(("int8", "bf16"), "split8", torch.bfloat16)),
+        pytest.param("sign_adam", Combination(("int8", "bf16"), "split8", torch.bfloat16), marks=THOROUGH),
         ("sign_adam_pp", Combination(("int2",), "stochastic", torch.bfloat16)),
     ],
     ids=str,

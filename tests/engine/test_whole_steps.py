@@ -22,8 +22,19 @@ FORMATS: list[tuple[Any, dict[str, Any]]] = [
     (Signum, {"state_dtype": "int8", "param_storage": "split16"}),
     (Adam, {"param_storage": "master"}),
 ]
-form = pytest.mark.parametrize("cls, options", FORMATS, ids=["plain", "int2", "int8", "master"])
+NAMES = ["plain", "int2", "int8", "master"]
+form = pytest.mark.parametrize("cls, options", FORMATS, ids=NAMES)
 both = pytest.mark.parametrize("backend", ["cpu", "reference"])
+#: The reference calls torch hundreds of times for codes: the quick run takes the forms without any.
+backend_and_form = pytest.mark.parametrize(
+    "cls, options, backend",
+    [
+        pytest.param(*row, backend, id=f"{backend}-{name}", marks=pytest.mark.thorough if slow else ())
+        for backend in ("cpu", "reference")
+        for row, name in zip(FORMATS, NAMES, strict=True)
+        for slow in [backend == "reference" and name in ("int2", "int8")]
+    ],
+)
 
 
 class OutOfMemory(TorchDispatchMode):
@@ -64,8 +75,7 @@ def seen(params, optimizer) -> str:
     return str([[p.tolist() for p in params], [p._version for p in params], state, len(optimizer.state)])
 
 
-@form
-@both
+@backend_and_form
 @pytest.mark.parametrize("steps", [0, 2])
 def test_out_of_memory_at_any_place(cls, options, backend, steps):
     params, optimizer = make(cls, options, backend, steps)
@@ -123,8 +133,15 @@ def test_interrupts(cls, options, backend, gaps):
         signal.signal(signal.SIGALRM, old)
 
 
-@both
-@pytest.mark.parametrize("released", [False, True], ids=["step", "released"])
+@pytest.mark.parametrize(
+    ("backend", "released"),
+    [
+        pytest.param("cpu", False, id="step-cpu"),
+        pytest.param("cpu", True, id="released-cpu"),
+        pytest.param("reference", False, id="step-reference"),
+        pytest.param("reference", True, id="released-reference", marks=pytest.mark.thorough),
+    ],
+)
 def test_an_interrupted_step_owns_nothing(backend, released):
     """At every place of a step whose plan is made: what its user drops after the interrupt is freed."""
     params, optimizer = make(*FORMATS[0], backend, 1)

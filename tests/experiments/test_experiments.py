@@ -284,7 +284,7 @@ def test_one_full_batch_step_goes_where_the_paper_says(name):
 # Running, and the page
 
 
-@pytest.mark.parametrize("module", [stochastic_qp, variance_factors, wilson])
+@pytest.mark.parametrize("module", [pytest.param(stochastic_qp, marks=pytest.mark.thorough), variance_factors, wilson])
 def test_quick_run_writes_what_its_section_reads(module, tmp_path):
     name = module.__name__.rpartition(".")[2]
     assert common.main(name, module.__doc__, module.run, module.draw, ["--quick", "--results", str(tmp_path)]) == 0

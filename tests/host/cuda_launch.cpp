@@ -1,4 +1,9 @@
 // The host side of csrc/cuda/step.cu over a runtime that is not there, as a library for ctypes.
+#include "../../csrc/core/rules.h"
+#if defined(SIGNADAM_QUICK)  // whichever kernel is launched, the host does the same
+#undef SIGNADAM_RULES
+#define SIGNADAM_RULES(X) X(SignSGD) X(SignAdamPP)
+#endif
 #include "../../csrc/cuda/step.cu"
 
 using namespace signadam;

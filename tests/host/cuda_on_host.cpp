@@ -22,7 +22,7 @@ Launch launch_of(int rule, ThresholdPass threshold_pass) {
       return nullptr;                                           \
     else                                                        \
       return launch<Rule, ThresholdPass::none, storage>;
-    SIGNADAM_RULES(SIGNADAM_CASE)
+    SIGNADAM_HOST_RULES(SIGNADAM_CASE)
 #undef SIGNADAM_CASE
     default:
       return nullptr;

@@ -14,6 +14,14 @@
 
 namespace signadam::host {
 
+// The rules that a program looks at: all, or with SIGNADAM_QUICK one of those that share code in csrc/block: every
+// number of moments, bounded and unbounded ones, a threshold, a variance that is given.
+#if defined(SIGNADAM_QUICK)
+#define SIGNADAM_HOST_RULES(X) X(SignSGD) X(Signum) X(SignAdam) X(SignAdamPP) X(MSVAGMinibatch) X(AdamAMSGrad)
+#else
+#define SIGNADAM_HOST_RULES(X) SIGNADAM_RULES(X)
+#endif
+
 // In which order threads or blocks run: a GPU promises none, so any must give the same result.
 enum class Order : int { forward, reversed, shuffled };
 

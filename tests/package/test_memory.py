@@ -237,6 +237,7 @@ needs_glibc = pytest.mark.skipif(
 
 
 @needs_glibc
+@pytest.mark.thorough
 def test_benchmark_runs_and_agrees(tmp_path: Path) -> None:
     result = python("-m", "bench.memory", "--quick", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
