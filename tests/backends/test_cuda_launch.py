@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.toolchain import HOST, ROOT, build
+from support.toolchain import ROOT, cuda_launch_library
 
 NOT_READY = 600
 INVALID = 1
@@ -15,13 +15,7 @@ INVALID = 1
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("launch") / "libcuda_launch.so"
-    flags = ("-O0", "-shared", "-fPIC", "-Wno-unused-function", "-Wno-unused-but-set-variable")
-    found = ctypes.CDLL(str(build("cuda_launch.cpp", target, *flags, f"-I{HOST / 'fake_cuda'}")))
-    found.capacity.restype = ctypes.c_int64
-    found.launched_step.restype = ctypes.c_void_p
-    found.launched_bytes.restype = ctypes.c_void_p
-    return found
+    return cuda_launch_library(tmp_path_factory.mktemp("launch"))
 
 
 def launch(library: ctypes.CDLL, device: int, step: bytes = b"step", device_step: int = 0) -> str:
