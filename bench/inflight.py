@@ -9,12 +9,12 @@ Needs cuobjdump (the toolkit's, or the one in Triton's wheel), no GPU.
 import importlib.util
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from reporting.machine_code import find_cuobjdump, kernel_name
 
 _WARP = 32
 _VISITS = 5_000  # paths are cut here; the figure is then a lower bound, and says so
@@ -162,12 +162,8 @@ def bytes_before_use(code: list[Instruction]) -> tuple[int, bool]:
 
 
 def _cuobjdump() -> str:
-    if found := shutil.which("cuobjdump"):
+    if found := find_cuobjdump():
         return found
-    if spec := importlib.util.find_spec("triton"):
-        path = Path(next(iter(spec.submodule_search_locations or [""]))) / "backends/nvidia/bin/cuobjdump"
-        if path.exists():
-            return str(path)
     raise Unavailable("no cuobjdump on PATH and none in a Triton package")
 
 
@@ -187,12 +183,12 @@ def _readable(symbol: str) -> str:
     """The name that the module itself gives a kernel: sign_adam, sign_adam_pp+same_pass, pass_before+stored."""
     from signadam_ext.core.native import compiled as _C
 
-    match = re.search(r"kernelINS_\d+([A-Za-z]+?)ELNS_\d+ThresholdPassE(\d)ELNS_\d+StorageE(\d)", symbol)
-    if match is None:
+    kernel = kernel_name(symbol)
+    if kernel is None:
         return symbol
-    rule = {name.replace("_", ""): name for name in _C.RULES}[match[1].lower()]
-    name = {"0": rule, "1": f"{rule}+same_pass"}.get(match[2], "pass_before")
-    return name + {"0": "", "1": "+stored", "2": "+step_statistics"}[match[3]]
+    rule = {name.replace("_", ""): name for name in _C.RULES}[kernel.functor.lower()]
+    name = {"none": rule, "same_pass": f"{rule}+same_pass"}.get(kernel.threshold_pass, "pass_before")
+    return name + {"plain": "", "any": "+stored", "with_statistics": "+step_statistics"}[kernel.storage]
 
 
 class Target(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.toolchain import HOST, QUICK, ROOT, build
+from support.toolchain import QUICK, ROOT, cuda_launch_library
 
 NOT_READY = 600
 INVALID = 1
@@ -16,14 +16,7 @@ INVALID = 1
 
 @pytest.fixture(scope="module")
 def library(built_once: Callable[..., Path], thorough: bool) -> ctypes.CDLL:
-    flags = ("-O0", "-shared", "-fPIC", "-Wno-unused-function", "-Wno-unused-but-set-variable")
-    flags += (f"-I{HOST / 'fake_cuda'}", *(() if thorough else QUICK))
-    folder = built_once("cuda_launch", lambda folder: build("cuda_launch.cpp", folder / "library.so", *flags))
-    found = ctypes.CDLL(str(folder / "library.so"))
-    found.capacity.restype = ctypes.c_int64
-    found.launched_step.restype = ctypes.c_void_p
-    found.launched_bytes.restype = ctypes.c_void_p
-    return found
+    return cuda_launch_library(built_once, *(() if thorough else QUICK))
 
 
 def launch(library: ctypes.CDLL, device: int, step: bytes = b"step", device_step: int = 0) -> str:

@@ -11,25 +11,21 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
-from support.toolchain import PTX_ARITHMETIC, Instruction, exact_ptx, instruction, listing, resources, rules
+from support.toolchain import PTX_ARITHMETIC, Instruction, exact_ptx, instruction, listing, ptx, resources, rules
 
+from reporting.machine_code import STORAGES, KernelName, kernel_name
 from signadam_ext import _C
 
 BUILT = _C.build_info()
 pytestmark = pytest.mark.skipif(BUILT["cuda"] is None, reason="the module was built without CUDA")
 ARCHITECTURES = [name for name in BUILT["cuda_architectures"].split("+") if name.startswith("sm_")]
 VIRTUAL = [name for name in BUILT["cuda_architectures"].split("+") if name.startswith("compute_")]
-THRESHOLD_PASSES = ("none", "same_pass", "pass_before")
-#: Tensors of a table: fp32 moments and parameters rounded to nearest, or any storage form; or that, with statistics().
-STORAGE = ("plain", "any", "with_statistics")
 
 RULES = rules()
-#: Of every kernel in csrc/cuda/step.cu the functor, statistics and storage.
-Name = tuple[str, str, str]
 #: (rule, statistics, storage) of every kernel.
 KERNELS = [
     (rule, threshold_pass, storage)
-    for storage in STORAGE
+    for storage in STORAGES
     for rule, threshold_pass in [
         *((name, "none") for name in RULES),
         ("sign_adam_pp", "same_pass"),
@@ -59,15 +55,10 @@ class Kernel:
         return [x for x in self.code if re.match(pattern + r"(\.|$)", x.operation)]
 
 
-def kernel_name(mangled: str) -> Name | None:
-    match = re.search(r"6kernelINS_\d+(\w+?)ELNS_13ThresholdPassE(\d)ELNS_7StorageE(\d)E", mangled)
-    return None if match is None else (match[1], THRESHOLD_PASSES[int(match[2])], STORAGE[int(match[3])])
-
-
 @cache
-def kernels_without_code() -> dict[str, dict[Name, Kernel]]:
+def kernels_without_code() -> dict[str, dict[KernelName, Kernel]]:
     """Kernels of each architecture with machine code in the module, and what they use."""
-    found: dict[str, dict[Name, Kernel]] = defaultdict(lambda: defaultdict(Kernel))
+    found: dict[str, dict[KernelName, Kernel]] = defaultdict(lambda: defaultdict(Kernel))
     architecture, kernel = "", None
     for line in listing("--dump-resource-usage", _C.__file__).splitlines():
         if match := re.match(r"arch = (\w+)", line):
@@ -83,7 +74,7 @@ def kernels_without_code() -> dict[str, dict[Name, Kernel]]:
 
 
 @cache
-def kernels(architecture: str) -> dict[Name, Kernel]:
+def kernels(architecture: str) -> dict[KernelName, Kernel]:
     """The same of one architecture, with their instructions."""
     found, kernel = kernels_without_code()[architecture], None
     for line in listing("-arch", architecture, "-sass", _C.__file__).splitlines():
@@ -99,22 +90,8 @@ def kernels(architecture: str) -> dict[Name, Kernel]:
     return found
 
 
-@cache
-def ptx() -> dict[str, dict[Name, str]]:
-    """PTX of each kernel, by virtual architecture; what ptxas makes machine code of, at build time or in the driver."""
-    found: dict[str, dict[Name, str]] = defaultdict(dict)
-    for image in listing("-ptx", _C.__file__).split("Fatbin ptx code:")[1:]:
-        architecture = re.search(r"^arch = sm_(\w+)", image, re.MULTILINE)
-        assert architecture is not None
-        for entry in re.split(r"^\.(?:visible |weak )?entry ", image, flags=re.MULTILINE)[1:]:
-            name = kernel_name(entry)
-            assert name is not None, entry[:200]
-            found[f"compute_{architecture[1]}"][name] = entry
-    return found
-
-
 def kernel_of(architecture: str, rule: str, threshold_pass: str, storage: str) -> Kernel:
-    return kernels(architecture)[RULES[rule].struct, threshold_pass, storage]
+    return kernels(architecture)[KernelName(RULES[rule].struct, threshold_pass, storage)]
 
 
 def test_architectures_and_kernels(thorough: bool) -> None:
@@ -128,8 +105,8 @@ def test_architectures_and_kernels(thorough: bool) -> None:
         assert set(found) == expected, architecture
     for architecture in ARCHITECTURES if thorough else ARCHITECTURES[-1:]:
         assert all(len(kernel.code) > 100 for kernel in kernels(architecture).values()), architecture
-    assert set(ptx()) == set(VIRTUAL)
-    for architecture, entries in ptx().items():
+    assert set(ptx(_C.__file__)) == set(VIRTUAL)
+    for architecture, entries in ptx(_C.__file__).items():
         assert set(entries) == expected, architecture
 
 
@@ -207,7 +184,7 @@ def test_no_contraction(architecture: str, rule: str, threshold_pass: str, stora
 @each_kernel
 def test_ptx_rounds_every_operation(architecture: str, rule: str, threshold_pass: str, storage: str) -> None:
     """In PTX division and root are instructions, so here no kernel may contain a fused or an approximate one."""
-    entry = ptx()[architecture][RULES[rule].struct, threshold_pass, storage]
+    entry = ptx(_C.__file__)[architecture][KernelName(RULES[rule].struct, threshold_pass, storage)]
     arithmetic = set(PTX_ARITHMETIC.findall(entry))
     assert arithmetic <= exact_ptx("f32") | exact_ptx("f64")
     assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic

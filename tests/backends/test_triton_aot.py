@@ -7,22 +7,28 @@ run compiles one of those that share code.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.toolchain import HOST, PTX_ARITHMETIC, Instruction, exact_ptx, instruction, listing, resources, rules
+from support.toolchain import (
+    PTX_ARITHMETIC,
+    Instruction,
+    compile_triton,
+    exact_ptx,
+    instruction,
+    listing,
+    resources,
+    rules,
+)
+
+from reporting.machine_code import THRESHOLD_PASSES
 
 pytest.importorskip("triton")
 
-THRESHOLD_PASSES = ("none", "same_pass", "pass_before")
 #: As in csrc/core/formats.h, with the bits of an element.
 FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "block8": 8}
 #: With the bits of what lies beside an element of the parameter.
@@ -43,9 +49,9 @@ class Job(NamedTuple):
     param_storage: str = "nearest"
     observes: str = "without_statistics"
 
-    def arguments(self) -> list[object]:
+    def constants(self) -> dict[str, object]:
         formats = list(FORMATS)
-        constants = {
+        return {
             "RULE": self.rule,
             "MOMENTS": RULES[self.rule].moments,
             "PARAM": formats.index(self.param),
@@ -59,7 +65,6 @@ class Job(NamedTuple):
             "CONFIDENCE": None,
             "OBSERVES": self.observes == "with_statistics",
         }
-        return [self.target, constants]
 
 
 #: Only the gated rule has statistics, as in csrc/cuda/step.cu.
@@ -110,25 +115,8 @@ def each(jobs: Sequence[Job]) -> pytest.MarkDecorator:
 
 def compiled(built_once: Callable[..., Path], name: str, jobs: Sequence[Job]) -> dict[Job, Path]:
     """Each job's output without its suffix."""
-    folder = built_once(name, lambda folder: compile_all(jobs, folder))
+    folder = built_once(name, lambda folder: compile_triton([(job.target, job.constants()) for job in jobs], folder))
     return {job: folder / str(number) for number, job in enumerate(jobs)}
-
-
-def compile_all(jobs: Sequence[Job], folder: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # A cache of its own, so what is looked at was made now.
-    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    done = subprocess.run(
-        [sys.executable, str(HOST / "compile_triton.py"), str(folder)],
-        cwd=Path(__file__).resolve().parents[2],
-        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        input=json.dumps([job.arguments() for job in jobs]),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    # What went wrong is said last, or by ptxas first; between them is the whole program.
-    assert done.returncode == 0, done.stdout[:2000] + done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")

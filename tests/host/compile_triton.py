@@ -1,7 +1,8 @@
 """Compiles triton_kernels.update ahead of time, without a device: ``python compile_triton.py FOLDER < jobs.json``.
 
 A job is ``[target, {constant of the kernel: its value}]``, the rule by name. What Triton makes of it is written to
-``FOLDER/<number of the job>.<kind>``. A process of its own, since Triton decides on import whether it interprets.
+``FOLDER/<number of the job>.<kind>``, and to ``.json`` what a launch of it must know. It is a process of its own, since
+Triton decides on import whether it interprets; ``compile_triton`` in tests/support/toolchain.py starts it.
 """
 
 from __future__ import annotations
@@ -14,33 +15,32 @@ from typing import Any
 import triton
 from signadam_ext.triton_kernels import rules
 from signadam_ext.triton_kernels.update import update
+from support.toolchain import TRITON_TENSORS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from signadam_ext.backends.triton import launch_options
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
-POINTERS = {
-    **dict.fromkeys(("entries", "grads"), "*i64"),
-    **dict.fromkeys(("tensor_of_chunk", "rng_keys", "scalar_indices", "arrivals"), "*i32"),
-    **dict.fromkeys(("scalars", "sums", "chunk_statistics"), "*fp64"),
-}
 
 
-def compile_one(target: str, constants: dict[str, Any]) -> dict[str, str | bytes]:
+def compile_one(target: str, constants: dict[str, Any]) -> triton.compiler.CompiledKernel:
     options = launch_options(constants, nvidia=target.startswith("sm_"))
     constants = {**constants, "RULE": getattr(rules, constants["RULE"])}
     names = [parameter.name for parameter in update.params]
     # No hint about the arguments' alignment: the wide accesses must not depend on where the tables happen to lie.
     source = ASTSource(
         update,
-        {name: POINTERS.get(name, "constexpr") for name in names},
+        {name: TRITON_TENSORS.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
-    return triton.compile(source, target=TARGETS[target], options=options).asm
+    return triton.compile(source, target=TARGETS[target], options=options)
 
 
 for number, job in enumerate(json.load(sys.stdin)):
-    for kind, made in compile_one(*job).items():
+    compiled = compile_one(*job)
+    for kind, made in compiled.asm.items():
         if kind in ("ptx", "cubin", "amdgcn"):
             Path(sys.argv[1], f"{number}.{kind}").write_bytes(made if isinstance(made, bytes) else made.encode())
+    needed = {name: getattr(compiled.metadata, name) for name in ("name", "num_warps", "shared")}
+    Path(sys.argv[1], f"{number}.json").write_text(json.dumps(needed))

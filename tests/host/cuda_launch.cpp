@@ -45,7 +45,7 @@ int contexts() {
 }
 int context() { return fake.context; }
 int selections() { return fake.selections; }
-int launches() { return fake.launches; }
+int launches() { return static_cast<int>(fake.launches.size()); }
 int launched_on() { return fake.launched_on; }
 int last_error() { return fake.last_error; }
 int64_t capacity() { return static_cast<int64_t>(inline_capacity()); }
@@ -63,10 +63,81 @@ int launch_step(const unsigned char* step, int64_t size, void* device_step, int 
 // What the kernel got: its header's address of the step data, and the bytes beside it.
 void* launched_step() {
   LaunchHeader header;
-  std::memcpy(&header, fake.parameters.data(), sizeof header);
+  std::memcpy(&header, fake.launches.back().parameters.data(), sizeof header);
   return const_cast<unsigned char*>(header.step);
 }
-const unsigned char* launched_bytes() { return fake.parameters.data() + offsetof(LaunchArguments, step); }
+const unsigned char* launched_bytes() {
+  return fake.launches.back().parameters.data() + offsetof(LaunchArguments, step);
+}
+
+// Launches a step of all tensors as launch_cuda of csrc/python/bindings.cpp does. `table`: what the CUDA backend sends
+// to the device. `step`: the step's data with the places of gradients, keys, indices and scalars in it, as
+// Table.write_step writes them. What the kernels get beyond the step's data is 0xa5.
+int launch_table(int rule_index, int threshold_pass_index, int64_t tensors, int64_t chunks, const unsigned char* table,
+                 int64_t table_size, const unsigned char* step, const int64_t* offsets, int64_t scalar_sets, void* sums,
+                 void* arrivals, void* chunk_statistics, char* message, int64_t room) {
+  return report(message, static_cast<std::size_t>(room), [&] {
+    const auto count = static_cast<std::size_t>(tensors);
+    if (table_size != tensors * static_cast<int64_t>(sizeof(TensorEntry)) + chunks * 4)
+      throw std::runtime_error("the table was not built from these headers");
+    const auto* const entries = reinterpret_cast<const TensorEntry*>(table);
+    const bool plain = std::all_of(entries, entries + tensors, [](const TensorEntry& entry) { return entry.plain(); });
+    const auto layout = StepLayout::of(static_cast<std::size_t>(scalar_sets), count, plain ? 0 : count);
+    std::vector<Scalars> scalars;
+    const auto* const sets = reinterpret_cast<const double*>(step + offsets[3]);
+    for (int64_t i = 0; i < scalar_sets; ++i) scalars.push_back(Scalars::from_set(sets + i * scalar_count));
+    std::vector<unsigned char> own(layout.size);
+    std::memcpy(own.data() + layout.scalars, scalars.data(), scalars.size() * sizeof(Scalars));
+    std::memcpy(own.data() + layout.grads, step + offsets[0], count * sizeof(void*));
+    if (!plain) std::memcpy(own.data() + layout.rng_keys, step + offsets[1], count * sizeof(RngKey));
+    std::memcpy(own.data() + layout.scalar_indices, step + offsets[2], count * sizeof(uint32_t));
+
+    const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + tensors), static_cast<Sums*>(sums),
+                         static_cast<uint32_t*>(arrivals), static_cast<ChunkStatistics*>(chunk_statistics)};
+    const Storage own_storage = plain ? Storage::plain : Storage::any;
+    const auto run = [&](ThresholdPass which, Storage storage) {
+      launch(static_cast<RuleIndex>(rule_index), which, storage, view, static_cast<uint32_t>(chunks), layout,
+             own.data(), nullptr, 0, nullptr);
+      auto& parameters = fake.launches.back().parameters;
+      const auto used = offsetof(LaunchArguments, step) + layout.size;
+      std::fill(parameters.begin() + static_cast<std::ptrdiff_t>(used), parameters.end(), 0xa5);
+    };
+    auto threshold_pass = static_cast<ThresholdPass>(threshold_pass_index);
+    if (threshold_pass == ThresholdPass::pass_before) {
+      run(threshold_pass, own_storage);
+      threshold_pass = ThresholdPass::none;
+    }
+    run(threshold_pass, chunk_statistics == nullptr ? own_storage : Storage::with_statistics);
+  });
+}
+
+// Where the step's data lies in a kernel's parameters.
+int64_t step_at() { return offsetof(LaunchArguments, step); }
+
+// Of a launch: its kernel as rule, threshold pass and storage, blocks, threads, bytes of dynamic shared memory and of
+// parameters. Returns 1 where the kernel is none of kernel_of's.
+int launched_kernel(int index, int64_t* facts) {
+  const FakeLaunch& launched = fake.launches[static_cast<std::size_t>(index)];
+  facts[3] = launched.blocks;
+  facts[4] = launched.threads;
+  facts[5] = static_cast<int64_t>(launched.dynamic_shared);
+  facts[6] = static_cast<int64_t>(launched.parameters.size());
+  // The gated rule before the others, which share its first pass.
+  std::vector<int> rules{rule_SignAdamPP};
+  for (int rule = 0; rule < rule_count; ++rule) rules.push_back(rule);
+  for (const auto which : {ThresholdPass::none, ThresholdPass::same_pass, ThresholdPass::pass_before})
+    for (const auto storage : {Storage::plain, Storage::any, Storage::with_statistics})
+      for (const int rule : rules)
+        if (reinterpret_cast<const void*>(kernel_of(static_cast<RuleIndex>(rule), which, storage)) ==
+            launched.function) {
+          facts[0] = rule, facts[1] = static_cast<int64_t>(which), facts[2] = static_cast<int64_t>(storage);
+          return 0;
+        }
+  return 1;
+}
+const unsigned char* launched_parameters(int index) {
+  return fake.launches[static_cast<std::size_t>(index)].parameters.data();
+}
 
 int read_kernel_info(int device, char* message, int64_t room) {
   return report(message, static_cast<std::size_t>(room), [&] { kernel_info(device); });

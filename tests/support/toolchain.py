@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
+import ctypes
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+
+from reporting.machine_code import KernelName, find_cuobjdump, kernel_name
 
 ROOT = Path(__file__).resolve().parents[2]
 #: The sources of the programs that tests compile.
@@ -52,6 +58,19 @@ def build_traced(source: str, target: Path, *flags: str) -> Path:
     return target
 
 
+def cuda_launch_library(built_once: Callable[..., Path], *flags: str) -> ctypes.CDLL:
+    """tests/host/cuda_launch.cpp: the host side of csrc/cuda/step.cu, which launches on a runtime that takes notes."""
+    flags = ("-O0", "-shared", "-fPIC", "-Wno-unused-function", "-Wno-unused-but-set-variable", *flags)
+    flags += (f"-I{HOST / 'fake_cuda'}",)
+    folder = built_once("cuda_launch", lambda folder: build("cuda_launch.cpp", folder / "library.so", *flags))
+    found = ctypes.CDLL(str(folder / "library.so"))
+    for name in ("capacity", "step_at"):
+        getattr(found, name).restype = ctypes.c_int64
+    for name in ("launched_step", "launched_bytes", "launched_parameters"):
+        getattr(found, name).restype = ctypes.c_void_p
+    return found
+
+
 def compile_with(*arguments: str) -> None:
     command = [compiler(), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -59,18 +78,11 @@ def compile_with(*arguments: str) -> None:
 
 
 def cuobjdump() -> str:
-    """The tool that lists machine code: of the toolkit, or the one in Triton's wheel; a skip where there is neither."""
-    candidates = [shutil.which("cuobjdump")]
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    candidates += [str(Path(home, "bin", "cuobjdump")) for home in homes]
-    # Asked for without importing triton, which would fix whether its interpreter is used.
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        candidates.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
-    for candidate in candidates:
-        if candidate is not None and os.access(candidate, os.X_OK):
-            return candidate
-    pytest.skip("no cuobjdump: it is in the CUDA toolkit and in Triton's wheel for Linux on x86-64")
+    """The tool that lists machine code, or a skip where there is none."""
+    found = find_cuobjdump()
+    if found is None:
+        pytest.skip("no cuobjdump: it is in the CUDA toolkit and in Triton's wheel for Linux on x86-64")
+    return found
 
 
 def listing(*arguments: str) -> str:
@@ -103,6 +115,80 @@ PTX_ARITHMETIC = re.compile(r"\b(?:fma|mad|add|sub|mul|div|sqrt|rcp|rsqrt)\.[\w.
 def exact_ptx(size: str) -> set[str]:
     """What may stand in PTX for operations that round once, to nearest."""
     return {f"{name}.rn.{size}" for name in ("add", "sub", "mul", "div", "sqrt")}
+
+
+@cache
+def ptx(module: str) -> dict[str, dict[KernelName, str]]:
+    """PTX of each kernel in a built module, by virtual architecture, each from the kernel's symbol on.
+
+    What ptxas makes machine code of, at build time or in the driver.
+    """
+    found: dict[str, dict[KernelName, str]] = defaultdict(dict)
+    for image in listing("-ptx", module).split("Fatbin ptx code:")[1:]:
+        architecture = re.search(r"^arch = sm_(\w+)", image, re.MULTILINE)
+        assert architecture is not None
+        for entry in re.split(r"^\.(?:visible |weak )?entry ", image, flags=re.MULTILINE)[1:]:
+            name = kernel_name(entry)
+            assert name is not None, entry[:200]
+            found[f"compute_{architecture[1]}"][name] = entry
+    return dict(found)
+
+
+@cache
+def symbols(module: str) -> dict[str, dict[KernelName, str]]:
+    """Mangled names of the kernels in a built module, by architecture that it has machine code for."""
+    found: dict[str, dict[KernelName, str]] = defaultdict(dict)
+    architecture = ""
+    for line in listing("--dump-resource-usage", module).splitlines():
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            name = kernel_name(match[1])
+            assert name is not None, match[1]
+            found[architecture][name] = match[1]
+    return dict(found)
+
+
+#: The tensors that triton_kernels.update takes, in order, as Triton writes the types of pointers.
+TRITON_TENSORS = {
+    "entries": "*i64",
+    "tensor_of_chunk": "*i32",
+    "grads": "*i64",
+    "rng_keys": "*i32",
+    "scalar_indices": "*i32",
+    "scalars": "*fp64",
+    "sums": "*fp64",
+    "arrivals": "*i32",
+    "chunk_statistics": "*fp64",
+}
+
+
+def compile_triton(jobs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path) -> list[Path]:
+    """Compiles triton_kernels.update without a device, in a process of its own.
+
+    Args:
+        jobs: of each a target ("sm_90", "gfx942") and the kernel's constants, the rule by its name.
+        folder: where what Triton makes is written.
+
+    Returns:
+        For each job a path that lacks a suffix: ``.ptx`` and ``.cubin``, or ``.amdgcn``; and ``.json``, which holds the
+        kernel's ``name``, its ``num_warps`` and the bytes of ``shared`` memory that a launch must give it.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # A cache of its own, so what is looked at was made now.
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    done = subprocess.run(
+        [sys.executable, str(HOST / "compile_triton.py"), str(folder)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    # What went wrong is said last, or by ptxas first; between them is the whole program.
+    assert done.returncode == 0, done.stdout[:2000] + done.stderr[-2000:]
+    return [folder / str(number) for number in range(len(jobs))]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,13 @@ struct cudaFuncAttributes {
   std::size_t sharedSizeBytes, localSizeBytes;
 };
 
+struct FakeLaunch {
+  const void* function;
+  unsigned blocks, threads;
+  std::size_t dynamic_shared;
+  std::vector<unsigned char> parameters;
+};
+
 struct FakeRuntime {
   int devices = 2;
   bool context_of[8] = {};
@@ -46,9 +53,8 @@ struct FakeRuntime {
   int selected = 0;  // what the runtime takes where there is none
   cudaError_t last_error = cudaSuccess;
   cudaError_t launch_result = cudaSuccess;
-  int selections = 0, launches = 0, launched_on = -1;
-  unsigned blocks = 0, threads = 0;
-  std::vector<unsigned char> parameters;
+  int selections = 0, launched_on = -1;
+  std::vector<FakeLaunch> launches;
 
   cudaError_t give(cudaError_t status) {
     if (status != cudaSuccess) last_error = status;
@@ -123,14 +129,11 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fou
 }
 
 std::size_t fake_parameter_bytes();
-inline cudaError_t cudaLaunchKernel(const void*, dim3 blocks, dim3 threads, void** parameters, std::size_t,
-                                    cudaStream_t) {
+inline cudaError_t cudaLaunchKernel(const void* function, dim3 blocks, dim3 threads, void** parameters,
+                                    std::size_t dynamic_shared, cudaStream_t) {
   if (fake.launch_result != cudaSuccess) return fake.give(fake.launch_result);
-  ++fake.launches;
   fake.launched_on = fake.current();
-  fake.blocks = blocks.x;
-  fake.threads = threads.x;
   const auto* bytes = static_cast<const unsigned char*>(parameters[0]);
-  fake.parameters.assign(bytes, bytes + fake_parameter_bytes());
+  fake.launches.push_back({function, blocks.x, threads.x, dynamic_shared, {bytes, bytes + fake_parameter_bytes()}});
   return cudaSuccess;
 }
