@@ -11,9 +11,9 @@ FP32 = tl.constexpr(FORMATS["fp32"][0])
 BF16 = tl.constexpr(FORMATS["bf16"][0])
 FP16 = tl.constexpr(FORMATS["fp16"][0])
 INT8 = tl.constexpr(FORMATS["int8"][0])
-INT4 = tl.constexpr(FORMATS["int4"][0])
-INT2 = tl.constexpr(FORMATS["int2"][0])
 BLOCK8 = tl.constexpr(FORMATS["block8"][0])
+# By the number of a format; 1 where an element has a byte or more.
+ELEMENTS_PER_BYTE = tl.constexpr(tuple(max(8 // bits, 1) for _, bits in FORMATS.values()))
 
 NEAREST = tl.constexpr(PARAM_STORAGES["nearest"])
 STOCHASTIC = tl.constexpr(PARAM_STORAGES["stochastic"])

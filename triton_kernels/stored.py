@@ -9,9 +9,9 @@ import triton.language as tl
 from .formats import (
     BF16,
     BLOCK8,
+    ELEMENTS_PER_BYTE,
+    FP16,
     FP32,
-    INT2,
-    INT4,
     INT8,
     MASTER,
     SPLIT8,
@@ -51,14 +51,12 @@ def operand(address, begin, FORMAT: tl.constexpr, WIDE: tl.constexpr):
     """Where a chunk's elements lie; 16-bit formats as their bits, packed codes as bytes."""
     if FORMAT == FP32:
         return pointer_to(address, begin, tl.float32, WIDE)
-    elif (FORMAT == INT8) | (FORMAT == BLOCK8):
-        return pointer_to(address, begin, tl.int8, WIDE)
-    elif FORMAT == INT4:
-        return pointer_to(address, begin // 2, tl.uint8, WIDE)
-    elif FORMAT == INT2:
-        return pointer_to(address, begin // 4, tl.uint8, WIDE)
-    else:
+    elif (FORMAT == BF16) | (FORMAT == FP16):
         return pointer_to(address, begin, tl.uint16, WIDE)
+    elif ELEMENTS_PER_BYTE[FORMAT] == 1:
+        return pointer_to(address, begin, tl.int8, WIDE)
+    else:
+        return pointer_to(address, begin // ELEMENTS_PER_BYTE[FORMAT], tl.uint8, WIDE)
 
 
 @triton.jit
@@ -125,7 +123,7 @@ def store_param(
 @triton.jit
 def load_moment(moment, exponents, row, count, FORMAT: tl.constexpr, WIDE: tl.constexpr):
     """A row of a moment; codes of a bounded one in units of 1 / L."""
-    PER_BYTE: tl.constexpr = 4 if FORMAT == INT2 else 2 if FORMAT == INT4 else 1
+    PER_BYTE: tl.constexpr = ELEMENTS_PER_BYTE[FORMAT]
     index = tl.arange(0, LANES // PER_BYTE) + row * (LANES // PER_BYTE)
     x = load(moment, index, (count + PER_BYTE - 1) // PER_BYTE, WIDE)
     if FORMAT == INT8:
@@ -148,7 +146,7 @@ def load_moment(moment, exponents, row, count, FORMAT: tl.constexpr, WIDE: tl.co
 def store_moment(moment, exponents, row, x, r, count, FORMAT: tl.constexpr, WIDE: tl.constexpr):
     """``r``: the moment's random bits, unless it is fp32. Beyond ``count``, the last byte's codes are zero like their
     gradients."""
-    PER_BYTE: tl.constexpr = 4 if FORMAT == INT2 else 2 if FORMAT == INT4 else 1
+    PER_BYTE: tl.constexpr = ELEMENTS_PER_BYTE[FORMAT]
     index = tl.arange(0, LANES // PER_BYTE) + row * (LANES // PER_BYTE)
     if FORMAT == FP32:
         store(moment, index, x, count, WIDE)
