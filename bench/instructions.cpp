@@ -13,17 +13,17 @@ using namespace signadam::cpu::avx2;
 int main(int, char** arguments) {
   const bool draws_only = std::atoi(arguments[1]) != 0;
   const auto moment = static_cast<Format>(std::atoi(arguments[2]));
-  const auto weights = static_cast<Weights>(std::atoi(arguments[3]));
+  const auto param_storage = static_cast<ParamStorage>(std::atoi(arguments[3]));
   const int times = std::atoi(arguments[4]);
   std::vector<uint16_t> param(chunk_size, 0x3f80), grad(chunk_size);
   for (int i = 0; i < chunk_size; ++i) grad[i] = i % 3 == 0 ? 0xbf80 : 0x3f80;
   std::vector<float> exp_avg(chunk_size), residual(chunk_size);
   Slice slice{};
   slice.tensor.param = param.data();
-  slice.tensor.low = residual.data();
+  slice.tensor.residual = residual.data();
   slice.tensor.exp_avg = exp_avg.data();
   slice.tensor.numel = chunk_size;
-  slice.tensor.formats = {Format::bf16, Format::bf16, moment, Format::fp32, weights};
+  slice.tensor.formats = {Format::bf16, Format::bf16, moment, Format::fp32, Format::fp32, param_storage};
   slice.grad = grad.data();
   slice.count = chunk_size;
   Scalars s{};
@@ -40,7 +40,7 @@ int main(int, char** arguments) {
       }
       sum ^= seen[0];
     } else {
-      update_chunk<SignAdamPP>(slice, s, 0.0f);
+      update_chunk<SignAdamPP>(slice, s, 0.0f, nullptr);
     }
   }
   return sum == 1 ? 1 : 0;

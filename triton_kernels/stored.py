@@ -37,6 +37,11 @@ from .threshold import LANES
 RUN = tl.constexpr(32)
 RUNS = tl.constexpr(LANES.value // 32)  # in a row
 
+# How what is read once is loaded: as `ld.cs` where Triton can say so, from 3.8 on, or else first to be evicted.
+KNOWS_STREAMED_LOADS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+LOAD_CACHE_MODIFIER = tl.constexpr(".cs" if KNOWS_STREAMED_LOADS else "")
+LOAD_EVICTION_POLICY = tl.constexpr("" if KNOWS_STREAMED_LOADS else "evict_first")
+
 
 @triton.jit
 def pointer_to(address, begin, TYPE: tl.constexpr, WIDE: tl.constexpr):
@@ -75,7 +80,7 @@ def residual_operand(address, begin, PARAM_STORAGE: tl.constexpr, WIDE: tl.const
 @triton.jit
 def load(pointer, index, count, WIDE: tl.constexpr):
     if WIDE:
-        return tl.load(pointer + index, cache_modifier=".cs")
+        return tl.load(pointer + index, cache_modifier=LOAD_CACHE_MODIFIER, eviction_policy=LOAD_EVICTION_POLICY)
     else:
         return tl.load(pointer + index, mask=index < count, other=0)
 

@@ -27,6 +27,9 @@ SIGNADAM_HD constexpr bool is_packed(Format format) { return bits_of(format) <= 
 constexpr int packed_run = 32;
 SIGNADAM_HD constexpr int64_t padded(int64_t count) { return (count + packed_run - 1) / packed_run * packed_run; }
 
+// Whether elements are codes without a scale, of a moment that never exceeds 1.
+SIGNADAM_HD constexpr bool is_scale_free(Format format) { return is_packed(format) && format != Format::block8; }
+
 // Bytes before element `index`; of packed formats, `index` must be a multiple of 8.
 SIGNADAM_HD constexpr int64_t bytes_before(Format format, int64_t index) { return index * bits_of(format) / 8; }
 

@@ -252,12 +252,9 @@ SIGNADAM_HD void store_moment_group(void* base, Format format, int64_t index, co
 // Whether every operand has a form that goes by groups, and one pair of keys serves the chunk.
 SIGNADAM_HD bool goes_by_groups(const Slice& slice, int moments) {
   const auto wide = [](Format format) { return format == Format::fp32 || format == Format::bf16; };
-  const auto code = [](Format format) {
-    return format == Format::int8 || format == Format::int4 || format == Format::int2;
-  };
   const Formats& f = slice.tensor.formats;
   const int64_t first = slice.tensor.shard_offset + slice.begin;
-  return wide(f.param) && wide(f.grad) && (moments < 1 || wide(f.exp_avg) || code(f.exp_avg)) &&
+  return wide(f.param) && wide(f.grad) && (moments < 1 || wide(f.exp_avg) || is_scale_free(f.exp_avg)) &&
          (moments < 2 || wide(f.exp_avg_sq)) &&
          (f.param_storage == ParamStorage::nearest || f.param_storage == ParamStorage::stochastic) && first % 2 == 0 &&
          first >> 33 == (first + slice.count) >> 33;

@@ -87,46 +87,44 @@ void store_param(const TensorEntry& tensor, int64_t index, const float* SIGNADAM
   }
 }
 
-// Four codes in a word of bytes <-> four codes side by side in 16 or 8 bits.
-void unpack_codes(Format format, const unsigned char* SIGNADAM_RESTRICT from, int8_t* SIGNADAM_RESTRICT to, int count) {
-  const int words = static_cast<int>(padded(count)) / 4;
-  alignas(64) uint32_t spread[block_size / 4];
-  if (format == Format::int4) {
-    uint16_t packed[block_size / 4];
-    std::memcpy(packed, from, sizeof(uint16_t) * static_cast<std::size_t>(words));
-    for (int i = 0; i < words; ++i) {
-      const uint32_t x = packed[i];
-      spread[i] = (x & 0xfu) | (x & 0xf0u) << 4 | (x & 0xf00u) << 8 | (x & 0xf000u) << 12;
-    }
-    std::memcpy(to, spread, sizeof(uint32_t) * static_cast<std::size_t>(words));
-    for (int i = 0; i < 4 * words; ++i) to[i] = static_cast<int8_t>((to[i] ^ 8) - 8);
-  } else {
-    for (int i = 0; i < words; ++i) {
-      const uint32_t x = from[i];
-      spread[i] = (x | x << 6 | x << 12 | x << 18) & 0x03030303u;
-    }
-    std::memcpy(to, spread, sizeof(uint32_t) * static_cast<std::size_t>(words));
-    for (int i = 0; i < 4 * words; ++i) to[i] = static_cast<int8_t>((to[i] ^ 2) - 2);
+// Four codes in a word of bytes <-> side by side in an integer that they fill: neighbours move together, then pairs.
+template <class Packed>
+struct FourCodes {
+  static constexpr int bits = 2 * sizeof(Packed);
+  static constexpr uint32_t ones = ((1u << bits) - 1) * 0x01010101u, pairs = ((1u << 2 * bits) - 1) * 0x00010001u;
+
+  static uint32_t spread(uint32_t x) {
+    x = (x | x << 2 * (8 - bits)) & pairs;
+    return (x | x << (8 - bits)) & ones;
   }
+
+  static Packed packed(uint32_t x) {
+    x &= ones;
+    x = (x | x >> (8 - bits)) & pairs;
+    return static_cast<Packed>(x | x >> 2 * (8 - bits));
+  }
+};
+
+template <class Packed>
+void unpack_codes(const unsigned char* SIGNADAM_RESTRICT from, int8_t* SIGNADAM_RESTRICT to, int count) {
+  const int words = static_cast<int>(padded(count)) / 4;
+  Packed packed[block_size / 4];
+  alignas(64) uint32_t spread[block_size / 4];
+  std::memcpy(packed, from, sizeof(Packed) * static_cast<std::size_t>(words));
+  for (int i = 0; i < words; ++i) spread[i] = FourCodes<Packed>::spread(packed[i]);
+  std::memcpy(to, spread, sizeof(uint32_t) * static_cast<std::size_t>(words));
+  constexpr int sign = 1 << (FourCodes<Packed>::bits - 1);
+  for (int i = 0; i < 4 * words; ++i) to[i] = static_cast<int8_t>((to[i] ^ sign) - sign);
 }
 
-void pack_codes(Format format, const int8_t* SIGNADAM_RESTRICT from, unsigned char* SIGNADAM_RESTRICT to, int count) {
+template <class Packed>
+void pack_codes(const int8_t* SIGNADAM_RESTRICT from, unsigned char* SIGNADAM_RESTRICT to, int count) {
   const int words = static_cast<int>(padded(count)) / 4;
+  Packed packed[block_size / 4];
   alignas(64) uint32_t spread[block_size / 4];
   std::memcpy(spread, from, sizeof(uint32_t) * static_cast<std::size_t>(words));
-  if (format == Format::int4) {
-    uint16_t packed[block_size / 4];
-    for (int i = 0; i < words; ++i) {
-      const uint32_t x = spread[i] & 0x0f0f0f0fu;
-      packed[i] = static_cast<uint16_t>((x & 0xfu) | (x >> 4 & 0xf0u) | (x >> 8 & 0xf00u) | (x >> 12 & 0xf000u));
-    }
-    std::memcpy(to, packed, sizeof(uint16_t) * static_cast<std::size_t>(words));
-  } else {
-    for (int i = 0; i < words; ++i) {
-      const uint32_t x = spread[i] & 0x03030303u;
-      to[i] = static_cast<unsigned char>(x | x >> 6 | x >> 12 | x >> 18);
-    }
-  }
+  for (int i = 0; i < words; ++i) packed[i] = FourCodes<Packed>::packed(spread[i]);
+  std::memcpy(to, packed, sizeof(Packed) * static_cast<std::size_t>(words));
 }
 
 // One value for a whole run, so that loops over elements need not know of runs.
@@ -148,8 +146,11 @@ float* load_moment(void* base, Format format, int64_t numel, int64_t index, floa
   }
   alignas(64) int8_t unpacked[block_size];
   const int8_t* codes = reinterpret_cast<const int8_t*>(from);
-  if (format != Format::int8) {
-    unpack_codes(format, from, unpacked, count);
+  if (bits_of(format) < 8) {
+    if (bits_of(format) == 4)
+      unpack_codes<uint16_t>(from, unpacked, count);
+    else
+      unpack_codes<uint8_t>(from, unpacked, count);
     codes = unpacked;
   }
   for (int i = 0; i < count; ++i) to[i] = static_cast<float>(codes[i]);
@@ -196,8 +197,10 @@ void store_moment(void* base, Format format, int64_t numel, int64_t index, float
   }
   for (int i = 0; i < count; ++i) codes[i] = static_cast<int8_t>(stochastic_integer(m[i], moment_bits<which>(r[i])));
   for (int i = count; i < whole; ++i) codes[i] = 0;
-  if (format == Format::int8)
+  if (bits_of(format) == 8)
     std::memcpy(to, codes, static_cast<std::size_t>(whole));
+  else if (bits_of(format) == 4)
+    pack_codes<uint16_t>(codes, to, count);
   else
-    pack_codes(format, codes, to, count);
+    pack_codes<uint8_t>(codes, to, count);
 }

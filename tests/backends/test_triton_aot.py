@@ -26,11 +26,12 @@ from support.toolchain import (
 )
 
 from reporting.machine_code import THRESHOLD_PASSES
+from signadam_ext.core.native import compiled as _C
 
 pytest.importorskip("triton")
 
-#: As in csrc/core/formats.h, with the bits of an element.
-FORMATS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4, "int2": 2, "block8": 8}
+#: By name, the numbers of formats and the bits of an element.
+FORMATS: dict[str, tuple[int, int]] = _C.FORMATS
 #: With the bits of what lies beside an element of the parameter.
 PARAM_STORAGES = {"nearest": 0, "stochastic": 0, "split16": 16, "split8": 8, "master": 32}
 RULES = rules()
@@ -50,15 +51,14 @@ class Job(NamedTuple):
     observes: str = "without_statistics"
 
     def constants(self) -> dict[str, object]:
-        formats = list(FORMATS)
         return {
             "RULE": self.rule,
             "MOMENTS": RULES[self.rule].moments,
-            "PARAM": formats.index(self.param),
-            "GRAD": formats.index(self.grad),
-            "EXP_AVG": formats.index(self.exp_avg),
-            "EXP_AVG_SQ": formats.index(self.exp_avg_sq),
-            "AUX": formats.index(self.exp_avg_sq if RULES[self.rule].moments > 2 else "fp32"),
+            "PARAM": FORMATS[self.param][0],
+            "GRAD": FORMATS[self.grad][0],
+            "EXP_AVG": FORMATS[self.exp_avg][0],
+            "EXP_AVG_SQ": FORMATS[self.exp_avg_sq][0],
+            "AUX": FORMATS[self.exp_avg_sq if RULES[self.rule].moments > 2 else "fp32"][0],
             "READS_VARIANCE": RULES[self.rule].reads_variance,
             "PARAM_STORAGE": list(PARAM_STORAGES).index(self.param_storage),
             "THRESHOLD_PASS": THRESHOLD_PASSES.index(self.threshold_pass),
@@ -132,11 +132,12 @@ def amd(built_once: Callable[..., Path], thorough: bool) -> dict[Job, Path]:
 def accesses(job: Job, lanes: int) -> tuple[Counter[int], Counter[int]]:
     """Loads and stores of a row's thread with so many lanes, by bytes: at least these."""
     moments = (job.exp_avg, job.exp_avg_sq, job.exp_avg_sq)[: RULES[job.rule].moments]
-    updated = [FORMATS[job.param], PARAM_STORAGES[job.param_storage]]
-    stores = [] if job.threshold_pass == "pass_before" else [*updated, *(FORMATS[moment] for moment in moments)]
-    given = [FORMATS["fp32"]] if RULES[job.rule].reads_variance else []
-    loads = [FORMATS[job.grad], *(stores or updated), *given]
-    return tuple(Counter(size for bits in found for size in pieces(bits * lanes // 8)) for found in (loads, stores))
+    bits = {name: bits for name, (_, bits) in FORMATS.items()}
+    updated = [bits[job.param], PARAM_STORAGES[job.param_storage]]
+    stores = [] if job.threshold_pass == "pass_before" else [*updated, *(bits[moment] for moment in moments)]
+    given = [bits["fp32"]] if RULES[job.rule].reads_variance else []
+    loads = [bits[job.grad], *(stores or updated), *given]
+    return tuple(Counter(size for width in found for size in pieces(width * lanes // 8)) for found in (loads, stores))
 
 
 def pieces(size: int) -> list[int]:

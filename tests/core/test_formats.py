@@ -10,7 +10,6 @@ from itertools import product
 
 import pytest
 import torch
-from support.paper_formulas import STATE_DTYPES
 from support.strategies import same_bits
 from torch import Tensor
 
@@ -21,6 +20,8 @@ from signadam_ext.core.random_bits import bits_for_m, bits_for_v, keys, random_b
 ALL_BITS = torch.arange(1 << 16)
 BACKENDS = ("cpu", "reference")
 SPLITS = ("split16", "split8")
+#: L of each form of codes.
+LEVELS = {"int8": 127, "int4": 7, "int2": 1}
 
 
 def parameter(shape=(37,), dtype=torch.bfloat16, seed=0):
@@ -123,7 +124,7 @@ def test_what_the_moments_use():
 # Rounding: over all 65536 values of r, so expectations are counted, not estimated
 
 
-@pytest.mark.parametrize("levels", [127, 7, 1])
+@pytest.mark.parametrize("levels", LEVELS.values())
 def test_the_expectation_of_a_code_is_the_moment(levels):
     """E[q] = int(M * 65536) / 65536 exactly, so |E[q] / L - m| < 2^-16 / L; the variance is f * (1 - f) / L^2."""
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +143,7 @@ def test_the_expectation_of_a_code_is_the_moment(levels):
     assert (q[whole] == scaled[whole].long()[:, None]).all(), "an integer stays put"
 
 
-@pytest.mark.parametrize("levels", [127, 7, 1])
+@pytest.mark.parametrize("levels", LEVELS.values())
 def test_no_code_leaves_its_levels(levels):
     """Rounding can put beta * M + (1 - beta) * L above L by an ulp or so; the conversion cuts that off."""
     beta = torch.linspace(0, 1, 200_001, dtype=torch.float64)[:-1]
@@ -154,7 +155,7 @@ def test_no_code_leaves_its_levels(levels):
         assert formats.stochastic_integer(-top, torch.tensor(r)).min() >= -levels
 
 
-@pytest.mark.parametrize("sd,levels", [("int8", 127), ("int4", 7), ("int2", 1)])
+@pytest.mark.parametrize("sd,levels", LEVELS.items())
 def test_the_variance_of_a_few_bit_moment(sd, levels):
     """Var[m_t] under zero-mean signs, stored in codes, against the recursion that the rounding implies.
 
@@ -229,7 +230,11 @@ def test_bf16_moments_do_not_stop_where_rounding_to_nearest_would():
 # Forms in and out
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "int2"])
+def test_every_form_of_codes_has_its_levels():
+    assert {kind: form.levels for kind, form in formats.CODES.items()} == LEVELS
+
+
+@pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("numel", [0, 1, 3, 31, 32, 33, 100])
 def test_codes_are_packed_and_unpacked(kind, numel):
     form = formats.FORMATS[kind]
@@ -422,8 +427,8 @@ def test_each_moment_may_have_its_own_form():
 FORMATS = [
     (cls, sd, param_storage)
     for cls, names in (
-        (signadam_ext.SignAdamPP, STATE_DTYPES),
-        (signadam_ext.SignAdam, STATE_DTYPES),
+        (signadam_ext.SignAdamPP, tuple(formats.BOUNDED)),
+        (signadam_ext.SignAdam, tuple(formats.BOUNDED)),
         (signadam_ext.Signum, ("fp32", "bf16", "int8")),
     )
     for sd, param_storage in product(names, formats.PARAM_STORAGES)
@@ -460,7 +465,7 @@ def test_a_resumed_run_has_the_same_bits(cls, sd, param_storage, tmp_path):
             assert equal_states(optimizer.state[p], resumed.state[q]), name
 
 
-@pytest.mark.parametrize("sd", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("sd", LEVELS)
 def test_state_dicts_hold_codes_of_the_parameters_shape(sd):
     p = torch.nn.Parameter(torch.randn(4, 6).t().bfloat16())
     optimizer = made(signadam_ext.SignAdamPP, [p], lr=0.1, state_dtype=sd, param_storage="stochastic")
@@ -504,7 +509,7 @@ def test_a_state_of_the_version_before_loads():
     train([p], optimizer, range(1))
 
 
-@pytest.mark.parametrize("source, target", [(a, b) for a in STATE_DTYPES for b in STATE_DTYPES if a != b])
+@pytest.mark.parametrize("source, target", [(a, b) for a in formats.BOUNDED for b in formats.BOUNDED if a != b])
 def test_a_change_of_precision_warns_once_and_keeps_the_expectation(source, target):
     params = [torch.nn.Parameter(torch.zeros(20000)), torch.nn.Parameter(torch.zeros(3))]
     optimizer = made(signadam_ext.SignAdamPP, params, lr=0.0, state_dtype=source)

@@ -37,6 +37,16 @@ inline std::vector<uint32_t> ordered(uint32_t count, Order order, std::mt19937& 
 inline uint32_t running_chunk = 0;
 inline int running_thread = 0;
 
+// What a first moment can be stored as.
+inline std::vector<Format> first_forms(bool bounded) {
+  std::vector<Format> forms = {Format::fp32, Format::bf16};
+#define SIGNADAM_APPEND(name) \
+  if (is_packed(Format::name) && is_scale_free(Format::name) == bounded) forms.push_back(Format::name);
+  SIGNADAM_FORMATS(SIGNADAM_APPEND)
+#undef SIGNADAM_APPEND
+  return forms;
+}
+
 // A block whose threads run one after another; a new order for every phase.
 class HostBlock {
  public:

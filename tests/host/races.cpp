@@ -199,16 +199,16 @@ int main() {
 
   // Neighbours in a byte, in a word, and under an exponent.
   std::vector<Spec> bounded, unbounded;
-  const Format codes[] = {Format::int2, Format::int4, Format::int8, Format::bf16, Format::fp32};
+  const std::vector<Format> forms = first_forms(true);
   const ParamStorage param_storage[] = {ParamStorage::split8, ParamStorage::split16, ParamStorage::master,
                                         ParamStorage::stochastic, ParamStorage::nearest};
-  for (int i = 0; i < 5; ++i)
+  for (int i = 0; i < static_cast<int>(forms.size()); ++i)
     for (const int64_t numel : {20, 2049, 16384 + 9}) {
       const int offset = i * static_cast<int>(numel) % 8;
       bounded.push_back(
-          {numel, Format::bf16, Format::bf16, offset, i, codes[i], Format::bf16, param_storage[(i + numel) % 5]});
+          {numel, Format::bf16, Format::bf16, offset, i, forms[i], Format::bf16, param_storage[(i + numel) % 5]});
       unbounded.push_back(bounded.back());
-      unbounded.back().exp_avg = i < 3 ? Format::block8 : codes[i];
+      unbounded.back().exp_avg = is_packed(forms[i]) ? Format::block8 : forms[i];
     }
   run<SignAdam, ThresholdPass::none, Storage::any>(bounded);
   run<Signum, ThresholdPass::none, Storage::any>(unbounded);

@@ -110,18 +110,8 @@ Memory allocate(std::size_t size) { return {static_cast<unsigned char*>(std::mal
 // Bytes of a moment, as docs/numerics.md has them: packed codes fill whole runs, and exponents follow them.
 std::size_t bytes_of(Format format, int64_t count) {
   const auto n = static_cast<std::size_t>(count), runs = (n + 31) / 32;
-  switch (format) {
-    case Format::int8:
-      return 32 * runs;
-    case Format::int4:
-      return 16 * runs;
-    case Format::int2:
-      return 8 * runs;
-    case Format::block8:
-      return 33 * runs;
-    default:
-      return n * static_cast<std::size_t>(size_of(format));
-  }
+  const auto bits = static_cast<std::size_t>(bits_of(format));
+  return is_packed(format) ? (32 * bits / 8 + (format == Format::block8 ? 1 : 0)) * runs : n * bits / 8;
 }
 
 // A tensor's memory, in an allocation of its own that ends with the last element, so AddressSanitizer sees the first
@@ -312,9 +302,7 @@ std::vector<Spec> adversarial(int repetitions, bool large) {
 std::vector<Spec> stored_specs(int moments, bool bounded, bool large) {
   using Forms = std::vector<Format>;
   const Forms none = {Format::fp32}, wide = {Format::fp32, Format::bf16};
-  const Forms first = moments == 0 ? none
-                      : bounded    ? Forms{Format::fp32, Format::bf16, Format::int8, Format::int4, Format::int2}
-                                   : Forms{Format::fp32, Format::bf16, Format::block8};
+  const Forms first = moments == 0 ? none : first_forms(bounded);
   const std::pair<Format, ParamStorage> params[] = {
       {Format::fp32, ParamStorage::nearest},    {Format::bf16, ParamStorage::nearest},
       {Format::fp16, ParamStorage::nearest},    {Format::bf16, ParamStorage::stochastic},

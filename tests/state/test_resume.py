@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import signadam_ext
 from signadam_ext import MSGD, Adam, AdamW, SignAdam, SignAdamPP, SignSGD, Signum
+from signadam_ext.core.formats import BOUNDED
 from signadam_ext.core.rule import rule_of
 from signadam_ext.optimizers.base import SignOptimizer
 from signadam_ext.state.checkpoint import MOMENTS
@@ -50,7 +51,7 @@ def train(model, optimizer, steps):
 # Distributed checkpoints
 
 STORED = {
-    **{f"pp-{sd}": (SignAdamPP, {"state_dtype": sd}, torch.float32) for sd in ("fp32", "bf16", "int8", "int4", "int2")},
+    **{f"pp-{sd}": (SignAdamPP, {"state_dtype": sd}, torch.float32) for sd in BOUNDED},
     "signum-int8": (Signum, {"state_dtype": "int8"}, torch.float32),
     "adamw-int8": (AdamW, {"state_dtype": "int8"}, torch.bfloat16),
     "adamw-fp32": (AdamW, {}, torch.float32),

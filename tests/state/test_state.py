@@ -16,11 +16,11 @@ from torch._subclasses import FakeTensorMode
 
 from signadam_ext import SignAdamPP, Signum
 from signadam_ext.core import formats, memory_order
-from signadam_ext.core.formats import BF16, BLOCK8, FP32, INT2, INT4, INT8
+from signadam_ext.core.formats import BF16, BLOCK8, FP32, INT4, INT8
 from signadam_ext.state.checkpoint import Layout
 from signadam_ext.state.schema import STEP_DTYPE, entry_names, fit
 
-PACKED = (INT8, INT4, INT2, BLOCK8)
+PACKED = tuple(form for form in formats.FORMATS.values() if form.packed)
 SHAPES = ((), (1,), (0,), (7,), (3, 5), (1, 4), (2, 3, 4), (2, 1, 4, 3), (2, 8, 3, 3), (2, 3, 2, 3, 2))
 
 
@@ -114,9 +114,7 @@ def test_codes_follow_their_elements_into_another_memory_order(form, shape):
             )
 
 
-@pytest.mark.parametrize(
-    "cls, sd", [(SignAdamPP, "int8"), (SignAdamPP, "int4"), (SignAdamPP, "int2"), (Signum, "int8")]
-)
+@pytest.mark.parametrize("cls, sd", [*((SignAdamPP, kind) for kind in formats.CODES), (Signum, "int8")])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("when", ["training", "after loading", "after deepcopy", "after pickle", "after load_state"])
 def test_a_model_changes_its_memory_format(cls, sd, backend, when, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import signadam_ext
+from signadam_ext.core.formats import BOUNDED, UNBOUNDED
 
 UNIT = 2.0**-24  # relative error of one fp32 rounding
 TINY = 2.0**-149  # absolute error of one fp32 rounding among the subnormals
@@ -88,8 +89,6 @@ def threshold_state(g: Bounded, alpha: float) -> Bounded:
     """[SA] Sec. 4: the sign of those entries whose magnitude exceeds alpha. ``g`` and ``alpha`` are exact here."""
     return Bounded.exact(np.where(np.abs(g.value) > alpha, np.sign(g.value), 0.0))
 
-
-STATE_DTYPES = ("fp32", "bf16", "int8", "int4", "int2")
 
 State = dict[str, Bounded]
 #: (p, g, state, t, hyperparameters) -> p; updates the state.
@@ -242,7 +241,7 @@ class Row:
         if self.hyperparameters.get("amsgrad"):
             return ("fp32", "bf16")
         bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP)
-        return STATE_DTYPES if bounded else ("fp32", "bf16", "int8")
+        return tuple(BOUNDED if bounded else UNBOUNDED)
 
     @property
     def reads_variance(self) -> bool:
