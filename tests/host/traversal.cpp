@@ -938,10 +938,15 @@ std::size_t count_all_accesses(Order order) {
 void accesses() {
   std::size_t bytes = 0;
 #define SIGNADAM_COUNT(Rule) bytes += count_all_accesses<Rule, ThresholdPass::none>(Order::shuffled);
-  SIGNADAM_HOST_RULES(SIGNADAM_COUNT)
-#undef SIGNADAM_COUNT
-  bytes += count_all_accesses<SignAdamPP, ThresholdPass::same_pass>(Order::reversed);
+#if defined(SIGNADAM_QUICK)
+  SIGNADAM_COUNT(Signum)
+  SIGNADAM_COUNT(AdamAMSGrad)
+#else
+  SIGNADAM_RULES(SIGNADAM_COUNT)
   bytes += count_all_accesses<SignAdamPP, ThresholdPass::pass_before>(Order::forward);
+#endif
+#undef SIGNADAM_COUNT
+      bytes += count_all_accesses<SignAdamPP, ThresholdPass::same_pass>(Order::reversed);
   bytes += count_all_accesses<SignAdamPP, ThresholdPass::pass_before>(Order::reversed);
   REQUIRE(bytes > 10'000'000, "%zu", bytes);
   std::printf("%zu bytes as often as they must be, each by one thread\n", bytes);

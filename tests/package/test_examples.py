@@ -85,7 +85,8 @@ def train_large(*arguments, cwd):
     )
 
 
-@pytest.mark.parametrize("products", ["native", pytest.param("fp32", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("products", ["native", "fp32"])
 def test_large_example_resumes_bit_for_bit_within_its_bound(tmp_path, products):
     options = ("--products", products, "--lr", "0.05")
     whole = train_large(*options, "--steps", "12", "--out", "whole", cwd=tmp_path)

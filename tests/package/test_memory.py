@@ -250,6 +250,7 @@ def test_benchmark_runs_and_agrees(tmp_path: Path) -> None:
 
 
 @needs_glibc
+@pytest.mark.thorough
 def test_all_that_is_live_beside_bf16_weights() -> None:
     """2-bit momentum of 16M parameters: tensors, tables and every other allocation, gradients dropped."""
     result = python("-m", "bench.memory", "--aim")

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import signadam_ext
 from signadam_ext import SignAdamPP, per_sample_variance, release_gradients
-from signadam_ext.core.checks import same_strides
+from signadam_ext.core.memory_order import same_strides
 from signadam_ext.training import per_sample_variance as variance
 
 U = 2.0**-24  # unit roundoff of fp32
