@@ -50,7 +50,7 @@ def every_size(row: Row, dtype: torch.dtype, sizes: tuple[int, ...]) -> RunCase:
     return RunCase(row, seed=0, steps=2, tensors=tuple(tensors), groups=({"weight_decay": 0.1},))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.thorough)], ids=str)
 @pytest.mark.parametrize("row", some(TABLE, lambda i, row: row.id in OF_A_KIND[:6:2]))
 def test_every_size(row: Row, dtype: torch.dtype) -> None:
     sizes = SIZES + LARGE_SIZES if LARGE else SIZES[::2]
