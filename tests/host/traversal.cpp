@@ -946,7 +946,7 @@ void accesses() {
   bytes += count_all_accesses<SignAdamPP, ThresholdPass::pass_before>(Order::forward);
 #endif
 #undef SIGNADAM_COUNT
-      bytes += count_all_accesses<SignAdamPP, ThresholdPass::same_pass>(Order::reversed);
+  bytes += count_all_accesses<SignAdamPP, ThresholdPass::same_pass>(Order::reversed);
   bytes += count_all_accesses<SignAdamPP, ThresholdPass::pass_before>(Order::reversed);
   REQUIRE(bytes > 10'000'000, "%zu", bytes);
   std::printf("%zu bytes as often as they must be, each by one thread\n", bytes);
