@@ -19,5 +19,5 @@ format:
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.inl' 'tests/*.h' 'tests/*.cpp' | xargs clang-format -i
 
 results:
-	python -m bench.summary --readme README.md
+	python -m bench.summary
 	python -m experiments.page

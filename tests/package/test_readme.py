@@ -1,18 +1,22 @@
-"""Commands that the README prints are those that CI runs."""
+"""Commands that the README prints are those that CI runs; its code runs; pages are short, and link to what is there."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from reporting import commands
 
+ROOT = commands.README.parent
 TEXT = commands.README.read_text(encoding="utf-8")
 
 
 def test_every_block_of_commands_says_who_runs_it() -> None:
     blocks = commands.blocks(TEXT)
     assert len(blocks) * 2 == sum(line.startswith("```") for line in TEXT.splitlines())
-    assert {block.language for block in blocks} == {"python", "sh"}
+    assert {block.language for block in blocks} == {"python", "sh", "bibtex"}
     for block in blocks:
         if block.language == "sh":
             assert block.use in commands.USES or (block.use or "").startswith("not run, "), block.lines
@@ -38,9 +42,49 @@ def test_commands_are_the_lines_as_printed() -> None:
 
 
 def test_blocks_that_are_not_run_are_listed_with_the_reason() -> None:
-    assert [(block.use, block.lines) for block in commands.left_out(TEXT)] == [
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert commands.left_out(TEXT) == []
+    assert [(block.use, block.lines) for block in commands.left_out(results)] == [
         (
             "not run, for it measures at full size; CI runs `python -m pytest bench --quick`",
             'pip install -e ".[bench]" && python -m pytest bench\n',
         )
     ]
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(TEXT.splitlines()) <= 170
+    assert len(TEXT.split()) <= 1600
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = {
+    f"{page.stem}-{i}": block.lines
+    for page in PAGES
+    for i, block in enumerate(commands.blocks(page.read_text(encoding="utf-8")))
+    # Of one file and another, or for Triton's compiler.
+    if block.language == "python" and block.lines.startswith("import ")
+}
+
+
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_code_runs(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SNIPPETS[name]], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page if path == "" else (page.parent / path).resolve()
+        if not target.exists() and any(part == "results" for part in target.parts):
+            continue  # which the source distribution does not hold
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
