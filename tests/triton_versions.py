@@ -33,8 +33,6 @@ KERNELS = (
 def compile_all() -> None:
     """Compiles :data:`KERNELS` with the Triton that is imported."""
     import triton
-    from signadam_ext.triton_kernels import rules as functions
-    from signadam_ext.triton_kernels.update import update
     from support.toolchain import TRITON_TENSORS, rules
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -42,6 +40,8 @@ def compile_all() -> None:
     from signadam_ext.backends.triton import launch_options
     from signadam_ext.core.formats import PARAM_STORAGES
     from signadam_ext.core.native import compiled
+    from signadam_ext.triton_kernels import rules as functions
+    from signadam_ext.triton_kernels.update import update
 
     known = rules()
     names = [parameter.name for parameter in update.params]

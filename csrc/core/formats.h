@@ -9,7 +9,8 @@
 
 namespace signadam {
 
-// int8, int4, int2: codes q of a moment m ~ q / L. block8: 8-bit codes with one exponent for each 32.
+// int8, int4, int2: codes q of a moment m ~ q / L. block8: 8-bit codes with one exponent for each 32. Checkpoints hold
+// the numbers of packed formats: a new one goes to the end.
 #define SIGNADAM_FORMATS(X) X(fp32) X(bf16) X(fp16) X(int8) X(int4) X(int2) X(block8)
 #define SIGNADAM_NAME(name) name,
 enum class Format : uint8_t { SIGNADAM_FORMATS(SIGNADAM_NAME) };

@@ -134,7 +134,7 @@ struct SignAdamPP : Traits {
   }
 };
 
-// SGD with momentum, not bias-corrected [BH, Sec. 4].
+// SGD with momentum, not bias-corrected [BH, Sec. 6].
 struct MSGD : Traits {
   static constexpr const char* name = "msgd";
   template <class F>

@@ -73,7 +73,7 @@ struct Step {
 struct TableView {
   const TensorEntry* tensors;
   const uint32_t* tensor_of_chunk;  // null on the host, which goes through chunks in order
-  Sums* sums;                       // one per chunk; null without statistics
+  Sums* sums;                       // of a threshold's sums, one per chunk; null where none are taken
   uint32_t* arrivals;               // one per tensor, zero between launches; the device counts finished chunks with it
   ChunkStatistics* chunk_statistics;  // one per chunk; null unless they are asked for
 };

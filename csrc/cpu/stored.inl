@@ -157,7 +157,7 @@ float* load_moment(void* base, Format format, int64_t numel, int64_t index, floa
   return to;
 }
 
-// `second`: the bits that v uses, not those of m.
+// `which`: 0 for the bits of m, 1 for those of v, 2 for those of the third moment.
 template <int which>
 SIGNADAM_HD uint32_t moment_bits(uint16_t r) {
   return which == 0 ? bits_for_m(r) : which == 1 ? bits_for_v(r) : bits_for_aux(r);

@@ -199,7 +199,6 @@ PYBIND11_MODULE(_C, m) {
       .def("read", &GradientReader::read, py::arg("param_groups"), py::arg("state"))
       .def("unchanged", &GradientReader::unchanged)
       .def("replace", &GradientReader::replace, py::arg("index"), py::arg("address"))
-      .def("present", &GradientReader::present)
       .def("held", &GradientReader::held, py::arg("index"))
       .def("release", &GradientReader::release)
       .def("addresses", [](const GradientReader& reader) {

@@ -358,10 +358,6 @@ void GradientReader::release() {
   drop(state_tensors_);
 }
 
-std::size_t GradientReader::present() const {
-  return static_cast<std::size_t>(std::count_if(grads_.begin(), grads_.end(), [](void* g) { return g != nullptr; }));
-}
-
 py::tuple GradientReader::held(std::size_t index) const {
   const Parameter& parameter = parameters_.at(index);
   py::list held;

@@ -46,7 +46,6 @@ class GradientReader {
   void release();
 
   const std::vector<void*>& grads() const { return grads_; }
-  std::size_t present() const;
   // Counts a write in the version of each parameter that has a gradient, and of the state entries watched, but for the
   // last, the number of steps; from `read` to `release`. `by_torch` is called with those that only torch can do it for.
   template <class Call>

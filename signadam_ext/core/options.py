@@ -87,8 +87,8 @@ DOCUMENTATION = {
             that steps below half its last place are lost. "stochastic": rounded up or down at random, right on average.
             "split16", "split8" (bf16 only): the low 16 bits of fp32, which makes it exact fp32 training in 4 bytes,
             or the next 8 and the rest stochastically, are kept beside it. "master": an fp32 copy is. An fp32
-            parameter is its own master under "stochastic" and "master". A parameter set from outside wins over its
-            copy.
+            parameter is its own master under "stochastic" and "master". A parameter that is set from outside wins over
+            a master copy; low bits stay as they were, and are added to it.
         seed: of the random bits, in [0, 2^64). They are a function of seed, parameter, step and element, so they are
             the same on every backend and in a resumed run; no global generator is touched.
         backend: "auto", "cpu", "cuda", "triton" or "reference".

@@ -219,7 +219,7 @@ def memory_fault(tensor: Tensor) -> tuple[type[Exception], str] | None:
 
 
 def is_computable(tensor: Tensor) -> bool:
-    """Whether torch may give elements to a tensor that has no memory of its own: it is zero, or computes itself."""
+    """Whether ``copy_`` can read a tensor without memory of its own: a zero tensor, or a ``__torch_dispatch__`` one."""
     return tensor._is_zerotensor() or (
         tensor.device.type != "meta"
         and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -244,8 +244,9 @@ def made_real(label: str, tensor: Tensor, strides: Sequence[int] | None = None) 
         TypeError: torch has no elements of it to copy.
     """
     like = tensor.stride() if strides is None else strides
+    # A lack of memory is no fault of the tensor's.
+    copy = torch.empty_strided(tensor.shape, like, dtype=tensor.dtype, device=tensor.device)
     try:
-        copy = torch.empty_strided(tensor.shape, like, dtype=tensor.dtype, device=tensor.device)
         copy.copy_(tensor)
     except Exception as error:
         raise TypeError(f"{label} is a {type(tensor).__name__}, and torch gives no elements of it") from error

@@ -51,9 +51,6 @@ class GradientReader(Protocol):
     def replace(self, index: int, address: int) -> None:
         """Gives a gradient another address, of a copy that can be read."""
 
-    def present(self) -> int:
-        """How many parameters have a gradient this step."""
-
     def written(self) -> Any:
         """The parameters with a gradient and their state, as :func:`signadam_ext.backends.commit` takes them."""
 
@@ -79,7 +76,6 @@ class CompiledReader:
     __slots__ = (
         "addresses",
         "held",
-        "present",
         "read",
         "release",
         "replace",
@@ -93,7 +89,6 @@ class CompiledReader:
         self.read = source.read
         self.unchanged = source.unchanged
         self.replace = source.replace
-        self.present = source.present
         self.held = source.held
         self.addresses = source.addresses
         self.release = source.release
@@ -120,9 +115,6 @@ class Addresses:
 
     def replace(self, index: int, address: int) -> None:
         self._grads[index] = address
-
-    def present(self) -> int:
-        return sum(address != 0 for address in self._grads)
 
     def addresses(self) -> list[int]:
         return self._grads

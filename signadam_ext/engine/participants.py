@@ -24,8 +24,8 @@ class Item:
     """A parameter as it is handed to a plan. The rest is as in :class:`Entry`.
 
     Attributes:
-        has_state: whether it may take part without a gradient, so that a gradient which comes and goes needs no new
-            plan.
+        has_state: whether it has a state. Then it takes part even without a gradient, so that a later gradient needs
+            no new plan.
         fit: what a step uses of its state. Raises on state that does not fit; writes nothing.
         own_state: its state in the optimizer, or None.
         state_names: of the entries of ``fit``, as the state holds them.
@@ -74,7 +74,7 @@ def choose(items: Sequence[Item], grads: Sequence[Tensor | None]) -> list[Partic
 
 
 def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
-    """What is found of a parameter, if it takes part.
+    """Checks one parameter; None where the plan leaves it out.
 
     Raises:
         TypeError, ValueError, RuntimeError: it has a gradient, and cannot be served.
@@ -96,7 +96,7 @@ def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
         fitted = item.fit()
         backend = _backend(item)
     except (TypeError, ValueError, RuntimeError):
-        # Offloaded perhaps. Without a gradient that is nobody's business.
+        # It may be offloaded; without a gradient that is no error.
         return None
     return None if fitted.changes or fitted.removed else Participant(index, item, None, fitted, backend)
 
@@ -160,7 +160,7 @@ def is_readable(variance: Tensor, strides: Sequence[int]) -> bool:
 
 
 def _refuse_simulated(entry: Entry, fitted: Fitted) -> None:
-    """Raises where what has been made for a step has no memory.
+    """Raises where a tensor that was allocated for this step has no memory.
 
     Raises:
         RuntimeError: a mode, FakeTensorMode for example, has made tensors of its own.

@@ -1,14 +1,14 @@
 """From lists of tensors to launches: checked once, cached, and brought up to date with each step.
 
-A plan holds what there is to know of every parameter of an optimizer, cut into buckets that share a launch: same
-device, same rule. Building it looks at each tensor; a step compares, and reads gradients. Between two steps a plan owns
-no tensor of its user's.
+A plan knows address, memory layout and format of every parameter of an optimizer, and groups parameters into buckets:
+one bucket, of one device and rule, is one launch. Building a plan looks at each tensor; a step compares, and reads
+gradients. Between two steps a plan holds no reference to a tensor of the user's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +72,13 @@ class Plan:
         observes: bool = False,
     ):
         self.round = 0  # the number of the optimizer's step that this plan has last taken
-        self.owns = True  # tensors of a step, until they are released
+        self.owns = True  # whether it holds references to the tensors of a step
         self.labels = [item.label for item in items]
         self.entries: list[Entry] = []
         self.launches: list[tuple[Bucket, backends.Launch]] = []
         self._copies: dict[int, Tensor] = {}
         self._is_first = True
-        self._holds_all = True  # as entries are made
+        self._holds_all = True  # until the first release: new entries refer to all their tensors
         self._strides: list[tuple[int, ...]] = [()] * len(items)
         self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
         self._variances: list[Entry] = []
@@ -196,7 +196,7 @@ class Plan:
                 holds = (
                     self._adopt(needs_copy)
                     and (not self._variances or self._read_variances())
-                    and cast(bool, self._reader.unchanged())
+                    and self._reader.unchanged()
                 )
             else:
                 holds = needs_copy is not None
@@ -242,7 +242,7 @@ class Plan:
 
     @torch.no_grad()
     def _adopt(self, needs_copy: list[int]) -> bool:
-        """Makes gradients usable that cannot be read where they lie; False where only a new plan will do."""
+        """Copies gradients that kernels cannot read in place; False where a dtype has changed: make a new plan."""
         for index in needs_copy:
             param, grad = self._reader.held(index)[:2]
             label = f"the gradient of {self.labels[index]}"
@@ -259,7 +259,7 @@ class Plan:
         """Takes the step whose gradients :meth:`read` has found, as a whole or not at all.
 
         On a GPU there is a window: between the launch and the commit of counts and versions, which follows it at once,
-        an exception from a signal handler finds parameters of after the step and counts of before it.
+        a signal handler that raises leaves parameters updated and step counts not incremented.
 
         Args:
             groups: the parameter groups, in plain numbers.
@@ -309,7 +309,7 @@ class Plan:
         self._is_first = False
 
     def _written(self) -> Any:
-        """What counts a step in its version: parameters, moments, and what lies beside them."""
+        """The tensors whose version this step increments: parameters, moments, residuals, threshold states."""
         written = self._reader.written()
         if self._given_variances is None:
             return written
@@ -334,7 +334,7 @@ class Plan:
         return [_scalar_set(bucket.rule, groups[group], t) for group, t in begun]
 
     def _bind(self) -> None:
-        """Gives the entries that need tensors those of this step."""
+        """Sets parameter and state of the entries whose backend works on tensors to those of this step."""
         if not self._bound:
             return
         present = self._reader.addresses()

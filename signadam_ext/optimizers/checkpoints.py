@@ -22,8 +22,8 @@ from .groups import GroupedOptimizer, complete, label, layout_of, layouts_of
 #: Group entries that stay the constructor's when a checkpoint is loaded.
 CONSTRUCTORS = ("backend", "state_dtype", "param_storage")
 
-#: Names of hyperparameters that tell one method from another: those of torch.optim's optimizers, beside what they share
-#: with ours, and of every subclass here.
+#: Names of hyperparameters by which a checkpoint of another method is recognised: those that only torch.optim uses, and
+#: the HYPERPARAMETERS of every subclass of SignOptimizer.
 DISTINCTIVE = {
     *("beta", "momentum", "dampening", "nesterov", "amsgrad", "eps", "alpha", "centered", "rho", "etas", "step_sizes"),
     *("lambd", "t0", "momentum_decay", "lr_decay", "initial_accumulator_value", "beta2_decay", "d", "max_iter"),
@@ -46,7 +46,7 @@ def exported(optimizer: GroupedOptimizer) -> dict[str, Any]:
 
 
 def save(optimizer: GroupedOptimizer, path: str | os.PathLike[str]) -> None:
-    """Writes the same to a file, one tensor at a time."""
+    """Writes what :func:`exported` returns to a file, one tensor at a time."""
     with optimizer.runtime.between_steps():
         layouts = layouts_of(optimizer)
         groups = _exported_groups(optimizer, _numbers(optimizer))
@@ -237,8 +237,8 @@ def _put_in_place(
     runtime = optimizer.runtime
     runtime.lock.refuse_nested()
     with runtime.lock.held:
-        # An object that poses as the optimizer's class would keep it to itself. One that has copied the attributes
-        # has the old ones still.
+        # The optimizer may be a trainer's wrapper: what it wraps takes the state, and then the wrapper's own copies of
+        # the attributes are renewed.
         owner: Any = runtime.owner() or optimizer
         owner.__setstate__({"state": state, "param_groups": groups})
         if owner is not optimizer:
@@ -258,7 +258,7 @@ def _adopted(
     seeds = [group["seed"] for group in groups for _ in group["params"]]
     enabled = torch.is_grad_enabled()
     try:
-        # What is made for later steps must not be of inference mode.
+        # State outlives this call, so it must not be made of inference tensors.
         with outside_inference_mode(), torch.no_grad():
             for param_id, (number, layout) in enumerate(numbered):
                 found = entries(number)

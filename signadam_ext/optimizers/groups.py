@@ -54,7 +54,7 @@ def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
 
 
 def keep_first_of_each(group: dict[str, Any]) -> None:
-    """A parameter listed twice, which torch warns about, is updated once a step."""
+    """Removes repeated parameters, which torch warns about, from a group, with their names."""
     first: dict[int, int] = {}
     for i, param in enumerate(group["params"]):
         first.setdefault(id(param), i)
@@ -89,7 +89,7 @@ def layouts_of(optimizer: GroupedOptimizer) -> list[tuple[int, Layout]]:
 
 
 def warn_of_variance(optimizer: GroupedOptimizer, group: Group) -> None:
-    """Few bits add variance to a momentum, the more of it the longer it remembers."""
+    """Warns once if a group's beta exceeds the limit of its few-bit momentum: the variance that rounding adds grows."""
     rule = rule_of(type(optimizer), group)
     form = rule.forms(group)[0] if rule.moments else None
     limit = None if form is None else form.largest_beta

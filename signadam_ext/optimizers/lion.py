@@ -31,7 +31,8 @@ class Lion(SignOptimizer):
 
     Args:
         {params}
-        lr: learning rate, at least 0; every entry moves by exactly this much. A float or a CPU tensor of one element.
+        lr: learning rate, at least 0; an entry moves by this much, or not at all where the sign is 0. A float or a CPU
+            tensor of one element.
         betas: weight of the momentum in the step, and its decay, each in [0, 1).
         {unbounded_state}
         {common}

@@ -30,8 +30,8 @@ class SignSGD(SignOptimizer):
 
     Args:
         {params}
-        lr: learning rate, at least 0; every entry moves by exactly this much. A float or a CPU tensor of one
-            element. The default is [SA]'s for MNIST; [SA] uses 1e-4 on CIFAR.
+        lr: learning rate, at least 0; an entry moves by this much, or not at all where the sign is 0. A float or a CPU
+            tensor of one element. The default is [SA]'s for MNIST; [SA] uses 1e-4 on CIFAR.
         alpha: threshold of the gate, at least 0, absolute, in units of the gradient.
         {common}
 

@@ -29,7 +29,8 @@ class Signum(SignOptimizer):
 
     Args:
         {params}
-        lr: learning rate, at least 0; every entry moves by exactly this much. A float or a CPU tensor of one element.
+        lr: learning rate, at least 0; an entry moves by this much, or not at all where the sign is 0. A float or a CPU
+            tensor of one element.
             1e-4 is a common choice for large models; the default is [SA]'s for MNIST.
         {beta}
         {unbounded_state}

@@ -103,7 +103,7 @@ def _read_groups(optimizer: GroupedOptimizer) -> list[dict[str, Any]]:
 
 
 def _plan_key(optimizer: GroupedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
-    """What a plan depends on in a group, beside what is read anew each step."""
+    """Values of a group that need a new plan when they change."""
     rule = rule_of(type(optimizer), group)
     return rule, group["backend"], group.get("state_dtype"), group["param_storage"], group["seed"]
 
@@ -120,7 +120,7 @@ def make_plan(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> 
 def _plan_of(optimizer: GroupedOptimizer, items: list[Item], groups: Sequence[dict[str, Any]]) -> Plan:
     """A plan that has read its first gradients."""
     runtime = optimizer.runtime
-    # What is made for later steps must not be of one that runs in inference mode.
+    # State outlives this step, so it must not be made of inference tensors.
     for _ in range(PLANNING_ATTEMPTS):
         with outside_inference_mode(), torch.no_grad():
             plan = Plan(items, state=optimizer.state, observes=runtime.observes)
@@ -154,7 +154,7 @@ def make_item(
         param_storage=group["param_storage"],
         seed=group["seed"],
         param_id=param_id,
-        # Torch makes the state that a distributed checkpoint is read into by a step without a learning rate.
+        # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.
         at_rest=not own and group["lr"] == 0,
     )
 

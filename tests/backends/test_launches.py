@@ -208,9 +208,8 @@ def test_parameters_are_as_many_bytes_as_kernels_declare(library: ctypes.CDLL) -
 def test_triton_signature() -> None:
     """The backend gives the kernel every constant, and in order the tensors of ahead-of-time compilation."""
     pytest.importorskip("triton")
-    from signadam_ext.triton_kernels.update import update
-
     from signadam_ext.backends.triton import launch_options
+    from signadam_ext.triton_kernels.update import update
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton interprets, so that its kernels have no signature")

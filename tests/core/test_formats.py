@@ -14,7 +14,7 @@ from support.strategies import same_bits
 from torch import Tensor
 
 import signadam_ext
-from signadam_ext.core import formats
+from signadam_ext.core import formats, tensors
 from signadam_ext.core.random_bits import bits_for_m, bits_for_v, keys, random_bits
 
 ALL_BITS = torch.arange(1 << 16)
@@ -681,3 +681,16 @@ def test_much_added_variance_is_said_once():
             signadam_ext.SignAdamPP([{"params": [p]}, {"params": [q]}], beta=beta, state_dtype=sd)
         assert len(caught) == warns, (sd, beta)
         assert all("momentum with beta" in str(w.message) and w.filename == __file__ for w in caught)
+
+
+def test_numbers_of_formats_are_those_of_checkpoints():
+    """Files hold them: a new form goes to the end of SIGNADAM_FORMATS."""
+    assert {form.kind: form.number for form in formats.FORMATS.values()} == {
+        **{"fp32": 0, "bf16": 1, "int8": 3, "int4": 4, "int2": 5, "int8_block32": 6}
+    }
+
+
+def test_a_lack_of_memory_is_told_as_such():
+    one = torch.zeros(1).expand(1 << 50)
+    with pytest.raises(RuntimeError, match="memory"):
+        tensors.made_real("the gradient of w", one, (1,))

@@ -15,6 +15,7 @@ from torch import nn
 import signadam_ext
 from signadam_ext import Adam, SignAdamPP, SignSGD, Signum, memory
 from signadam_ext.core.formats import MOMENT_DTYPES, UNBOUNDED
+from signadam_ext.core.renamed import NAMES
 
 
 def model() -> nn.Module:
@@ -83,6 +84,11 @@ def test_groups_may_be_given_the_old_name_between_steps(then: str) -> None:
 def test_both_names_are_refused() -> None:
     with pytest.raises(TypeError, match="weights and param_storage are two names of the same hyperparameter"):
         SignAdamPP(model().parameters(), weights="master", param_storage="master")
+
+
+def test_what_a_step_looks_for_is_all_that_was_renamed() -> None:
+    """``Hyperparameters.read`` names them, for two lookups are faster than a loop."""
+    assert NAMES.keys() == {"weights"}
 
 
 def test_a_hint_for_a_typing_error_is_todays_name() -> None:

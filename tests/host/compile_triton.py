@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from signadam_ext.triton_kernels import rules
-from signadam_ext.triton_kernels.update import update
 from support.toolchain import TRITON_TENSORS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from signadam_ext.backends.triton import launch_options
+from signadam_ext.triton_kernels import rules
+from signadam_ext.triton_kernels.update import update
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 

@@ -352,9 +352,8 @@ class Step:
 
     def triton(self) -> list[TritonLaunch]:
         """What the Triton backend launches on NVIDIA's GPUs."""
-        from signadam_ext.triton_kernels import update as kernels
-
         from signadam_ext.backends.triton import TritonBackend
+        from signadam_ext.triton_kernels import update as kernels
 
         launches: list[TritonLaunch] = []
         recorder = _Recorder(lambda bucket, grad: TritonBackend().prepare(bucket, grad))

@@ -85,7 +85,7 @@ class Bounded:
         return Bounded(np.sign(self.value), np.where(certain, 0.0, 2.0))
 
 
-def threshold_state(g: Bounded, alpha: float) -> Bounded:
+def gated_sign(g: Bounded, alpha: float) -> Bounded:
     """[SA] Sec. 4: the sign of those entries whose magnitude exceeds alpha. ``g`` and ``alpha`` are exact here."""
     return Bounded.exact(np.where(np.abs(g.value) > alpha, np.sign(g.value), 0.0))
 
@@ -97,7 +97,7 @@ Formula = Callable[[Bounded, Bounded, State, int, dict[str, Any]], Bounded]
 
 def sign_sgd(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
     """[BW] Alg. 1, with the gate."""
-    return p - Bounded.scalar(h["lr"]) * threshold_state(g, h["alpha"])
+    return p - Bounded.scalar(h["lr"]) * gated_sign(g, h["alpha"])
 
 
 def signum(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
@@ -136,7 +136,7 @@ def sign_adam_pp(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]
         # fp32 and float64 must agree on every comparison for the formula to be followed at all.
         assert np.abs(np.abs(g.value) - alpha).min() > 1e-6 * alpha
     beta = h["beta"]
-    state["exp_avg"] = Bounded.scalar(beta) * state["exp_avg"] + Bounded.scalar(1 - beta) * threshold_state(g, alpha)
+    state["exp_avg"] = Bounded.scalar(beta) * state["exp_avg"] + Bounded.scalar(1 - beta) * gated_sign(g, alpha)
     return p - Bounded.scalar(h["lr"]) * state["exp_avg"]
 
 
