@@ -52,12 +52,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("use", choices=(*USES, "left-out"), help="left-out: those that are not run, with the reasons")
     options = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
     if options.use == "left-out":
-        for block in left_out(text):
-            print(f"{block.use}: {block.lines}", end="")
+        for page in (README, *sorted((README.parent / "docs").glob("*.md"))):
+            for block in left_out(page.read_text(encoding="utf-8")):
+                print(f"{page.name}, {block.use or 'for a reader to run'}: {block.lines}", end="")
     else:
-        print(commands(text, options.use), end="")
+        print(commands(README.read_text(encoding="utf-8"), options.use), end="")
 
 
 if __name__ == "__main__":
