@@ -26,7 +26,7 @@ settings.load_profile("quick")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "actions of tests/test_fuzz.py: 300, of the thorough profile 2000, 10^6 for a night"
+    text = "actions of tests/test_fuzz.py: 200, of the thorough profile 2000, 10^6 for a night"
     parser.addoption("--fuzz-actions", type=int, default=None, help=text)
     parser.addoption("--fuzz-seed", type=int, default=7, help="its seed")
 

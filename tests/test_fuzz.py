@@ -16,7 +16,7 @@ FUZZER = Path(__file__).with_name("fuzzer.py")
 def test_random_actions_find_no_fault(request: pytest.FixtureRequest, tmp_path: Path, thorough: bool) -> None:
     """In a process of its own: the fuzzer raises signals, and what it looks for may crash."""
     actions, seed = request.config.getoption("--fuzz-actions"), request.config.getoption("--fuzz-seed")
-    actions = actions or (2000 if thorough else 300)
+    actions = actions or (2000 if thorough else 200)
     out, trace = tmp_path / "fuzz.json", tmp_path / "trace"
     command = [sys.executable, str(FUZZER), f"--actions={actions}", f"--seed={seed}", "--stop"]
     command += [f"--json={out}", f"--trace={trace}"]

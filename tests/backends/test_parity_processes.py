@@ -35,8 +35,10 @@ def run(profile: str, **environment: str) -> None:
     assert "passed" in result.stdout
 
 
+# Compiled from one text, of which test_parity.py runs the best.
+@pytest.mark.thorough
 @pytest.mark.parametrize("capability", ["portable", "avx2", "avx512"])
-def test_instruction_sets(capability: str, thorough: bool) -> None:
+def test_instruction_sets(capability: str) -> None:
     if capability == _C.cpu_capability():
         pytest.skip(f"{capability} is what test_parity.py runs here")
     probe = subprocess.run(
@@ -48,8 +50,7 @@ def test_instruction_sets(capability: str, thorough: bool) -> None:
     if probe.returncode != 0:
         pytest.skip(probe.stderr.strip().splitlines()[-1])
     assert probe.stdout.strip() == capability
-    # Compiled from the text of the others, which test_parity.py draws for.
-    run("medium" if thorough else "few", SIGNADAM_CPU_CAPABILITY=capability)
+    run("medium", SIGNADAM_CPU_CAPABILITY=capability)
 
 
 def test_triton_interpreted(thorough: bool) -> None:

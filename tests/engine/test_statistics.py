@@ -63,14 +63,13 @@ def test_equals_the_reference_and_changes_nothing(row: Row, stored: bool) -> Non
     assert_same(a, b)
 
 
-def test_other_backend(thorough: bool) -> None:
+@pytest.mark.thorough
+def test_other_backend() -> None:
     """The same in a process that interprets Triton's kernels."""
     if BACKEND != "cpu":
         pytest.skip("this is that process")
     pytest.importorskip("triton")
     some = "sign_sgd-gated or sign_adam_pp or msvag_minibatch or amsgrad"
-    if not thorough:
-        some = "stored and sign_adam_pp-adaptive"
     command = [sys.executable, "-m", "pytest", "-qx", __file__, "-k", f"equals_the_reference and ({some})"]
     done = subprocess.run(
         command,

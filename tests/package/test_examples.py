@@ -27,6 +27,7 @@ def train_gpt(*arguments, cwd):
     )
 
 
+@pytest.mark.thorough
 def test_example_resumes_bit_for_bit(tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(SCRIPT.read_bytes() * 3)
