@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import median
 
@@ -222,6 +223,7 @@ def _link(path: Path) -> str:
 # The README
 
 
+@cache
 def _only(folder: Path) -> present.Report:
     """The one report of a folder that was made without a GPU."""
     reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
@@ -248,9 +250,12 @@ def _speed(optimizer: str, shapes: str, dtype: str) -> present.Row:
     return row
 
 
-def _example() -> dict[str, present.Row]:
-    found: dict[str, present.Row] = json.loads((EXAMPLES / "train_gpt.json").read_text())["runs"]
-    return found
+def _example() -> tuple[dict[str, present.Row], str]:
+    """The example's runs, and what they are."""
+    found = json.loads((EXAMPLES / "train_gpt.json").read_text())
+    runs: dict[str, present.Row] = found["runs"]
+    parameters = runs["SignAdamPP"]["state_bytes"] / runs["SignAdamPP"]["state_bytes_per_parameter"]
+    return runs, f"GPT of {parameters / 1e6:.1f}M, {found['config']['steps']} steps, one seed"
 
 
 def glance() -> str:
@@ -258,7 +263,7 @@ def glance() -> str:
     gpt = json.loads((EXPERIMENTS / "convergence" / "gpt.json").read_text())
     losses = {name: gpt["methods"][name]["loss"] for name in ("sign_adam_pp_int2_stochastic", "adamw")}
     ours, theirs = _bytes(*FEW_BITS), _bytes(*MIXED)
-    example = _example()
+    example, title = _example()
     step = _speed("SignAdamPP", "GPT-2 small", "float32")["to_fused_adamw"]["median"]
     steps = gpt["problem"]["steps"]
     lines = [
@@ -274,7 +279,7 @@ def glance() -> str:
             *(f"{losses[name]['mean']:.3f}" for name in ("sign_adam_pp_int2_stochastic", "adamw")),
         ],
         [
-            "validation loss, the example's GPT, 800 steps, one seed, fp32 state",
+            f"validation loss, the example's {title}, fp32 state",
             *(f"{example[name]['val_loss']:.3f}" for name in ("SignAdamPP", "AdamW")),
         ],
     ]
@@ -291,10 +296,10 @@ def quality() -> str:
         steps, seeds = report["problem"]["steps"], methods[0]["loss"]["seeds"]
         losses = [f"{method['loss']['mean']:.3f}" for method in methods]
         lines.append([f"{title}, {steps} steps, {seeds} seeds: {what}", *losses])
-    example = _example()
+    example, title = _example()
     lines.append(
         [
-            "GPT of 0.7M, 800 steps, 1 seed: validation loss",
+            f"{title}: validation loss",
             *(f"{example[name]['val_loss']:.3f}" for name in ("AdamW", "SignAdamPP")),
             "-",
         ]

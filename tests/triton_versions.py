@@ -9,14 +9,16 @@ release the oldest that pyproject.toml allows and one of each later minor versio
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support.toolchain import compile_triton, rules
+
+from signadam_ext.core.native import compiled
+
 #: Every storage form of both operands, each way to find a threshold, a given variance, statistics.
 KERNELS = (
     {"RULE": "sign_adam_pp"},
@@ -30,44 +32,22 @@ KERNELS = (
 )
 
 
-def compile_all() -> None:
-    """Compiles :data:`KERNELS` with the Triton that is imported."""
-    import triton
-    from support.toolchain import TRITON_TENSORS, rules
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from signadam_ext.backends.triton import launch_options
-    from signadam_ext.core.formats import PARAM_STORAGES
-    from signadam_ext.core.native import compiled
-    from signadam_ext.triton_kernels import rules as functions
-    from signadam_ext.triton_kernels.update import update
-
-    known = rules()
-    names = [parameter.name for parameter in update.params]
+def jobs() -> list[tuple[str, dict[str, object]]]:
+    """:data:`KERNELS` with all their constants, for sm_90."""
+    formats = ("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "AUX")
+    found = []
     for given in KERNELS:
-        rule = known[given["RULE"]]
-        constants = {
-            **dict.fromkeys(("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "AUX"), "fp32"),
+        rule = rules()[str(given["RULE"])]
+        constants: dict[str, object] = {
+            **dict.fromkeys(formats, "fp32"),
             **{"PARAM_STORAGE": "nearest", "THRESHOLD_PASS": 0, "OBSERVES": False, "CONFIDENCE": None},
             **{"MOMENTS": rule.moments, "READS_VARIANCE": rule.reads_variance},
             **given,
         }
-        for name in ("PARAM", "GRAD", "EXP_AVG", "EXP_AVG_SQ", "AUX"):
-            constants[name] = compiled.FORMATS[constants[name]][0]
-        constants["PARAM_STORAGE"] = PARAM_STORAGES[constants["PARAM_STORAGE"]]
-        options = launch_options(constants, nvidia=True)
-        constants["RULE"] = getattr(functions, given["RULE"])
-        if triton.__version__ < "3.3":
-            tensors = {name: TRITON_TENSORS[name] for name in names if name in TRITON_TENSORS}
-            source = ASTSource(update, tensors, constants=constants)
-        else:
-            signature = {name: TRITON_TENSORS.get(name, "constexpr") for name in names}
-            by_place = {(names.index(name),): value for name, value in constants.items()}
-            source = ASTSource(update, signature, constexprs=by_place)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert made.asm["cubin"], given
-    print(json.dumps({"triton": triton.__version__, "kernels": len(KERNELS)}))
+        constants |= {name: compiled.FORMATS[str(constants[name])][0] for name in formats}
+        constants["PARAM_STORAGE"] = compiled.PARAM_STORAGES[str(constants["PARAM_STORAGE"])]
+        found.append(("sm_90", constants))
+    return found
 
 
 def main() -> int:
@@ -76,15 +56,19 @@ def main() -> int:
     failed = []
     for version in parser.parse_args().versions:
         with tempfile.TemporaryDirectory() as folder:
-            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder]
+            packages, made = Path(folder, "packages"), Path(folder, "made")
+            made.mkdir()
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
             subprocess.run([*pip, f"triton=={version}"], check=True)
-            paths = (folder, str(ROOT), str(ROOT / "tests"))
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": f"{folder}/cache"}
-            code = "import triton_versions; triton_versions.compile_all()"
-            done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        print(version, done.stdout.strip() if done.returncode == 0 else done.stderr[-2000:])
-        if done.returncode != 0:
-            failed.append(version)
+            try:
+                paths = compile_triton(jobs(), made, before=[str(packages)])
+            except AssertionError as error:
+                print(version, error)
+                failed.append(version)
+            else:
+                print(
+                    version, sum(path.with_suffix(".cubin").exists() for path in paths), "of", len(KERNELS), "kernels"
+                )
     return 1 if failed else 0
 
 

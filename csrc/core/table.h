@@ -53,7 +53,7 @@ struct TensorEntry {
   int64_t numel;
   uint32_t first_chunk;
   Formats formats;
-  uint8_t head;          // elements before the first 16-byte boundary
+  uint8_t head;          // elements of the parameter before its first 16-byte boundary; 0 where a moment is packed
   void* residual;        // split16: int16; split8: int8; master: fp32; otherwise null
   int64_t shard_offset;  // index of the first element in the unsharded tensor, for random bits
 

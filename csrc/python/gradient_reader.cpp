@@ -1,6 +1,5 @@
 #include "gradient_reader.h"
 
-#include <algorithm>
 #include <stdexcept>
 #include <unordered_set>
 #include <utility>

@@ -49,6 +49,10 @@ class Item:
     shard_offset: int = 0
     at_rest: bool = False
 
+    def grad_variance(self) -> Any:
+        """The variance of its gradient: as it was handed over, or as the parameter has it; None without either."""
+        return self.variance if self.variance is not None else getattr(self.param, "grad_variance", None)
+
 
 @dataclass(slots=True)
 class Participant:
@@ -85,7 +89,7 @@ def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
         tensors.executed(item.label)
         fitted = item.fit()
         if item.rule.reads_variance:
-            variance = item.variance if item.variance is not None else getattr(item.param, "grad_variance", None)
+            variance = item.grad_variance()
             if variance is not None or not item.at_rest:
                 tensors.variance(item.label, variance, item.param)
         return Participant(index, item, grad, fitted, _backend(item))
@@ -140,7 +144,7 @@ def entry_of(found: Participant) -> Entry:
         item.shard_offset,
     )
     if item.rule.reads_variance and grad is not None:
-        given = item.variance if item.variance is not None else getattr(param, "grad_variance", None)
+        given = item.grad_variance()
         if given is not None and is_readable(given, entry.strides):
             entry.variance, entry.variance_address = given, given.data_ptr()
         else:

@@ -145,11 +145,11 @@ class Plan:
                 self._reader.watch(item.group, None, (), torch.float32, ())
                 continue
             fitted = found.fitted
-            tensors = [
+            state = [
                 *fitted.moments,
                 *(x for x in (fitted.residual, fitted.threshold_state, fitted.step) if x is not None),
             ]
-            entries = zip(item.state_names, tensors, strict=True) if item.state_names else ()
+            entries = zip(item.state_names, state, strict=True) if item.state_names else ()
             dtype = self._grad_dtypes[index]
             assert dtype is not None
             self._reader.watch(item.group, item.param, self._strides[index], dtype, tuple(entries))
@@ -162,9 +162,7 @@ class Plan:
         for entry in self._variances:
             if entry.variance is not None and entry.variance_address is None:
                 made.setdefault(entry.param.device, []).append(entry.variance)
-        return [
-            StreamGuarded(device, *tensors) for device, tensors in made.items() if device.type == "cuda" and tensors
-        ]
+        return [StreamGuarded(device, *own) for device, own in made.items() if device.type == "cuda" and own]
 
     def grad(self, index: int) -> Tensor:
         """The gradient of a parameter in the memory order of its parameter, for backends that take tensors."""

@@ -60,9 +60,8 @@ class SignOptimizer(Optimizer):
         for name in checks.TORCH_OPTIONS:
             checks.torch_option(name, defaults.pop(name))
         self.runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))
-        defaults["seed"] = hyperparameters.checked(type(self), defaults)[
-            "seed"
-        ]  # schedulers change numbers, but no seed
+        # Schedulers change numbers, but no seed.
+        defaults["seed"] = hyperparameters.checked(type(self), defaults)["seed"]
         # In the groups, because flattened distributed checkpoints take what groups in memory have.
         defaults["method"] = method_of(type(self))
         super().__init__(params, defaults)
@@ -261,7 +260,9 @@ class SignOptimizer(Optimizer):
         if runtime is None:
             runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)), has_warned=True)
             taken["runtime"] = runtime
-        taken["defaults"] = defaults = names_today({**vars(self), **state}["defaults"], warns=False)
+        if "defaults" in state:  # a copy or a pickle; a checkpoint has none
+            taken["defaults"] = names_today(state["defaults"], warns=False)
+        defaults = {**vars(self), **taken}["defaults"]
         for group in state.get("param_groups", ()):
             complete(group, defaults)
         # Plans compare groups and state with what they know; what was observed is of before.

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..core import hyperparameters
 from ..core.formats import effective_param_storage
 from ..core.renamed import warn_user
-from ..core.rule import Group, Rule, RuleChoice, rule_of
+from ..core.rule import Group, HasRule, rule_of
 from ..engine.runtime import Runtime
 from ..state.checkpoint import Layout
 
 
-class GroupedOptimizer(Protocol):
+class GroupedOptimizer(hyperparameters.Declaring, HasRule, Protocol):
     """An optimizer of this package, as far as steps and checkpoints need it."""
-
-    HYPERPARAMETERS: ClassVar[hyperparameters.Checks]
-    COMMON: ClassVar[dict[str, Any]]
-    RULE: ClassVar[Rule | RuleChoice]
 
     param_groups: list[dict[str, Any]]
     state: Any
     defaults: dict[str, Any]
     runtime: Runtime
 
-    @classmethod
-    def check_relations(cls, group: Group) -> None: ...
     def adapt_loaded_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None: ...
     def __setstate__(self, state: dict[str, Any]) -> None: ...
 

@@ -128,6 +128,13 @@ def test_old_checkpoints_and_pickles_load(new: str) -> None:
         assert all(map(same_bits, trained(unpickled, net), expected))
 
 
+def test_loading_leaves_the_defaults_alone() -> None:
+    optimizer = SignAdamPP(model().parameters(), lr=1e-2)
+    defaults = optimizer.defaults
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.defaults is defaults
+
+
 def test_memory_takes_the_old_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(DeprecationWarning) as record:
         old = memory.estimate([(30, 7)], weights="split8", param_dtype="bf16")

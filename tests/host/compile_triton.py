@@ -29,11 +29,14 @@ def compile_one(target: str, constants: dict[str, Any]) -> triton.compiler.Compi
     constants = {**constants, "RULE": getattr(rules, constants["RULE"])}
     names = [parameter.name for parameter in update.params]
     # No hint about the arguments' alignment: the wide accesses must not depend on where the tables happen to lie.
-    source = ASTSource(
-        update,
-        {name: TRITON_TENSORS.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-    )
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        source = ASTSource(update, {name: TRITON_TENSORS[name] for name in names if name in TRITON_TENSORS}, constants)
+    else:
+        source = ASTSource(
+            update,
+            {name: TRITON_TENSORS.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

@@ -163,12 +163,15 @@ TRITON_TENSORS = {
 }
 
 
-def compile_triton(jobs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path) -> list[Path]:
+def compile_triton(
+    jobs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path, before: Sequence[str] = ()
+) -> list[Path]:
     """Compiles triton_kernels.update without a device, in a process of its own.
 
     Args:
         jobs: of each a target ("sm_90", "gfx942") and the kernel's constants, the rule by its name.
         folder: where what Triton makes is written.
+        before: folders that are searched for modules first, for another Triton than that of the tests.
 
     Returns:
         For each job a path that lacks a suffix: ``.ptx`` and ``.cubin``, or ``.amdgcn``; and ``.json``, which holds the
@@ -180,7 +183,7 @@ def compile_triton(jobs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path) 
     done = subprocess.run(
         [sys.executable, str(HOST / "compile_triton.py"), str(folder)],
         cwd=ROOT,
-        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=environment | {"PYTHONPATH": os.pathsep.join(path for path in (*before, *sys.path) if path)},
         input=json.dumps(jobs),
         capture_output=True,
         text=True,
