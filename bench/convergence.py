@@ -2,7 +2,7 @@
 
 import sys
 
-from experiments.convergence import main
+from experiments.convergence.program import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reporting import machine
+from reporting.runs import student_t
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUT = RESULTS.with_name("out")  # what --quick writes: never over a full run
@@ -62,28 +62,6 @@ def rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
-
-
-@cache
-def student_t(degrees: int, confidence: float = 0.95) -> float:
-    """The two-sided quantile of Student's t: the t with P(|T| <= t) = confidence.
-
-    With x = sqrt(degrees) * tan(a), the density is proportional to cos(a)**(degrees - 1), which Simpson's rule on
-    1000 intervals integrates to more digits than are printed anywhere.
-    """
-    full = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
-
-    def inside(angle: float) -> float:
-        n = 1000
-        heights = [math.cos(angle * i / n) ** (degrees - 1) for i in range(n + 1)]
-        total = heights[0] + heights[-1] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2])
-        return 2 * full * total * angle / n / 3
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < confidence else (low, middle)
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
 
 
 def interval(values: Sequence[float] | Tensor, confidence: float = 0.95) -> dict[str, Any]:

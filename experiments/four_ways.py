@@ -349,7 +349,7 @@ def draw(result: Run, plt: Any) -> Any:
                 if lines:
                     steps = [(i + 1) * settings["steps_between_evaluations"] for i in range(len(lines[0]))]
                     shown = f"{method['label']}, {method['lr']:g}"
-                    band(axes, steps, lines, True, color=COLORS[key], label=shown)
+                    band(axes, steps, lines, color=COLORS[key], label=shown)
             axes.set(xlabel="step", title=label)
             axes.set_yscale("log")
         row[0].set_ylabel(settings["title"])

@@ -374,7 +374,7 @@ def draw(result: Run, plt: Any) -> Any:
         for color, values in zip(colors, entry["sparsity"].values(), strict=False):
             lines = values["layers"]["all"]["by_seed"]
             steps = [(i + 1) * every for i in range(len(lines[0]))]
-            band(row[0], steps, lines, True, color=color, label=values["label"])
+            band(row[0], steps, lines, color=color, label=values["label"])
         row[0].set(title="share dropped by the gate, all layers", xlabel="step", ylim=(-0.02, 1.02))
         if entry["sparsity"]:
             row[0].legend(frameon=False, fontsize=8)
@@ -396,7 +396,7 @@ def draw(result: Run, plt: Any) -> Any:
                     lines = look[unit]["curves"][kind]
                     if lines:
                         shown = f"{kind}, step {look['step']}"
-                        band(axes, thresholds, lines, True, color=color, linestyle=style, label=shown)
+                        band(axes, thresholds, lines, color=color, linestyle=style, label=shown)
             axes.set_xscale("log")
             units = "of the gradient" if unit == "absolute" else "of the sample's root mean square"
             axes.set(title="remaining ratio of the norm", xlabel=f"threshold, in units {units}", ylim=(-0.02, 1.02))

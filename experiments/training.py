@@ -37,9 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import signadam_ext
-from experiments.convergence import GPT, GPTConfig, Preset, digest, load_data, training_batch, windows
 from reporting import machine
 from reporting import runs as kept
+from reporting.problems import GPT, GPTConfig, Preset, digest, load_data, training_batch, windows
 from reporting.runs import Run, compact_json, paired, rounded, write
 
 FOLDER = Path(__file__).resolve().parent
@@ -252,7 +252,7 @@ LSTM_TEXT = Problem(
     "lstm",
     "An LSTM on text",
     Text,
-    "gpt",
+    "text",
     {
         "model": {"lstm": {"hidden": 64, "layers": 1, "embedding": 32}, "block_size": 32},
         "batch_size": 16,
@@ -268,7 +268,7 @@ GPT_TEXT = Problem(
     "gpt",
     "A small GPT on text",
     Text,
-    "gpt",
+    "text",
     {
         "model": {"gpt": {"n_layer": 2, "n_head": 2, "n_embd": 48, "block_size": 32}},
         "batch_size": 8,

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,20 @@ def commit() -> str:
         return os.environ.get("SIGNADAM_COMMIT", "unknown")
     changed = _output("git", "status", "--porcelain", "--", ".", *(f":!{path}" for path in WRITTEN))
     return sha + ("+changes" if changed else "")
+
+
+class NotCommitted(RuntimeError):
+    """A result was made by code that no commit of this repository holds."""
+
+
+def require_commits(commits: Iterable[str | None]) -> None:
+    """Raises `NotCommitted` for a commit that is unknown, is marked as changed, or is not one of this repository's."""
+    for sha in sorted({commit or "unknown" for commit in commits}):
+        if sha.endswith("+changes") or _output("git", "cat-file", "-e", f"{sha}^{{commit}}") is None:
+            raise NotCommitted(
+                f"a result was made by {sha}, which git cannot give back. Commit first, build the module from a clean "
+                "tree, and measure again."
+            )
 
 
 def facts() -> dict[str, Any]:

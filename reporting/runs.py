@@ -8,6 +8,7 @@ loses only the runs in progress.
 from __future__ import annotations
 
 import fcntl
+import gzip
 import json
 import math
 import multiprocessing
@@ -15,6 +16,7 @@ import os
 import signal
 import statistics
 import sys
+import tarfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,9 +31,6 @@ from tqdm import tqdm
 from reporting import machine
 
 DIGITS = 5  # significant ones, of a float in the results
-
-# Two-sided 95 % quantiles of Student's t, by degrees of freedom from 1.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 Run = dict[str, Any]
 
@@ -201,25 +200,68 @@ def supervise(
     return failed
 
 
+def pack(folder: Path, archive: Path) -> None:
+    """Keep all finished runs of a folder in one file, the same bytes for the same runs.
+
+    Raises `machine.NotCommitted` when one was made by a module that no commit holds.
+    """
+    paths = sorted(folder.glob("*/*.json"))
+    machine.require_commits(json.loads(path.read_text(encoding="utf-8"))["environment"]["commit"] for path in paths)
+    partial = archive.with_suffix(f".{os.getpid()}.partial")
+    with (
+        open(partial, "wb") as file,
+        gzip.GzipFile("", "wb", mtime=0, fileobj=file) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for path in paths:
+            entry = tarfile.TarInfo(path.relative_to(folder).as_posix())
+            entry.size = path.stat().st_size
+            with open(path, "rb") as content:
+                tar.addfile(entry, content)
+    os.replace(partial, archive)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Put the kept runs where they are looked for; what is there already stays as it is."""
+    if not archive.exists():
+        return
+    with tarfile.open(archive) as tar:
+        for entry in tar:
+            target = folder / entry.name
+            if not target.exists() and (content := tar.extractfile(entry)) is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write(target, content.read().decode())
+
+
+@cache
+def student_t(degrees: int, confidence: float = 0.95) -> float:
+    """The two-sided quantile of Student's t: the t with P(|T| <= t) = confidence."""
+    from scipy import stats
+
+    return float(stats.t.ppf((1 + confidence) / 2, degrees))
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the 95 % confidence interval of the values' mean (Student's t); None of fewer than two."""
+    if len(values) < 2:
+        return None
+    return student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def paired(differences: Sequence[float]) -> Run:
     """The mean of paired differences with its 95 % confidence interval (Student's t)."""
-    n = len(differences)
-    mean = statistics.fmean(differences)
-    if n < 2:
-        return {"n": n, "mean": mean, "low": None, "high": None}
-    half = STUDENT_T[n - 2] * statistics.stdev(differences) / math.sqrt(n)
-    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half}
+    mean, half = statistics.fmean(differences), half_width(differences)
+    low, high = (None, None) if half is None else (mean - half, mean + half)
+    return {"n": len(differences), "mean": mean, "low": low, "high": high}
 
 
-def band(axes: Any, steps: Sequence[float], lines: Sequence[Sequence[float]], interval: bool, **style: Any) -> None:
-    """The mean over seeds; around it the 95 % interval of that mean, or the standard deviation of the lines."""
+def band(axes: Any, steps: Sequence[float], lines: Sequence[Sequence[float]], **style: Any) -> None:
+    """The mean over seeds, and around it its 95 % confidence interval."""
     columns = list(zip(*lines, strict=True))
     middle = [statistics.fmean(column) for column in columns]
     axes.plot(steps, middle, linewidth=1.6, **style)
-    if len(lines) < 2:
-        return
-    half = [statistics.stdev(column) for column in columns]
-    if interval:
-        half = [h * STUDENT_T[len(lines) - 2] / math.sqrt(len(lines)) for h in half]
-    low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
-    axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    halves = [half_width(column) for column in columns]
+    low = [m - h for m, h in zip(middle, halves, strict=True) if h is not None]
+    high = [m + h for m, h in zip(middle, halves, strict=True) if h is not None]
+    if low:
+        axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)

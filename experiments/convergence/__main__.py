@@ -1,0 +1,5 @@
+import sys
+
+from experiments.convergence.program import main
+
+sys.exit(main())
