@@ -22,10 +22,8 @@ COLORS = {
     PLUS: "tab:red",
     "signum": "tab:purple",
     "sign_adam": "tab:orange",
-    "sign_adam_pp_adaptive0.25": "tab:pink",
     "sign_adam_pp_adaptive0.5": "tab:brown",
     "sign_adam_pp_beta0.95": "salmon",
-    "sign_adam_pp_beta0.99": "peachpuff",
     FEW_BITS: "tab:blue",
     "sign_adam_pp_int4_stochastic": "tab:cyan",
     "sign_adam_pp_int8_stochastic": "tab:olive",
@@ -35,7 +33,6 @@ COLORS = {
     "sign_adam_pp_int2_split8": "mediumorchid",
     "sign_adam_pp_int2_split16": "goldenrod",
     "sign_adam_pp_int2_stochastic_beta0.95": "cornflowerblue",
-    "sign_adam_pp_int2_stochastic_beta0.99": "lightsteelblue",
 }
 CURVES = (
     (
@@ -196,7 +193,7 @@ def draw_rates(plt: Any, problem: Problem, summary: dict[str, Run]) -> Any:
     forms.set_title(f"Forms of storage, seed {SEARCH_SEED}")
     for few, label, color in ((False, "fp32", "tab:red"), (True, "int2, bf16 stochastic", "tab:blue")):
         pairs: list[tuple[float, float]] = []
-        for beta in (0.9, 0.95, 0.99):
+        for beta in (0.9, 0.95):
             key = (FEW_BITS + (f"_beta{beta:g}" if beta != 0.9 else "")) if few else same_in_fp32(beta)
             for value in summary[key]["loss"]["by_seed"].values() if key in summary else ():
                 if value is not None and math.isfinite(value):
@@ -206,7 +203,7 @@ def draw_rates(plt: Any, problem: Problem, summary: dict[str, Run]) -> Any:
             xs = sorted({x for x, _ in pairs})
             means = [statistics.fmean(y for x, y in pairs if x == at) for at in xs]
             betas.plot(xs, means, "-", color=color, label=label)
-    betas.set_xticks([-math.log10(1 - beta) for beta in (0.9, 0.95, 0.99)], ["0.9", "0.95", "0.99"])
+    betas.set_xticks([-math.log10(1 - beta) for beta in (0.9, 0.95)], ["0.9", "0.95"])
     betas.set(title="SignAdamPP by beta, each at its best rate", xlabel="beta")
     if betas.lines:
         betas.legend(frameon=False, fontsize=8)

@@ -54,10 +54,8 @@ METHODS = (
     Method("signum", "Signum", signadam_ext.Signum, long=True),
     replace(_plus("", "SignAdamPP"), long=True),
     Method("sign_adam", "SignAdam", signadam_ext.SignAdam),
-    _plus("_adaptive0.25", "SignAdamPP, adaptive 0.25", confidence="adaptive", alpha=0.25),
     _plus("_adaptive0.5", "SignAdamPP, adaptive 0.5", confidence="adaptive", alpha=0.5),
     _plus("_beta0.95", "SignAdamPP, beta 0.95", beta=0.95),
-    _plus("_beta0.99", "SignAdamPP, beta 0.99", beta=0.99),
     replace(_form("int2", "stochastic", "int2, bf16 stochastic"), long=True),
     _form("int4", "stochastic", "int4, bf16 stochastic"),
     _form("int8", "stochastic", "int8, bf16 stochastic"),
@@ -67,6 +65,5 @@ METHODS = (
     _form("int2", "split16", "int2, bf16 split16"),
     _form("int2", "nearest", "int2, fp32 weights", weights="fp32"),
     _form("int2", "stochastic", "int2, bf16 stochastic, beta 0.95", beta=0.95),
-    _form("int2", "stochastic", "int2, bf16 stochastic, beta 0.99", beta=0.99),
 )
 BY_KEY = {method.key: method for method in METHODS}
