@@ -1,5 +1,5 @@
 # The few commands of every day; CONTRIBUTING.md says when.
-.PHONY: build test lint format results
+.PHONY: build test lint format results docs
 
 build:
 	pip install -e ".[dev]"
@@ -21,3 +21,6 @@ format:
 results:
 	python -m bench.summary
 	python -m experiments.page
+
+docs:
+	python -m sphinx -W docs docs/_build

@@ -37,6 +37,12 @@ NOT_COUNTED = (
 )
 
 
+DIVIDED = (
+    "an even share of everything, which no arrangement goes below; this version does not train sharded parameters "
+    "(DTensor), and data parallel training keeps all of it on every GPU"
+)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of tensors, over all parameters.
@@ -77,7 +83,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class _TensorBytes:
+class Kept:
     """What is kept for a tensor: dtypes and forms of all that has its shape, and bytes of what has not."""
 
     param: torch.dtype
@@ -126,11 +132,11 @@ def estimate(
         TypeError, ValueError: names that do not exist, and forms that do not go together, as from the constructor.
     """
     numels = [math.prod(shape) for shape in shapes]
-    kept = _kept(optimizer, state_dtype, param_storage, param_dtype, grad_dtype, hyperparameters)
+    found = kept(optimizer, state_dtype, param_storage, param_dtype, grad_dtype, hyperparameters)
     checks.one_of("gradients", gradients, GRADIENTS)
     if gradients == "all":
-        return kept.estimate(numels, None)
-    return kept.estimate(numels, max(numels, default=0) if largest is None else largest)
+        return found.estimate(numels, None)
+    return found.estimate(numels, max(numels, default=0) if largest is None else largest)
 
 
 def bytes_per_parameter(
@@ -148,7 +154,7 @@ def bytes_per_parameter(
     """
     # A whole number of runs and of bytes of every form, so that nothing is padded.
     numel = 1 << 20
-    found = _kept(optimizer, state_dtype, param_storage, param_dtype, grad_dtype, hyperparameters).estimate(
+    found = kept(optimizer, state_dtype, param_storage, param_dtype, grad_dtype, hyperparameters).estimate(
         [numel], None
     )
     return {part: found.each(getattr(found, part)) for part in ("weights", "residual", "moments", "gradients")}
@@ -171,8 +177,8 @@ def adamw(
     mixed = mixed and dtype != torch.float32
     # fp16 is no form of ours; all that counts here is its width.
     form = FP32 if mixed or dtype == torch.float32 else BF16
-    kept = _TensorBytes(dtype, torch.float32 if mixed else None, (form, form), torch.float32.itemsize, grad)
-    return kept.estimate(numels, None)
+    found = Kept(dtype, torch.float32 if mixed else None, (form, form), torch.float32.itemsize, grad)
+    return found.estimate(numels, None)
 
 
 def even_shapes(parameters: int, tensors: int) -> list[tuple[int]]:
@@ -192,14 +198,15 @@ def _name(optimizer: str) -> str:
     return {name.lower(): name for name in OPTIMIZERS}.get(optimizer.lower(), optimizer)
 
 
-def _kept(
+def kept(
     optimizer: str | type[SignOptimizer],
     state_dtype: str | torch.dtype | tuple[str | torch.dtype, ...] | None,
     param_storage: str,
     param_dtype: str,
     grad_dtype: str | None,
     hyperparameters: Mapping[str, Any],
-) -> _TensorBytes:
+) -> Kept:
+    """What training keeps of each tensor; arguments and errors as of :func:`estimate`."""
     cls = checks.look_up("optimizer", _name(optimizer), OPTIMIZERS) if isinstance(optimizer, str) else optimizer
     param = checks.look_up("param_dtype", param_dtype, DTYPES)
     grad = param if grad_dtype is None else checks.look_up("grad_dtype", grad_dtype, DTYPES)
@@ -222,9 +229,7 @@ def _kept(
     effective = effective_param_storage(group["param_storage"], param)
     # The step count, and what a threshold is made of.
     scalars = STEP_DTYPE.itemsize + (torch.float64.itemsize if rule.threshold_state is not None else 0)
-    return _TensorBytes(
-        param, RESIDUALS[effective][1] if effective in RESIDUALS else None, rule.forms(group), scalars, grad
-    )
+    return Kept(param, RESIDUALS[effective][1] if effective in RESIDUALS else None, rule.forms(group), scalars, grad)
 
 
 # The command
@@ -249,6 +254,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--confidence", metavar="C", help="of SignAdamPP: fixed, adaptive, adaptive_delayed or sparsity")
     add("--amsgrad", action="store_true", default=None, help="of Adam and AdamW")
     add("--variance", metavar="V", help="of MSVAG and AdamStar: ema or minibatch")
+    machine = parser.add_argument_group("the machine").add_argument
+    machine("--gpus", type=_count, default=1, metavar="N", help="that share all of it evenly (default %(default)s)")
 
 
 def table(options: argparse.Namespace) -> str:
@@ -282,12 +289,13 @@ def table(options: argparse.Namespace) -> str:
         (f"gradients, {options.grad_dtype or options.param_dtype}, {how}", found.gradients),
         ("with gradients", found.total),
     ]
-    rows = [("", "bytes/parameter", "GB", "GiB")]
-    rows += [_row(name, nbytes, found) for name, nbytes in parts if nbytes]
+    gpus = options.gpus
+    rows = [["", "bytes/parameter", "GB", "GiB", *[f"GB on each of {gpus} GPUs"] * (gpus > 1)]]
+    rows += [_row(name, nbytes, found, gpus) for name, nbytes in parts if nbytes]
     for name, other in _adamw(shapes, options.param_dtype):
-        rows.append(("", "", "", ""))
-        rows.append(_row(f"{name}, without gradients", other.resident, other))
-        rows.append(_row(f"{name}, with all gradients", other.total, other))
+        rows.append([""] * len(rows[0]))
+        rows.append(_row(f"{name}, without gradients", other.resident, other, gpus))
+        rows.append(_row(f"{name}, with all gradients", other.total, other, gpus))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -299,9 +307,8 @@ def table(options: argparse.Namespace) -> str:
     if options.shapes is None and len(shapes) > 1:
         tensors += " of equal size"
     title = f"{_name(options.optimizer)}, {found.parameters:,} parameters in {tensors}"
-    return "\n".join(
-        [title, "", *(line.rstrip() for line in lines), "", textwrap.fill(f"Not counted: {NOT_COUNTED}.", 100)]
-    )
+    notes = [f"Not counted: {NOT_COUNTED}."] + [f"On each GPU: {DIVIDED}."] * (gpus > 1)
+    return "\n".join([title, "", *(line.rstrip() for line in lines), "", *(textwrap.fill(note, 100) for note in notes)])
 
 
 class _Renamed(argparse.Action):
@@ -312,8 +319,9 @@ class _Renamed(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _row(name: str, nbytes: int, found: Estimate) -> tuple[str, str, str, str]:
-    return name, f"{found.each(nbytes):.5g}", f"{nbytes / 1e9:.3f}", f"{nbytes / 2**30:.3f}"
+def _row(name: str, nbytes: int, found: Estimate, gpus: int) -> list[str]:
+    each = [f"{nbytes / gpus / 1e9:.3f}"] * (gpus > 1)
+    return [name, f"{found.each(nbytes):.5g}", f"{nbytes / 1e9:.3f}", f"{nbytes / 2**30:.3f}", *each]
 
 
 def _adamw(shapes: list[tuple[int, ...]], param_dtype: str) -> list[tuple[str, Estimate]]:

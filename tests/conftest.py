@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     text = "actions of tests/test_fuzz.py: 200, of the thorough profile 2000, 10^6 for a night"
     parser.addoption("--fuzz-actions", type=int, default=None, help=text)
     parser.addoption("--fuzz-seed", type=int, default=7, help="its seed")
+    parser.addoption("--site", default=None, help="folder of the built documentation, for tests/docs")
 
 
 def is_thorough(config: pytest.Config) -> bool:

@@ -65,7 +65,7 @@ DOCUMENTATION = {
 """,
     "bounded_state": """
         state_dtype: how the momentum is stored: "fp32", "bf16" (rounded stochastically), or as "int8", "int4" or
-            "int2" codes q that stand for q / 127, q / 7 or q. Since |m| <= 1 they need no scale; rounding is
+            "int2" codes q that stand for q / 127, q / 7 or q. Since abs(m) <= 1 they need no scale; rounding is
             stochastic, so the stored momentum is right on average, and its variance grows: see the README for what
             beta allows. ``torch.bfloat16`` and the like are the same. A tuple gives each moment its own; with codes for
             m alone, v is bf16.
