@@ -130,6 +130,12 @@ def estimate(
 
     Raises:
         TypeError, ValueError: names that do not exist, and forms that do not go together, as from the constructor.
+
+    Example:
+        >>> shapes = [(50257, 768), (768, 768)]
+        >>> found = estimate(shapes, "SignAdamPP", state_dtype="int2", param_storage="stochastic", param_dtype="bf16")
+        >>> found.moments, found.each(found.moments)
+        (9796800, 0.25)
     """
     numels = [math.prod(shape) for shape in shapes]
     found = kept(optimizer, state_dtype, param_storage, param_dtype, grad_dtype, hyperparameters)
@@ -151,6 +157,10 @@ def bytes_per_parameter(
     """Bytes of ``weights``, ``residual``, ``moments`` and ``gradients`` for each parameter of a large tensor.
 
     Arguments and errors as of :func:`estimate`.
+
+    Example:
+        >>> bytes_per_parameter("AdamW", param_dtype="bf16", param_storage="master")
+        {'weights': 2.0, 'residual': 4.0, 'moments': 8.0, 'gradients': 2.0}
     """
     # A whole number of runs and of bytes of every form, so that nothing is padded.
     numel = 1 << 20

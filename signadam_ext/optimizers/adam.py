@@ -33,7 +33,40 @@ RULES = {
 
 
 class Adam(SignOptimizer):
-    r"""Adam [KB, Alg. 1], with ``amsgrad`` as ``torch.optim.Adam`` has it.
+    r"""Adam, with moments in fewer bits where asked for.
+
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0. A float or a CPU tensor of one element. Default: 1e-3.
+        betas: decay of the two moments, each in [0, 1). Default: (0.9, 0.999).
+        eps: added to the root of the second moment, at least 0. Default: 1e-8.
+        amsgrad: divide by the root of the largest second moment so far. Default: False.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
+            gives each moment its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: False.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = Adam(model.parameters(), lr=1e-3)
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    Adam [KB, Alg. 1], with ``amsgrad`` as ``torch.optim.Adam`` has it:
 
     .. math::
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
@@ -44,20 +77,10 @@ class Adam(SignOptimizer):
     this rounds each operation. A step's error is at most that of its some fifteen operations, each 2^-24 of its
     result; the tests carry that bound through training and hold ``torch.optim.Adam`` in float64 against it.
 
-    Args:
-        {params}
-        lr: learning rate, at least 0. A float or a CPU tensor of one element.
-        betas: decay of the two moments, each in [0, 1).
-        eps: added to the root of the second moment, at least 0.
-        amsgrad: divide by the root of the largest second moment so far.
-        {unbounded_state}
-        {common}
-
     Arguments may be given by position in the order of ``torch.optim.Adam``. As there, and unlike the other optimizers
     here, ``decoupled_weight_decay`` is False unless given. ``amsgrad`` refuses a ``state_dtype`` of few bits.
 
-    State: ``exp_avg`` (m), ``exp_avg_sq`` (v), with amsgrad ``max_exp_avg_sq``, and
-        {common_state}
+    State: ``exp_avg`` (m), ``exp_avg_sq`` (v), with amsgrad ``max_exp_avg_sq``, and ``step``.
 
     Sources: [KB] Kingma and Ba, arXiv 1412.6980, Alg. 1; Reddi et al., arXiv 1904.09237, for amsgrad.
     """
@@ -86,18 +109,42 @@ class Adam(SignOptimizer):
 
 
 class AdamW(Adam):
-    r"""AdamW [LH]: :class:`Adam` with decoupled weight decay, 0.01 unless given, as ``torch.optim.AdamW``.
+    r"""AdamW: :class:`Adam` with decoupled weight decay.
+
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr, betas, eps, amsgrad: as of :class:`Adam`.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
+            gives each moment its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.01.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = AdamW(model.parameters(), lr=1e-3, state_dtype="int8")
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    AdamW [LH], with a decay of 0.01 unless given, as ``torch.optim.AdamW``:
 
     .. math::
         p_t = (1 - \mathrm{lr} \cdot \lambda)\, p_{t-1} - \text{Adam's step}
 
     The decay is not rounded by itself, so that it acts on bf16 parameters as well.
-
-    Args:
-        {params}
-        lr, betas, eps, amsgrad: as of :class:`Adam`.
-        {unbounded_state}
-        {common}
 
     State: as of :class:`Adam`.
 
@@ -148,6 +195,15 @@ def adam(
         state_steps: 0-dim fp32 on the CPU, steps taken so far, counted up.
         lr, betas, eps, amsgrad, decoupled_weight_decay: as in :class:`Adam`.
         hyperparameters: ``weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> exp_avgs = [torch.zeros(3)]
+        >>> exp_avg_sqs = [torch.zeros(3)]
+        >>> state_steps = [torch.tensor(0.0)]
+        >>> adam(params, grads, exp_avgs, exp_avg_sqs, state_steps, lr=0.5)
+        >>> params
+        [tensor([-0.5000,  0.5000,  0.0000])]
     """
     step_lists(
         Adam,

@@ -28,7 +28,34 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 
 
 class SignOptimizer(Optimizer):
-    """Base of the optimizers. A subclass declares its rule, and what its own hyperparameters may be.
+    """What the optimizers share, in full. A subclass declares its rule, and what its own hyperparameters may be.
+
+    **Hyperparameters.** Any number may be NumPy's, or a CPU tensor of one element, which is read at every step. Groups
+    are checked at every step as the constructor checks its arguments, but for a learning rate that a scheduler's
+    rounding left just below 0. With ``decoupled_weight_decay``, ``p *= 1 - lr * weight_decay`` comes before the update;
+    without, ``g += weight_decay * p`` before everything else.
+
+    **Moments**, by ``state_dtype``. "bf16" is rounded stochastically. Where a momentum of signs cannot exceed 1
+    (:class:`SignAdam`, :class:`SignAdamPP` without a function of your own), "int8", "int4" and "int2" are codes q that
+    stand for q / 127, q / 7 or q; they need no scale. Rounding is stochastic, so that the stored momentum is right on
+    average, and its variance grows: a warning comes beyond the ``beta`` that each form allows. For any other momentum
+    "int8" is a code with one power of two for each 32 elements in memory order. The power goes down to 2^-126, so
+    however small a block is, it is right on average; nothing is flushed to zero as with 16-bit scales. Infinities
+    saturate at 127 times the power, NaN stays NaN. This is the one form whose bits depend on where a tensor's memory
+    begins.
+
+    **Parameters** of bf16 or fp16, by ``param_storage``. "nearest": rounded to nearest, so that steps below half its
+    last place are lost. "stochastic": rounded up or down at random, right on average. "split16", "split8" (bf16 only):
+    the low 16 bits of fp32, which makes it exact fp32 training in 4 bytes, or the next 8 and the rest stochastically,
+    are kept beside it. "master": an fp32 copy is. An fp32 parameter is its own master under "stochastic" and "master".
+    A parameter that is set from outside wins over a master copy; low bits stay as they were, and are added to it.
+
+    **Random bits** are a function of ``seed``, parameter, step and element, so they are the same on every backend and
+    in a resumed run; no global generator is touched.
+
+    **State** of each parameter: the moments, ``step``, with split weights ``param_low``, with master weights
+    ``master_param``. A moment in codes is a packed buffer, with the numbers ``..._kind``, ``..._order`` (of the
+    dimensions in memory) and, if it is scale-free, ``..._levels`` beside it.
 
     Attributes:
         runtime: plans, lock and what else the engine keeps of this optimizer; no part of the interface.
@@ -47,10 +74,8 @@ class SignOptimizer(Optimizer):
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Fills the docstring's placeholders, and spells out ``**common`` in the signature."""
+        """Spells out ``**common`` in the signature."""
         super().__init_subclass__(**kwargs)
-        if cls.__doc__ is not None:
-            cls.__doc__ = options.documented(cls.__doc__)
         cls.__signature__ = options.signature(cls.__init__, cls.COMMON)
         checkpoints.DISTINCTIVE.update(cls.HYPERPARAMETERS)
 

@@ -18,7 +18,39 @@ RULE = Rule("lion", moments=("exp_avg",), scalars=lambda group, t: decays(group,
 
 
 class Lion(SignOptimizer):
-    r"""Lion [LI, Alg. 2].
+    r"""Sign of an interpolated momentum: Lion.
+
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0; an entry moves by this much, or not at all where the sign is 0. A float or a CPU
+            tensor of one element. Default: 1e-4.
+        betas: weight of the momentum in the step, and its decay, each in [0, 1). Default: (0.9, 0.99).
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
+            gives each moment its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = Lion(model.parameters(), lr=1e-4)
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    Lion [LI, Alg. 2]:
 
     .. math::
         u_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
@@ -29,16 +61,7 @@ class Lion(SignOptimizer):
     ``m`` NaN, and that weight silently stops updating. The decay is not rounded by itself, so that it acts on
     bf16 parameters as well.
 
-    Args:
-        {params}
-        lr: learning rate, at least 0; an entry moves by this much, or not at all where the sign is 0. A float or a CPU
-            tensor of one element.
-        betas: weight of the momentum in the step, and its decay, each in [0, 1).
-        {unbounded_state}
-        {common}
-
-    State: ``exp_avg`` (m) and
-        {common_state}
+    State: ``exp_avg`` (m) and ``step``.
 
     Source: [LI] Chen et al., arXiv 2302.06675, Alg. 2; [LI] recommends 3 to 10 times the weight decay of AdamW with a
     learning rate as much smaller.
@@ -74,5 +97,12 @@ def lion(
         exp_avgs: fp32, of the parameters' shapes and strides; zeros at first.
         lr, betas: as in :class:`Lion`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> exp_avgs = [torch.zeros(3)]
+        >>> lion(params, grads, exp_avgs, lr=0.5)
+        >>> params
+        [tensor([-0.5000,  0.5000,  0.0000])]
     """
     step_lists(Lion, params, grads, {"exp_avg": exp_avgs}, lr=lr, betas=betas, **hyperparameters)

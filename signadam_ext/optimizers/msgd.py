@@ -18,7 +18,39 @@ RULE = Rule("msgd", moments=("exp_avg",), scalars=lambda group, t: decays(group,
 
 
 class MSGD(SignOptimizer):
-    r"""M-SGD [BH]: stochastic gradient descent with momentum.
+    r"""SGD with momentum, kept as an average of gradients.
+
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0. A float or a CPU tensor of one element. Default: 0.01.
+        beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
+            Default: 0.9.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
+            gives each moment its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = MSGD(model.parameters(), lr=1e-3)
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    M-SGD [BH]:
 
     .. math::
         m_t = \beta m_{t-1} + (1 - \beta) g_t, \qquad p_t = p_{t-1} - \mathrm{lr} \cdot m_t
@@ -27,15 +59,7 @@ class MSGD(SignOptimizer):
     ``beta=0`` this is plain SGD; ``torch.optim.SGD(momentum=beta)``, whose buffer lacks the factor 1 - beta, takes
     ``lr * (1 - beta)`` for the same steps.
 
-    Args:
-        {params}
-        lr: learning rate, at least 0. A float or a CPU tensor of one element.
-        {beta}
-        {unbounded_state}
-        {common}
-
-    State: ``exp_avg`` (m) and
-        {common_state}
+    State: ``exp_avg`` (m) and ``step``.
 
     Source: [BH] Balles and Hennig, arXiv 1705.07774, Sec. 6.
     """
@@ -65,5 +89,12 @@ def msgd(
         exp_avgs: fp32, of the parameters' shapes and strides; zeros at first.
         lr, beta: as in :class:`MSGD`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> exp_avgs = [torch.zeros(3)]
+        >>> msgd(params, grads, exp_avgs, lr=0.5)
+        >>> params
+        [tensor([-0.0500,  0.1000,  0.0000])]
     """
     step_lists(MSGD, params, grads, {"exp_avg": exp_avgs}, lr=lr, beta=beta, **hyperparameters)

@@ -34,7 +34,41 @@ RULES = {
 
 
 class SignAdam(SignOptimizer):
-    r"""signADAM [SA, Alg. 2]: Adam's moments on the sign of the gradient.
+    r"""Adam on the sign of the gradient: signADAM.
+
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0. A float or a CPU tensor of one element. The default is Adam's, and [SA]'s for
+            MNIST; [SA] gives none for signADAM itself. Default: 1e-3.
+        betas: decay of the two moments, each in [0, 1). Default: (0.9, 0.999).
+        eps: added to the root of the second moment, at least 0. Default: 1e-8.
+        second_moment: "exact" or "analytic". Default: "exact".
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", "int4" or "int2", which keep the
+            momentum in 8, 4 or 2 bits and other moments in bf16. A torch dtype is the same; a tuple gives each moment
+            its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = SignAdam(model.parameters(), lr=1e-3, second_moment="analytic")
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    signADAM [SA, Alg. 2] has Adam's moments on the sign of the gradient:
 
     .. math::
         s_t &= \mathrm{sign}(g_t) \\
@@ -48,18 +82,7 @@ class SignAdam(SignOptimizer):
     There is no bias correction, as in the paper: while ``m`` is fed a constant sign, steps are 3.2, 4.2, 5.8, 6.5 times
     ``lr`` at t = 1, 2, 5, 10 with the default betas, at most 6.6 at t = 12, and 3.2 at t = 100. Warm up.
 
-    Args:
-        {params}
-        lr: learning rate, at least 0. A float or a CPU tensor of one element. The default is Adam's, and [SA]'s for
-            MNIST; [SA] gives none for signADAM itself.
-        betas: decay of the two moments, each in [0, 1).
-        eps: added to the root of the second moment, at least 0.
-        second_moment: "exact" or "analytic".
-        {bounded_state}
-        {common}
-
-    State: ``exp_avg`` (m), if exact ``exp_avg_sq`` (v), and
-        {common_state}
+    State: ``exp_avg`` (m), if exact ``exp_avg_sq`` (v), and ``step``.
 
     Source: [SA] Wang et al., arXiv 1907.09008, Alg. 2 and Sec. 4. The paper prints the analytic moment with exponent
     t - 1, which is 0 at the first step and contradicts its Alg. 2: taken as a misprint.
@@ -114,6 +137,14 @@ def sign_adam(
         state_steps: 0-dim fp32 on the CPU, steps taken so far, counted up; "analytic" needs them.
         lr, betas, eps, second_moment: as in :class:`SignAdam`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> exp_avgs = [torch.zeros(3)]
+        >>> exp_avg_sqs = [torch.zeros(3)]
+        >>> sign_adam(params, grads, exp_avgs, exp_avg_sqs, lr=0.5)
+        >>> params
+        [tensor([-1.5811,  1.5811,  0.0000])]
     """
     step_lists(
         SignAdam,

@@ -73,7 +73,46 @@ def _rule(group: Group) -> Rule:
 
 
 class SignAdamPP(SignOptimizer):
-    r"""signADAM++ [SA, Alg. 3]: momentum of the sign of those gradient entries that exceed a confidence threshold.
+    r"""Momentum of the gradient's sign, which fits in 2 bits: signADAM++.
+
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0. A float or a CPU tensor of one element. The default is [SA]'s for MNIST (for
+            SIGN-SGD, SIGNUM and ADAM; it gives none for signADAM++). Default: 1e-3.
+        beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
+            Default: 0.9.
+        confidence: "fixed", "adaptive", "adaptive_delayed", "sparsity", or a function. Default: "fixed".
+        alpha: at least 0. With "fixed" and a function in units of the gradient, with adaptive confidence of its running
+            standard deviation. None: 0.5 for adaptive confidence, otherwise 0. Not for "sparsity".
+        confidence_beta: decay of the running deviation, in [0, 1). Default: 0.9.
+        target: share of the entries that "sparsity" lets pass, in (0, 1).
+        gain: how fast "sparsity" steers, in (0, 1]. Default: 1.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", "int4" or "int2", which keep the
+            momentum in 8, 4 or 2 bits and other moments in bf16. A torch dtype is the same; a tuple gives each moment
+            its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = SignAdamPP(model.parameters(), lr=1e-3, state_dtype="int2")
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    signADAM++ [SA, Alg. 3] is a momentum of the sign of those gradient entries that exceed a confidence threshold:
 
     .. math::
         c(g) &= \mathrm{sign}(g) \text{ if } |g| > \alpha_t \text{ else } 0 \\
@@ -107,23 +146,8 @@ class SignAdamPP(SignOptimizer):
     A step whose gradient is not finite leaves ``a`` and a steered threshold as they are. Decoupled weight decay with
     adaptive confidence is [SA]'s signADAM++-AW.
 
-    Args:
-        {params}
-        lr: learning rate, at least 0. A float or a CPU tensor of one element. The default is [SA]'s for MNIST (for
-            SIGN-SGD, SIGNUM and ADAM; it gives none for signADAM++).
-        {beta}
-        confidence: "fixed", "adaptive", "adaptive_delayed", "sparsity", or a function.
-        alpha: at least 0. With "fixed" and a function in units of the gradient, with adaptive confidence of its running
-            standard deviation. None: 0.5 for adaptive confidence, otherwise 0. Not for "sparsity".
-        confidence_beta: decay of the running deviation, in [0, 1).
-        target: share of the entries that "sparsity" lets pass, in (0, 1).
-        gain: how fast "sparsity" steers, in (0, 1].
-        {bounded_state}
-        {common}
-
     State: ``exp_avg`` (m), with adaptive confidence ``exp_avg_std`` (a), with "sparsity" ``threshold``, both 0-dim
-    float64 on the parameter's device, and
-        {common_state}
+    float64 on the parameter's device, and ``step``.
 
     Source: [SA] Wang et al., arXiv 1907.09008, Alg. 3 and Sec. 6.3. The authors' released code moves by the gated sign
     and not by the momentum; this class follows the paper, :class:`SignSGD` with ``alpha=5e-4`` the code.
@@ -203,6 +227,13 @@ def sign_adam_pp(
         thresholds: the same for "sparsity".
         lr, beta, confidence, alpha, confidence_beta, target, gain: as in :class:`SignAdamPP`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> exp_avgs = [torch.zeros(3)]
+        >>> sign_adam_pp(params, grads, exp_avgs, lr=0.5)
+        >>> params
+        [tensor([-0.0500,  0.0500,  0.0000])]
     """
     step_lists(
         SignAdamPP,

@@ -18,7 +18,36 @@ RULE = Rule("sign_sgd", moments=(), scalars=lambda group, t: {"alpha": float(gro
 
 
 class SignSGD(SignOptimizer):
-    r"""SIGN-SGD [BW], called stochastic sign descent in [BH], with the confidence gate of [SA].
+    r"""Sign of the gradient: every weight moves by ``lr``, and there is no state.
+
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0; an entry moves by this much, or not at all where the sign is 0. A float or a CPU
+            tensor of one element. The default is [SA]'s for MNIST; [SA] uses 1e-4 on CIFAR. Default: 1e-3.
+        alpha: threshold of the gate, at least 0, absolute, in units of the gradient. Default: 0.
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = SignSGD(model.parameters(), lr=1e-3)
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    SIGN-SGD [BW], called stochastic sign descent in [BH], with the confidence gate of [SA]:
 
     .. math::
         p_t = p_{t-1} - \mathrm{lr} \cdot c(g_t), \qquad
@@ -27,13 +56,6 @@ class SignSGD(SignOptimizer):
     With ``alpha=0`` this is plain sign descent. A zero or NaN gradient moves nothing. With ``alpha=5e-4`` it
     computes what the released code of [SA] computes, which updates its momentum but steps by the gated sign. There
     is no moment; the state holds ``step`` alone.
-
-    Args:
-        {params}
-        lr: learning rate, at least 0; an entry moves by this much, or not at all where the sign is 0. A float or a CPU
-            tensor of one element. The default is [SA]'s for MNIST; [SA] uses 1e-4 on CIFAR.
-        alpha: threshold of the gate, at least 0, absolute, in units of the gradient.
-        {common}
 
     Groups also carry an empty ``betas``, only so that OneCycleLR and CyclicLR accept the optimizer; what they write
     there is not used.
@@ -76,5 +98,11 @@ def sign_sgd(
         params, grads: of equal length; a parameter whose gradient is None is left alone.
         lr, alpha: as in :class:`SignSGD`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> sign_sgd(params, grads, lr=0.5)
+        >>> params
+        [tensor([-0.5000,  0.5000,  0.0000])]
     """
     step_lists(SignSGD, params, grads, {}, lr=lr, alpha=alpha, **hyperparameters)

@@ -18,7 +18,41 @@ RULE = Rule("signum", moments=("exp_avg",), scalars=lambda group, t: decays(grou
 
 
 class Signum(SignOptimizer):
-    r"""SIGNUM [BW], called M-SSD in [BH].
+    r"""Sign of the momentum: every weight moves by ``lr``.
+
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0; an entry moves by this much, or not at all where the sign is 0. A float or a CPU
+            tensor of one element. 1e-4 is a common choice for large models; the default is [SA]'s for MNIST. Default:
+            1e-3.
+        beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
+            Default: 0.9.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
+            gives each moment its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = Signum(model.parameters(), lr=1e-3)
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    SIGNUM [BW], called M-SSD in [BH]:
 
     .. math::
         m_t = \beta m_{t-1} + (1 - \beta) g_t, \qquad p_t = p_{t-1} - \mathrm{lr} \cdot \mathrm{sign}(m_t)
@@ -27,17 +61,7 @@ class Signum(SignOptimizer):
     silently stops updating; and ``m`` hardly ever is exactly 0, so a row that gets no more gradient keeps moving
     by ``lr`` until it underflows.
 
-    Args:
-        {params}
-        lr: learning rate, at least 0; an entry moves by this much, or not at all where the sign is 0. A float or a CPU
-            tensor of one element.
-            1e-4 is a common choice for large models; the default is [SA]'s for MNIST.
-        {beta}
-        {unbounded_state}
-        {common}
-
-    State: ``exp_avg`` (m) and
-        {common_state}
+    State: ``exp_avg`` (m) and ``step``.
 
     Sources: [BW] Bernstein et al., arXiv 1802.04434, Alg. 2; [BH] Balles and Hennig, arXiv 1705.07774, Alg. 2;
     [SA] Wang et al., arXiv 1907.09008, Sec. 6.
@@ -77,5 +101,12 @@ def signum(
         exp_avgs: fp32, of the parameters' shapes and strides; zeros at first.
         lr, beta: as in :class:`Signum`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> exp_avgs = [torch.zeros(3)]
+        >>> signum(params, grads, exp_avgs, lr=0.5)
+        >>> params
+        [tensor([-0.5000,  0.5000,  0.0000])]
     """
     step_lists(Signum, params, grads, {"exp_avg": exp_avgs}, lr=lr, beta=beta, **hyperparameters)

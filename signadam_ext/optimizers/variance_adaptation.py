@@ -57,7 +57,40 @@ ADAM_STAR_PLAIN_RULE = _ema("adam_star_plain")
 
 
 class SVAG(SignOptimizer):
-    r"""SVAG [BH, Alg. 3]: the gradient, each entry scaled by what its variance leaves of it.
+    r"""SGD that makes each entry of the gradient smaller the more it varies.
+
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0. A float or a CPU tensor of one element. Default: 0.01.
+        beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
+            Default: 0.9.
+        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Default: True.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
+            gives each moment its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = SVAG(model.parameters(), lr=1e-3)
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    SVAG [BH, Alg. 3] scales each entry of the gradient by what its variance leaves of it:
 
     .. math::
         \tilde m_t &= \beta \tilde m_{t-1} + (1 - \beta) g_t, \quad
@@ -70,18 +103,9 @@ class SVAG(SignOptimizer):
     At t = 1, and with ``beta=0``, there is no variance to be seen and s is 0. Where the denominator is 0 the parameter
     stays. The factor lies in [0, 1] as it is; the authors' released code clips it there, and caps rho at 0.9999.
 
-    Args:
-        {params}
-        lr: learning rate, at least 0. A float or a CPU tensor of one element.
-        {beta}
-        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0].
-        {unbounded_state}
-        {common}
-
     Moments in few bits add to the variance that this method measures, so that it takes smaller steps.
 
-    State: ``exp_avg`` and ``exp_avg_sq``, before their bias correction, and
-        {common_state}
+    State: ``exp_avg`` and ``exp_avg_sq``, before their bias correction, and ``step``.
 
     Source: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 3 and Sec. 4.
     """
@@ -107,9 +131,43 @@ class SVAG(SignOptimizer):
 
 
 class MSVAG(SignOptimizer):
-    r"""M-SVAG [BH, Alg. 1]: momentum, each entry scaled by what its variance leaves of it.
+    r"""SGD with momentum that makes each entry of a step smaller the more its gradient varies.
 
-    With m, s and rho as in :class:`SVAG`:
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0. A float or a CPU tensor of one element. With "minibatch" the momentum sums to 1 /
+            (1 - beta) times as much, so that the learning rate is to be smaller by 1 - beta. Default: 0.01.
+        beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
+            Default: 0.9.
+        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Means nothing for
+            "minibatch". Default: True.
+        variance: "ema" or "minibatch". Default: "ema".
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
+            gives each moment its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = MSVAG(model.parameters(), lr=1e-3)
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    M-SVAG [BH, Alg. 1] does the same with the momentum. With m, s and rho as in :class:`SVAG`:
 
     .. math::
         p_t = p_{t-1} - \mathrm{lr} \cdot \frac{m_t^2}{m_t^2 + \rho_t s_t}\, m_t
@@ -124,17 +182,6 @@ class MSVAG(SignOptimizer):
     Where a denominator is 0 the parameter stays. The factor lies in [0, 1] as it is; the authors' released code clips
     it there, and caps rho at 0.9999 instead of taking s = 0 at t = 1.
 
-    Args:
-        {params}
-        lr: learning rate, at least 0. A float or a CPU tensor of one element. With "minibatch" the momentum sums to
-            1 / (1 - beta) times as much, so that the learning rate is to be smaller by 1 - beta.
-        {beta}
-        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Means nothing for
-            "minibatch".
-        variance: "ema" or "minibatch".
-        {unbounded_state}
-        {common}
-
     Moments in few bits add to the variance that this method measures, so that it takes smaller steps. Neither
     ``maximize`` nor coupled weight decay changes a variance, so ``grad_variance`` is taken as it is: it must not be
     negative, and it stays until it is written again, also over a step that forgets to. With
@@ -142,8 +189,7 @@ class MSVAG(SignOptimizer):
     1e-19 and overflows above 1.8e19.
 
     State: ``exp_avg`` and ``exp_avg_sq``, before their bias correction, or with "minibatch" ``momentum_buffer``
-    (m) and ``exp_avg_var`` (S), and
-        {common_state}
+    (m) and ``exp_avg_var`` (S), and ``step``.
 
     Sources: [BH] Balles and Hennig, arXiv 1705.07774, Alg. 1; [BH0] its anonymous draft for ICLR 2018, Alg. 3.
     """
@@ -183,9 +229,43 @@ def _adam_star_rule(group: Group) -> Rule:
 
 
 class AdamStar(SignOptimizer):
-    r"""ADAM* [BH, Alg. 4]: the sign of the momentum, each entry scaled by what its variance leaves of it.
+    r"""Sign of the momentum, each entry smaller the more its gradient varies: the ADAM* of *Dissecting Adam*.
 
-    With m, s and rho as in :class:`SVAG`:
+    Args:
+        params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
+        lr: learning rate, at least 0. A float or a CPU tensor of one element. Default: 1e-3.
+        beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
+            Default: 0.9.
+        momentum: whether the step has the sign of the momentum or of the gradient. Default: True.
+        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Means nothing for
+            "minibatch". Default: True.
+        variance: "ema" or "minibatch"; "minibatch" is defined with momentum only. Default: "ema".
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
+            gives each moment its own. Default: "fp32".
+        weight_decay: at least 0. Default: 0.
+        decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
+            ``weight_decay * p`` is added to the gradient. Default: True.
+        maximize: ascend instead of descend. Default: False.
+        param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
+            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
+            "nearest".
+        seed: of rounding at random, in [0, 2^64). Default: 0.
+        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
+            accepted.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
+        RuntimeError: a backend that this installation cannot use.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = AdamStar(model.parameters(), lr=1e-3)
+        >>> model(torch.randn(4, 10)).square().mean().backward()
+        >>> optimizer.step()
+
+    ADAM* [BH, Alg. 4]. With m, s and rho as in :class:`SVAG`:
 
     .. math::
         p_t &= p_{t-1} - \mathrm{lr} \cdot m_t / \sqrt{m_t^2 + \rho_t s_t} \\
@@ -199,17 +279,6 @@ class AdamStar(SignOptimizer):
 
     No entry moves by more than ``lr``, but for roundings, which are large where ``|m|`` is below 1e-19. Where a
     denominator is 0 the parameter stays.
-
-    Args:
-        {params}
-        lr: learning rate, at least 0. A float or a CPU tensor of one element.
-        {beta}
-        momentum: whether the step has the sign of the momentum or of the gradient.
-        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Means nothing for
-            "minibatch".
-        variance: "ema" or "minibatch"; "minibatch" is defined with momentum only.
-        {unbounded_state}
-        {common}
 
     State: as of :class:`MSVAG`.
 
@@ -267,6 +336,15 @@ def svag(
         state_steps: 0-dim fp32 on the CPU, steps taken so far, counted up.
         lr, beta, bias_correct_variance: as in :class:`SVAG`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> exp_avgs = [torch.zeros(3)]
+        >>> exp_avg_sqs = [torch.zeros(3)]
+        >>> state_steps = [torch.tensor(0.0)]
+        >>> svag(params, grads, exp_avgs, exp_avg_sqs, state_steps, lr=0.5)
+        >>> params
+        [tensor([-0.5000,  1.0000,  0.0000])]
     """
     step_lists(
         SVAG,
@@ -305,6 +383,15 @@ def msvag(
         grad_variances: the variances of the gradients, for "minibatch".
         lr, beta, bias_correct_variance, variance: as in :class:`MSVAG`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> exp_avgs = [torch.zeros(3)]
+        >>> exp_avg_sqs = [torch.zeros(3)]
+        >>> state_steps = [torch.tensor(0.0)]
+        >>> msvag(params, grads, exp_avgs, exp_avg_sqs, state_steps, lr=0.5)
+        >>> params
+        [tensor([-0.5000,  1.0000,  0.0000])]
     """
     step_lists(
         MSVAG,
@@ -342,6 +429,15 @@ def adam_star(
         params, grads, exp_avgs, exp_avg_sqs, state_steps, grad_variances: as of :func:`msvag`.
         lr, beta, momentum, bias_correct_variance, variance: as in :class:`AdamStar`.
         hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
+
+    Example:
+        >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
+        >>> exp_avgs = [torch.zeros(3)]
+        >>> exp_avg_sqs = [torch.zeros(3)]
+        >>> state_steps = [torch.tensor(0.0)]
+        >>> adam_star(params, grads, exp_avgs, exp_avg_sqs, state_steps, lr=0.5)
+        >>> params
+        [tensor([-0.5000,  0.5000,  0.0000])]
     """
     step_lists(
         AdamStar,

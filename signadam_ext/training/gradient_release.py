@@ -106,6 +106,14 @@ def release_gradients(
         ValueError: clipping, loss scaling, no parameter in common with the optimizer, or parameters that share memory.
         RuntimeError: gradients are released already, the model is distributed in one of those ways, or a parameter
             holds a gradient.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = SignAdamPP(model.parameters())
+        >>> release = release_gradients(model, optimizer)
+        >>> model(torch.randn(4, 10)).square().mean().backward()  # takes the step
+        >>> model.weight.grad is None
+        True
     """
     if not isinstance(optimizer, SignOptimizer):
         raise TypeError(
@@ -172,6 +180,12 @@ class GradientRelease:
     """What :func:`release_gradients` returns; also a context manager, which removes it at the end.
 
     Made only by that function.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = SignAdamPP(model.parameters())
+        >>> with release_gradients(model, optimizer):
+        ...     model(torch.randn(4, 10)).square().mean().backward()  # takes the step
     """
 
     def __init__(self, optimizer: SignOptimizer, params: list[Tensor], accumulation_steps: int) -> None:

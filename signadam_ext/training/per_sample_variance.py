@@ -87,6 +87,13 @@ def per_sample_variance(
         RuntimeError: the model or the loss cannot be evaluated for several samples at once.
 
     After any of these no ``grad_variance`` has changed.
+
+    Example:
+        >>> model, loss_fn = torch.nn.Linear(10, 1), torch.nn.functional.mse_loss
+        >>> inputs, targets = torch.randn(4, 10), torch.randn(4, 1)
+        >>> per_sample_variance(model, loss_fn, (inputs, targets))
+        >>> model.weight.grad_variance.shape
+        torch.Size([1, 10])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: must be a torch.nn.Module")

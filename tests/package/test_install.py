@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import doctest
 import inspect
 import os
 import re
@@ -16,6 +18,7 @@ from support.paper_formulas import TABLE
 
 import signadam_ext
 import signadam_ext._C as _C
+import signadam_ext.memory
 from signadam_ext.backends.reference import rules
 from signadam_ext.core.rule import rule_of
 
@@ -118,16 +121,52 @@ def test_a_rule_is_five_places() -> None:
         assert len(named) <= 4, (path, named)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in signadam_ext.__all__ if isinstance(getattr(signadam_ext, name), type)]
-)
+CLASSES = [name for name in signadam_ext.optimizers.__all__ if isinstance(getattr(signadam_ext, name, None), type)]
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_documentation_is_complete(name: str) -> None:
-    """No placeholder is left, and every argument is described."""
+    """One line says what it is; every argument is described, in its order, with its default; then an example."""
     found = getattr(signadam_ext, name)
-    assert not re.search(r"^ *\{\w+\}$", found.__doc__, re.MULTILINE)
-    if issubclass(found, torch.optim.Optimizer):
-        for argument in inspect.signature(found).parameters:
-            assert re.search(rf"^ +(\w+, )*{argument}(, \w+)*:", found.__doc__, re.MULTILINE), argument
+    summary, nothing, *_ = found.__doc__.splitlines()
+    assert summary.endswith(".") and nothing == "" and "[" not in summary
+    arguments = found.__doc__.split("Args:\n")[1].split("\n\n")[0]
+    described = {}
+    for entry in re.split(r"\n {8}(?! )", "\n" + arguments)[1:]:
+        names, text = entry.split(":", 1)
+        described |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    parameters = inspect.signature(found).parameters
+    assert set(described) == set(parameters)
+    for argument, text in described.items():
+        default = parameters[argument].default
+        if default not in (None, inspect.Parameter.empty) and "as of :class:" not in text:
+            shown = re.search(r"Default: (.+)\.$", text)
+            assert shown is not None and ast.literal_eval(shown[1]) == default, (argument, text)
+
+
+def runnable() -> dict[str, doctest.DocTest]:
+    """Examples of everything that is exported."""
+    finder = doctest.DocTestFinder(recurse=False)
+    functions = {name: getattr(signadam_ext.functional, name) for name in signadam_ext.functional.__all__}
+    own = {name: getattr(signadam_ext, name) for name in signadam_ext.__all__}
+    memory = {f"memory.{name}": getattr(signadam_ext.memory, name) for name in ("estimate", "bytes_per_parameter")}
+    names = {**vars(signadam_ext), **functions, **vars(signadam_ext.memory)}
+    found = {}
+    for name, object in {**own, **functions, **memory}.items():
+        if callable(object):
+            (found[name],) = finder.find(object, name, globs=names)
+    return found
+
+
+EXAMPLES = runnable()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_docstrings_run(name: str) -> None:
+    assert EXAMPLES[name].examples, "has no example"
+    shown: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert runner.run(EXAMPLES[name], out=shown.append).failed == 0, "".join(shown)
 
 
 def test_unknown_argument_is_refused() -> None:
