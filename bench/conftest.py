@@ -1,6 +1,5 @@
-"""Collects the rows of the benchmark tests and, at the end, prints their table and writes JSON and PNG."""
+"""Collects what the benchmark tests measure and, at the end, prints the table and writes JSON, PNG and page."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,13 @@ import torch
 
 from reporting import machine, present
 
-from .candidates import plan, references
-from .harness import Candidate, Row, Trial, Workload
+from . import whole_step
+from .candidates import REFERENCES, plan
+from .harness import PASSES, Candidate, Case, Row, Samples, Trial, Workload, row
 
-_ROWS = pytest.StashKey[list[Row]]()
+#: By workload and candidate, in the order of the plan.
+_SAMPLES = pytest.StashKey[dict[tuple[Case, torch.dtype, str, Candidate], Samples]]()
+_WHOLE = pytest.StashKey[list[whole_step.Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,22 +24,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_ROWS] = []
+    config.stash[_SAMPLES] = {}
+    config.stash[_WHOLE] = []
     if config.getoption("quick"):
         torch.set_num_threads(1)  # two that spin for each other crawl on a shared machine
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test per candidate and workload; the workload is made once for all its candidates."""
+    """One test per workload, turn and candidate: candidates take turns. A workload is made once for all of them."""
     if "candidate" not in metafunc.fixturenames:
         return
     arguments, names = [], []
-    for case, dtype, candidates in plan("cpu", metafunc.config.getoption("quick")):
-        for candidate in candidates:
-            arguments.append(((case, dtype), candidate))
-            words = (case.name, str(dtype).removeprefix("torch."), candidate.optimizer, candidate.backend)
-            names.append("-".join(words).replace(", ", "_").replace(" ", "_"))
-    metafunc.parametrize(("workload", "candidate"), arguments, ids=names, indirect=["workload"], scope="module")
+    quick = metafunc.config.getoption("quick")
+    for case, dtype, candidates in plan("cpu", quick):
+        for turn in range(1 if quick else PASSES):
+            for candidate in candidates:
+                arguments.append(((case, dtype), turn, candidate))
+                words = (
+                    case.name,
+                    str(dtype).removeprefix("torch."),
+                    candidate.optimizer,
+                    candidate.backend,
+                    str(turn),
+                )
+                names.append("-".join(words).replace(", ", "_").replace(" ", "_"))
+    metafunc.parametrize(("workload", "turn", "candidate"), arguments, ids=names, indirect=["workload"], scope="module")
 
 
 @pytest.hookimpl(trylast=True)
@@ -59,34 +70,40 @@ def workload(request: pytest.FixtureRequest) -> Workload:
 
 @pytest.fixture
 def trial(workload: Workload, candidate: Candidate) -> Trial:
-    return Trial(workload, candidate, references(workload.dtype))
+    return Trial(workload, candidate, REFERENCES)
 
 
 @pytest.fixture
 def seconds(request: pytest.FixtureRequest) -> float:
-    """What one trial may take."""
-    return 0.05 if request.config.getoption("quick") else 1.3
+    """What one turn may take."""
+    return 0.05 if request.config.getoption("quick") else 0.4
 
 
 @pytest.fixture
-def rows(request: pytest.FixtureRequest) -> list[Row]:
-    return request.config.stash[_ROWS]
+def samples(request: pytest.FixtureRequest, workload: Workload, candidate: Candidate) -> Samples:
+    key = (workload.case, workload.dtype, workload.device.type, candidate)
+    return request.config.stash[_SAMPLES].setdefault(key, Samples())
+
+
+@pytest.fixture
+def whole_steps(request: pytest.FixtureRequest) -> list[whole_step.Row]:
+    return request.config.stash[_WHOLE]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if not config.stash[_ROWS]:
+    found = config.stash[_SAMPLES]
+    rows: list[Row] = [row(*key, samples) for key, samples in found.items() if samples.own]
+    if not rows:
         return
     command = machine.command("pytest", list(config.invocation_params.args))
-    report = {**machine.facts(), "command": command, "rows": config.stash[_ROWS]}
+    report = {**machine.facts(), "command": command, "rows": rows, "whole_steps": config.stash[_WHOLE]}
     report["name"] = machine.slug(report["machine"] | {"gpu": None})
     out: Path = config.getoption("bench_out")
     out.mkdir(parents=True, exist_ok=True)
-    stem = out / report["name"]
-    stem.with_suffix(".json").write_text(json.dumps(machine.rounded(report), indent=1) + "\n")
-    present.picture(report, stem.with_suffix(".png"))
-    terminalreporter.section("ratios within a round, median (min .. max)")
+    present.write(machine.rounded(report), out)
+    terminalreporter.section("ratios within a round: median (quartiles)")
     terminalreporter.write_line(present.tables(report, level="\n"))
     terminalreporter.write_line(f"\n{present.disturbance(report)}")
     if aims := present.aims(report):
         terminalreporter.write_line(f"\n{aims}")
-    terminalreporter.write_line(f"\nwritten: {stem}.json, {stem}.png")
+    terminalreporter.write_line(f"\nwritten: {out / report['name']}.json, .md, .png")

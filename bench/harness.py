@@ -1,8 +1,10 @@
 """Interleaved timing of optimizer steps.
 
-A machine changes speed from one second to the next, by more than the differences of interest when it is
-shared. So no time stands by itself: every round measures the references and the candidate back to back, over the same
-parameters, and what is reported are medians of ratios taken within a round.
+A machine changes speed from one second to the next, by more than the differences of interest when it is shared, and
+its memory from one minute to the next. So no time stands by itself: every round measures the references and the
+candidate back to back, over parameters of the same shapes; the candidates of a workload take turns in several passes,
+so that each is measured over the whole time of all of them; and what is reported are medians and quartiles of ratios
+taken within a round.
 """
 
 import os
@@ -10,23 +12,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-#: The reference on fp32 parameters beside 16-bit ones.
-FP32_ADAMW = "AdamW fused, fp32"
+#: The two that everything is measured beside: an in-place addition, and torch's fused AdamW on fp32 parameters.
+STREAM, ADAMW = "stream", "AdamW fused"
+#: How often each candidate of a workload has its turn.
+PASSES = 4
 
 Step = Callable[[], object]
 Clock = Callable[[Step], float]
 
 
 class Spread(TypedDict):
-    min: float
+    """Median and quartiles over rounds."""
+
+    low: float
     median: float
-    max: float
+    high: float
 
 
 class Row(TypedDict, total=False):
@@ -47,15 +53,15 @@ class Row(TypedDict, total=False):
     other_programs: float | None  # share of the machine's CPU time that others took meanwhile
     seconds: Spread
     gb_per_s: float
+    stream_gb_per_s: float  # of the stream in the same rounds
     to_stream: Spread  # bytes/s over bytes/s
-    to_copy: Spread  # bytes/s over bytes/s
-    to_fused_adamw: Spread  # time over time
-    to_fp32_adamw: Spread  # the same, against AdamW on fp32 parameters; where those here have 16 bits
+    to_adamw: Spread  # time over time, against torch's fused AdamW on fp32 parameters
     host_seconds: Spread  # of the call alone, without waiting for the device; on a GPU, many small tensors
 
 
 def spread(values: Sequence[float]) -> Spread:
-    return {"min": min(values), "median": median(values), "max": max(values)}
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"low": low, "median": middle, "high": high}
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,10 @@ class Traffic:
     grad: int = 1
     state: int = 0  # all state tensors together
     state_bits: int | None = None  # of one element of them; None: as the parameter
+    param_bits: int | None = None  # of a parameter and its gradient; None: as the workload has them
 
     def _terms(self, dtype: torch.dtype) -> dict[str, tuple[int, float]]:
-        size = dtype.itemsize
+        size: float = dtype.itemsize if self.param_bits is None else self.param_bits / 8
         state_size = size if self.state_bits is None else self.state_bits / 8
         return {"param": (self.param, size), "grad": (self.grad, size), "state": (self.state, state_size)}
 
@@ -148,7 +155,9 @@ class Workload:
         self.references: dict[str, Step] = {}
 
     def fp32_params(self) -> list[torch.nn.Parameter]:
-        """The same parameters and gradients in fp32."""
+        """The same parameters and gradients in fp32; themselves where they are."""
+        if self.dtype == torch.float32:
+            return self.params
         params = [torch.nn.Parameter(p.detach().float()) for p in self.params]
         for wide, p in zip(params, self.params, strict=True):
             wide.grad = None if p.grad is None else p.grad.float()
@@ -227,8 +236,17 @@ def synchronize(device: torch.device) -> None:
 
 
 @dataclass
+class Samples:
+    """Times of a candidate and of its references, round by round, over all passes so far."""
+
+    own: list[float] = field(default_factory=list)
+    references: dict[str, list[float]] = field(default_factory=dict)
+    other_programs: list[float] = field(default_factory=list)
+
+
+@dataclass
 class Trial:
-    """One candidate beside the references, in rounds."""
+    """One candidate's turn beside the references, in rounds."""
 
     workload: Workload
     candidate: Candidate
@@ -263,12 +281,20 @@ class Trial:
         self._others = OtherPrograms()
         return min(max(int(seconds / round_seconds), 5), self.max_rounds)
 
-    def run(self, seconds: float) -> Row:
+    def run(self, seconds: float, into: Samples) -> None:
         own: list[float] = []
         for _ in range(self.calibrate(seconds)):
             self.time_references()
             own.append(self.clock(self.step))
-        return self.row(own)
+        self.add(own, into)
+
+    def add(self, own: Sequence[float], into: Samples) -> None:
+        """Keep a turn: `own` are the candidate's times in each round, in the order of the references' samples."""
+        into.own += own
+        for name, times in self.samples.items():
+            into.references.setdefault(name, []).extend(times)
+        if (share := self._others.share()) is not None:
+            into.other_programs.append(share)
 
     def host_cost(self, rounds: int = 50) -> Spread:
         """Wall clock of the call on an idle device, without waiting for what it launches."""
@@ -279,36 +305,36 @@ class Trial:
         synchronize(self.workload.device)
         return spread(times)
 
-    def row(self, own: Sequence[float]) -> Row:
-        """`own`: the candidate's time in each round, in the order of the references' samples."""
-        case, dtype, traffic = self.workload.case, self.workload.dtype, self.candidate.traffic
-        moved = traffic.bytes(dtype)
-        by_name = {c.optimizer: c for c in self.references}
 
-        def faster(name: str, per_byte: bool) -> Spread:
-            # The flat pair of stream and copy is fp32 whatever the parameters are.
-            work = moved / by_name[name].traffic.bytes(torch.float32) if per_byte else 1.0
-            return spread([work * theirs / ours for theirs, ours in zip(self.samples[name], own, strict=True)])
+def row(
+    case: Case, dtype: torch.dtype, device: str, candidate: Candidate, samples: Samples, clock: Clock = wall_clock
+) -> Row:
+    """What a candidate's samples come to."""
+    own = samples.own
+    moved = candidate.traffic.bytes(dtype)
+    # The flat pair of the stream is fp32 whatever the parameters are.
+    streamed = Traffic().bytes(torch.float32)
 
-        wide = {"to_fp32_adamw": faster(FP32_ADAMW, per_byte=False)} if FP32_ADAMW in self.samples else {}
-        return {
-            "case": case.name,
-            "shapes": case.summary,
-            "tensors": len(case.shapes),
-            "elements": case.elements,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": self.workload.device.type,
-            "optimizer": self.candidate.optimizer,
-            "backend": self.candidate.backend,
-            "bytes_per_parameter": moved,
-            "bytes_count": traffic.count(dtype),
-            "clock": "wall" if self.clock is wall_clock else "CUDA events",
-            "rounds": len(own),
-            "other_programs": self._others.share(),
-            "seconds": spread(own),
-            "gb_per_s": moved * case.elements / median(own) / 1e9,
-            "to_stream": faster("stream", per_byte=True),
-            "to_copy": faster("copy", per_byte=True),
-            "to_fused_adamw": faster("AdamW fused", per_byte=False),
-            **wide,
-        }
+    def faster(name: str, work: float = 1.0) -> Spread:
+        return spread([work * theirs / ours for theirs, ours in zip(samples.references[name], own, strict=True)])
+
+    return {
+        "case": case.name,
+        "shapes": case.summary,
+        "tensors": len(case.shapes),
+        "elements": case.elements,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device,
+        "optimizer": candidate.optimizer,
+        "backend": candidate.backend,
+        "bytes_per_parameter": moved,
+        "bytes_count": candidate.traffic.count(dtype),
+        "clock": "wall" if clock is wall_clock else "CUDA events",
+        "rounds": len(own),
+        "other_programs": median(samples.other_programs) if samples.other_programs else None,
+        "seconds": spread(own),
+        "gb_per_s": moved * case.elements / median(own) / 1e9,
+        "stream_gb_per_s": streamed * case.elements / median(samples.references[STREAM]) / 1e9,
+        "to_stream": faster(STREAM, moved / streamed),
+        "to_adamw": faster(ADAMW),
+    }

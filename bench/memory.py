@@ -723,10 +723,9 @@ def picture(report: Row, path: Path) -> None:
     axis.legend(handles, [*_COLORS, "measured peak of the process"], loc="lower right", frameon=False)
     shape = rows[0]
     about, versions = report["machine"], report["versions"]
-    commit, changes, _ = report["commit"].partition("+")
     figure.suptitle(
         f"Memory of training, {shape['elements'] / 1e6:.3g}M parameters in {shape['tensors']} tensors "
-        f"({about['cpu']}, torch {versions['torch']}, commit {commit[:12]}{changes and '+changes'})",
+        f"({about['cpu']}, torch {versions['torch']}, module of commit {present.built_at(report)})",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)

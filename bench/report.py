@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -189,23 +188,6 @@ def _own_kernels(sanitizer: str) -> list[str]:
     return ["--kernel-regex", "kns=signadam"] if "--kernel-regex" in done.stdout else []
 
 
-def write(report: dict[str, Any], out: Path) -> None:
-    """JSON first: a failing picture loses only itself."""
-    path = out / f"{report['name']}.json"
-    text = json.dumps(machine.rounded(report), indent=1)
-    # One row a line: a hundred rows stay readable, and so do their changes.
-    text = re.sub(r"\n {3,}", " ", text).replace("\n  }", " }")
-    path.write_text(text + "\n")
-    picture: str | None = f"{report['name']}.png"
-    try:
-        if not present.picture(report, out / f"{report['name']}.png"):
-            picture = None
-    except Exception as error:
-        print(f"no picture: {type(error).__name__}: {error}", flush=True)
-        picture = None
-    (out / f"{report['name']}.md").write_text(present.page(report, picture))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -221,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = run(stages, Path(folder), options.quick)
     report["command"] = machine.command("bench.report", given)
     report["name"] = options.name or machine.slug(report["machine"])
-    write(report, options.out)
+    present.write(machine.rounded(report), options.out)
     log.rename(options.out / f"{report['name']}.log")
     print(present.disturbance(report), flush=True)
     print(present.aims(report) or "(the aims speak of two CPU cores)", flush=True)

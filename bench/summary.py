@@ -23,14 +23,14 @@ ROOT = RESULTS.parent.parent
 
 def _cell(row: present.Row | None) -> str:
     if row is None:
-        return present.NOT_MEASURED
-    adamw = f"{present.number(row['to_fused_adamw']['median'])}x"
+        return ""
+    adamw = f"{present.number(row['to_adamw']['median'])}x"
     # Beside a stream of a few hundred KB a step over many small tensors is bound by calls, not by bytes.
-    return adamw if row["elements"] < 1_000_000 else f"{adamw} ({present.number(row['to_stream']['median'])})"
+    return adamw if row["elements"] < 1_000_000 else f"{adamw} ({row['gb_per_s']:.0f} of {row['stream_gb_per_s']:.0f})"
 
 
 def _overview(report: present.Report, device: str) -> str:
-    """Our optimizers on one device: speed against fused AdamW and, in brackets, against the stream."""
+    """Our optimizers on one device: speed against AdamW and, in brackets, bytes against the stream's."""
     rows = [row for row in present.measured(report) if row["device"] == device]
     groups = present.workloads(rows)
     columns = [(shapes, dtype) for _, shapes, dtype in groups]
@@ -53,12 +53,17 @@ def _section(report: present.Report, folder: str) -> str:
     title = gpu["name"] if gpu else f"{machine['cpu']}, {machine['cores']} cores"
     driver = f", driver {gpu['driver']}" if gpu else ""
     parts = [
-        f"**{title}** (torch {versions['torch']}{driver}, commit {report['commit'][:12]}, {report['date'][:10]})",
-        "Speed against torch's fused AdamW; in brackets bytes per second against the in-place stream `a.add_(b)`.\n"
-        "Medians over interleaved rounds."
-        f" Spreads, baselines and versions: [{report['name']}]({folder}/{report['name']}.md).",
+        f"**{title}** (torch {versions['torch']}{driver}, module of commit {present.built_at(report)}, "
+        f"{report['date'][:10]})",
+        "Speed against torch's fused AdamW on fp32 parameters; in brackets GB/s of the step and of the in-place stream "
+        "`a.add_(b)` in the same rounds.\nMedians over interleaved rounds."
+        f" Quartiles, baselines and versions: [{report['name']}]({folder}/{report['name']}.md).",
         _overview(report, "cuda" if gpu else "cpu"),
     ]
+    if rows := report.get("whole_steps"):
+        parts.append(
+            f"Whole training steps of the example, where the optimizer is a small part:\n\n{present.whole_steps(rows)}"
+        )
     if not gpu and (aims := present.aims(report)):
         parts.append(aims)
     if (RESULTS / f"{report['name']}.png").exists():
@@ -102,7 +107,7 @@ def memory(folder: Path = RESULTS / "memory") -> str:
             for found in report["headline"]
             if found["gradients"] == "all"
         ]
-        shown = f"{report['machine']['cpu']}, commit {report['commit'][:12]}, {report['date'][:10]}"
+        shown = f"{report['machine']['cpu']}, module of commit {present.built_at(report)}, {report['date'][:10]}"
         header = [
             "bytes per parameter",
             "parameters",
@@ -158,8 +163,8 @@ def large_model(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
     machine = start["machine"]
     parts = [
         f"{start['parameters']:,} parameters on {machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, "
-        f"commit {start['commit'][:12]}, {start['date'][:10]}: {len(losses)} steps of {start['options']['tokens']} "
-        f"bytes of text, {seconds:.0f} s each (median), loss {sum(losses[:5]) / 5:.2f} over the first five steps and "
+        f"module of commit {present.built_at(start)}, {start['date'][:10]}: {len(losses)} steps of "
+        f"{start['options']['tokens']} bytes of text, {seconds:.0f} s each (median), loss {sum(losses[:5]) / 5:.2f} over the first five steps and "
         f"{sum(losses[-5:]) / 5:.2f} over the last five, peak memory {peak / 1e9:.2f} GB "
         f"([log](../examples/results/{log.name}))."
     ]
@@ -264,15 +269,16 @@ def glance() -> str:
     losses = {name: gpt["methods"][name]["loss"] for name in ("sign_adam_pp_int2_stochastic", "adamw")}
     ours, theirs = _bytes(*FEW_BITS), _bytes(*MIXED)
     example, title = _example()
-    step = _speed("SignAdamPP", "GPT-2 small", "float32")["to_fused_adamw"]["median"]
+    step = _speed("SignAdamPP", "GPT-2 small", "float32")["to_adamw"]["median"]
+    whole = {row["optimizer"]: row["seconds"]["median"] for row in _only(RESULTS)["whole_steps"]}
     steps = gpt["problem"]["steps"]
     lines = [
         ["bytes per parameter between steps, bf16 weights included", *(f"{x['resident']:.2f}" for x in (ours, theirs))],
         ["the same with all gradients, in bf16", *(f"{x['resident'] + x['gradients']:.2f}" for x in (ours, theirs))],
         ["optimizer step, GPT-2 small in fp32 with fp32 state, speed", f"{step:.2f}x", "1x (torch, fused)"],
         [
-            "whole training step of the example, bytes of text per second, fp32 state",
-            *(f"{example[name]['tokens_per_second']:,.0f}" for name in ("SignAdamPP", "AdamW")),
+            "whole training step of the example, fp32 state",
+            *(present.duration(whole[name]) for name in ("SignAdamPP", "AdamW fused")),
         ],
         [
             f"validation loss, GPT of {gpt['parameters'] / 1e6:.1f}M, {steps} steps, {losses['adamw']['seeds']} seeds",
@@ -335,23 +341,21 @@ def speed_short() -> str:
     """Six optimizers on three models, all cells measured, with the stream's bandwidth beside."""
     columns = (("1 x 50000000", "float32"), ("GPT-2 small", "float32"), ("GPT-2 small", "bfloat16"))
     names = ("SignAdamPP", "SignAdamPP adaptive_delayed", "SignAdam", "SignAdam analytic", "Signum", "SignSGD")
-    lines = []
-    for name in names:
-        cells = []
-        for shapes, dtype in columns:
-            row = _speed(name, shapes, dtype)
-            stream = row["gb_per_s"] / row["to_stream"]["median"]
-            cells.append(f"{row['to_fused_adamw']['median']:.2f}x ({row['gb_per_s']:.0f} of {stream:.0f})")
-        lines.append([f"`{name}`", *cells])
+    lines = [[f"`{name}`", *(_cell(_speed(name, shapes, dtype)) for shapes, dtype in columns)] for name in names]
     report = _only(RESULTS)
     machine = report["machine"]
+    whole = {row["optimizer"]: row["seconds"]["median"] for row in report["whole_steps"]}
     note = (
-        f"Speed of a step against torch's fused AdamW of the same dtype on {machine['cpu']}, {machine['cores']} cores "
-        f"(commit {report['commit'][:12]}, {report['date'][:10]}); in brackets GB/s of the step and of the in-place "
-        "stream `a.add_(b)` beside it. Memory's speed varied between rows."
+        f"Speed of a step against torch's fused AdamW on fp32 parameters; {machine['cpu']}, {machine['cores']} cores "
+        f"(module of commit {present.built_at(report)}, {report['date'][:10]}). In brackets GB/s of the step and of "
+        "the in-place stream `a.add_(b)` in the same rounds."
+    )
+    after = (
+        f"A whole training step of the example takes {present.duration(whole['SignAdamPP'])} with `SignAdamPP` and "
+        f"{present.duration(whole['AdamW fused'])} with AdamW: memory, not speed, is the reason to use this package."
     )
     header = ["", *(f"{shapes}, {present.HALF[dtype]}" for shapes, dtype in columns)]
-    return f"{note}\n\n{present.markdown(header, lines)}"
+    return f"{note}\n\n{present.markdown(header, lines)}\n\n{after}"
 
 
 #: What stands between the markers of each name, by page.
