@@ -1,4 +1,4 @@
-"""Writes the figures of the README and of docs/results.md from the committed results, and nothing by hand:
+"""Writes the pages of committed results, and the figures of the README and of docs/results.md, and nothing by hand:
 
 python -m bench.summary [--check]
 """
@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from statistics import median
 
-from reporting import present
+from reporting import machine, present
 from reporting.pages import replaced
 from signadam_ext.core.renamed import value_today
 
@@ -94,7 +94,7 @@ def memory(folder: Path = RESULTS / "memory") -> str:
             form = ", ".join(filter(None, (row["options"].get("second_moment"), row["state"], storage)))
             lines.append(
                 [
-                    f"{row['optimizer']}{source}{', ' if form else ''}{form}",
+                    f"{row['optimizer']}{source}{', ' if form else ''}{form}{', one tensor' * (row['tensors'] == 1)}",
                     row["param"],
                     row["gradients"],
                     *(f"{own[part]:.2f}" for part in ("weights", "state", "gradients")),
@@ -160,11 +160,11 @@ def large_model(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
     losses = [steps[step]["loss"] for step in sorted(steps)]
     seconds = median(line["seconds"] for line in steps.values())
     peak = max(line["peak_bytes"] for line in steps.values())
-    machine = start["machine"]
+    machine, tokens = start["machine"], start["options"]["tokens"]
     parts = [
         f"{start['parameters']:,} parameters on {machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, "
-        f"module of commit {present.built_at(start)}, {start['date'][:10]}: {len(losses)} steps of "
-        f"{start['options']['tokens']} bytes of text, {seconds:.0f} s each (median), loss {sum(losses[:5]) / 5:.2f} over the first five steps and "
+        f"module of commit {present.built_at(start)}, {start['date'][:10]}: {len(losses)} steps of {tokens} bytes of "
+        f"text, {seconds:.0f} s each (median), loss {sum(losses[:5]) / 5:.2f} over the first five steps and "
         f"{sum(losses[-5:]) / 5:.2f} over the last five, peak memory {peak / 1e9:.2f} GB "
         f"([log](../examples/results/{log.name}))."
     ]
@@ -334,7 +334,19 @@ def memory_short() -> str:
     for label, wanted in rows.items():
         own = _bytes(*wanted)
         lines.append([label, *(f"{own[part]:.2f}" for part in ("weights", "state", "gradients", "peak"))])
-    return present.markdown(["bytes per parameter", "weights", "state", "gradients", "peak of a step"], lines)
+    table = present.markdown(["bytes per parameter", "weights", "state", "gradients", "peak of a step"], lines)
+    return f"{table}\n\n{_large_model_short()}"
+
+
+def _large_model_short(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
+    """The same in a sentence."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    peak = max(line["peak_bytes"] for line in lines if "step" in line)
+    machine = lines[0]["machine"]
+    return (
+        f"A [GPT of {lines[0]['parameters'] / 1e9:.1f} billion parameters](docs/results.md#7-billion-parameters) took "
+        f"its steps within {peak / 1e9:.1f} GB, on {machine['cores']} cores and without a GPU."
+    )
 
 
 def speed_short() -> str:
@@ -352,7 +364,8 @@ def speed_short() -> str:
     )
     after = (
         f"A whole training step of the example takes {present.duration(whole['SignAdamPP'])} with `SignAdamPP` and "
-        f"{present.duration(whole['AdamW fused'])} with AdamW: memory, not speed, is the reason to use this package."
+        f"{present.duration(whole['AdamW fused'])} with AdamW: memory, not speed, is the reason to use this "
+        "package. [All figures](docs/results.md#speed)."
     )
     header = ["", *(f"{shapes}, {present.HALF[dtype]}" for shapes, dtype in columns)]
     return f"{note}\n\n{present.markdown(header, lines)}\n\n{after}"
@@ -371,22 +384,40 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
 }
 
 
+def pages() -> dict[Path, str]:
+    """Every page that is made from the committed results, as it should be."""
+    found = {}
+    for page, blocks in PAGES.items():
+        text = (ROOT / page).read_text()
+        for name, make in blocks.items():
+            text = replaced(text, name, make())
+        found[ROOT / page] = text
+    for path in sorted(RESULTS.glob("*.json")):
+        report = json.loads(path.read_text())
+        drawn = path.with_suffix(".png")
+        found[path.with_suffix(".md")] = present.page(report, drawn.name if drawn.exists() else None)
+    return found
+
+
+def require_commits() -> None:
+    """Raises `machine.NotCommitted` for results of a module that this repository cannot give back."""
+    for path in RESULTS.rglob("*.json"):
+        machine.require_commits([present.built_at(json.loads(path.read_text()))])
+    with (EXAMPLES / "train_7b_in_18gb.jsonl").open() as log:
+        machine.require_commits([present.built_at(json.loads(log.readline()))])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, fail when a page is stale")
     options = parser.parse_args(arguments)
-    stale = []
-    for page, blocks in PAGES.items():
-        path = ROOT / page
-        text = new = path.read_text()
-        for name, make in blocks.items():
-            new = replaced(new, name, make())
-        if new != text:
-            stale.append(page)
-            if not options.check:
-                path.write_text(new)
-    if options.check and stale:
-        print(f"{', '.join(stale)}: stale; run python -m bench.summary")
+    require_commits()
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
+    if not options.check:
+        for path, text in pages().items():
+            path.write_text(text)
+    elif stale:
+        print(f"{', '.join(path.relative_to(ROOT).as_posix() for path in stale)}: stale; run python -m bench.summary")
         return 1
     return 0
 

@@ -80,9 +80,14 @@ class NotCommitted(RuntimeError):
 
 
 def require_commits(commits: Iterable[str | None]) -> None:
-    """Raises `NotCommitted` for a commit that is unknown, is marked as changed, or is not one of this repository's."""
+    """Raises `NotCommitted` for a commit that is unknown, is marked as changed, or is not one of this repository's.
+
+    A clone without the history knows of few commits, and is not asked.
+    """
+    shallow = _output("git", "rev-parse", "--is-shallow-repository") != "false"
     for sha in sorted({commit or "unknown" for commit in commits}):
-        if sha.endswith("+changes") or _output("git", "cat-file", "-e", f"{sha}^{{commit}}") is None:
+        known = shallow or _output("git", "cat-file", "-e", f"{sha}^{{commit}}") is not None
+        if sha == "unknown" or sha.endswith("+changes") or not known:
             raise NotCommitted(
                 f"a result was made by {sha}, which git cannot give back. Commit first, build the module from a clean "
                 "tree, and measure again."

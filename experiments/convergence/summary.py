@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from pathlib import Path
@@ -72,16 +73,16 @@ def interval(difference: Run | None) -> str:
     return f"{difference['mean']:+.4f} ({difference['low']:+.4f} .. {difference['high']:+.4f})"
 
 
-def page(problem: Problem, summary: dict[str, Run], content: Run) -> str:
-    """The summary as Markdown."""
-    spec = problem.spec
+def page(name: str, content: Run) -> str:
+    """What was collected, as Markdown."""
+    spec, summary = content["problem"], content["methods"]
     clip = f", gradients clipped to a global norm of {spec['clip']:g}" if spec["clip"] else ""
     commits = ", ".join(sorted({where["commit"][:12] for where in content["environments"]}))
-    parts = [f"# {problem.title}\n"]
+    parts = [f"# {content['title']}\n"]
     parts.append(
-        f"{problem.steps} steps of batch size {spec['batch_size']}, decoupled weight decay {spec['weight_decay']:g}"
+        f"{spec['steps']} steps of batch size {spec['batch_size']}, decoupled weight decay {spec['weight_decay']:g}"
         f"{clip}; {content['finished_runs']} of {content['expected_runs']} planned runs, "
-        f"{content['training_hours']:.2f} hours of training on one thread, module built at {commits}.\n\n"
+        f"{content['training_hours']:.2f} hours of training on one thread, module of commit {commits}.\n\n"
         "**±** is half of the 95 % confidence interval of the mean over seeds (Student's t), and so are the intervals "
         "in brackets, of differences paired by seed. All rows have the same seeds, so means subtract. Intervals are "
         f"not corrected for their number: {sum(_comparisons(entry) for entry in summary.values())} differences stand "
@@ -102,7 +103,7 @@ def page(problem: Problem, summary: dict[str, Run], content: Run) -> str:
         ]
         if rows:
             header = ["", "lr", what, f"minus {BY_KEY[ADAMW].label}", f"minus {BY_KEY[PLUS].label} in fp32", "state B"]
-            parts.append(f"## {what.capitalize()}, {problem.seeds} seeds\n\n{markdown(header, rows)}\n")
+            parts.append(f"## {what.capitalize()}, {spec['seeds']} seeds\n\n{markdown(header, rows)}\n")
     betas = [
         [entry["label"], interval(entry["loss"][f"minus_{reference}"])]
         for key, entry in summary.items()
@@ -123,7 +124,7 @@ def page(problem: Problem, summary: dict[str, Run], content: Run) -> str:
         f"{markdown(['', *rates], searched)}\n"
     )
     for picture, alt in figures.PICTURES.items():
-        parts.append(f"![{alt}]({problem.name}-{picture}.png)\n")
+        parts.append(f"![{alt}]({name}-{picture}.png)\n")
     return "\n".join(parts)
 
 
@@ -187,7 +188,8 @@ def collect(comparison: Comparison, problem: Problem, folder: Path) -> None:
         "runs": compact,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / f"{problem.name}.json", compact_json(rounded(content)))
-    write(folder / f"{problem.name}.md", page(problem, summary, content))
+    text = compact_json(rounded(content))
+    write(folder / f"{problem.name}.json", text)
+    write(folder / f"{problem.name}.md", page(problem.name, json.loads(text)))
     figures.draw(comparison, problem, summary, folder)
     print(f"{problem.name}: {len(runs)} of {content['expected_runs']} runs are in {folder.name}/{problem.name}.*")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from reporting import commands
+from reporting.pages import hand_written_figures
 
 ROOT = commands.README.parent
 TEXT = commands.README.read_text(encoding="utf-8")
@@ -57,7 +58,31 @@ def test_the_readme_is_read_in_five_minutes() -> None:
     assert len(TEXT.split()) <= 1600
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [path for path in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in path.parts]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.stem)
+def test_figures_stand_in_generated_blocks_alone(page: Path) -> None:
+    assert hand_written_figures(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["takes 12.5 ms", "1.38x", "is 3x as fast", "of 24 GiB", "20%", "40 GB/s", "1,234 s", "in 2 hours", ".5 nats"],
+)
+def test_a_figure_is_found(text: str) -> None:
+    assert len(hand_written_figures(f"a\n{text}, b\n")) == 1
+    assert hand_written_figures(f"<!-- x:begin -->\n{text}\n<!-- x:end -->\n```\n{text}\n```\n`{text}`") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["2 bits", "4 bytes per parameter", "30 steps", "768x3072", "v 2.6", "1e-3", "10 seeds"]
+)
+def test_what_is_counted_or_chosen_is_no_figure(text: str) -> None:
+    assert hand_written_figures(text) == []
+
+
 SNIPPETS = {
     f"{page.stem}-{i}": block.lines
     for page in PAGES
