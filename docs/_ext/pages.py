@@ -34,7 +34,11 @@ def _read(app: Sphinx, docname: str, source: list[str]) -> None:
     text, written_in = source[0], page.parent
     if (file := _included(page)) is not None:
         app.env.note_dependency(str(file))
-        text, written_in = INCLUDED.sub(lambda _: file.read_text(encoding="utf-8"), text), file.parent
+        # Results are not in the source distribution.
+        whole = (
+            file.read_text(encoding="utf-8") if file.exists() else f"# {file.stem}\n\nNot in this copy of the sources."
+        )
+        text, written_in = INCLUDED.sub(lambda _: whole, text), file.parent
 
     def led(match: re.Match[str]) -> str:
         target = (written_in / match[1]).resolve()
