@@ -179,7 +179,11 @@ def aims(report: Report) -> str:
         got = row[aim.metric] if row else None
         reached = verdict(got, aim.floor, aim.aim) if got else "-"
         lines.append([aim.text, f"{aim.floor:g}", f"{aim.aim:g}", ratio(got) if got else NOT_MEASURED, reached])
-    return markdown(["two CPU cores; SignAdamPP unless named", "floor", "aim", "measured", "reached"], lines)
+    table = markdown(["two CPU cores; SignAdamPP unless named", "floor", "aim", "measured", "reached"], lines)
+    return (
+        'Set beforehand. "aim" and "floor": the lower quartile reaches it. "no": the upper one is below the floor. '
+        f'"open": the quartiles lie on both sides.\n\n{table}'
+    )
 
 
 def _machine(report: Report) -> str:

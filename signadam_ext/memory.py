@@ -38,8 +38,8 @@ NOT_COUNTED = (
 
 
 DIVIDED = (
-    "an even share of everything, which no arrangement goes below; this version does not train sharded parameters "
-    "(DTensor), and data parallel training keeps all of it on every GPU"
+    "everything divided evenly, a lower bound which this version cannot reach: sharded parameters (DTensor) are "
+    "refused, and data parallel training keeps all of it on every GPU"
 )
 
 
@@ -305,7 +305,7 @@ def table(options: argparse.Namespace) -> str:
     for name, other in _adamw(shapes, options.param_dtype):
         rows.append([""] * len(rows[0]))
         rows.append(_row(f"{name}, without gradients", other.resident, other, gpus))
-        rows.append(_row(f"{name}, with all gradients", other.total, other, gpus))
+        rows.append(_row(f"{name}, with all {options.param_dtype} gradients", other.total, other, gpus))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

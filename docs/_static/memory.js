@@ -127,16 +127,16 @@
     field(name, label, make("input", { type: "number", min: 1, step: 1, value, required: true }));
 
   const model = select("model", "Model", { ...same(Object.keys(MODELS)), own: "another" }, "7 billion, 290 tensors");
-  const parameters = number("parameters", "Parameters", 7e9);
-  const count = number("tensors", "Tensors", 290);
-  const largest = number("largest", "Elements of the largest", 131072000);
+  const parameters = number("parameters", "Number of parameters", 7e9);
+  const count = number("tensors", "Number of tensors", 290);
+  const largest = number("largest", "Elements of the largest tensor", 131072000);
   const optimizer = select("optimizer", "Optimizer", same(Object.keys(MEMORY.optimizers)), "SignAdamPP, fixed threshold");
-  const param = select("param", "Parameters are", same(Object.keys(MEMORY.params)), "bf16");
-  const storage = select("storage", "... and stored", { stochastic: "" }, "stochastic");
-  const state = select("state", "Moments (state_dtype)", { int2: "int2" }, "int2");
-  const grad = select("grad", "Gradients are", same(Object.keys(MEMORY.params)), "bf16");
-  const gradients = select("gradients", "... and kept", { all: "all at once", released: "the largest alone (released)" });
-  const gpus = number("gpus", "GPUs that share it", 1);
+  const param = select("param", "Dtype of the parameters", same(Object.keys(MEMORY.params)), "bf16");
+  const storage = select("storage", "Storage of the parameters", { stochastic: "" }, "stochastic");
+  const state = select("state", "Storage of the moments", { int2: "int2" }, "int2");
+  const grad = select("grad", "Dtype of the gradients", same(Object.keys(MEMORY.params)), "bf16");
+  const gradients = select("gradients", "Gradients in memory", { all: "all at once", released: "the largest alone (released)" });
+  const gpus = number("gpus", "Number of GPUs", 1);
 
   function chosen() {
     const whole = (control, name, most) => {

@@ -42,19 +42,21 @@ class Adam(SignOptimizer):
         eps: added to the root of the second moment, at least 0. Default: 1e-8.
         amsgrad: divide by the root of the largest second moment so far. Default: False.
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
-            gives each moment its own. Default: "fp32".
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: False.
         maximize: ascend instead of descend. Default: False.
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
-            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
-            "nearest".
-        seed: of rounding at random, in [0, 2^64). Default: 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
-            accepted.
+            ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
+            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
+            "stochastic" or "master", all the same for it. Default: "nearest".
+        seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
+            "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
+            the last two may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -115,19 +117,21 @@ class AdamW(Adam):
         params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
         lr, betas, eps, amsgrad: as of :class:`Adam`.
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
-            gives each moment its own. Default: "fp32".
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.01.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
-            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
-            "nearest".
-        seed: of rounding at random, in [0, 2^64). Default: 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
-            accepted.
+            ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
+            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
+            "stochastic" or "master", all the same for it. Default: "nearest".
+        seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
+            "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
+            the last two may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -144,7 +148,7 @@ class AdamW(Adam):
     .. math::
         p_t = (1 - \mathrm{lr} \cdot \lambda)\, p_{t-1} - \text{Adam's step}
 
-    The decay is not rounded by itself, so that it acts on bf16 parameters as well.
+    Lambda is ``weight_decay``. The decay is not rounded by itself, so that it acts on bf16 parameters as well.
 
     State: as of :class:`Adam`.
 

@@ -1,4 +1,4 @@
-"""Lion: the sign of two blends of momentum and gradient."""
+"""Lion: the sign of a blend of momentum and gradient."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ class Lion(SignOptimizer):
             tensor of one element. Default: 1e-4.
         betas: weight of the momentum in the step, and its decay, each in [0, 1). Default: (0.9, 0.99).
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
-            gives each moment its own. Default: "fp32".
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
-            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
-            "nearest".
-        seed: of rounding at random, in [0, 2^64). Default: 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
-            accepted.
+            ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
+            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
+            "stochastic" or "master", all the same for it. Default: "nearest".
+        seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
+            "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
+            the last two may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -57,9 +59,9 @@ class Lion(SignOptimizer):
         p_t &= (1 - \mathrm{lr} \cdot \lambda)\, p_{t-1} - \mathrm{lr} \cdot \mathrm{sign}(u_t) \\
         m_t &= \beta_2 m_{t-1} + (1 - \beta_2) g_t
 
-    ``sign(0) = sign(NaN) = 0``: a weight whose gradient and momentum are 0 stays. One NaN gradient makes its entry of
-    ``m`` NaN, and that weight silently stops updating. The decay is not rounded by itself, so that it acts on
-    bf16 parameters as well.
+    Lambda is ``weight_decay``. ``sign(0) = sign(NaN) = 0``: a weight whose gradient and momentum are 0 stays. One NaN
+    gradient makes its entry of ``m`` NaN, and that weight silently stops updating. The decay is not rounded by itself,
+    so that it acts on bf16 parameters as well.
 
     State: ``exp_avg`` (m) and ``step``.
 

@@ -42,21 +42,24 @@ class SignAdam(SignOptimizer):
             MNIST; [SA] gives none for signADAM itself. Default: 1e-3.
         betas: decay of the two moments, each in [0, 1). Default: (0.9, 0.999).
         eps: added to the root of the second moment, at least 0. Default: 1e-8.
-        second_moment: "exact" or "analytic". Default: "exact".
+        second_moment: "exact" keeps it in memory; "analytic" computes it, which is equal where no gradient is 0 and
+            saves a moment. Default: "exact".
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", "int4" or "int2", which keep the
-            momentum in 8, 4 or 2 bits and other moments in bf16. A torch dtype is the same; a tuple gives each moment
-            its own. Default: "fp32".
+            momentum in 8, 4 or 2 bits and other moments in bf16. ``torch.bfloat16`` is the same as "bf16"; a tuple
+            gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
-            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
-            "nearest".
-        seed: of rounding at random, in [0, 2^64). Default: 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
-            accepted.
+            ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
+            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
+            "stochastic" or "master", all the same for it. Default: "nearest".
+        seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
+            "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
+            the last two may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.

@@ -81,26 +81,30 @@ class SignAdamPP(SignOptimizer):
             SIGN-SGD, SIGNUM and ADAM; it gives none for signADAM++). Default: 1e-3.
         beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
             Default: 0.9.
-        confidence: "fixed", "adaptive", "adaptive_delayed", "sparsity", or a function. Default: "fixed".
+        confidence: how the threshold is found: "fixed" (it is ``alpha``), "adaptive" (``alpha`` running deviations of
+            the gradient, which is read twice), "adaptive_delayed" (the same from the last step, read once), "sparsity"
+            (steered so that a share ``target`` passes), or a function of your own (below). Default: "fixed".
         alpha: at least 0. With "fixed" and a function in units of the gradient, with adaptive confidence of its running
             standard deviation. None: 0.5 for adaptive confidence, otherwise 0. Not for "sparsity".
         confidence_beta: decay of the running deviation, in [0, 1). Default: 0.9.
-        target: share of the entries that "sparsity" lets pass, in (0, 1).
+        target: share of the entries that "sparsity" lets pass, in (0, 1); required there.
         gain: how fast "sparsity" steers, in (0, 1]. Default: 1.
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", "int4" or "int2", which keep the
-            momentum in 8, 4 or 2 bits and other moments in bf16. A torch dtype is the same; a tuple gives each moment
-            its own. Default: "fp32".
+            momentum in 8, 4 or 2 bits and other moments in bf16. ``torch.bfloat16`` is the same as "bf16"; a tuple
+            gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
-            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
-            "nearest".
-        seed: of rounding at random, in [0, 2^64). Default: 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
-            accepted.
+            ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
+            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
+            "stochastic" or "master", all the same for it. Default: "nearest".
+        seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
+            "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
+            the last two may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -124,7 +128,8 @@ class SignAdamPP(SignOptimizer):
 
     - "fixed": :math:`\alpha_t = \alpha`.
     - "adaptive" [SA, Sec. 6.3]: :math:`\alpha_t = \alpha a_t` with :math:`a_t = b a_{t-1} + (1 - b)\,\mathrm{std}(g_t)`
-      for each tensor, b being ``confidence_beta``. Reads the gradient twice, in two launches.
+      for each tensor, b being ``confidence_beta``. Reads the gradient twice, in two launches. a begins at 0 and is not
+      corrected for it: the threshold grows over the first 1 / (1 - b) steps.
     - "adaptive_delayed": :math:`\alpha_t = \alpha a_{t-1}`, so that the deviation is gathered in the same single
       pass; at t = 1 the threshold is 0.
     - "sparsity": the threshold is steered, for each tensor, so that a share ``target`` of the entries passes:

@@ -30,12 +30,14 @@ class SignSGD(SignOptimizer):
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
-            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
-            "nearest".
-        seed: of rounding at random, in [0, 2^64). Default: 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
-            accepted.
+            ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
+            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
+            "stochastic" or "master", all the same for it. Default: "nearest".
+        seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
+            "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
+            the last two may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.

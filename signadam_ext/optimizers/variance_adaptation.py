@@ -64,21 +64,24 @@ class SVAG(SignOptimizer):
         lr: learning rate, at least 0. A float or a CPU tensor of one element. Default: 0.01.
         beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
             Default: 0.9.
-        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Default: True.
+        bias_correct_variance: divide the variance by 1 - rho (below), which makes it unbiased; False leaves it too
+            small, as in the draft [BH0]. Default: True.
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
-            gives each moment its own. Default: "fp32".
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
-            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
-            "nearest".
-        seed: of rounding at random, in [0, 2^64). Default: 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
-            accepted.
+            ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
+            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
+            "stochastic" or "master", all the same for it. Default: "nearest".
+        seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
+            "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
+            the last two may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -139,23 +142,26 @@ class MSVAG(SignOptimizer):
             (1 - beta) times as much, so that the learning rate is to be smaller by 1 - beta. Default: 0.01.
         beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
             Default: 0.9.
-        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Means nothing for
-            "minibatch". Default: True.
-        variance: "ema" or "minibatch". Default: "ema".
+        bias_correct_variance: divide the variance by 1 - rho (below), which makes it unbiased; False leaves it too
+            small, as in the draft [BH0]. Means nothing for "minibatch". Default: True.
+        variance: "ema": estimated from moving averages; "minibatch": read from ``p.grad_variance``, which
+            :func:`signadam_ext.per_sample_variance` fills. Default: "ema".
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
-            gives each moment its own. Default: "fp32".
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
-            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
-            "nearest".
-        seed: of rounding at random, in [0, 2^64). Default: 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
-            accepted.
+            ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
+            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
+            "stochastic" or "master", all the same for it. Default: "nearest".
+        seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
+            "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
+            the last two may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -173,7 +179,8 @@ class MSVAG(SignOptimizer):
         p_t = p_{t-1} - \mathrm{lr} \cdot \frac{m_t^2}{m_t^2 + \rho_t s_t}\, m_t
 
     The first step is a gradient step. With ``variance="minibatch"`` [BH0, Alg. 3] the variance is not estimated from
-    the past but read from ``param.grad_variance``, which :func:`signadam_ext.per_sample_variance` fills:
+    the past but read from ``param.grad_variance``, which :func:`signadam_ext.per_sample_variance` fills. With mu for
+    ``beta``:
 
     .. math::
         m_t = \mu m_{t-1} + g_t, \quad S_t = \mu^2 S_{t-1} + \hat s_t, \quad
@@ -237,23 +244,26 @@ class AdamStar(SignOptimizer):
         beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
             Default: 0.9.
         momentum: whether the step has the sign of the momentum or of the gradient. Default: True.
-        bias_correct_variance: divide by 1 - rho, as [BH] does; False is the draft's form [BH0]. Means nothing for
-            "minibatch". Default: True.
-        variance: "ema" or "minibatch"; "minibatch" is defined with momentum only. Default: "ema".
+        bias_correct_variance: divide the variance by 1 - rho (below), which makes it unbiased; False leaves it too
+            small, as in the draft [BH0]. Means nothing for "minibatch". Default: True.
+        variance: "ema": estimated from moving averages; "minibatch": read from ``p.grad_variance``, which
+            :func:`signadam_ext.per_sample_variance` fills; with momentum only. Default: "ema".
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. A torch dtype is the same; a tuple
-            gives each moment its own. Default: "fp32".
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
-            ("nearest") or at random ("stochastic"), low bits ("split8", "split16") or an fp32 copy ("master"). Default:
-            "nearest".
-        seed: of rounding at random, in [0, 2^64). Default: 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference". Default: "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim; only what asks for nothing is
-            accepted.
+            ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
+            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
+            "stochastic" or "master", all the same for it. Default: "nearest".
+        seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
+            "auto".
+        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
+            the last two may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.

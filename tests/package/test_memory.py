@@ -169,7 +169,7 @@ def test_command_prints_what_it_computes() -> None:
     for name, mixed in (("AdamW, fp32 master copies and moments", True), ("AdamW in bf16", False)):
         other = memory.adamw([(7_000_000_000,)], "bf16", mixed=mixed)
         assert rows[f"{name}, without gradients"][0] == f"{other.each(other.resident):g}"
-        assert rows[f"{name}, with all gradients"][1] == f"{other.total / 1e9:.3f}"
+        assert rows[f"{name}, with all bf16 gradients"][1] == f"{other.total / 1e9:.3f}"
     assert "Not counted: activations" in result.stdout
 
 
