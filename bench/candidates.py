@@ -49,7 +49,7 @@ def _fp32_adamw(work: Workload) -> Step:
 #: What every candidate is measured beside: one AdamW, in fp32, whatever the parameters are.
 REFERENCES = (
     Candidate(STREAM, "torch", Traffic(), lambda work: partial(work.a.add_, work.b)),
-    Candidate(ADAMW, "torch", Traffic(state=4, param_bits=32), _fp32_adamw),
+    Candidate(ADAMW, "torch", Traffic(state=4), _fp32_adamw),
 )
 FUSED = _adamw(ADAMW, fused=True)
 #: With 16-bit weights, gradients and moments, which no one trains with as it is; torch offers nothing else.

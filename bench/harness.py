@@ -115,10 +115,9 @@ class Traffic:
     grad: int = 1
     state: int = 0  # all state tensors together
     state_bits: int | None = None  # of one element of them; None: as the parameter
-    param_bits: int | None = None  # of a parameter and its gradient; None: as the workload has them
 
     def _terms(self, dtype: torch.dtype) -> dict[str, tuple[int, float]]:
-        size: float = dtype.itemsize if self.param_bits is None else self.param_bits / 8
+        size = dtype.itemsize
         state_size = size if self.state_bits is None else self.state_bits / 8
         return {"param": (self.param, size), "grad": (self.grad, size), "state": (self.state, state_size)}
 

@@ -11,6 +11,7 @@ from typing import TypedDict
 
 import torch
 
+import signadam_ext
 from reporting import machine
 
 from .harness import Spread, spread, wall_clock
@@ -31,8 +32,6 @@ class Row(TypedDict):
 
 
 def optimizers() -> dict[str, Callable[[torch.nn.Module], torch.optim.Optimizer]]:
-    import signadam_ext  # not at the top: the references must work where the package does not
-
     return {
         "AdamW fused": lambda model: torch.optim.AdamW(model.parameters(), fused=True),
         "SignAdamPP": lambda model: signadam_ext.SignAdamPP(model.parameters()),

@@ -21,8 +21,6 @@ extensions = [
     "offline",
 ]
 exclude_patterns = ["_build"]
-templates_path: list[str] = []
-nitpicky = False
 
 # Markdown, as it is also read beside the sources.
 myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
@@ -32,8 +30,6 @@ suppress_warnings = ["myst.xref_ambiguous"]
 # Docstrings.
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # they stand in the signature
-autodoc_default_options = {"show-inheritance": False}
-napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 add_module_names = False

@@ -145,9 +145,13 @@ def _now() -> str:
 def work(ready: Callable[[], Iterable[tuple[Store[Any], J]]], train: Callable[[J], Run]) -> int:
     """Run what of `ready()` is missing and not under way elsewhere, until nothing is left; how many runs failed."""
     torch.set_num_threads(1)
-    failed: set[str] = set()
+    failed: set[tuple[str, str]] = set()
     while True:
-        todo = [(store, job) for store, job in ready() if job.name not in failed and store.get(job) is None]
+        todo = [
+            (store, job)
+            for store, job in ready()
+            if (store.problem.name, job.name) not in failed and store.get(job) is None
+        ]
         if not todo:
             return len(failed)
         for store, job in todo:
@@ -158,7 +162,7 @@ def work(ready: Callable[[], Iterable[tuple[Store[Any], J]]], train: Callable[[J
                     store.put(job, train(job))
                 except Exception:
                     traceback.print_exc()
-                    failed.add(job.name)
+                    failed.add((store.problem.name, job.name))
                 break
         else:
             time.sleep(1)  # what is left depends on runs under way elsewhere
@@ -200,12 +204,13 @@ def supervise(
     return failed
 
 
-def pack(folder: Path, archive: Path) -> None:
-    """Keep all finished runs of a folder in one file, the same bytes for the same runs.
+def pack(folder: Path, paths: Sequence[Path], archive: Path) -> None:
+    """Keep finished runs in one file, named from `folder` on; the same bytes for the same runs.
 
     Raises `machine.NotCommitted` when one was made by a module that no commit holds.
     """
-    paths = sorted(folder.glob("*/*.json"))
+    paths = sorted(paths)
+    archive.parent.mkdir(parents=True, exist_ok=True)
     machine.require_commits(json.loads(path.read_text(encoding="utf-8"))["environment"]["commit"] for path in paths)
     partial = archive.with_suffix(f".{os.getpid()}.partial")
     with (

@@ -58,4 +58,4 @@ def data() -> dict[str, Any]:
         }
         for kind, form in FORMATS.items()
     }
-    return {"run": RUN, "forms": forms, "optimizers": optimizers, "params": params, "divided": memory.DIVIDED}
+    return {"run": RUN, "forms": forms, "optimizers": optimizers, "params": params}

@@ -145,7 +145,7 @@
       if (most !== undefined && value > most) throw new Error(`${name}: at most ${most}, the number of parameters`);
       return value;
     };
-    const total = whole(parameters, "Parameters", 1e15);
+    const total = whole(parameters, "Parameters");
     return {
       parameters: total,
       tensors: whole(count, "Tensors", total),

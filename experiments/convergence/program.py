@@ -52,13 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(comparison.listing(), flush=True)
     if args.list:
         return 0
+    kept = args.results.resolve() == RESULTS
     failed = 0
     if not args.collect:
+        if kept:
+            machine.require_commits([runs.environment()["commit"]])
         failed = runs.supervise(
             _worker, (args.runs, args.problem, args.quick), args.workers, comparison.progress, 0.5 if args.quick else 3
         )
+    if kept:
+        comparison.pack(archive)  # which refuses runs of unknown code, before anything else is written
     for name in comparison.chosen:
         collect(comparison, comparison.problem(name), args.results)
-    if args.results == RESULTS:
-        runs.pack(args.runs, archive)
     return 1 if failed else 0

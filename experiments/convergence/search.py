@@ -9,6 +9,7 @@ from pathlib import Path
 
 from experiments.convergence.methods import BY_KEY, Method
 from experiments.convergence.training import PROBLEMS, Job, Problem, quick
+from reporting import runs
 from reporting.runs import Run, Store
 
 #: Every rate that may be tried: 1, 2, 3 and 6 times powers of ten.
@@ -16,19 +17,17 @@ RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 2) for digit in (
 SEARCH_SEED = 1000  # enters no result
 
 
-def neighbours(lr: float) -> tuple[float, float]:
-    """The rates next to one, below and above it."""
+def neighbours(lr: float) -> tuple[float, ...]:
+    """The rates next to one, below and above it; fewer at the edges of all that may be tried."""
     i = RATES.index(lr)
-    if not 0 < i < len(RATES) - 1:
-        raise ValueError(f"the best learning rate, {lr:g}, is at the edge of all that may be tried")
-    return RATES[i - 1], RATES[i + 1]
+    return (*RATES[max(i - 1, 0) : i], *RATES[i + 1 : i + 2])
 
 
 @dataclass(frozen=True)
 class Search:
     jobs: list[Job]  # known so far
     losses: dict[float, float]  # final validation losses by rate, of those that were run
-    best: float | None  # None while a job is missing
+    best: float | None  # None while a job is missing, and for good when it would be at the edge of all rates
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ class Comparison:
             return problem.first_rates
         if best is None:
             return None
-        below, above = neighbours(best)
-        return below, best, above
+        return tuple(sorted((best, *neighbours(best))))
 
     def search(self, problem: Problem, method: Method) -> Search:
         """From the first rates on to the neighbours of the best one, until both of them have been tried."""
@@ -80,6 +78,8 @@ class Comparison:
             if len(losses) < len(jobs):
                 return Search(jobs, losses, None)
             best = min(sorted(losses), key=losses.__getitem__)
+            if best in (RATES[0], RATES[-1]):
+                return Search(jobs, losses, None)
             further = [lr for lr in neighbours(best) if lr not in losses]
         return Search(jobs, losses, min(sorted(losses), key=losses.__getitem__) if losses else None)
 
@@ -110,10 +110,24 @@ class Comparison:
         return Plan(ready, waiting)
 
     def ready(self) -> Iterator[tuple[Store[Problem], Job]]:
-        """What can be run now, of all chosen problems."""
+        """What can be run now: of the chosen problems, and the searches of others where theirs begin."""
         for name in self.chosen:
-            for job in self.plan(self.problem(name)).ready:
+            problem = self.problem(name)
+            if problem.after is not None and problem.after not in self.chosen:
+                before = self.problem(problem.after)
+                for method in problem.methods:
+                    first = method if method.begins_at is None else BY_KEY[method.begins_at]
+                    for job in (*self.search(before, first).jobs, *self.search(before, method).jobs):
+                        yield self.stores[before.name], job
+            for job in self.plan(problem).ready:
                 yield self.stores[name], job
+
+    def pack(self, archive: Path) -> None:
+        """Keep every finished run of the plans in one file."""
+        stores = self.stores.values()
+        jobs = [(store, job) for store in stores for job in self.plan(store.problem).ready]
+        paths = [store.folder / f"{job.name}.json" for store, job in jobs if store.get(job) is not None]
+        runs.pack(next(iter(stores)).folder.parent, paths, archive)
 
     def progress(self) -> tuple[int, int]:
         """Runs done, and all that are known of."""

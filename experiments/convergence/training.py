@@ -176,7 +176,7 @@ def train(job: Job) -> Run:
     return {
         "train": [statistics.fmean(losses[i : i + n]) for i in range(0, len(losses), n)],
         "validation": validation,
-        "finished": len(losses) == problem.steps and math.isfinite(validation[-1][1]),
+        "finished": math.isfinite(losses[-1]) and math.isfinite(validation[-1][1]),
         "seconds": seconds,
         "parameters": sum(p.numel() for p in params.values()),
         "state_bytes": sum(value.nbytes for value in state),

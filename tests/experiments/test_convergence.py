@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import tarfile
 from dataclasses import replace
 
@@ -109,9 +110,22 @@ def test_a_search_that_diverges_goes_down(comparison):
     assert found.best == 1e-4
 
 
-def test_a_search_that_leaves_the_grid_says_so():
-    with pytest.raises(ValueError, match="edge of all that may be tried"):
-        search.neighbours(RATES[-1])
+def test_a_search_that_leaves_the_grid_finds_nothing_and_stops_nothing(comparison):
+    run_all(comparison, lambda job: math.inf if job.method.key == "lion" else valley(1e-3)(job))
+    assert search.neighbours(RATES[-1]) == (RATES[-2],) and search.neighbours(RATES[0]) == (RATES[1],)
+    problem = comparison.problem("gpt")
+    assert comparison.best(problem, BY_KEY["lion"]) is None
+    assert comparison.plan(problem).waiting == problem.seeds
+    assert set(summary.summarize(comparison, problem)) == set(BY_KEY) - {"lion"}
+
+
+def test_longer_runs_alone_search_first_where_they_begin(tmp_path):
+    alone = Comparison(tmp_path / "alone", ["gpt_long"], small=True)
+    order = run_all(alone, valley(1e-3))
+    problem = alone.problem("gpt_long")
+    assert alone.plan(problem).waiting == 0
+    assert {job.seed for job in order if job.problem.name == "gpt"} == {SEARCH_SEED}
+    assert {job.method.key for job in order} == {method.key for method in problem.methods}
 
 
 def test_forms_and_longer_runs_begin_around_what_was_found(comparison):
@@ -219,13 +233,15 @@ def test_runs_are_packed_alike_and_unpacked_where_they_are_missing(comparison, t
     monkeypatch.setattr(machine, "require_commits", lambda commits: None)
     folder = comparison.stores["gpt"].folder.parent
     run_all(comparison, valley(1e-3))
-    runs.pack(folder, tmp_path / "a.tar.gz")
-    runs.pack(folder, tmp_path / "b.tar.gz")
+    (folder / "gpt" / "of_another_plan.json").write_text("{}")
+    comparison.pack(tmp_path / "a.tar.gz")
+    comparison.pack(tmp_path / "b.tar.gz")
     assert (tmp_path / "a.tar.gz").read_bytes() == (tmp_path / "b.tar.gz").read_bytes()
     fresh = tmp_path / "fresh"
     (fresh / "gpt").mkdir(parents=True)
     with tarfile.open(tmp_path / "a.tar.gz") as tar:
-        name = tar.getnames()[0]
+        name, *others = tar.getnames()
+    assert "gpt/of_another_plan.json" not in others
     (fresh / name).write_text("mine")
     runs.unpack(tmp_path / "a.tar.gz", fresh)
     assert (fresh / name).read_text() == "mine"
@@ -238,11 +254,16 @@ def test_runs_are_packed_alike_and_unpacked_where_they_are_missing(comparison, t
 def test_results_of_unknown_code_are_refused(comparison, tmp_path, monkeypatch):
     job = next(iter(comparison.ready()))[1]
     facts = runs.environment()
-    for commit in ("0123456789ab", f"{machine.commit()[:12]}+changes", None, "unknown"):
+    whole = subprocess.run(
+        ["git", "rev-parse", "--is-shallow-repository"], capture_output=True, text=True, cwd=machine.ROOT
+    )
+    # Without the history a hash cannot be judged.
+    unknown = ("0123456789ab",) if whole.stdout.strip() == "false" else ()
+    for commit in (*unknown, f"{machine.commit()[:12]}+changes", None, "unknown"):
         monkeypatch.setattr(runs, "environment", lambda commit=commit: facts | {"commit": commit})
         pretend(comparison, job, 2.0)
         with pytest.raises(machine.NotCommitted, match="Commit first"):
-            runs.pack(comparison.stores["gpt"].folder.parent, tmp_path / "runs.tar.gz")
+            comparison.pack(tmp_path / "runs.tar.gz")
         assert not list(tmp_path.glob("runs.tar*"))
 
 

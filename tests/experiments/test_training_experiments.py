@@ -188,7 +188,7 @@ def test_half_of_a_ratio():
 
 
 def test_look_is_the_norm_of_what_the_gate_leaves():
-    task = training.Text(training.quick(training.GPT_TEXT).spec, training.load_data("gpt"), 0)
+    task = training.Text(training.quick(training.GPT_TEXT).spec, training.load_data("text"), 0)
     with torch.no_grad():
         for p in task.model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))

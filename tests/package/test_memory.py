@@ -161,7 +161,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 def test_command_prints_what_it_computes() -> None:
     result = python("-m", "signadam_ext", "memory", "--params=7e9", "--state=int2", "--param-storage=stochastic")
     assert result.returncode == 0, result.stderr
-    rows = {line[:60].split("  ")[0]: line.split()[-3:] for line in result.stdout.splitlines()}
+    rows = {line.split("  ")[0]: line.split()[-3:] for line in result.stdout.splitlines()}
     each = memory.bytes_per_parameter(state_dtype="int2", param_storage="stochastic", param_dtype="bf16")
     resident = each["weights"] + each["moments"]
     assert rows["without gradients"] == [f"{resident:g}", f"{resident * 7:.3f}", f"{resident * 7e9 / 2**30:.3f}"]
@@ -171,6 +171,15 @@ def test_command_prints_what_it_computes() -> None:
         assert rows[f"{name}, without gradients"][0] == f"{other.each(other.resident):g}"
         assert rows[f"{name}, with all bf16 gradients"][1] == f"{other.total / 1e9:.3f}"
     assert "Not counted: activations" in result.stdout
+
+
+def test_gpus_share_everything_evenly() -> None:
+    printed = command("--params 8e9 --gpus 8 --state int2 --param-storage stochastic")
+    found = memory.estimate([(8_000_000_000,)], state_dtype="int2", param_storage="stochastic", param_dtype="bf16")
+    rows = {line.split("  ")[0]: line.split()[-1] for line in printed.splitlines() if line}
+    assert "GB on each of 8 GPUs" in printed and "On each GPU: everything divided evenly" in printed
+    assert rows["with gradients"] == f"{found.total / 8 / 1e9:.3f}" == "4.250"
+    assert "on each" not in command("--params 8e9 --gpus 1")
 
 
 def command(text: str) -> str:

@@ -30,7 +30,7 @@ GONE = {
     "Resident": "StreamGuarded",
     "_Whole": "_ModuleWithLoss",
     "_Spread": "_Welford",
-    "_Kept": "_TensorBytes",
+    "_TensorBytes": "Kept",
     "GATHER": "SAME_PASS",
     "gather": "same_pass",
     "Weights": "ParamStorage",
