@@ -50,7 +50,9 @@ class Row(TypedDict, total=False):
     bytes_count: str
     clock: str
     rounds: int
-    other_programs: float | None  # share of the machine's CPU time that others took meanwhile
+    passes: int
+    other_programs: float | None  # share of the machine's CPU time that others took meanwhile; median over passes
+    other_programs_most: float | None  # the same, in the pass that they disturbed most
     seconds: Spread
     gb_per_s: float
     stream_gb_per_s: float  # of the stream in the same rounds
@@ -241,6 +243,7 @@ class Samples:
     own: list[float] = field(default_factory=list)
     references: dict[str, list[float]] = field(default_factory=dict)
     other_programs: list[float] = field(default_factory=list)
+    passes: int = 0
 
 
 @dataclass
@@ -261,10 +264,11 @@ class Trial:
         self.samples = {name: [] for name, _ in self._steps}
 
     def time_references(self) -> None:
-        """One round without the candidate. The order rotates: none always inherits the same cache contents."""
+        """One round without the candidate. A stream comes before each optimizer, which so inherit the same caches."""
+        stream = self._steps[0][1]
         for name, step in self._steps:
             self.samples[name].append(self.clock(step))
-        self._steps.append(self._steps.pop(0))
+        stream()
 
     def calibrate(self, seconds: float) -> int:
         """Warms up (first steps allocate, build plans, compile) and returns the rounds that fit into `seconds`."""
@@ -290,6 +294,7 @@ class Trial:
     def add(self, own: Sequence[float], into: Samples) -> None:
         """Keep a turn: `own` are the candidate's times in each round, in the order of the references' samples."""
         into.own += own
+        into.passes += 1
         for name, times in self.samples.items():
             into.references.setdefault(name, []).extend(times)
         if (share := self._others.share()) is not None:
@@ -330,7 +335,9 @@ def row(
         "bytes_count": candidate.traffic.count(dtype),
         "clock": "wall" if clock is wall_clock else "CUDA events",
         "rounds": len(own),
+        "passes": samples.passes,
         "other_programs": median(samples.other_programs) if samples.other_programs else None,
+        "other_programs_most": max(samples.other_programs, default=None),
         "seconds": spread(own),
         "gb_per_s": moved * case.elements / median(own) / 1e9,
         "stream_gb_per_s": streamed * case.elements / median(samples.references[STREAM]) / 1e9,

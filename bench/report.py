@@ -150,6 +150,7 @@ def run(stages: Stages, folder: Path, quick: bool) -> dict[str, Any]:
         # The stage stops by itself a little before its limit, so that what it has left out has a name.
         seconds = min(limit, stages.remaining) - 20
         own = ["--device", device, "--rows", str(files[device]), "--seconds", f"{seconds:.0f}"]
+        own += ["--passes", "2" if device == "cuda" else "1"]  # `python -m pytest bench` takes its time
         command = [*python, "-m", "bench.throughput", *own, *(["--quick"] if quick else [])]
         stages.run(f"throughput {device}", command, limit)
 
@@ -173,13 +174,15 @@ def run(stages: Stages, folder: Path, quick: bool) -> dict[str, Any]:
             stages.leave_out(name, "no GPU")
     in_flight = _json_line(stages.run("in flight", [*python, "-m", "bench.inflight"], 30))
     throughput("cpu", 70 if gpu else 240)
+    whole = _json_line(stages.run("whole steps", [*python, "-m", "bench.whole_step", *["--quick"] * quick], 40))
 
     rows = []
     for path in files.values():
         if path.exists():
             rows += [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
     outcomes = [asdict(outcome) for outcome in stages.outcomes]
-    return {**facts, "stages": outcomes, "rows": rows, "in_flight": in_flight}
+    whole_steps = whole["whole_steps"] if whole else []
+    return {**facts, "stages": outcomes, "rows": rows, "whole_steps": whole_steps, "in_flight": in_flight}
 
 
 def _own_kernels(sanitizer: str) -> list[str]:

@@ -18,7 +18,7 @@ from .harness import PASSES, Samples, Spread, Trial, Workload, clock_for, row
 from .verify import verify
 
 
-def measure(device: str, seconds: float, quick: bool = False) -> Iterator[dict[str, Any]]:
+def measure(device: str, seconds: float, quick: bool = False, passes: int = PASSES) -> Iterator[dict[str, Any]]:
     """Yields rows; for a candidate without one, its names and why (`error` or `left_out`).
 
     A workload's rows come together: its candidates take turns. One that the time limit cuts short keeps the passes that
@@ -32,7 +32,7 @@ def measure(device: str, seconds: float, quick: bool = False) -> Iterator[dict[s
         samples = [Samples() for _ in candidates]
         missing: dict[int, dict[str, str]] = {}
         host: dict[int, Spread] = {}
-        for turn in range(1 if quick else PASSES):
+        for turn in range(1 if quick else passes):
             for i, candidate in enumerate(candidates):
                 if i in missing:
                     continue
@@ -76,13 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=200, help="start none after these")
+    parser.add_argument("--passes", type=int, default=PASSES, help="turns of each candidate (default: %(default)s)")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
     if options.quick:
         torch.set_num_threads(1)  # two that spin for each other crawl on a shared machine
     failed = False
     with options.rows.open("a") as file:
-        for found in measure(options.device, options.seconds, options.quick):
+        for found in measure(options.device, options.seconds, options.quick, options.passes):
             failed |= "error" in found
             print(json.dumps(found), file=file, flush=True)
             names = [found[key] for key in ("case", "dtype", "optimizer", "backend")]

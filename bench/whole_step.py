@@ -5,6 +5,8 @@ The models take turns, one step each in every round: what a user waits for is th
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from collections.abc import Callable
 from typing import TypedDict
@@ -71,3 +73,14 @@ def measure(preset: str = "small", rounds: int = 60) -> list[Row]:
         }
         for name, model, _ in sorted(runs, key=lambda run: list(whole).index(run[0]))
     ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run")
+    quick = parser.parse_args().quick
+    print(json.dumps({"whole_steps": measure("tiny", rounds=3) if quick else measure()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -27,11 +27,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reporting import machine
-from reporting.runs import student_t
+from reporting.runs import rounded, student_t
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUT = RESULTS.with_name("out")  # what --quick writes: never over a full run
-DIGITS = 5  # significant ones, of every float in the results
 
 Result = dict[str, Any]
 
@@ -51,17 +50,6 @@ COLORS = {
 
 
 # Numbers
-
-
-def rounded(value: Any) -> Any:
-    """The same JSON with floats cut to `DIGITS` significant digits; one that is not finite becomes None."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value
 
 
 def interval(values: Sequence[float] | Tensor, confidence: float = 0.95) -> dict[str, Any]:

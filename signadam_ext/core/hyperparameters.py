@@ -105,7 +105,7 @@ class Declaring(Protocol):
     """A class of optimizers, as far as it says what its groups hold."""
 
     HYPERPARAMETERS: ClassVar[Checks]
-    COMMON: ClassVar[dict[str, Any]]
+    COMMON: ClassVar[frozenset[str]]
 
     @classmethod
     def check_relations(cls, group: Mapping[str, Any]) -> None:

@@ -5,38 +5,28 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import torch
-from torch import Tensor
 
-from .renamed import names_today
+from .renamed import NAMES, names_today
+
+StateDtype: TypeAlias = "str | torch.dtype | tuple[str | torch.dtype, ...]"
 
 
-class CommonButDecay(TypedDict, total=False):
-    """Keyword arguments of :class:`Common` that no optimizer takes by position."""
+class TorchOptions(TypedDict, total=False):
+    """What code written for torch.optim passes: taken as long as it asks for nothing."""
 
-    decoupled_weight_decay: bool
-    maximize: bool
-    state_dtype: str | torch.dtype | tuple[str | torch.dtype, ...]
-    param_storage: str
-    seed: int
-    backend: str
     foreach: bool | None
     fused: bool | None
     differentiable: bool | None
     capturable: bool | None
 
 
-class Common(CommonButDecay, total=False):
-    """Keyword arguments that all optimizers share; ``state_dtype`` only those that have moments."""
-
-    weight_decay: float | Tensor
-
-
 #: The backends that ``backend=`` may name, beside "auto".
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
+#: What every optimizer takes beside its own hyperparameters, ``state_dtype`` where it has moments, and the defaults.
 DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "decoupled_weight_decay": True,
@@ -45,44 +35,35 @@ DEFAULTS: dict[str, Any] = {
     "param_storage": "nearest",
     "seed": 0,
     "backend": "auto",
-    "foreach": None,
-    "fused": None,
-    "differentiable": None,
-    "capturable": None,
 }
-#: Of an optimizer that has ``weight_decay`` among its own arguments.
-BUT_DECAY = {name: value for name, value in DEFAULTS.items() if name != "weight_decay"}
-WITHOUT_MOMENTS = {name: value for name, value in DEFAULTS.items() if name != "state_dtype"}
+COMMON = frozenset(DEFAULTS)
+TORCH_OPTIONS: dict[str, Any] = dict.fromkeys(TorchOptions.__annotations__)
 
 
-def completed(name: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` on top of ``defaults``, by today's names.
+def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor with those beside its own, by today's names.
 
     Raises:
-        TypeError: a name that ``defaults`` does not have.
+        TypeError: a name that no argument has, or has had; or one given under both names.
     """
-    given = names_today(given)
-    for key in given:
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1)
+    for key in others:
+        if key not in TORCH_OPTIONS and key not in NAMES:
+            near = difflib.get_close_matches(key, (*given, *TORCH_OPTIONS), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{hint}")
-    return {**defaults, **given}
+    renamed = {NAMES[old] for old in others if old in NAMES}
+    # A default stands in nobody's way.
+    explicit = {key: value for key, value in given.items() if key not in renamed or value != DEFAULTS[key]}
+    return names_today({**TORCH_OPTIONS, **explicit, **others})
 
 
-def signature(init: Any, defaults: Mapping[str, Any]) -> inspect.Signature:
-    """The signature of a class with this constructor, with ``**common`` spelled out by name and default."""
+def signature(init: Any) -> inspect.Signature:
+    """The signature of a class with this constructor, with ``**others`` spelled out."""
     found = inspect.signature(init)
     own = list(found.parameters.values())[1:]
-    if own and own[-1].name == "common":
+    if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
         own[-1:] = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=default,
-                annotation=Common.__annotations__[name].__forward_arg__,
-            )
-            for name, default in defaults.items()
-            if name not in found.parameters
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
+            for name in TORCH_OPTIONS
         ]
     return found.replace(parameters=own)

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.hyperparameters import FLAG, LEARNING_RATE, TWO_BETAS, Checks, Number
-from ..core.options import BUT_DECAY, CommonButDecay
+from ..core.options import StateDtype, TorchOptions
 from ..core.rule import Group, Rule, Scalars, decays, power, rule_by
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
@@ -40,14 +40,14 @@ class Adam(SignOptimizer):
         lr: learning rate, at least 0. A float or a CPU tensor of one element. Default: 1e-3.
         betas: decay of the two moments, each in [0, 1). Default: (0.9, 0.999).
         eps: added to the root of the second moment, at least 0. Default: 1e-8.
-        amsgrad: divide by the root of the largest second moment so far. Default: False.
-        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
-            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
+        amsgrad: divide by the root of the largest second moment so far. Default: False.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: False.
         maximize: ascend instead of descend. Default: False.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
             ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
@@ -94,7 +94,6 @@ class Adam(SignOptimizer):
         "eps": Number(),
         "amsgrad": FLAG,
     }
-    COMMON: ClassVar[dict[str, Any]] = {**BUT_DECAY, "decoupled_weight_decay": False}
 
     def __init__(
         self,
@@ -104,10 +103,29 @@ class Adam(SignOptimizer):
         eps: float | Tensor = 1e-8,
         weight_decay: float | Tensor = 0.0,
         amsgrad: bool = False,
-        **common: Unpack[CommonButDecay],
+        *,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        state_dtype: StateDtype = "fp32",
+        param_storage: str = "nearest",
+        seed: int = 0,
+        backend: str = "auto",
+        **others: Unpack[TorchOptions],
     ) -> None:
-        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, own, common)
+        given = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "param_storage": param_storage,
+            "seed": seed,
+            "backend": backend,
+        }
+        super().__init__(params, given, others)
 
 
 class AdamW(Adam):
@@ -116,13 +134,13 @@ class AdamW(Adam):
     Args:
         params: parameters, named parameters, or groups: fp32, bf16 or fp16, of any shape.
         lr, betas, eps, amsgrad: as of :class:`Adam`.
-        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
-            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.01.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
             ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
@@ -155,8 +173,6 @@ class AdamW(Adam):
     Source: [LH] Loshchilov and Hutter, arXiv 1711.05101, Alg. 2.
     """
 
-    COMMON: ClassVar[dict[str, Any]] = BUT_DECAY
-
     def __init__(
         self,
         params: Params,
@@ -165,9 +181,30 @@ class AdamW(Adam):
         eps: float | Tensor = 1e-8,
         weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
-        **common: Unpack[CommonButDecay],
+        *,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        state_dtype: StateDtype = "fp32",
+        param_storage: str = "nearest",
+        seed: int = 0,
+        backend: str = "auto",
+        **others: Unpack[TorchOptions],
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **common)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            decoupled_weight_decay=decoupled_weight_decay,
+            maximize=maximize,
+            state_dtype=state_dtype,
+            param_storage=param_storage,
+            seed=seed,
+            backend=backend,
+            **others,
+        )
 
     def adapt_loaded_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None:
         """The decay of a checkpoint of torch's Adam becomes decoupled, as in torch.optim.AdamW."""

@@ -69,19 +69,19 @@ class SignOptimizer(Optimizer):
 
     runtime: Runtime
 
-    #: Defaults of what it shares with the others, see :class:`options.Common`.
-    COMMON: ClassVar[dict[str, Any]] = options.DEFAULTS
+    #: Names of what it shares with the others.
+    COMMON: ClassVar[frozenset[str]] = options.COMMON
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Spells out ``**common`` in the signature."""
+        """Spells out ``**others`` in the signature."""
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = options.signature(cls.__init__, cls.COMMON)
+        cls.__signature__ = options.signature(cls.__init__)
         checkpoints.DISTINCTIVE.update(cls.HYPERPARAMETERS)
 
-    def __init__(self, params: Params, own: dict[str, Any], common: Mapping[str, Any]) -> None:
-        hyperparameters.check_beta_names(type(self), common)
-        defaults = hyperparameters.kept({**own, **options.completed(type(self).__name__, self.COMMON, common)})
+    def __init__(self, params: Params, given: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+        hyperparameters.check_beta_names(type(self), others)
+        defaults = hyperparameters.kept(options.completed(type(self).__name__, given, others))
         for name in checks.TORCH_OPTIONS:
             checks.torch_option(name, defaults.pop(name))
         self.runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from ..backends.confidence import Confidence, backend_for
 from ..core import checks
 from ..core.hyperparameters import BETA, LEARNING_RATE, ONE_BETA, SHARE, Checks, Number, Optional
-from ..core.options import Common
+from ..core.options import StateDtype, TorchOptions
 from ..core.rule import Group, Rule, RuleChoice, Scalars, decays
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
@@ -89,13 +89,13 @@ class SignAdamPP(SignOptimizer):
         confidence_beta: decay of the running deviation, in [0, 1). Default: 0.9.
         target: share of the entries that "sparsity" lets pass, in (0, 1); required there.
         gain: how fast "sparsity" steers, in (0, 1]. Default: 1.
-        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", "int4" or "int2", which keep the
-            momentum in 8, 4 or 2 bits and other moments in bf16. ``torch.bfloat16`` is the same as "bf16"; a tuple
-            gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", "int4" or "int2", which keep the
+            momentum in 8, 4 or 2 bits and other moments in bf16. ``torch.bfloat16`` is the same as "bf16"; a tuple
+            gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
             ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
@@ -180,14 +180,21 @@ class SignAdamPP(SignOptimizer):
         confidence_beta: float = 0.9,
         target: float | None = None,
         gain: float = 1.0,
-        **common: Unpack[Common],
+        weight_decay: float | Tensor = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        state_dtype: StateDtype = "fp32",
+        param_storage: str = "nearest",
+        seed: int = 0,
+        backend: str = "auto",
+        **others: Unpack[TorchOptions],
     ) -> None:
         # Groups may differ in their confidence, so these are not asked of a group.
         if confidence == "sparsity" and alpha is not None:
             raise ValueError(f"alpha={alpha!r} with confidence='sparsity': the threshold is found, not given")
         if confidence != "sparsity" and (target is not None or gain != 1.0):
             raise ValueError(f"target={target!r}, gain={gain!r}: only for confidence='sparsity'")
-        own = {
+        given = {
             "lr": lr,
             "betas": (beta,),
             "confidence": confidence,
@@ -195,8 +202,15 @@ class SignAdamPP(SignOptimizer):
             "confidence_beta": confidence_beta,
             "target": target,
             "gain": gain,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "param_storage": param_storage,
+            "seed": seed,
+            "backend": backend,
         }
-        super().__init__(params, own, common)
+        super().__init__(params, given, others)
 
     @classmethod
     def check_relations(cls, group: Group) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.hyperparameters import LEARNING_RATE, Checks, Number
-from ..core.options import WITHOUT_MOMENTS, Common
+from ..core.options import COMMON, TorchOptions
 from ..core.rule import Rule
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
@@ -68,7 +68,7 @@ class SignSGD(SignOptimizer):
 
     RULE = RULE
     HYPERPARAMETERS: ClassVar[Checks] = {"lr": LEARNING_RATE, "alpha": Number()}
-    COMMON = WITHOUT_MOMENTS
+    COMMON: ClassVar[frozenset[str]] = COMMON - {"state_dtype"}
 
     def __init__(
         self,
@@ -76,14 +76,26 @@ class SignSGD(SignOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         alpha: float = 0.0,
-        **common: Unpack[Common],
+        weight_decay: float | Tensor = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        param_storage: str = "nearest",
+        seed: int = 0,
+        backend: str = "auto",
+        **others: Unpack[TorchOptions],
     ) -> None:
-        own = {
+        given = {
             "lr": lr,
             "alpha": alpha,
             "betas": (),
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "param_storage": param_storage,
+            "seed": seed,
+            "backend": backend,
         }
-        super().__init__(params, own, common)
+        super().__init__(params, given, others)
 
 
 def sign_sgd(

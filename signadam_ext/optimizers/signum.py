@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.hyperparameters import LEARNING_RATE, ONE_BETA, Checks
-from ..core.options import Common
+from ..core.options import StateDtype, TorchOptions
 from ..core.rule import Rule, decays
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
@@ -27,13 +27,13 @@ class Signum(SignOptimizer):
             1e-3.
         beta: decay of the momentum, in [0, 1). Groups keep it as ``betas=(beta,)``, where schedulers look for it.
             Default: 0.9.
-        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
-            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
             ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
@@ -78,13 +78,27 @@ class Signum(SignOptimizer):
         lr: float | Tensor = 1e-3,
         *,
         beta: float = 0.9,
-        **common: Unpack[Common],
+        weight_decay: float | Tensor = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        state_dtype: StateDtype = "fp32",
+        param_storage: str = "nearest",
+        seed: int = 0,
+        backend: str = "auto",
+        **others: Unpack[TorchOptions],
     ) -> None:
-        own = {
+        given = {
             "lr": lr,
             "betas": (beta,),
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "param_storage": param_storage,
+            "seed": seed,
+            "backend": backend,
         }
-        super().__init__(params, own, common)
+        super().__init__(params, given, others)
 
 
 def signum(

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..core import checks
 from ..core.hyperparameters import FLAG, LEARNING_RATE, ONE_BETA, Checks, Choice
-from ..core.options import Common
+from ..core.options import StateDtype, TorchOptions
 from ..core.rule import Group, Rule, RuleChoice, Scalars, decays, power, rule_by
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
@@ -66,13 +66,13 @@ class SVAG(SignOptimizer):
             Default: 0.9.
         bias_correct_variance: divide the variance by 1 - rho (below), which makes it unbiased; False leaves it too
             small, as in the draft [BH0]. Default: True.
-        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
-            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
             ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
@@ -127,10 +127,28 @@ class SVAG(SignOptimizer):
         *,
         beta: float = 0.9,
         bias_correct_variance: bool = True,
-        **common: Unpack[Common],
+        weight_decay: float | Tensor = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        state_dtype: StateDtype = "fp32",
+        param_storage: str = "nearest",
+        seed: int = 0,
+        backend: str = "auto",
+        **others: Unpack[TorchOptions],
     ) -> None:
-        own = {"lr": lr, "betas": (beta,), "bias_correct_variance": bias_correct_variance}
-        super().__init__(params, own, common)
+        given = {
+            "lr": lr,
+            "betas": (beta,),
+            "bias_correct_variance": bias_correct_variance,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "param_storage": param_storage,
+            "seed": seed,
+            "backend": backend,
+        }
+        super().__init__(params, given, others)
 
 
 class MSVAG(SignOptimizer):
@@ -146,13 +164,13 @@ class MSVAG(SignOptimizer):
             small, as in the draft [BH0]. Means nothing for "minibatch". Default: True.
         variance: "ema": estimated from moving averages; "minibatch": read from ``p.grad_variance``, which
             :func:`signadam_ext.per_sample_variance` fills. Default: "ema".
-        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
-            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
             ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
@@ -217,10 +235,29 @@ class MSVAG(SignOptimizer):
         beta: float = 0.9,
         bias_correct_variance: bool = True,
         variance: str = "ema",
-        **common: Unpack[Common],
+        weight_decay: float | Tensor = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        state_dtype: StateDtype = "fp32",
+        param_storage: str = "nearest",
+        seed: int = 0,
+        backend: str = "auto",
+        **others: Unpack[TorchOptions],
     ) -> None:
-        own = {"lr": lr, "betas": (beta,), "bias_correct_variance": bias_correct_variance, "variance": variance}
-        super().__init__(params, own, common)
+        given = {
+            "lr": lr,
+            "betas": (beta,),
+            "bias_correct_variance": bias_correct_variance,
+            "variance": variance,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "param_storage": param_storage,
+            "seed": seed,
+            "backend": backend,
+        }
+        super().__init__(params, given, others)
 
 
 def _adam_star_rule(group: Group) -> Rule:
@@ -248,13 +285,13 @@ class AdamStar(SignOptimizer):
             small, as in the draft [BH0]. Means nothing for "minibatch". Default: True.
         variance: "ema": estimated from moving averages; "minibatch": read from ``p.grad_variance``, which
             :func:`signadam_ext.per_sample_variance` fills; with momentum only. Default: "ema".
-        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
-            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
-            "bf16"; a tuple gives each moment its own. Default: "fp32".
         weight_decay: at least 0. Default: 0.
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
+            bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
+            "bf16"; a tuple gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
             ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
@@ -314,16 +351,30 @@ class AdamStar(SignOptimizer):
         momentum: bool = True,
         bias_correct_variance: bool = True,
         variance: str = "ema",
-        **common: Unpack[Common],
+        weight_decay: float | Tensor = 0.0,
+        decoupled_weight_decay: bool = True,
+        maximize: bool = False,
+        state_dtype: StateDtype = "fp32",
+        param_storage: str = "nearest",
+        seed: int = 0,
+        backend: str = "auto",
+        **others: Unpack[TorchOptions],
     ) -> None:
-        own = {
+        given = {
             "lr": lr,
             "betas": (beta,),
             "momentum": momentum,
             "bias_correct_variance": bias_correct_variance,
             "variance": variance,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "param_storage": param_storage,
+            "seed": seed,
+            "backend": backend,
         }
-        super().__init__(params, own, common)
+        super().__init__(params, given, others)
 
 
 def svag(

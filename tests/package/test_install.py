@@ -136,7 +136,8 @@ def test_documentation_is_complete(name: str) -> None:
         names, text = entry.split(":", 1)
         described |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     parameters = inspect.signature(found).parameters
-    assert set(described) == set(parameters)
+    # One line of AdamW describes what it has of Adam.
+    assert list(described) == list(parameters) or (name == "AdamW" and set(described) == set(parameters))
     for argument, text in described.items():
         default = parameters[argument].default
         if default not in (None, inspect.Parameter.empty) and "as of :class:" not in text:

@@ -1,0 +1,77 @@
+"""What the benchmark makes of times: rows, turns, and candidates that fail."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from bench import throughput
+from bench.candidates import REFERENCES
+from bench.harness import ADAMW, STREAM, Candidate, Case, Samples, Traffic, Trial, Workload, row, spread
+
+CASE = Case("tiny", ((4, 5), (10,)), "2 tensors")
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {"low": 2.0, "median": 3.0, "high": 4.0}
+    assert spread([7.0]) == {"low": 7.0, "median": 7.0, "high": 7.0}
+
+
+def test_a_row_pairs_times_within_rounds() -> None:
+    samples = Samples(own=[1.0, 2.0, 4.0], references={STREAM: [2.0, 2.0, 2.0], ADAMW: [3.0, 8.0, 4.0]}, passes=2)
+    samples.other_programs = [0.0, 0.5]
+    candidate = Candidate("mine", "cpu", Traffic(state=2, state_bits=8), lambda work: lambda: None)
+    found = row(CASE, torch.bfloat16, "cpu", candidate, samples)
+    # Two accesses of a parameter and one of a gradient with 2 bytes each, two of a state with 1: 8 bytes an element.
+    assert found["bytes_per_parameter"] == 8 and found["elements"] == 30
+    assert found["gb_per_s"] == pytest.approx(8 * 30 / 2.0 / 1e9)
+    assert found["stream_gb_per_s"] == pytest.approx(12 * 30 / 2.0 / 1e9)
+    assert found["to_adamw"] == spread([3.0, 4.0, 1.0])
+    assert found["to_stream"] == spread([8 / 12 * x for x in (2.0, 1.0, 0.5)])
+    assert (found["rounds"], found["passes"]) == (3, 2)
+    assert (found["other_programs"], found["other_programs_most"]) == (0.25, 0.5)
+
+
+def test_turns_come_to_one_row_and_every_optimizer_follows_a_stream() -> None:
+    called: list[str] = []
+    ticks = itertools.count()
+
+    def clock(step: object) -> float:
+        step()  # type: ignore[operator]
+        return float(next(ticks))
+
+    def stand_in(name: str) -> Candidate:
+        return Candidate(name, "torch", Traffic(), lambda work: lambda: called.append(name))
+
+    references = [stand_in(STREAM), stand_in(ADAMW)]
+    work, samples = Workload(CASE, torch.float32, "cpu"), Samples()
+    for _ in range(2):
+        trial = Trial(work, stand_in("mine"), references, clock)
+        called.clear()
+        trial.run(0.0, samples)
+    turn = [STREAM, ADAMW, STREAM, "mine"]
+    assert called == turn * (len(called) // 4)
+    assert samples.passes == 2
+    # Two warm-up rounds at most are thrown away; the times of a round are consecutive ticks of the clock.
+    for stream, adamw, own in zip(samples.references[STREAM], samples.references[ADAMW], samples.own, strict=True):
+        assert (adamw - stream, own - adamw) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("seconds", [30.0, -1.0])
+def test_a_candidate_that_fails_or_has_no_time_is_named(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    def fails(work: Workload) -> object:
+        raise ValueError("not mine")
+
+    good = Candidate("good", "torch", Traffic(), REFERENCES[0].make)
+    bad = Candidate("bad", "torch", Traffic(), fails)  # type: ignore[arg-type]
+    monkeypatch.setattr(throughput, "plan", lambda device, quick: [(CASE, torch.float32, [good, bad])])
+    first, second = throughput.measure("cpu", seconds, quick=True)
+    assert (first["optimizer"], second["optimizer"]) == ("good", "bad")
+    if seconds < 0:
+        assert first["left_out"] == second["left_out"] == "the time limit of -1 s"
+    else:
+        assert first["rounds"] >= 5 and second["error"] == "ValueError: not mine"
