@@ -211,7 +211,7 @@ def disturbance(report: Report) -> str:
     once = max(row.get("other_programs_most") or 0.0 for row in measured(report))
     text = (
         f"CPU time taken by other programs: {middle:.0%} in the median of all measurements, {most:.0%} in the most "
-        f"disturbed one, {once:.0%} in its worst pass or another's."
+        f"disturbed one, {once:.0%} in a single pass at most."
     )
     return text if most < 0.1 else f"{text} **The machine was not quiet: do not publish these figures.**"
 
@@ -249,7 +249,7 @@ def page(report: Report, picture: str | None = None) -> str:
         " element) and torch's fused AdamW on fp32 parameters\nof the same shapes; the candidates of a workload take"
         " turns in several passes. Ratios are medians over rounds with their quartiles; above 1 is faster.\nAgainst the"
         " stream they compare bytes per second; it is a yardstick and no limit, which steps of several arrays can pass."
-        " AdamW fused also runs as a\ncandidate on fp32 parameters: how far it is from 1.00 is noise."
+        " AdamW fused also runs as a\ncandidate on fp32 parameters: how far it is from 1.00 says how closely to read the others."
     )
     parts.append(disturbance(report))
     if picture:
