@@ -249,8 +249,8 @@ def page(report: Report, picture: str | None = None) -> str:
         " element) and torch's fused AdamW on fp32 parameters\nof the same shapes; the candidates of a workload take"
         " turns in several passes. Ratios are medians over rounds with their quartiles; above 1 is faster.\nAgainst the"
         " stream they compare bytes per second; it is a yardstick and no limit, which steps of several arrays can pass."
-        " AdamW fused also runs as a\ncandidate on fp32 parameters: how far it is from 1.00 says how closely to read the"
-        " others."
+        " AdamW fused also runs as a\ncandidate on fp32 parameters: how far it is from 1.00 says how closely to read"
+        " the others."
     )
     parts.append(disturbance(report))
     if picture:
