@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypedDict
 
 import torch
 
+from . import checks
 from .renamed import NAMES, names_today
 
 StateDtype: TypeAlias = "str | torch.dtype | tuple[str | torch.dtype, ...]"
@@ -37,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "backend": "auto",
 }
 COMMON = frozenset(DEFAULTS)
-TORCH_OPTIONS: dict[str, Any] = dict.fromkeys(TorchOptions.__annotations__)
+TORCH_OPTIONS: dict[str, Any] = dict.fromkeys(checks.TORCH_OPTIONS)
 
 
 def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

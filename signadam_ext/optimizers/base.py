@@ -46,9 +46,10 @@ class SignOptimizer(Optimizer):
 
     **Parameters** of bf16 or fp16, by ``param_storage``. "nearest": rounded to nearest, so that steps below half its
     last place are lost. "stochastic": rounded up or down at random, right on average. "split16", "split8" (bf16 only):
-    the low 16 bits of fp32, which makes it exact fp32 training in 4 bytes, or the next 8 and the rest stochastically,
-    are kept beside it. "master": an fp32 copy is. An fp32 parameter is its own master under "stochastic" and "master".
-    A parameter that is set from outside wins over a master copy; low bits stay as they were, and are added to it.
+    the low 16 bits of fp32, so that the optimizer updates an exact fp32 weight of 4 bytes, or the next 8 and the rest
+    stochastically, are kept beside it. "master": an fp32 copy is. An fp32 parameter is its own master under
+    "stochastic" and "master". A parameter that is set from outside wins over a master copy; low bits stay as they were,
+    and are added to it.
 
     **Random bits** are a function of ``seed``, parameter, step and element, so they are the same on every backend and
     in a resumed run; no global generator is touched.

@@ -145,6 +145,30 @@ def test_documentation_is_complete(name: str) -> None:
             assert shown is not None and ast.literal_eval(shown[1]) == default, (argument, text)
 
 
+def test_shared_arguments_are_described_alike() -> None:
+    """Each class has them in full, for editors; what is said of one name is the same in all, but for its default."""
+    said: dict[str, set[str]] = {}
+    for name in CLASSES:
+        arguments = getattr(signadam_ext, name).__doc__.split("Args:\n")[1].split("\n\n")[0]
+        for entry in re.split(r"\n {8}(?! )", "\n" + arguments)[1:]:
+            argument, text = entry.split(":", 1)
+            said.setdefault(argument, set()).add(re.sub(r" Default: .*$", "", " ".join(text.split())))
+    shared = (
+        "params",
+        "beta",
+        "weight_decay",
+        "decoupled_weight_decay",
+        "maximize",
+        "param_storage",
+        "seed",
+        "backend",
+    )
+    assert {argument: len(said[argument]) for argument in shared} == dict.fromkeys(shared, 1)
+    # Of a momentum that cannot exceed 1, and of any other.
+    assert len(said["state_dtype"]) == 2
+    assert len(said["foreach, fused, differentiable, capturable"]) == 1
+
+
 def runnable() -> dict[str, doctest.DocTest]:
     """Examples of everything that is exported."""
     finder = doctest.DocTestFinder(recurse=False)
