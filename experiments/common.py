@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reporting import machine
+from reporting.present import built_at
 from reporting.runs import rounded, student_t
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -99,8 +100,9 @@ def claims_table(claims: Iterable[Claim], results: Result) -> str:
 
 def provenance(result: Result) -> str:
     """Where and with what a result was made, in one line."""
-    made = f"torch {result['versions']['torch']}, commit {result['commit'][:12]}, {result['date'][:10]}"
-    return f"{result['machine']['cpu']}, {made}, {result['seconds']:.0f} s: `{result['command']}`"
+    versions = f"torch {result['versions']['torch']}, module of commit {built_at(result)}"
+    made = f"{versions}, {result['date'][:10]}, {result['seconds']:.0f} s"
+    return f"{result['machine']['cpu']}, {made}: `{result['command']}`"
 
 
 # Pictures
@@ -174,6 +176,8 @@ def main(
     options = parser.parse_args(arguments)
     folder = options.results or (OUT if options.quick else RESULTS)
     if not options.plot:
+        if folder.resolve() == RESULTS:
+            machine.require_commits([built_at(machine.facts())])
         with one_thread():
             start = time.perf_counter()
             result = run(options.quick)

@@ -674,11 +674,17 @@ def cost(result: Run) -> str:
     """How many runs and core-minutes, and where."""
     problems = result["problems"].values()
     runs, minutes = (sum(problem[key] for problem in problems) for key in ("runs", "core_minutes"))
-    versions = result["versions"]
+    dates = sorted({date for problem in problems for _, date in problem["made"]})
     return (
-        f"{runs} runs, {minutes:.0f} core-minutes; {result['machine']['cpu']}, torch {versions['torch']}, commit "
-        f"{result['commit'][:12]}, {result['date'][:10]}: `{result['command']}`"
+        f"{runs} runs, {minutes:.0f} core-minutes; {result['machine']['cpu']}, torch {result['versions']['torch']}, "
+        f"module of commit {', '.join(sorted(modules(result)))}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}: "
+        f"`{result['command']}`"
     )
+
+
+def modules(result: Run) -> set[str]:
+    """The commits of the modules that made the runs."""
+    return {commit for problem in result["problems"].values() for commit, _ in problem["made"]}
 
 
 # Command line
@@ -747,7 +753,10 @@ def main(name: str, description: str | None, arguments: Sequence[str] | None = N
         print(f"{name}: {{}} of {{}} runs so far known to be needed".format(*progress()))
         return 0
     failed = 0
+    committed = args.results.resolve() == RESULTS
     if not args.collect:
+        if committed:
+            machine.require_commits([kept.environment()["commit"]])
         failed = kept.supervise(
             _worker, (name, args.runs, args.quick), args.workers, progress, 0.2 if args.quick else 3
         )
@@ -764,6 +773,8 @@ def main(name: str, description: str | None, arguments: Sequence[str] | None = N
         },
     }
     result = rounded(header | study.collect(stores))
+    if committed:
+        machine.require_commits(modules(result))
     args.results.mkdir(parents=True, exist_ok=True)
     write(args.results / f"{name}.json", compact_json(result))
     plt = pyplot()

@@ -11,6 +11,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from experiments import common, page, stochastic_qp, variance_factors, wilson
+from reporting import machine
 from signadam_ext.optimizers.variance_adaptation import variance_share
 
 DOUBLE = torch.float64
@@ -294,6 +295,18 @@ def test_quick_run_writes_what_its_section_reads(module, tmp_path):
     text = module.section(result)
     assert all(claim.text in text for claim in module.CLAIMS)
     assert {claim.key for claim in module.CLAIMS} == set(result["claims"])
+
+
+def test_results_of_unknown_code_are_not_kept(tmp_path, monkeypatch):
+    facts = machine.facts()
+    changed = facts | {"versions": facts["versions"] | {"signadam_ext": {"commit": "0123456789ab+changes"}}}
+    monkeypatch.setattr(machine, "facts", lambda: changed)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    with pytest.raises(machine.NotCommitted, match=r"\+changes"):
+        common.main(
+            "wilson", None, lambda quick: pytest.fail("ran"), wilson.draw, ["--quick", "--results", str(tmp_path)]
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_page_is_what_the_results_say():

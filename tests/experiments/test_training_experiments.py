@@ -14,6 +14,7 @@ pytest.importorskip("matplotlib")
 import signadam_ext
 from experiments import ablation, four_ways, lemma, training
 from experiments.training import Job, Method
+from reporting import machine
 from reporting import runs as kept
 
 PLUS = Method("plus", "SignAdamPP", "SignAdamPP", measured=True)
@@ -353,3 +354,39 @@ def test_results_are_written_drawn_and_told(tmp_path):
     assert (tmp_path / "results" / "four_ways.png").read_bytes().startswith(b"\x89PNG")
     section = four_ways.section(result)
     assert "![" in section and "results/four_ways.png" in section
+
+
+def test_results_of_unknown_code_are_not_kept(tmp_path, monkeypatch):
+    stores = four_ways.STUDY.stores(tmp_path / "runs", True)
+    assert kept.work(lambda: four_ways.plan(stores).ready, training.train) == 0
+    monkeypatch.setattr(training, "RESULTS", tmp_path / "results")
+    arguments = ["--quick", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    # Before anything is run ...
+    facts = kept.environment() | {"commit": "0123456789ab+changes"}
+    monkeypatch.setattr(kept, "environment", lambda: facts)
+    with pytest.raises(machine.NotCommitted, match=r"\+changes"):
+        training.main("four_ways", None, arguments)
+    # ... and before runs that were made elsewhere are written down.
+    for store in stores:
+        for path in store.folder.glob("*.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"environment": facts}))
+    with pytest.raises(machine.NotCommitted, match=r"\+changes"):
+        training.main("four_ways", None, [*arguments, "--collect"])
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_cost_names_the_modules_that_made_the_runs():
+    problem = {"runs": 2, "core_minutes": 1.5}
+    result = {
+        "problems": {
+            "a": problem | {"made": [["b" * 12, "2026-01-02"], ["a" * 12, "2026-01-03"]]},
+            "b": problem | {"made": [["a" * 12, "2026-01-01"]]},
+        },
+        "machine": {"cpu": "a processor"},
+        "versions": {"torch": "2.13.0"},
+        "command": "python -m experiments.a",
+    }
+    assert training.cost(result) == (
+        "4 runs, 3 core-minutes; a processor, torch 2.13.0, module of commit aaaaaaaaaaaa, bbbbbbbbbbbb, "
+        "2026-01-01 to 2026-01-03: `python -m experiments.a`"
+    )
