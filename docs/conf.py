@@ -27,7 +27,15 @@ myst_enable_extensions = ["dollarmath", "deflist", "colon_fence"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.xref_ambiguous"]
 
-# Docstrings.
+# Docstrings. Every name that one refers to must lead somewhere, but for those of other projects.
+nitpicky = True
+nitpick_ignore = [
+    ("py:exc", "zipfile.BadZipFile"),
+    ("py:meth", "register_state_dict_post_hook"),  # of torch's optimizers, as is what torch's own docstrings name:
+    ("py:class", "torch.Tensor"),
+    ("py:class", "optional"),
+    ("py:class", "signadam_ext.engine.runtime.Runtime"),  # shown, and no part of the interface
+]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # they stand in the signature
 napoleon_numpy_docstring = False

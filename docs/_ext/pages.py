@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 
 import memory_data
+from docutils.nodes import Element
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Files outside the folder that are pages of the documentation as well: each page includes its file.
@@ -55,7 +58,16 @@ def _data(app: Sphinx) -> None:
         path.write_text(text, encoding="utf-8")
 
 
+def _exported(app: Sphinx, env: BuildEnvironment, node: pending_xref, child: Element) -> Element | None:
+    """Where a docstring names what the package exports by its name alone, as its reader does."""
+    if node.get("refdomain") != "py" or "." in (name := node["reftarget"]):
+        return None
+    domain = env.get_domain("py")
+    return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], f"signadam_ext.{name}", node, child)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", _data)
     app.connect("source-read", _read)
+    app.connect("missing-reference", _exported)
     return {"parallel_read_safe": True}
