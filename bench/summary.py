@@ -7,26 +7,18 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from statistics import median
 
+from bench import readme
+from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, cell, training, trainings
+from experiments.convergence.figures import PICTURES
+from experiments.convergence.methods import REFERENCES
+from experiments.convergence.summary import interval, with_half_width
+from experiments.convergence.summary import page as convergence_page
 from reporting import machine, present
 from reporting.pages import replaced
 from signadam_ext.core.renamed import value_today
-
-RESULTS = Path(__file__).resolve().parent / "results"
-EXAMPLES = RESULTS.parent.parent / "examples" / "results"
-EXPERIMENTS = RESULTS.parent.parent / "experiments" / "results"
-ROOT = RESULTS.parent.parent
-
-
-def _cell(row: present.Row | None) -> str:
-    if row is None:
-        return ""
-    adamw = f"{present.number(row['to_adamw']['median'])}x"
-    # Beside a stream of a few hundred KB a step over many small tensors is bound by calls, not by bytes.
-    return adamw if row["elements"] < 1_000_000 else f"{adamw} ({row['gb_per_s']:.0f} of {row['stream_gb_per_s']:.0f})"
 
 
 def _overview(report: present.Report, device: str) -> str:
@@ -43,7 +35,7 @@ def _overview(report: present.Report, device: str) -> str:
             present.find(report, optimizer=optimizer, backend=backend, shapes=shapes, dtype=dtype, device=device)
             for shapes, dtype in columns
         ]
-        lines.append([f"`{optimizer}`" if backend == "cpu" else f"`{optimizer}` ({backend})", *map(_cell, found)])
+        lines.append([f"`{optimizer}`" if backend == "cpu" else f"`{optimizer}` ({backend})", *map(cell, found)])
     return present.markdown(["", *(f"{shapes}, {present.HALF[dtype]}" for shapes, dtype in columns)], lines)
 
 
@@ -153,7 +145,7 @@ def _resident(row: present.Row) -> float:
     return float(sum(row["per_parameter"][part] for part in ("weights", "state", "gradients")))
 
 
-def large_model(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
+def large_model(log: Path = LARGE_MODEL) -> str:
     """The run of the 7-billion-parameter example, from its log."""
     if not log.exists():
         return f"The run: {present.NOT_MEASURED}."
@@ -175,51 +167,41 @@ def large_model(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
     return "\n\n".join(parts)
 
 
-def convergence(folder: Path = EXPERIMENTS / "convergence") -> str:
+def convergence() -> str:
     """Final losses of every method, with paired differences, from the collected runs."""
-    path = folder / "gpt.json"
-    if not path.exists():
-        return f"Comparison of storage forms in training: {present.NOT_MEASURED}."
-    report = json.loads(path.read_text())
-    lines = []
-    for method in report["methods"].values():
-        if "loss" not in method:
-            continue
-        loss = method["loss"]
-        spread = f" ± {loss['sd']:.3f}" if loss["seeds"] > 1 else ""
-        lines.append(
+    parts = [
+        "± is half of the 95 % confidence interval of the mean over seeds (Student's t); in brackets stand the "
+        "intervals of differences paired by seed. All rows of a table have the same seeds. Each row has a rate of its "
+        "own, searched on 1, 2, 3 and 6 times powers of ten with a seed that enters no result, until both neighbours "
+        "of the best had been tried. Rows named by two dtypes are SignAdamPP with that state and those weights. The "
+        "intervals are not corrected for their number."
+    ]
+    for name in trainings():
+        report = training(name)
+        spec, where = report["problem"], report["environments"]
+        commits = sorted({each["commit"][:12] for each in where})
+        lines = [
             [
                 method["label"],
                 f"{method['state_bytes_per_parameter']:.2f}",
                 f"{method['lr']:g}",
-                str(loss["seeds"]),
-                f"{loss['mean']:.3f}{spread}",
-                *(_difference(loss.get(f"minus_{other}")) for other in ("adamw", "sign_adam_pp")),
+                with_half_width(method["loss"], 3),
+                *(interval(method["loss"].get(f"minus_{other}"), 3) for other in REFERENCES),
             ]
-        )
-    header = ["", "state B/param", "lr", "seeds", "validation loss", "minus AdamW", "minus SignAdamPP in fp32"]
-    problem, environment = report["problem"], report["environments"][-1]
-    tokens = problem["batch_size"] * problem["model"]["block_size"]
-    shown = f"{environment['machine']['cpu']}, torch {environment['versions']['torch']}"
-    finished = f"{report['finished_runs']} of {report['expected_runs']} planned runs are done"
-    parts = [
-        f"{report['title']}: {problem['steps']} steps of {tokens} bytes, the learning rate of each method searched on "
-        f"the same grid ({shown}; {finished}). Differences are paired by seed, with 95 % confidence intervals. Rows "
-        "named by two dtypes are SignAdamPP with that state and those weights. A short run of a small model: it says "
-        f"nothing of long training. [All figures]({_link(folder)}/gpt.md).",
-        present.markdown(header, lines),
-    ]
-    for picture in ("gpt-differences.png", "gpt-rates.png"):
-        if (folder / picture).exists():
-            parts.append(f"![{picture}]({_link(folder)}/{picture})")
+            for method in report["methods"].values()
+        ]
+        header = ["", "state B/param", "lr", "validation loss", "minus AdamW", "minus SignAdamPP in fp32"]
+        clip = f", gradients clipped to a norm of {spec['clip']:g}" if spec["clip"] else ""
+        parts += [
+            f"### {report['title']}",
+            f"{spec['seeds']} seeds, batches of {spec['batch_size']}, weight decay {spec['weight_decay']:g}{clip}; "
+            f"{where[-1]['machine']['cpu']}, torch {where[-1]['versions']['torch']}, module of commit "
+            f"{', '.join(commits)}; {report['finished_runs']} of {report['expected_runs']} planned runs, "
+            f"{report['training_hours']:.1f} core-hours. [All figures]({_link(CONVERGENCE)}/{name}.md).",
+            present.markdown(header, lines),
+            *(f"![{alt}: {name}]({_link(CONVERGENCE)}/{name}-{picture}.png)" for picture, alt in PICTURES.items()),
+        ]
     return "\n\n".join(parts)
-
-
-def _difference(found: dict[str, float] | None) -> str:
-    if found is None:
-        return "-"
-    interval = f" ({found['low']:+.3f} .. {found['high']:+.3f})" if "low" in found else ""
-    return f"{found['mean']:+.3f}{interval}"
 
 
 def _link(path: Path) -> str:
@@ -227,169 +209,9 @@ def _link(path: Path) -> str:
     return f"../{path.relative_to(ROOT).as_posix()}"
 
 
-# The README
-
-
-@cache
-def _only(folder: Path) -> present.Report:
-    """The one report of a folder that was made without a GPU."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    (report,) = [report for report in reports if not report["machine"]["gpu"]]
-    return report
-
-
-def _bytes(optimizer: str, state: str, weights: str = "", gradients: str = "all", source: str = "ours") -> present.Row:
-    """Measured bytes per parameter of a configuration with bf16 parameters, on the model of many tensors."""
-    wanted = {"optimizer": optimizer, "state": state, "weights": weights, "gradients": gradients, "source": source}
-    wanted |= {"param": "bf16", "model": "gpt"}
-    rows = [row for row in _only(RESULTS / "memory")["rows"] if "per_parameter" in row]
-    own: present.Row = next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
-    return own["per_parameter"]
-
-
-MIXED = ("AdamW", "fp32 masters and moments", "", "all", "torch")
-FEW_BITS = ("SignAdamPP", "int2", "stochastic")
-
-
-def _speed(optimizer: str, shapes: str, dtype: str) -> present.Row:
-    row = present.find(_only(RESULTS), optimizer=optimizer, backend="cpu", shapes=shapes, dtype=dtype)
-    assert row is not None, (optimizer, shapes, dtype)
-    return row
-
-
-def _example() -> tuple[dict[str, present.Row], str]:
-    """The example's runs, and what they are."""
-    found = json.loads((EXAMPLES / "train_gpt.json").read_text())
-    runs: dict[str, present.Row] = found["runs"]
-    parameters = runs["SignAdamPP"]["state_bytes"] / runs["SignAdamPP"]["state_bytes_per_parameter"]
-    return runs, f"GPT of {parameters / 1e6:.1f}M, {found['config']['steps']} steps, one seed"
-
-
-def glance() -> str:
-    """What a visitor compares first: both methods, like with like."""
-    gpt = json.loads((EXPERIMENTS / "convergence" / "gpt.json").read_text())
-    losses = {name: gpt["methods"][name]["loss"] for name in ("sign_adam_pp_int2_stochastic", "adamw")}
-    ours, theirs = _bytes(*FEW_BITS), _bytes(*MIXED)
-    example, title = _example()
-    step = _speed("SignAdamPP", "GPT-2 small", "float32")["to_adamw"]["median"]
-    whole = {row["optimizer"]: row["seconds"]["median"] for row in _only(RESULTS)["whole_steps"]}
-    steps = gpt["problem"]["steps"]
-    lines = [
-        [
-            "bytes per parameter between steps: bf16 weights, 2-bit momentum; bf16 weights, fp32 masters and moments",
-            *(f"{x['resident']:.2f}" for x in (ours, theirs)),
-        ],
-        ["the same with all gradients, in bf16", *(f"{x['resident'] + x['gradients']:.2f}" for x in (ours, theirs))],
-        ["optimizer step of GPT-2 small, all in fp32: speed", f"{step:.2f}x", "1x (torch, fused)"],
-        [
-            "whole training step of the example, all in fp32",
-            *(present.duration(whole[name]) for name in ("SignAdamPP", "AdamW fused")),
-        ],
-        [
-            f"validation loss, GPT of {gpt['parameters'] / 1e6:.1f}M, {steps} steps, {losses['adamw']['seeds']} seeds: "
-            "2-bit momentum and bf16 weights; all in fp32",
-            *(f"{losses[name]['mean']:.3f}" for name in ("sign_adam_pp_int2_stochastic", "adamw")),
-        ],
-        [
-            f"validation loss, the example's {title}, all in fp32",
-            *(f"{example[name]['val_loss']:.3f}" for name in ("SignAdamPP", "AdamW")),
-        ],
-    ]
-    return present.markdown(["", "SignAdamPP", "AdamW"], lines)
-
-
-def quality() -> str:
-    """Five comparisons: those that were won, and those that were lost."""
-    lines = []
-    for name, what in (("gpt", "validation loss"), ("digits", "validation loss")):
-        report = json.loads((EXPERIMENTS / "convergence" / f"{name}.json").read_text())
-        methods = [report["methods"][key] for key in ("adamw", "sign_adam_pp", "sign_adam_pp_int2_stochastic")]
-        title = report["title"].split(" on ")[0].removeprefix("A byte-level ").removeprefix("A ")
-        steps, seeds = report["problem"]["steps"], methods[0]["loss"]["seeds"]
-        losses = [f"{method['loss']['mean']:.3f}" for method in methods]
-        lines.append([f"{title}, {steps} steps, {seeds} seeds: {what}", *losses])
-    example, title = _example()
-    lines.append(
-        [
-            f"{title}: validation loss",
-            *(f"{example[name]['val_loss']:.3f}" for name in ("AdamW", "SignAdamPP")),
-            "-",
-        ]
-    )
-    ablation = json.loads((EXPERIMENTS / "ablation.json").read_text())
-    for name, title in (("lstm", "LSTM"), ("gpt", "GPT")):
-        problem, methods = ablation["problems"][name], ablation["by_problem"][name]["methods"]
-        pair = [methods[key] for key in ("adam", "sign_nogate_momentum")]
-        losses = [f"{method['last_loss']['mean']:.3f}" for method in pair]
-        size = f"{title} of {problem['parameters'] / 1000:.0f}k"
-        lines.append([f"{size}, {problem['steps']} steps, {pair[0]['seeds']} seeds: test loss", *losses, "-"])
-    return present.markdown(["lower is better", "Adam(W)", "SignAdamPP", "2-bit momentum, bf16"], lines)
-
-
-def memory_short() -> str:
-    """Bytes per parameter of what one would choose between, with bf16 parameters."""
-    rows = {
-        "AdamW, fp32 masters and moments": MIXED,
-        "AdamW, 8-bit (torchao)": ("AdamW8bit", "8-bit, stochastic", "", "all", "torchao"),
-        "AdamW, 8-bit (bitsandbytes)": ("AdamW8bit", "8-bit", "", "all", "bitsandbytes"),
-        "SignAdamPP, 8-bit momentum, exact fp32 weights (`split16`)": ("SignAdamPP", "int8", "split16"),
-        "SignAdamPP, 2-bit momentum": FEW_BITS,
-        "the same, gradients released in backward": (*FEW_BITS, "released"),
-    }
-    lines = []
-    for label, wanted in rows.items():
-        own = _bytes(*wanted)
-        lines.append([label, *(f"{own[part]:.2f}" for part in ("weights", "state", "gradients", "peak"))])
-    table = present.markdown(["bytes per parameter", "weights", "state", "gradients", "peak of a step"], lines)
-    return (
-        f"{table}\n\nMeasured on {_bytes_model()}; the objects of each tensor, a few hundredths here, vanish on larger "
-        f"models, and the peak is of the process. {_large_model_short()}"
-    )
-
-
-def _bytes_model() -> str:
-    """The model of `_bytes`."""
-    row = next(row for row in _only(RESULTS / "memory")["rows"] if row.get("model") == "gpt")
-    return f"{row['elements'] / 1e6:.1f}M parameters in {row['tensors']} tensors"
-
-
-def _large_model_short(log: Path = EXAMPLES / "train_7b_in_18gb.jsonl") -> str:
-    """The same in a sentence."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    peak = max(line["peak_bytes"] for line in lines if "step" in line)
-    machine = lines[0]["machine"]
-    return (
-        f"A [GPT of {lines[0]['parameters'] / 1e9:.1f} billion parameters](docs/results.md#7-billion-parameters) took "
-        f"its steps within {peak / 1e9:.1f} GB, on {machine['cores']} cores and without a GPU."
-    )
-
-
-def speed_short() -> str:
-    """Six optimizers on three models, all cells measured, with the stream's bandwidth beside."""
-    columns = (("1 x 50000000", "float32"), ("GPT-2 small", "float32"), ("GPT-2 small", "bfloat16"))
-    names = ("SignAdamPP", "SignAdamPP adaptive_delayed", "SignAdam", "SignAdam analytic", "Signum", "SignSGD")
-    lines = [[f"`{name}`", *(_cell(_speed(name, shapes, dtype)) for shapes, dtype in columns)] for name in names]
-    report = _only(RESULTS)
-    machine = report["machine"]
-    whole = {row["optimizer"]: row["seconds"]["median"] for row in report["whole_steps"]}
-    note = (
-        f"Speed of a step against torch's fused AdamW on fp32 parameters; {machine['cpu']}, {machine['cores']} cores "
-        f"(module of commit {present.built_at(report)}, {report['date'][:10]}). In brackets GB/s of the step and of "
-        "the in-place stream `a.add_(b)` in the same rounds, which a step of several arrays can pass. Part of the gain "
-        "in bf16 is that of smaller weights."
-    )
-    after = (
-        f"A whole training step of the example takes {present.duration(whole['SignAdamPP'])} with `SignAdamPP` and "
-        f"{present.duration(whole['AdamW fused'])} with AdamW: memory, not speed, is the reason to use this "
-        "package. [All figures](docs/results.md#speed)."
-    )
-    header = ["", *(f"{shapes}, {present.HALF[dtype]}" for shapes, dtype in columns)]
-    return f"{note}\n\n{present.markdown(header, lines)}\n\n{after}"
-
-
 #: What stands between the markers of each name, by page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"glance": glance, "quality": quality, "memory": memory_short, "speed": speed_short},
+    "README.md": {"glance": readme.glance, "quality": readme.quality, "memory": readme.memory, "speed": readme.speed},
     "docs/results.md": {
         "bench": block,
         "instructions": instructions,
@@ -412,6 +234,8 @@ def pages() -> dict[Path, str]:
         report = json.loads(path.read_text())
         drawn = path.with_suffix(".png")
         found[path.with_suffix(".md")] = present.page(report, drawn.name if drawn.exists() else None)
+    for name in trainings():
+        found[CONVERGENCE / f"{name}.md"] = convergence_page(name, training(name))
     return found
 
 
@@ -419,7 +243,9 @@ def require_commits() -> None:
     """Raises `machine.NotCommitted` for results of a module that this repository cannot give back."""
     for path in RESULTS.rglob("*.json"):
         machine.require_commits([present.built_at(json.loads(path.read_text()))])
-    with (EXAMPLES / "train_7b_in_18gb.jsonl").open() as log:
+    for name in trainings():
+        machine.require_commits(where["commit"] for where in training(name)["environments"])
+    with LARGE_MODEL.open() as log:
         machine.require_commits([present.built_at(json.loads(log.readline()))])
 
 

@@ -65,12 +65,14 @@ def summarize(comparison: Comparison, problem: Problem) -> dict[str, Run]:
     return summary
 
 
-def interval(difference: Run | None) -> str:
+def interval(difference: Run | None, digits: int = 4) -> str:
+    """The mean of a difference with the ends of its interval."""
     if difference is None:
         return "-"
+    mean = f"{difference['mean']:+.{digits}f}"
     if difference["low"] is None:
-        return f"{difference['mean']:+.4f}"
-    return f"{difference['mean']:+.4f} ({difference['low']:+.4f} .. {difference['high']:+.4f})"
+        return mean
+    return f"{mean} ({difference['low']:+.{digits}f} .. {difference['high']:+.{digits}f})"
 
 
 def page(name: str, content: Run) -> str:

@@ -18,6 +18,7 @@ from experiments.convergence.methods import ADAMW, BY_KEY, FEW_BITS, METHODS, PL
 from experiments.convergence.search import RATES, SEARCH_SEED, Comparison
 from experiments.convergence.training import GPT_PROBLEM, LONG_PROBLEM, Job, quick, train
 from reporting import machine, runs
+from reporting.problems import Images
 
 TEXT = bytes(range(32, 127)) * 40
 
@@ -41,11 +42,12 @@ def comparison(tmp_path):
 
 
 def pretend(comparison, job, loss):
+    metrics = [loss, 0.1] if job.problem.task is Images else [loss]
     comparison.stores[job.problem.name].put(
         job,
         {
             "train": [3.0] * job.problem.steps,
-            "validation": [[job.problem.steps, loss]],
+            "validation": [[job.problem.steps, *metrics]],
             "finished": math.isfinite(loss),
             "seconds": 1.0,
             "parameters": 10,
@@ -227,6 +229,31 @@ def test_collect_writes_json_a_page_and_figures(comparison, tmp_path):
         assert "2.0050 ± 0.0635" in page and "**±** is half of the 95 % confidence interval" in page
         for picture in ("curves", "differences", "rates"):
             assert (tmp_path / "results" / f"{name}-{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_pages_of_the_project_show_what_was_collected(tmp_path, monkeypatch):
+    import bench.summary
+    from bench import committed, readme
+
+    every = Comparison(tmp_path / "runs", ["gpt", "gpt_long", "digits"], small=True)
+    # The best of each method, higher by 0.1 for each seed after the first; SignAdamPP is 1 above the others.
+    run_all(every, lambda job: valley(1e-3)(job) + 0.1 * (job.seed == 1) + (job.method.key == PLUS))
+    monkeypatch.setattr(committed, "CONVERGENCE", tmp_path / "results")
+    monkeypatch.setattr(bench.summary, "CONVERGENCE", tmp_path / "results")
+    monkeypatch.setattr(bench.summary, "_link", lambda path: path.name)
+    monkeypatch.setattr(bench.summary, "ROOT", tmp_path)
+    committed.training.cache_clear()
+    try:
+        for name in ("gpt", "gpt_long", "digits"):
+            summary.collect(every, every.problem(name), tmp_path / "results")
+        page, quality, glance = bench.summary.convergence(), readme.quality(), readme.glance()
+    finally:
+        committed.training.cache_clear()
+    # Seeds at 2 and 2.1: half of an interval is 12.706 * 0.05; paired differences are the same for both seeds.
+    assert quality.count("2.050 ± 0.635 | 3.050 ± 0.635 |") == 3 and "CNN" in quality and "LSTM" in quality
+    assert glance.count("2.050 ± 0.635 |     2.050 ± 0.635 |") == glance.count("6 steps, 2 seeds") == 2
+    assert page.count("### ") == 3 and page.count("+1.000 (+1.000 .. +1.000)") == 3
+    assert "-1.000 (-1.000 .. -1.000)" in page and "digits-rates.png" in page
 
 
 def test_runs_are_packed_alike_and_unpacked_where_they_are_missing(comparison, tmp_path, monkeypatch):

@@ -1,0 +1,153 @@
+"""The tables of the README, which a visitor reads first."""
+
+import json
+from pathlib import Path
+
+from bench.committed import EXAMPLES, EXPERIMENTS, LARGE_MODEL, RESULTS, cell, training, trainings, without_gpu
+from experiments.convergence.methods import ADAMW, FEW_BITS, PLUS
+from experiments.convergence.summary import with_half_width
+from reporting import present
+
+
+def _bytes(optimizer: str, state: str, weights: str = "", gradients: str = "all", source: str = "ours") -> present.Row:
+    """Measured bytes per parameter of a configuration with bf16 parameters, on the model of many tensors."""
+    wanted = {"optimizer": optimizer, "state": state, "weights": weights, "gradients": gradients, "source": source}
+    wanted |= {"param": "bf16", "model": "gpt"}
+    rows = [row for row in without_gpu(RESULTS / "memory")["rows"] if "per_parameter" in row]
+    own: present.Row = next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
+    return own["per_parameter"]
+
+
+MIXED = ("AdamW", "fp32 masters and moments", "", "all", "torch")
+FEW = ("SignAdamPP", "int2", "stochastic")
+
+
+def _speed(optimizer: str, shapes: str, dtype: str) -> present.Row:
+    row = present.find(without_gpu(RESULTS), optimizer=optimizer, backend="cpu", shapes=shapes, dtype=dtype)
+    assert row is not None, (optimizer, shapes, dtype)
+    return row
+
+
+def _example() -> tuple[dict[str, present.Row], str]:
+    """The example's runs, and what they are."""
+    found = json.loads((EXAMPLES / "train_gpt.json").read_text())
+    runs: dict[str, present.Row] = found["runs"]
+    parameters = runs["SignAdamPP"]["state_bytes"] / runs["SignAdamPP"]["state_bytes_per_parameter"]
+    return runs, f"GPT of {parameters / 1e6:.1f}M, {found['config']['steps']} steps, one seed"
+
+
+def _trained(name: str) -> str:
+    """What was trained for how long, in the words of a row."""
+    report = training(name)
+    size, spec = report["parameters"], report["problem"]
+    model = f"CNN of {size / 1e3:.0f}k on digits" if name == "digits" else f"GPT of {size / 1e6:.1f}M"
+    return f"{model}, {spec['steps']:,} steps, {spec['seeds']} seeds"
+
+
+def glance() -> str:
+    """What a visitor compares first: both methods, like with like."""
+    ours, theirs = _bytes(*FEW), _bytes(*MIXED)
+    step = _speed("SignAdamPP", "GPT-2 small", "float32")["to_adamw"]["median"]
+    whole = {row["optimizer"]: row["seconds"]["median"] for row in without_gpu(RESULTS)["whole_steps"]}
+    lines = [
+        [
+            "bytes per parameter between steps: bf16 weights, 2-bit momentum; bf16 weights, fp32 masters and moments",
+            *(f"{x['resident']:.2f}" for x in (ours, theirs)),
+        ],
+        ["the same with all gradients, in bf16", *(f"{x['resident'] + x['gradients']:.2f}" for x in (ours, theirs))],
+        ["optimizer step of GPT-2 small, all in fp32: speed", f"{step:.2f}x", "1x (torch, fused)"],
+        [
+            "whole training step of the example, all in fp32",
+            *(present.duration(whole[name]) for name in ("SignAdamPP", "AdamW fused")),
+        ],
+    ]
+    trained = [name for name in trainings() if name.startswith("gpt")]
+    for name in trained:
+        methods = training(name)["methods"]
+        losses = [with_half_width(methods[key]["loss"], 3) for key in (FEW_BITS, ADAMW)]
+        lines.append([f"validation loss, {_trained(name)}: 2-bit momentum and bf16 weights; all in fp32", *losses])
+    if len(trained) < 2:
+        example, title = _example()
+        losses = [f"{example[name]['val_loss']:.3f}" for name in ("SignAdamPP", "AdamW")]
+        lines.append([f"validation loss, the example's {title}, all in fp32", *losses])
+    return present.markdown(["", "SignAdamPP", "AdamW"], lines)
+
+
+def quality() -> str:
+    """Five comparisons, whoever is ahead."""
+    lines = []
+    for name in trainings():
+        methods = training(name)["methods"]
+        # Of AdamW's two betas the better one, where both were run.
+        adamw = min((m["loss"] for key, m in methods.items() if key.startswith(ADAMW)), key=lambda loss: loss["mean"])
+        losses = [with_half_width(loss, 3) for loss in (adamw, *(methods[key]["loss"] for key in (PLUS, FEW_BITS)))]
+        lines.append([f"{_trained(name)}: validation loss", *losses])
+    ablation = json.loads((EXPERIMENTS / "ablation.json").read_text())
+    for name, title in (("lstm", "LSTM"), ("gpt", "GPT")):
+        problem, methods = ablation["problems"][name], ablation["by_problem"][name]["methods"]
+        pair = [methods[key]["last_loss"] for key in ("adam", "sign_nogate_momentum")]
+        losses = [f"{loss['mean']:.3f} ± {loss['high'] - loss['mean']:.3f}" for loss in pair]
+        size = f"{title} of {problem['parameters'] / 1000:.0f}k"
+        lines.append([f"{size}, {problem['steps']} steps, {pair[0]['n']} seeds: test loss", *losses, "-"])
+    return present.markdown(["lower is better", "Adam(W)", "SignAdamPP", "2-bit momentum, bf16"], lines)
+
+
+def memory() -> str:
+    """Bytes per parameter of what one would choose between, with bf16 parameters."""
+    rows = {
+        "AdamW, fp32 masters and moments": MIXED,
+        "AdamW, 8-bit (torchao)": ("AdamW8bit", "8-bit, stochastic", "", "all", "torchao"),
+        "AdamW, 8-bit (bitsandbytes)": ("AdamW8bit", "8-bit", "", "all", "bitsandbytes"),
+        "SignAdamPP, 8-bit momentum, exact fp32 weights (`split16`)": ("SignAdamPP", "int8", "split16"),
+        "SignAdamPP, 2-bit momentum": FEW,
+        "the same, gradients released in backward": (*FEW, "released"),
+    }
+    lines = []
+    for label, wanted in rows.items():
+        own = _bytes(*wanted)
+        lines.append([label, *(f"{own[part]:.2f}" for part in ("weights", "state", "gradients", "peak"))])
+    table = present.markdown(["bytes per parameter", "weights", "state", "gradients", "peak of a step"], lines)
+    return (
+        f"{table}\n\nMeasured on {_bytes_model()}; the objects of each tensor, a few hundredths here, vanish on larger "
+        f"models, and the peak is of the process. {_large_model_short()}"
+    )
+
+
+def _bytes_model() -> str:
+    """The model of `_bytes`."""
+    row = next(row for row in without_gpu(RESULTS / "memory")["rows"] if row.get("model") == "gpt")
+    return f"{row['elements'] / 1e6:.1f}M parameters in {row['tensors']} tensors"
+
+
+def _large_model_short(log: Path = LARGE_MODEL) -> str:
+    """The same in a sentence."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    peak = max(line["peak_bytes"] for line in lines if "step" in line)
+    machine = lines[0]["machine"]
+    return (
+        f"A [GPT of {lines[0]['parameters'] / 1e9:.1f} billion parameters](docs/results.md#7-billion-parameters) took "
+        f"its steps within {peak / 1e9:.1f} GB, on {machine['cores']} cores and without a GPU."
+    )
+
+
+def speed() -> str:
+    """Six optimizers on three models, all cells measured, with the stream's bandwidth beside."""
+    columns = (("1 x 50000000", "float32"), ("GPT-2 small", "float32"), ("GPT-2 small", "bfloat16"))
+    names = ("SignAdamPP", "SignAdamPP adaptive_delayed", "SignAdam", "SignAdam analytic", "Signum", "SignSGD")
+    lines = [[f"`{name}`", *(cell(_speed(name, shapes, dtype)) for shapes, dtype in columns)] for name in names]
+    report = without_gpu(RESULTS)
+    machine = report["machine"]
+    whole = {row["optimizer"]: row["seconds"]["median"] for row in report["whole_steps"]}
+    note = (
+        f"Speed of a step against torch's fused AdamW on fp32 parameters; {machine['cpu']}, {machine['cores']} cores "
+        f"(module of commit {present.built_at(report)}, {report['date'][:10]}). In brackets GB/s of the step and of "
+        "the in-place stream `a.add_(b)` in the same rounds, which a step of several arrays can pass. Part of the gain "
+        "in bf16 is that of smaller weights."
+    )
+    after = (
+        f"A whole training step of the example takes {present.duration(whole['SignAdamPP'])} with `SignAdamPP` and "
+        f"{present.duration(whole['AdamW fused'])} with AdamW: memory, not speed, is the reason to use this "
+        "package. [All figures](docs/results.md#speed)."
+    )
+    header = ["", *(f"{shapes}, {present.HALF[dtype]}" for shapes, dtype in columns)]
+    return f"{note}\n\n{present.markdown(header, lines)}\n\n{after}"
