@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from reporting import machine, present
+from reporting.files import rounded
 
 from . import whole_step
 from .candidates import REFERENCES, plan
@@ -100,7 +101,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     report["name"] = machine.slug(report["machine"] | {"gpu": None})
     out: Path = config.getoption("bench_out")
     out.mkdir(parents=True, exist_ok=True)
-    present.write(machine.rounded(report), out)
+    present.write(rounded(report, 6), out)
     terminalreporter.section("ratios within a round: median (quartiles)")
     terminalreporter.write_line(present.tables(report, level="\n"))
     terminalreporter.write_line(f"\n{present.disturbance(report)}")

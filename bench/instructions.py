@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reporting import machine
+from reporting.files import write
 from signadam_ext.core.formats import BOUNDED, PARAM_STORAGES
 
 CHUNK = 16384
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "random_bits_per_16_elements": round(16 * bits, 1),
         "rows": rows,
     }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(options.out, json.dumps(report, indent=1) + "\n")
     return 0
 
 

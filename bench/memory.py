@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from reporting import machine, present
+from reporting.files import rounded, write
 
 from .harness import gpt2_shapes
 
@@ -769,7 +770,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report |= {"counts": __doc__, "headline": of_headline, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / report["name"]
-    stem.with_suffix(".json").write_text(json.dumps(machine.rounded(report), indent=1) + "\n")
+    write(stem.with_suffix(".json"), json.dumps(rounded(report, 6), indent=1) + "\n")
     picture(report, stem.with_suffix(".png"))
     print(table(rows))
     for row in rows:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from reporting import machine, present
+from reporting.files import rounded
 
 ROOT = machine.ROOT
 TOTAL_SECONDS = 530  # nine minutes, less the time to write the results
@@ -206,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = run(stages, Path(folder), options.quick)
     report["command"] = machine.command("bench.report", given)
     report["name"] = options.name or machine.slug(report["machine"])
-    present.write(machine.rounded(report), options.out)
+    present.write(rounded(report, 6), options.out)
     log.rename(options.out / f"{report['name']}.log")
     print(present.disturbance(report), flush=True)
     print(present.aims(report) or "(the aims speak of two CPU cores)", flush=True)

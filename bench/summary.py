@@ -14,9 +14,10 @@ from bench import readme
 from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, cell, training, trainings
 from experiments.convergence.figures import PICTURES
 from experiments.convergence.methods import REFERENCES
-from experiments.convergence.summary import interval, with_half_width
 from experiments.convergence.summary import page as convergence_page
+from experiments.convergence.summary import with_half_width, with_interval
 from reporting import machine, present
+from reporting.files import write
 from reporting.pages import replaced
 from signadam_ext.core.renamed import value_today
 
@@ -186,7 +187,7 @@ def convergence() -> str:
                 f"{method['state_bytes_per_parameter']:.2f}",
                 f"{method['lr']:g}",
                 with_half_width(method["loss"], 3),
-                *(interval(method["loss"].get(f"minus_{other}"), 3) for other in REFERENCES),
+                *(with_interval(method["loss"].get(f"minus_{other}"), 3) for other in REFERENCES),
             ]
             for method in report["methods"].values()
         ]
@@ -257,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
     if not options.check:
         for path, text in pages().items():
-            path.write_text(text)
+            write(path, text)
     elif stale:
         print(f"{', '.join(path.relative_to(ROOT).as_posix() for path in stale)}: stale; run python -m bench.summary")
         return 1

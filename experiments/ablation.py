@@ -34,7 +34,7 @@ from typing import Any
 from experiments import training
 from experiments.training import DIGITS, GPT_TEXT, LSTM_TEXT, Method, Plan, Store, Study
 from reporting.present import markdown
-from reporting.runs import Run, paired
+from reporting.runs import Run, interval
 
 CODE_ALPHA = 5e-4  # the released code's threshold
 SCHEDULE = ((1 / 2, 0.1), (5 / 6, 0.01))
@@ -139,7 +139,7 @@ def effects(store: Store) -> Run:
                 by_seed.append({seed: values[cell][seed] - values[without][seed] for seed in values[cell]})
             seeds = set.intersection(*map(set, by_seed))
             means = [sum(pair[seed] for pair in by_seed) / len(by_seed) for seed in sorted(seeds)]
-            main = paired(means) if means and all(map(math.isfinite, means)) else None
+            main = interval(means) if means and all(map(math.isfinite, means)) else None
             results.setdefault(part, {})[metric] = {"main": main, **pairs}
     return results
 
@@ -206,7 +206,7 @@ def collect(stores: Sequence[Store]) -> Run:
             "effects": effects(store),
             "chosen": {family: chosen(store, family) for family in FAMILIES},
             "comparisons": comparisons(store),
-            "gated": {key: paired(values) for key, values in gated.items()},
+            "gated": {key: interval(values) for key, values in gated.items()},
         }
     return {"by_problem": result}
 

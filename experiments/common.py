@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,8 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from reporting import machine
+from reporting.files import rounded, write
 from reporting.present import built_at
-from reporting.runs import rounded, student_t
+from reporting.runs import interval
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OUT = RESULTS.with_name("out")  # what --quick writes: never over a full run
@@ -53,23 +53,10 @@ COLORS = {
 # Numbers
 
 
-def interval(values: Sequence[float] | Tensor, confidence: float = 0.95) -> dict[str, Any]:
-    """The mean over seeds with its confidence interval (Student's t)."""
-    data = torch.as_tensor(values, dtype=torch.float64)
-    n = data.numel()
-    mean = float(data.mean())
-    if n < 2:
-        return {"n": n, "mean": mean, "low": None, "high": None}
-    half = student_t(n - 1, confidence) * float(data.std()) / math.sqrt(n)
-    return {"n": n, "mean": mean, "low": mean - half, "high": mean + half}
-
-
 def bands(values: Tensor, confidence: float = 0.95) -> dict[str, list[float]]:
     """`interval` for each column of (seeds, points): lists of means and of both ends."""
-    n = values.shape[0]
-    mean = values.double().mean(dim=0)
-    half = student_t(n - 1, confidence) * values.double().std(dim=0) / math.sqrt(n)
-    return {"mean": mean.tolist(), "low": (mean - half).tolist(), "high": (mean + half).tolist()}
+    columns = [interval(column, confidence) for column in values.double().T.tolist()]
+    return {end: [column[end] for column in columns] for end in ("mean", "low", "high")}
 
 
 # Claims
@@ -159,7 +146,7 @@ def load(name: str, folder: Path = RESULTS) -> Result | None:
 
 def save(name: str, result: Result, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(rounded(result), separators=(",", ":")) + "\n")
+    write(folder / f"{name}.json", json.dumps(rounded(result), separators=(",", ":")) + "\n")
 
 
 def main(

@@ -41,7 +41,7 @@ from experiments import ablation, training
 from experiments.ablation import ADAPTIVE, FIXED, PAPER, SIGN_ADAM
 from experiments.training import Job, Method, Plan, Problem, Store, Study
 from reporting.present import markdown
-from reporting.runs import Run, band, paired
+from reporting.runs import Run, band, interval
 
 SHOWN = (FIXED[1e-5], FIXED[1e-4], PAPER, FIXED[1e-3], FIXED[1e-2], ADAPTIVE[0.5])
 BOUNDED = (*SHOWN, FIXED[0.0], *(method for method in ADAPTIVE.values() if method not in SHOWN), SIGN_ADAM)
@@ -160,9 +160,9 @@ def sparsity(store: Store) -> Run:
         for name in [*runs[0]["sizes"], "all"]:
             shares, zeros = ([_share(run, what, name) for run in runs] for what in ("gated", "zero"))
             layers[name] = {
-                "first": paired([share[0] for share in shares]),
-                "last": paired([share[-1] for share in shares]),
-                "rise": training.judged(paired([share[-1] - share[0] for share in shares])),
+                "first": interval([share[0] for share in shares]),
+                "last": interval([share[-1] for share in shares]),
+                "rise": training.judged(interval([share[-1] - share[0] for share in shares])),
                 "mean": [statistics.fmean(column) for column in zip(*shares, strict=True)],
                 "zero_first": statistics.fmean(zero[0] for zero in zeros),
                 "zero_last": statistics.fmean(zero[-1] for zero in zeros),
@@ -199,7 +199,7 @@ def ratios(looked: Store, jobs: Sequence[Job]) -> list[Run]:
         if both:
             entry["samples"] = {k: statistics.fmean(one[k]["samples"] for one in both) for k in ("right", "wrong")}
             entry["log10_norm_right_minus_wrong"] = training.judged(
-                paired([one["right"]["log10_norm"] - one["wrong"]["log10_norm"] for one in both])
+                interval([one["right"]["log10_norm"] - one["wrong"]["log10_norm"] for one in both])
             )
         for unit, thresholds in (("absolute", ABSOLUTE), ("relative", RELATIVE)):
             shifts = []
@@ -209,7 +209,7 @@ def ratios(looked: Store, jobs: Sequence[Job]) -> list[Run]:
                     shifts.append(right - wrong)
             entry[unit] = {
                 "curves": {kind: [one[kind][unit] for one in both] for kind in ("right", "wrong")},
-                "half_at_right_minus_wrong": training.judged(paired(shifts)) if shifts else None,
+                "half_at_right_minus_wrong": training.judged(interval(shifts)) if shifts else None,
             }
         results.append(entry)
     return results

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from reporting.files import write
 from reporting.pages import replaced
 
 from . import common
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.readme.name} is stale: run python -m experiments.page")
         return 1
     if not options.check:
-        options.readme.write_text(new)
+        write(options.readme, new)
     return 0
 
 

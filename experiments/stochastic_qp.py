@@ -219,7 +219,7 @@ def run(quick: bool) -> Result:
     with common.progress(len(SPECTRA) * 2 * (len(NOISE) * 5 + len(FARTHER) * 2), "runs") as bar:
         for kind in SPECTRA:
             problems = make(kind, settings)
-            share[kind] = interval(diagonal_share(problems["rotated"].q))
+            share[kind] = interval(diagonal_share(problems["rotated"].q).tolist())
             eigenvalues[kind] = problems["aligned"].q[0].diagonal().sort(descending=True).values.tolist()
             for orientation in ORIENTATIONS:
                 for nu in NOISE:
@@ -261,7 +261,7 @@ def judge(logs: dict[tuple[str, str], Tensor], share: dict[str, Any], settings: 
     def gap(kind: str, a: tuple[str, str], b: tuple[str, str], nu: float) -> dict[str, Any]:
         (method_a, orientation_a), (method_b, orientation_b) = a, b
         first = logs[cell(kind, orientation_a, nu), method_a][:, -1]
-        return interval(first - logs[cell(kind, orientation_b, nu), method_b][:, -1])
+        return interval((first - logs[cell(kind, orientation_b, nu), method_b][:, -1]).tolist())
 
     def versus(kind: str, orientation: str, nu: float) -> dict[str, Any]:
         return gap(kind, ("SSD", orientation), ("SGD", orientation), nu)

@@ -39,8 +39,9 @@ from torch import Tensor, nn
 import signadam_ext
 from reporting import machine
 from reporting import runs as kept
+from reporting.files import compact_json, rounded, write
 from reporting.problems import GPT, GPTConfig, Preset, digest, load_data, training_batch, windows
-from reporting.runs import Run, compact_json, paired, rounded, write
+from reporting.runs import Run, interval
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS, RUNS = FOLDER / "results", FOLDER / "out" / "training"
@@ -427,12 +428,12 @@ def train(job: Job) -> Run:
     if measure is not None:
         run |= {
             "max_m": measure.max_m,
-            "gated": kept.rounded(measure.gated),
-            "zero": kept.rounded(measure.zero),
+            "gated": rounded(measure.gated),
+            "zero": rounded(measure.zero),
             "sizes": {name: p.numel() for name, p in params.items()},
         }
     if probes:
-        run["probes"] = kept.rounded(probes)
+        run["probes"] = rounded(probes)
     return run
 
 
@@ -563,7 +564,7 @@ def values_of(runs: dict[int, Run], metric: str) -> dict[int, float]:
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> Run | None:
     """Paired by seed, with the 95 % interval; None where one of them diverged or nothing is shared."""
     values = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return paired(values) if values and all(map(math.isfinite, values)) else None
+    return interval(values) if values and all(map(math.isfinite, values)) else None
 
 
 def verdict(interval: Run | None) -> str:
@@ -600,7 +601,7 @@ def describe(store: Store, method: Method, curves: bool = False) -> Run | None:
     for metric in METRICS:
         values = values_of(runs, metric)
         finite = [value for value in values.values() if math.isfinite(value)]
-        entry[metric] = (paired(finite) if finite else {"n": 0}) | {"by_seed": list(values.values())}
+        entry[metric] = (interval(finite) if finite else {"n": 0}) | {"by_seed": list(values.values())}
     complete = [run for run in runs.values() if run["finished"]]
     lines = {
         "train": [run["train"] for run in complete],

@@ -257,7 +257,7 @@ def run(quick: bool) -> Result:
             "schedule": "linear to 0",
         },
         "share_positive": {
-            f"{share:g}": interval(value)
+            f"{share:g}": interval(value.tolist())
             for share, value in split(measured[0].found["share_positive"], settings).items()
         },
         "runs": runs,
@@ -285,7 +285,9 @@ def summary(found: dict[str, Tensor], trained: Trained, settings: Settings) -> d
     """Intervals over the seeds of each share."""
     by_share = {
         f"{share:g}": {
-            key: interval(split(values, settings)[share]) for key, values in found.items() if key != "share_positive"
+            key: interval(split(values, settings)[share].tolist())
+            for key, values in found.items()
+            if key != "share_positive"
         }
         for share in settings.shares
     }
@@ -341,7 +343,7 @@ def judge(measured: list[Row], chosen: dict[str, dict[str, float]], settings: Se
         (row,) = [
             row for row in measured if (row.setting, row.method, row.lr) == (setting, method, chosen[setting][method])
         ]
-        return interval(row.found[key])
+        return interval(row.found[key].tolist())
 
     cosines = table("full batch", tuple(METHODS), "cosine_to_sign_line")
     cosine_held = {method: bool(cosines[method]) and cosines[method][0] > 0.999 for method in SIGN_BASED}

@@ -122,15 +122,6 @@ def command(module: str, arguments: list[str]) -> str:
     return shlex.join(["python", "-m", module, *shown])
 
 
-def rounded(value: Any) -> Any:
-    """The same JSON with floats cut to six digits; no measurement here has more."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
 def slug(machine: dict[str, Any]) -> str:
     """A file name for the machine: `cpu-amd-epyc`, `gpu-nvidia-h200`."""
     kind, name = ("gpu", machine["gpu"]["name"]) if machine["gpu"] else ("cpu", machine["cpu"])

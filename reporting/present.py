@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from reporting import files
+
 Report = dict[str, Any]
 Row = dict[str, Any]
 
@@ -280,7 +282,7 @@ def write(report: Report, out: Path) -> None:
     text = json.dumps(report, indent=1)
     # One row a line: a hundred rows stay readable, and so do their changes.
     text = re.sub(r"\n {3,}", " ", text).replace("\n  }", " }")
-    path.write_text(text + "\n")
+    files.write(path, text + "\n")
     drawn: str | None = f"{report['name']}.png"
     try:
         if not picture(report, out / f"{report['name']}.png"):
@@ -288,7 +290,7 @@ def write(report: Report, out: Path) -> None:
     except Exception as error:
         print(f"no picture: {type(error).__name__}: {error}", flush=True)
         drawn = None
-    (out / f"{report['name']}.md").write_text(page(report, drawn))
+    files.write(out / f"{report['name']}.md", page(report, drawn))
 
 
 _COLORS = {

@@ -29,8 +29,7 @@ import torch
 from tqdm import tqdm
 
 from reporting import machine
-
-DIGITS = 5  # significant ones, of a float in the results
+from reporting.files import write
 
 Run = dict[str, Any]
 
@@ -63,35 +62,6 @@ def environment() -> Run:
         "cpu_kernels": build["cpu_capability"] if known else None,
         "commit": build["commit"] if known else None,
     }
-
-
-def rounded(value: Any) -> Any:
-    """The same JSON with floats cut to a few digits, and None for what is not finite."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value
-
-
-def compact_json(content: Run) -> str:
-    """JSON with a line for every entry of the second level, so that a diff shows what changed."""
-    parts = []
-    for key, value in content.items():
-        if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
-            lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items())
-            parts.append(f" {json.dumps(key)}: {{\n{lines}\n }}")
-        else:
-            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
-def write(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 class Store(Generic[P]):
@@ -246,18 +216,18 @@ def student_t(degrees: int, confidence: float = 0.95) -> float:
     return float(stats.t.ppf((1 + confidence) / 2, degrees))
 
 
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % confidence interval of the values' mean (Student's t); None of fewer than two."""
+def half_width(values: Sequence[float], confidence: float = 0.95) -> float | None:
+    """Half of the confidence interval of the values' mean (Student's t); None of fewer than two."""
     if len(values) < 2:
         return None
-    return student_t(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return student_t(len(values) - 1, confidence) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def paired(differences: Sequence[float]) -> Run:
-    """The mean of paired differences with its 95 % confidence interval (Student's t)."""
-    mean, half = statistics.fmean(differences), half_width(differences)
+def interval(values: Sequence[float], confidence: float = 0.95) -> Run:
+    """The mean with its confidence interval (Student's t); of differences paired by seed, for one."""
+    mean, half = statistics.fmean(values), half_width(values, confidence)
     low, high = (None, None) if half is None else (mean - half, mean + half)
-    return {"n": len(differences), "mean": mean, "low": low, "high": high}
+    return {"n": len(values), "mean": mean, "low": low, "high": high}
 
 
 def band(axes: Any, steps: Sequence[float], lines: Sequence[Sequence[float]], **style: Any) -> None:

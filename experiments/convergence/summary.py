@@ -11,9 +11,10 @@ from experiments.convergence import figures
 from experiments.convergence.methods import ADAMW, BY_KEY, PLUS, REFERENCES, Method, same_in_fp32
 from experiments.convergence.search import RATES, SEARCH_SEED, Comparison, finite
 from experiments.convergence.training import Job, Problem
+from reporting.files import compact_json, rounded, write
 from reporting.present import markdown
 from reporting.problems import Images, digest
-from reporting.runs import Run, compact_json, half_width, paired, rounded, write
+from reporting.runs import Run, half_width, interval
 
 
 def difference(comparison: Comparison, problem: Problem, method: Method, other: str, metric: int = 0) -> Run | None:
@@ -23,7 +24,7 @@ def difference(comparison: Comparison, problem: Problem, method: Method, other: 
     if len(ours) < problem.seeds or len(theirs) < problem.seeds:
         return None
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours)]
-    return paired(differences) if all(map(math.isfinite, differences)) else None
+    return interval(differences) if all(map(math.isfinite, differences)) else None
 
 
 def summarize(comparison: Comparison, problem: Problem) -> dict[str, Run]:
@@ -65,7 +66,7 @@ def summarize(comparison: Comparison, problem: Problem) -> dict[str, Run]:
     return summary
 
 
-def interval(difference: Run | None, digits: int = 4) -> str:
+def with_interval(difference: Run | None, digits: int = 4) -> str:
     """The mean of a difference with the ends of its interval."""
     if difference is None:
         return "-"
@@ -97,7 +98,7 @@ def page(name: str, content: Run) -> str:
                 entry["label"],
                 f"{entry['lr']:g}",
                 with_half_width(entry[metric]),
-                *(interval(entry[metric].get(f"minus_{other}")) for other in REFERENCES),
+                *(with_interval(entry[metric].get(f"minus_{other}")) for other in REFERENCES),
                 f"{entry['state_bytes_per_parameter']:.2f}",
             ]
             for entry in summary.values()
@@ -107,7 +108,7 @@ def page(name: str, content: Run) -> str:
             header = ["", "lr", what, f"minus {BY_KEY[ADAMW].label}", f"minus {BY_KEY[PLUS].label} in fp32", "state B"]
             parts.append(f"## {what.capitalize()}, {spec['seeds']} seeds\n\n{markdown(header, rows)}\n")
     betas = [
-        [entry["label"], interval(entry["loss"][f"minus_{reference}"])]
+        [entry["label"], with_interval(entry["loss"][f"minus_{reference}"])]
         for key, entry in summary.items()
         if BY_KEY[key].stored
         and (reference := same_in_fp32(BY_KEY[key].options["beta"])) != PLUS

@@ -72,11 +72,11 @@ def valley(best):
 
 def test_paired_interval_is_students():
     # By hand: mean 2, standard deviation 1, so 4.302653 / sqrt(3) to either side.
-    got = runs.paired([1.0, 2.0, 3.0])
+    got = runs.interval([1.0, 2.0, 3.0])
     assert got["n"] == 3 and got["mean"] == 2
     assert got["high"] - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert 2 - got["low"] == pytest.approx(got["high"] - 2)
-    assert runs.paired([5.0]) == {"n": 1, "mean": 5.0, "low": None, "high": None}
+    assert runs.interval([5.0]) == {"n": 1, "mean": 5.0, "low": None, "high": None}
 
 
 def test_every_method_is_named_once_and_begins_at_one_that_exists():

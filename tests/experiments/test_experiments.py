@@ -11,7 +11,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 from experiments import common, page, stochastic_qp, variance_factors, wilson
-from reporting import machine
+from reporting import machine, runs
 from signadam_ext.optimizers.variance_adaptation import variance_share
 
 DOUBLE = torch.float64
@@ -37,7 +37,7 @@ def generator(seed=0):
     [(1, 0.95, 12.7062), (2, 0.95, 4.3027), (9, 0.95, 2.2622), (19, 0.95, 2.0930), (39, 0.999, 3.5581)],
 )
 def test_student_t(degrees, confidence, expected):
-    assert common.student_t(degrees, confidence) == pytest.approx(expected, abs=5e-5)
+    assert runs.student_t(degrees, confidence) == pytest.approx(expected, abs=5e-5)
 
 
 def test_interval_and_bands_agree():
