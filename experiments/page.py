@@ -9,12 +9,14 @@ results keeps the block it has.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
 from reporting.files import write
 from reporting.pages import replaced
+from reporting.present import markdown
 
 from . import common
 
@@ -24,13 +26,41 @@ MARKERS = ("<!-- {} -->", "<!-- /{} -->")
 
 
 def written(text: str, results: Path = common.RESULTS) -> str:
-    """The README's text with the section of every experiment that has results."""
+    """The README's text with the section of every experiment that has results, and the table of their claims."""
+    sections = []
     for name in EXPERIMENTS:
         result = common.load(name, results)
         if result is not None:
             section: str = import_module(f"experiments.{name}").section(result)
+            sections.append(section)
             text = replaced(text, name, section, MARKERS)
-    return text
+    return replaced(text, "claims", tally(sections), MARKERS) if sections else text
+
+
+def tally(sections: Iterable[str]) -> str:
+    """How many claims of each section came out, as its own table says."""
+    lines = []
+    for section in sections:
+        title = section.splitlines()[0].removeprefix("## ")
+        verdicts = [line.rstrip(" |").rpartition("|")[2].strip(" *") for line in _claims(section)]
+        yes, no = verdicts.count("yes"), verdicts.count("no")
+        counts = (len(verdicts), yes, len(verdicts) - yes - no, no)
+        lines.append([f"[{title}](#{_anchor(title)})", *map(str, counts)])
+    return markdown(["", "claims", "came out", "in part", "did not"], lines)
+
+
+def _claims(section: str) -> Iterator[str]:
+    """The rows of the tables that begin with a claim."""
+    inside = False
+    for line in section.splitlines():
+        inside = line.startswith("| claim |") or (inside and line.startswith("|"))
+        if inside and not line.startswith(("| claim |", "|---")):
+            yield line
+
+
+def _anchor(title: str) -> str:
+    """As GitHub and MyST name a heading."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -318,6 +318,18 @@ def test_page_leaves_experiments_without_results_alone(tmp_path):
     assert page.written(text, tmp_path) == text
 
 
+def test_claims_are_counted_by_their_verdicts():
+    section = (
+        "## It works++ [X]\n\n| a | came out |\n|---|---|\n| 1 | yes |\n\n| claim | came out |\n|---|---|\n"
+        + "".join(
+            f"| a claim | {verdict} |\n"
+            for verdict in ("yes", "yes", "**no**", "in part", "**in part**: nu 4", "on 1 of 3")
+        )
+    )
+    row = page.tally([f"{section}\n| b | came out |\n|---|---|\n| 2 | yes |\n"]).splitlines()[2]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["[It works++ [X]](#it-works-x)", "6", "2", "3", "1"]
+
+
 def test_committed_results_are_full_runs():
     for name in page.EXPERIMENTS:
         result = common.load(name)
