@@ -660,20 +660,16 @@ def table(rows: Sequence[Row]) -> str:
     return present.markdown(["bytes per parameter", *PARTS], lines)
 
 
-#: Of the picture: what the rest of a row must be, and how gradients are.
+#: Of the picture, which is to be read in a moment: what a row must be, and how gradients are.
 _SHOWN: tuple[tuple[dict[str, str], str], ...] = (
-    ({"source": "torch"}, "all"),
-    ({"source": "torch-optimi"}, "all"),
-    ({"source": "torch-optimi"}, "released"),
+    ({"source": "torch", "param": "fp32"}, "all"),
+    ({"source": "torch", "state": "fp32 masters and moments"}, "all"),
     ({"source": "lion-pytorch"}, "all"),
     ({"source": "torchao"}, "all"),
-    ({"source": "bitsandbytes"}, "all"),
+    ({"source": "bitsandbytes", "optimizer": "AdamW8bit"}, "all"),
     ({"optimizer": "SignAdamPP", "param": "fp32", "state": "fp32"}, "all"),
-    ({"optimizer": "SignAdamPP", "param": "bf16", "state": "fp32", "weights": "master"}, "all"),
-    ({"optimizer": "Signum", "param": "bf16", "state": "int8"}, "all"),
-    ({"optimizer": "SignAdamPP", "param": "bf16", "state": "bf16", "weights": "split16"}, "all"),
-    ({"optimizer": "SignAdamPP", "param": "bf16", "state": "int8", "weights": "split8"}, "all"),
-    ({"optimizer": "SignAdamPP", "param": "bf16", "state": "int8", "weights": "split8"}, "released"),
+    ({"optimizer": "SignAdamPP", "param": "bf16", "state": "int8", "weights": "split16"}, "all"),
+    ({"optimizer": "SignAdamPP", "param": "bf16", "state": "int8", "weights": "stochastic"}, "all"),
     ({"optimizer": "SignAdamPP", "param": "bf16", "state": "int2", "weights": "stochastic"}, "all"),
     ({"optimizer": "SignAdamPP", "param": "bf16", "state": "int2", "weights": "stochastic"}, "released"),
 )
@@ -699,7 +695,7 @@ def picture(report: Row, path: Path) -> None:
         )
     ]
     rows.sort(key=lambda row: -sum(row["bytes"].values()) / row["elements"])
-    figure, axis = plt.subplots(figsize=(12, 0.36 * len(rows) + 1.7), layout="constrained")
+    figure, axis = plt.subplots(figsize=(11, 0.44 * len(rows) + 1.6), layout="constrained")
     for y, row in enumerate(rows):
         left = 0.0
         for part, color in _COLORS.items():
@@ -707,21 +703,22 @@ def picture(report: Row, path: Path) -> None:
             ours = row["source"] == "ours"
             axis.barh(y, width, left=left, color=color, height=0.72, alpha=1.0 if ours else 0.55)
             if width > 0.7:
-                axis.text(left + width / 2, y, f"{width:.3g}", va="center", ha="center", fontsize=8, color="white")
+                axis.text(left + width / 2, y, f"{width:.3g}", va="center", ha="center", fontsize=11, color="white")
             left += width
         most = row["per_parameter"]["peak"]
         axis.plot([most, most], [y - 0.4, y + 0.4], color="black", linewidth=1.4)
-        axis.text(max(left, most) + 0.12, y, f"{left:.2f}", va="center", fontsize=9, fontweight="bold")
-    axis.set_yticks(range(len(rows)), [title(row) for row in rows], fontsize=8.5)
+        axis.text(max(left, most) + 0.12, y, f"{left:.2f}", va="center", fontsize=12, fontweight="bold")
+    axis.set_yticks(range(len(rows)), [title(row).replace(_WEIGHTS["stochastic"], "") for row in rows], fontsize=11)
     for label, row in zip(axis.get_yticklabels(), rows, strict=True):
         label.set_color("black" if row["source"] == "ours" else "#6b7280")
         label.set_fontweight("bold" if row["source"] == "ours" else "normal")
+    axis.set_xlim(0, 1.1 * max(row["per_parameter"]["peak"] for row in rows))
     axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.set_xlabel("bytes per parameter; bold: weights + state + gradients")
+    axis.set_xlabel("bytes per parameter; bold: weights + state + gradients", fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in _COLORS.values()]
     handles.append(plt.Line2D([], [], color="black", linewidth=1.4))
-    axis.legend(handles, [*_COLORS, "measured peak of the process"], loc="lower right", frameon=False)
+    axis.legend(handles, [*_COLORS, "measured peak of the process"], loc="center right", frameon=False, fontsize=11)
     shape = rows[0]
     about, versions = report["machine"], report["versions"]
     figure.suptitle(
@@ -729,7 +726,7 @@ def picture(report: Row, path: Path) -> None:
         f"({about['cpu']}, torch {versions['torch']}, module of commit {present.built_at(report)})",
         fontsize=11,
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -747,6 +744,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--peers", type=Path, help="folder in which other packages are installed")
     add("--quick", action="store_true", help="small models, few configurations: does it run, and do the bytes agree")
     add("--aim", action="store_true", help="only what is live beside bf16 weights with 2-bit momentum, as JSON")
+    add("--plot", action="store_true", help="only draw again what is in --out")
     add("--child", choices=MEASURES, help=argparse.SUPPRESS)
     add("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -755,6 +753,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(str(options.peers))  # last: torch stays the one that is measured
     if options.child:
         child(options.child, options.rows, options.quick, options.aim)
+        return 0
+    name = machine.slug(machine.facts()["machine"] | {"gpu": None})
+    stem = options.out / name
+    if options.plot:
+        picture(json.loads(stem.with_suffix(".json").read_text()), stem.with_suffix(".png"))
         return 0
     counted = measured("count", options, headline=options.aim)
     of_headline = aim([row for row in counted if is_headline(row)], measured("native", options, headline=True))
@@ -766,10 +769,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = machine.facts()
     report["command"] = machine.command("bench.memory", shown)
     report["versions"]["peers"] = {package: installed(package) for package in PEERS}
-    report["name"] = machine.slug(report["machine"] | {"gpu": None})
-    report |= {"counts": __doc__, "headline": of_headline, "rows": rows}
+    report |= {"name": name, "counts": __doc__, "headline": of_headline, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / report["name"]
     write(stem.with_suffix(".json"), json.dumps(rounded(report, 6), indent=1) + "\n")
     picture(report, stem.with_suffix(".png"))
     print(table(rows))
