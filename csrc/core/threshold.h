@@ -36,6 +36,13 @@ SIGNADAM_HD Sums lane_of_sums(const Sums* x, int64_t count, int64_t lane) {
   return sum;
 }
 
+// Lanes in which the sums of so many chunks are added: those beyond would be +0, and halving them away changes nothing.
+inline int64_t lanes_for(int64_t chunks) {
+  int64_t lanes = 1;
+  while (lanes < chunks && lanes < lane_count) lanes *= 2;
+  return lanes;
+}
+
 // a = b1 * a + (1 - b1) * std.
 SIGNADAM_HD double next_deviation(double a, const Sums& sums, double n, const Scalars& s) {
   const double mean = sums.first / n;

@@ -73,9 +73,10 @@ void finish_statistics(const TableView& table, const TensorEntry& tensor, const 
   for (int64_t count = chunks_of(tensor.numel); count > 1; count = chunks_of(count)) {
     for (int64_t k = 0; k < chunks_of(count); ++k) {
       const int64_t left = count - k * chunk_size;
-      for (int64_t lane = 0; lane < lane_count; ++lane)
+      const int64_t width = lanes_for(count);
+      for (int64_t lane = 0; lane < width; ++lane)
         lanes[lane] = lane_of_sums(sums + k * chunk_size, left < chunk_size ? left : chunk_size, lane);
-      for (int64_t h = lane_count / 2; h >= 1; h /= 2)
+      for (int64_t h = width / 2; h >= 1; h /= 2)
         for (int64_t i = 0; i < h; ++i) add(lanes[i], lanes[i + h]);
       sums[k] = lanes[0];
     }

@@ -1,10 +1,12 @@
 #include "host_table.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
 #include <stdexcept>
 
+#include "../core/threshold.h"
 #include "../cpu/step.h"
 
 namespace signadam {
@@ -18,6 +20,7 @@ void HostTable::add(const TensorEntry& entry, StepCount step, uint32_t group, st
   tensors_.push_back(entry);
   tensors_.back().first_chunk = static_cast<uint32_t>(first);
   chunks_ += static_cast<uint32_t>(chunks);
+  most_chunks_ = std::max(most_chunks_, chunks);
   steps_.push_back(step);
   groups_.push_back(group);
   indices_.push_back(index);
@@ -31,7 +34,7 @@ void HostTable::finish(bool sums) {
   if (!plain_) rng_keys_.assign(tensors_.size(), RngKey{0, 0});
   if (sums) {
     sums_.resize(chunks_);
-    lanes_.resize(lane_count);
+    lanes_.resize(static_cast<std::size_t>(lanes_for(most_chunks_)));
   }
   units_ = cpu::make_units(view(nullptr), static_cast<uint32_t>(tensors_.size()), chunks());
   // Nothing grows any more.

@@ -77,6 +77,7 @@ class HostTable {
   std::vector<std::size_t> indices_;
   std::vector<uint32_t> units_;
   uint32_t chunks_ = 0;
+  int64_t most_chunks_ = 0;  // of one tensor
   std::vector<std::pair<uint64_t, uint32_t>> seeds_;
   std::vector<const void*> grads_;
   std::vector<RngKey> rng_keys_;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import signadam_ext
-from signadam_ext import memory
+from signadam_ext import SignAdamPP, memory, release_gradients
 from signadam_ext.core.formats import BOUNDED, FORMATS, PARAM_STORAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,3 +272,51 @@ def test_all_that_is_live_beside_bf16_weights() -> None:
         assert 0.25 <= row["native"]["per_parameter"] <= 0.2505, row
         # With Python's objects, which are torch's own as well.
         assert 0.25 <= row["everything"]["per_parameter"] <= 0.2512, row
+
+
+class MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc what is allocated")
+def test_the_plan_of_one_small_tensor_is_small() -> None:
+    """With gradients released there is one for each parameter, sums for a threshold included."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("this libc does not say what is allocated")
+    libc.mallinfo2.restype = MallInfo
+
+    def allocated() -> int:
+        info = libc.mallinfo2()
+        return int(info.uordblks + info.hblkhd)
+
+    params = [torch.zeros(100, requires_grad=True) for _ in range(50)]
+    optimizer = SignAdamPP(params, lr=1e-3, confidence="adaptive_delayed", alpha=0.5)
+    release_gradients(params, optimizer)
+
+    def step() -> None:
+        torch.stack([(p * p).sum() for p in params]).sum().backward()
+
+    step()
+    step()
+    gc.collect()
+    with_plans = allocated()
+    optimizer.runtime.forget_plans()
+    gc.collect()
+    assert 0 < (with_plans - allocated()) / len(params) < 4000
