@@ -274,24 +274,13 @@ def test_all_that_is_live_beside_bf16_weights() -> None:
         assert 0.25 <= row["everything"]["per_parameter"] <= 0.2512, row
 
 
+MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
 class MallInfo(ctypes.Structure):
     """glibc's struct mallinfo2."""
 
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    ]
+    _fields_ = tuple((name, ctypes.c_size_t) for name in MALLINFO)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc what is allocated")
