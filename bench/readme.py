@@ -82,6 +82,10 @@ def quality() -> str:
         adamw = min((m["loss"] for key, m in methods.items() if key.startswith(ADAMW)), key=lambda loss: loss["mean"])
         losses = [with_half_width(loss, 3) for loss in (adamw, *(methods[key]["loss"] for key in (PLUS, FEW_BITS)))]
         lines.append([f"{_trained(name)}: validation loss", *losses])
+    if "gpt_long" not in trainings():
+        example, title = _example()
+        losses = [f"{example[name]['val_loss']:.3f}" for name in ("AdamW", "SignAdamPP")]
+        lines.append([f"{title}: validation loss", *losses, "-"])
     ablation = json.loads((EXPERIMENTS / "ablation.json").read_text())
     for name, title in (("lstm", "LSTM"), ("gpt", "GPT")):
         problem, methods = ablation["problems"][name], ablation["by_problem"][name]["methods"]
