@@ -44,32 +44,45 @@ def _trained(name: str) -> str:
     return f"{model}, {spec['steps']:,} steps, {spec['seeds']} seeds"
 
 
+def _adamw(name: str) -> present.Row:
+    """The losses of AdamW; where it was run with two betas, those of the better."""
+    methods = training(name)["methods"]
+    losses = [method["loss"] for key, method in methods.items() if key.startswith(ADAMW)]
+    return min(losses, key=lambda loss: float(loss["mean"]))
+
+
 def glance() -> str:
     """What a visitor compares first: both methods, like with like."""
     ours, theirs = _bytes(*FEW), _bytes(*MIXED)
     step = _speed("SignAdamPP", "GPT-2 small", "float32")["to_adamw"]["median"]
-    whole = {row["optimizer"]: row["seconds"]["median"] for row in without_gpu(RESULTS)["whole_steps"]}
+    few = _speed("SignAdamPP int2 stochastic", "GPT-2 small", "bfloat16")["to_adamw"]["median"]
+    names = ("SignAdamPP", "AdamW fused")
+    whole, own = (
+        {row["optimizer"]: row[what]["median"] for row in without_gpu(RESULTS)["whole_steps"]}
+        for what in ("seconds", "optimizer_seconds")
+    )
     lines = [
         [
-            "bytes per parameter between steps: bf16 weights, 2-bit momentum; bf16 weights, fp32 masters and moments",
+            "bytes per parameter between steps, bf16 weights; left 2-bit momentum, right fp32 masters and moments",
             *(f"{x['resident']:.2f}" for x in (ours, theirs)),
         ],
         ["the same with all gradients, in bf16", *(f"{x['resident'] + x['gradients']:.2f}" for x in (ours, theirs))],
-        ["optimizer step of GPT-2 small, all in fp32: speed", f"{step:.2f}x", "1x (torch, fused)"],
+        ["speed of an optimizer step, GPT-2 small, fp32", f"{step:.2f}x", "1x (torch, fused)"],
+        ["the same, left with 2-bit momentum and bf16 weights", f"{few:.2f}x", "1x (torch, fused)"],
         [
-            "whole training step of the example, all in fp32",
-            *(present.duration(whole[name]) for name in ("SignAdamPP", "AdamW fused")),
+            "training step of the example, fp32 (of it the optimizer)",
+            *(f"{present.duration(whole[name])} ({present.duration(own[name])})" for name in names),
         ],
     ]
     trained = [name for name in trainings() if name.startswith("gpt")]
     for name in trained:
         methods = training(name)["methods"]
-        losses = [with_half_width(methods[key]["loss"], 3) for key in (FEW_BITS, ADAMW)]
-        lines.append([f"validation loss, {_trained(name)}: 2-bit momentum and bf16 weights; all in fp32", *losses])
+        losses = [with_half_width(loss, 3) for loss in (methods[FEW_BITS]["loss"], _adamw(name))]
+        lines.append([f"validation loss, {_trained(name)}; left 2 bits, right fp32", *losses])
     if len(trained) < 2:
         example, title = _example()
         losses = [f"{example[name]['val_loss']:.3f}" for name in ("SignAdamPP", "AdamW")]
-        lines.append([f"validation loss, the example's {title}, all in fp32", *losses])
+        lines.append([f"validation loss, the example's {title}, fp32", *losses])
     return present.markdown(["", "SignAdamPP", "AdamW"], lines)
 
 
@@ -78,9 +91,9 @@ def quality() -> str:
     lines = []
     for name in trainings():
         methods = training(name)["methods"]
-        # Of AdamW's two betas the better one, where both were run.
-        adamw = min((m["loss"] for key, m in methods.items() if key.startswith(ADAMW)), key=lambda loss: loss["mean"])
-        losses = [with_half_width(loss, 3) for loss in (adamw, *(methods[key]["loss"] for key in (PLUS, FEW_BITS)))]
+        losses = [
+            with_half_width(loss, 3) for loss in (_adamw(name), *(methods[key]["loss"] for key in (PLUS, FEW_BITS)))
+        ]
         lines.append([f"{_trained(name)}: validation loss", *losses])
     if "gpt_long" not in trainings():
         example, title = _example()
@@ -112,8 +125,8 @@ def memory() -> str:
         lines.append([label, *(f"{own[part]:.2f}" for part in ("weights", "state", "gradients", "peak"))])
     table = present.markdown(["bytes per parameter", "weights", "state", "gradients", "peak of a step"], lines)
     return (
-        f"{table}\n\nMeasured on {_bytes_model()}; the objects of each tensor, a few hundredths here, vanish on larger "
-        f"models, and the peak is of the process. {_large_model_short()}"
+        f"{table}\n\nMeasured on {_bytes_model()}, whose objects take a few hundredths; the peak is of the process. "
+        f"{_large_model_short()}"
     )
 
 
@@ -127,10 +140,10 @@ def _large_model_short(log: Path = LARGE_MODEL) -> str:
     """The same in a sentence."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     peak = max(line["peak_bytes"] for line in lines if "step" in line)
-    machine = lines[0]["machine"]
+    machine, taken = lines[0]["machine"], sum("step" in line for line in lines)
     return (
         f"A [GPT of {lines[0]['parameters'] / 1e9:.1f} billion parameters](docs/results.md#7-billion-parameters) took "
-        f"its steps within {peak / 1e9:.1f} GB, on {machine['cores']} cores and without a GPU."
+        f"{taken} steps within {peak / 1e9:.1f} GB, on {machine['cores']} cores and without a GPU."
     )
 
 
