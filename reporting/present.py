@@ -183,8 +183,8 @@ def aims(report: Report) -> str:
         lines.append([aim.text, f"{aim.floor:g}", f"{aim.aim:g}", ratio(got) if got else NOT_MEASURED, reached])
     table = markdown(["two CPU cores; SignAdamPP unless named", "floor", "aim", "measured", "reached"], lines)
     return (
-        'Aims that were set beforehand. "aim" and "floor": the lower quartile reaches it. "no": the upper one is below the floor. '
-        f'"open": the quartiles lie on both sides.\n\n{table}'
+        'Aims that were set beforehand. "aim" and "floor": the lower quartile reaches it. "no": the upper one is below '
+        f'the floor. "open": the quartiles lie on both sides.\n\n{table}'
     )
 
 
