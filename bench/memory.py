@@ -754,8 +754,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.child:
         child(options.child, options.rows, options.quick, options.aim)
         return 0
-    name = machine.slug(machine.facts()["machine"] | {"gpu": None})
-    stem = options.out / name
+    report = machine.facts()
+    report["name"] = machine.slug(report["machine"] | {"gpu": None})
+    stem = options.out / report["name"]
     if options.plot:
         picture(json.loads(stem.with_suffix(".json").read_text()), stem.with_suffix(".png"))
         return 0
@@ -766,10 +767,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     rows = joined(counted, measured("peak", options))
     shown = [f"--{name}" for name in ("quick", "aim") if getattr(options, name)]
-    report = machine.facts()
     report["command"] = machine.command("bench.memory", shown)
     report["versions"]["peers"] = {package: installed(package) for package in PEERS}
-    report |= {"name": name, "counts": __doc__, "headline": of_headline, "rows": rows}
+    report |= {"counts": __doc__, "headline": of_headline, "rows": rows}
     options.out.mkdir(parents=True, exist_ok=True)
     write(stem.with_suffix(".json"), json.dumps(rounded(report, 6), indent=1) + "\n")
     picture(report, stem.with_suffix(".png"))

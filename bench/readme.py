@@ -103,7 +103,7 @@ def quality() -> str:
     for name, title in (("lstm", "LSTM"), ("gpt", "GPT")):
         problem, methods = ablation["problems"][name], ablation["by_problem"][name]["methods"]
         pair = [methods[key]["last_loss"] for key in ("adam", "sign_nogate_momentum")]
-        losses = [f"{loss['mean']:.3f} ± {loss['high'] - loss['mean']:.3f}" for loss in pair]
+        losses = [present.plus_minus(loss, digits=3) for loss in pair]
         size = f"{title} of {problem['parameters'] / 1000:.0f}k"
         lines.append([f"{size}, {problem['steps']} steps, {pair[0]['n']} seeds: test loss", *losses, "-"])
     return present.markdown(["lower is better", "Adam(W)", "SignAdamPP", "2-bit momentum, bf16"], lines)

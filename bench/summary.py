@@ -15,7 +15,7 @@ from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, cell, train
 from experiments.convergence.figures import PICTURES
 from experiments.convergence.methods import REFERENCES
 from experiments.convergence.summary import page as convergence_page
-from experiments.convergence.summary import with_half_width, with_interval
+from experiments.convergence.summary import with_half_width
 from reporting import machine, present
 from reporting.files import write
 from reporting.pages import replaced
@@ -187,7 +187,7 @@ def convergence() -> str:
                 f"{method['state_bytes_per_parameter']:.2f}",
                 f"{method['lr']:g}",
                 with_half_width(method["loss"], 3),
-                *(with_interval(method["loss"].get(f"minus_{other}"), 3) for other in REFERENCES),
+                *(present.between(method["loss"].get(f"minus_{other}"), form="+.3f") for other in REFERENCES),
             ]
             for method in report["methods"].values()
         ]

@@ -33,7 +33,7 @@ from typing import Any
 
 from experiments import training
 from experiments.training import DIGITS, GPT_TEXT, LSTM_TEXT, Method, Plan, Store, Study
-from reporting.present import markdown
+from reporting.present import between, markdown, plus_minus
 from reporting.runs import Run, interval
 
 CODE_ALPHA = 5e-4  # the released code's threshold
@@ -264,7 +264,7 @@ def _over_problems(result: Run, pair: str, metric: str) -> tuple[str, list[str]]
     for name, entry in result["by_problem"].items():
         value = entry["comparisons"].get(pair, {}).get(metric)
         if value is not None:
-            texts.append(f"{_titles(result)[name]} {training.between(value, scale)}")
+            texts.append(f"{_titles(result)[name]} {between(value, scale)}")
             verdicts.append(value["verdict"])
     return "; ".join(texts) or "not run yet", verdicts
 
@@ -393,7 +393,7 @@ def _effects(result: Run) -> str:
             row = [f"{part}: {words}"]
             for entry in result["by_problem"].values():
                 value = entry["effects"].get(part, {}).get(metric, {}).get("main")
-                row.append(training.between(value, 100 if metric == "best_error" else 1))
+                row.append(between(value, 100 if metric == "best_error" else 1))
             rows.append(row)
     return markdown(["main effect", *_titles(result).values()], rows)
 
@@ -411,9 +411,9 @@ def _comparisons(result: Run) -> str:
                 [
                     f"{labels[first]} - {labels[second]}",
                     _titles(result)[name],
-                    training.between(found["best_error"], 100),
-                    training.between(found["log_train"]),
-                    training.between(found["last_loss"], form="+.3f"),
+                    between(found["best_error"], 100),
+                    between(found["log_train"]),
+                    between(found["last_loss"], form="+.3f"),
                 ]
             )
     return markdown(["", "", "best test error, points", "log training loss", "last test loss"], rows)
@@ -431,7 +431,7 @@ def _table(result: Run) -> str:
                 row += [
                     f"{found['lr']:g}",
                     _steps(found["to_tolerance"]),
-                    training.plus_minus(found["best_error"], 100),
+                    plus_minus(found["best_error"], 100),
                 ]
         rows.append(row)
     header = [""]

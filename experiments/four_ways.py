@@ -40,7 +40,7 @@ from torch import Tensor
 
 from experiments import training
 from experiments.training import DIGITS, GPT_TEXT, LSTM_TEXT, Method, Plan, Problem, Store, Study, rate
-from reporting.present import markdown
+from reporting.present import between, markdown, plus_minus
 from reporting.runs import Run, band
 
 DROP = ((125 / 200, 0.1),)
@@ -273,7 +273,7 @@ def _gaps(result: Run) -> str:
         [
             f"{TITLES[problem]}, {CURVES[what]}",
             *(
-                f"{training.between(gap, 1 if what == 'log_train' else 100)}, {gap['largest_in']:.0%}"
+                f"{between(gap, 1 if what == 'log_train' else 100)}, {gap['largest_in']:.0%}"
                 for gap in one["gaps"].values()
             ),
         ]
@@ -288,9 +288,9 @@ def _contrasts(result: Run) -> str:
         [
             name,
             TITLES[problem],
-            training.between(entry["contrasts"][name]["log_train"]),
-            training.between(entry["contrasts"][name]["last_loss"], form="+.3f"),
-            training.between(entry["contrasts"][name]["best_error"], 100),
+            between(entry["contrasts"][name]["log_train"]),
+            between(entry["contrasts"][name]["last_loss"], form="+.3f"),
+            between(entry["contrasts"][name]["best_error"], 100),
         ]
         for name in CONTRASTS
         for problem, entry in result["by_problem"].items()
@@ -305,9 +305,9 @@ def _table(result: Run) -> str:
             TITLES[problem],
             method["label"],
             f"{method['lr']:g}",
-            training.plus_minus(method["log_train"]),
-            training.plus_minus(method["last_loss"], digits=3),
-            training.plus_minus(method["best_error"], 100),
+            plus_minus(method["log_train"]),
+            plus_minus(method["last_loss"], digits=3),
+            plus_minus(method["best_error"], 100),
             str(method["diverged"]),
         ]
         for problem, entry in result["by_problem"].items()

@@ -40,7 +40,7 @@ import torch
 from experiments import ablation, training
 from experiments.ablation import ADAPTIVE, FIXED, PAPER, SIGN_ADAM
 from experiments.training import Job, Method, Plan, Problem, Store, Study
-from reporting.present import markdown
+from reporting.present import between, markdown, plus_minus
 from reporting.runs import Run, band, interval
 
 SHOWN = (FIXED[1e-5], FIXED[1e-4], PAPER, FIXED[1e-3], FIXED[1e-2], ADAPTIVE[0.5])
@@ -275,7 +275,7 @@ def _claims(result: Run) -> list[list[str]]:
             count = sum(layer["rise"]["verdict"] == "higher" for key, layer in layers.items() if key != "all")
             texts.append(
                 f"{titles[name]} {whole['first']['mean']:.2f} to {whole['last']['mean']:.2f}, rise "
-                f"{training.between(whole['rise'])}, in {count} of {len(layers) - 1} tensors"
+                f"{between(whole['rise'])}, in {count} of {len(layers) - 1} tensors"
             )
             rises.append(whole["rise"]["verdict"])
             ends[titles[name]] = whole["last"]["low"]
@@ -325,9 +325,9 @@ def _shares(result: Run) -> str:
                 [
                     result["problems"][name]["title"],
                     found["label"],
-                    training.plus_minus(whole["first"], digits=3),
-                    training.plus_minus(whole["last"], digits=3),
-                    training.between(whole["rise"], form="+.3f"),
+                    plus_minus(whole["first"], digits=3),
+                    plus_minus(whole["last"], digits=3),
+                    between(whole["rise"], form="+.3f"),
                     f"{whole['zero_last']:.3f}",
                 ]
             )
@@ -344,9 +344,9 @@ def _ratios(result: Run) -> str:
                     result["problems"][name]["title"],
                     f"{seen['step']}",
                     f"{samples['right']:.0f} / {samples['wrong']:.0f}",
-                    training.between(seen["absolute"]["half_at_right_minus_wrong"]),
-                    training.between(seen["relative"]["half_at_right_minus_wrong"], form="+.3f"),
-                    training.between(seen.get("log10_norm_right_minus_wrong")),
+                    between(seen["absolute"]["half_at_right_minus_wrong"]),
+                    between(seen["relative"]["half_at_right_minus_wrong"], form="+.3f"),
+                    between(seen.get("log10_norm_right_minus_wrong")),
                 ]
             )
     header = [

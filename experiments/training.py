@@ -646,25 +646,6 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
-def between(interval: Run | None, scale: float = 1.0, form: str = "+.2f") -> str:
-    """A mean with its interval: "-0.31 (-0.40 .. -0.22)"."""
-    if interval is None or interval.get("mean") is None:
-        return "-"
-    if interval["low"] is None:
-        return format(interval["mean"] * scale, form)
-    mean, low, high = (format(interval[key] * scale, form) for key in ("mean", "low", "high"))
-    return f"{mean} ({low} .. {high})"
-
-
-def plus_minus(interval: Run, scale: float = 1.0, digits: int = 2) -> str:
-    """A mean and half its interval: "3.1 ± 0.2"."""
-    if interval.get("mean") is None:
-        return "diverged"
-    if interval["low"] is None:
-        return f"{interval['mean'] * scale:.{digits}f}"
-    return f"{interval['mean'] * scale:.{digits}f} ± {(interval['high'] - interval['mean']) * scale:.{digits}f}"
-
-
 def claims(rows: Iterable[Sequence[str]]) -> str:
     """A table of what a paper says, by what it is judged, what was found and whether it came out."""
     lines = ["| claim | judged by | found | came out |", "|---|---|---|---|"]

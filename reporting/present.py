@@ -107,6 +107,25 @@ def number(x: float) -> str:
     return f"{x:.2f}" if x < 10 else f"{x:.1f}" if x < 100 else f"{x:.0f}"
 
 
+def between(interval: Row | None, scale: float = 1.0, form: str = "+.2f") -> str:
+    """A mean with its interval: "-0.31 (-0.40 .. -0.22)"."""
+    if interval is None or interval.get("mean") is None:
+        return "-"
+    if interval["low"] is None:
+        return format(interval["mean"] * scale, form)
+    mean, low, high = (format(interval[key] * scale, form) for key in ("mean", "low", "high"))
+    return f"{mean} ({low} .. {high})"
+
+
+def plus_minus(interval: Row, scale: float = 1.0, digits: int = 2) -> str:
+    """A mean and half its interval: "3.1 ± 0.2"."""
+    if interval.get("mean") is None:
+        return "diverged"
+    if interval["low"] is None:
+        return f"{interval['mean'] * scale:.{digits}f}"
+    return f"{interval['mean'] * scale:.{digits}f} ± {(interval['high'] - interval['mean']) * scale:.{digits}f}"
+
+
 def measured(report: Report) -> list[Row]:
     return [row for row in report["rows"] if "seconds" in row]
 

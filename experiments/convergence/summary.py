@@ -12,7 +12,7 @@ from experiments.convergence.methods import ADAMW, BY_KEY, PLUS, REFERENCES, Met
 from experiments.convergence.search import RATES, SEARCH_SEED, Comparison, finite
 from experiments.convergence.training import Job, Problem
 from reporting.files import compact_json, rounded, write
-from reporting.present import markdown
+from reporting.present import between, markdown
 from reporting.problems import Images, digest
 from reporting.runs import Run, half_width, interval
 
@@ -66,16 +66,6 @@ def summarize(comparison: Comparison, problem: Problem) -> dict[str, Run]:
     return summary
 
 
-def with_interval(difference: Run | None, digits: int = 4) -> str:
-    """The mean of a difference with the ends of its interval."""
-    if difference is None:
-        return "-"
-    mean = f"{difference['mean']:+.{digits}f}"
-    if difference["low"] is None:
-        return mean
-    return f"{mean} ({difference['low']:+.{digits}f} .. {difference['high']:+.{digits}f})"
-
-
 def page(name: str, content: Run) -> str:
     """What was collected, as Markdown."""
     spec, summary = content["problem"], content["methods"]
@@ -98,7 +88,7 @@ def page(name: str, content: Run) -> str:
                 entry["label"],
                 f"{entry['lr']:g}",
                 with_half_width(entry[metric]),
-                *(with_interval(entry[metric].get(f"minus_{other}")) for other in REFERENCES),
+                *(between(entry[metric].get(f"minus_{other}"), form="+.4f") for other in REFERENCES),
                 f"{entry['state_bytes_per_parameter']:.2f}",
             ]
             for entry in summary.values()
@@ -108,7 +98,7 @@ def page(name: str, content: Run) -> str:
             header = ["", "lr", what, f"minus {BY_KEY[ADAMW].label}", f"minus {BY_KEY[PLUS].label} in fp32", "state B"]
             parts.append(f"## {what.capitalize()}, {spec['seeds']} seeds\n\n{markdown(header, rows)}\n")
     betas = [
-        [entry["label"], with_interval(entry["loss"][f"minus_{reference}"])]
+        [entry["label"], between(entry["loss"][f"minus_{reference}"], form="+.4f")]
         for key, entry in summary.items()
         if BY_KEY[key].stored
         and (reference := same_in_fp32(BY_KEY[key].options["beta"])) != PLUS
