@@ -235,6 +235,8 @@ def test_the_pages_of_the_project_show_what_was_collected(tmp_path, monkeypatch)
     import bench.summary
     from bench import committed, readme
 
+    if not committed.RESULTS.is_dir():
+        pytest.skip("the source distribution holds no results")
     every = Comparison(tmp_path / "runs", ["gpt", "gpt_long", "digits"], small=True)
     # The best of each method, higher by 0.1 for each seed after the first; SignAdamPP is 1 above the others.
     run_all(every, lambda job: valley(1e-3)(job) + 0.1 * (job.seed == 1) + (job.method.key == PLUS))

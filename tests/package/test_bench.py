@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from bench import throughput
+from bench import summary, throughput
 from bench.candidates import REFERENCES
 from bench.harness import ADAMW, STREAM, Candidate, Case, Samples, Traffic, Trial, Workload, row, spread
+from reporting import machine
 
 CASE = Case("tiny", ((4, 5), (10,)), "2 tensors")
 
@@ -75,3 +76,16 @@ def test_a_candidate_that_fails_or_has_no_time_is_named(monkeypatch: pytest.Monk
         assert first["left_out"] == second["left_out"] == "the time limit of -1 s"
     else:
         assert first["rounds"] >= 5 and second["error"] == "ValueError: not mine"
+
+
+@pytest.mark.skipif(not summary.RESULTS.is_dir(), reason="the source distribution holds no results")
+def test_trainings_of_an_unknown_module_are_refused_and_their_page_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = summary.training("gpt")
+    assert summary.CONVERGENCE / "gpt.md" in summary.pages()
+    summary.require_commits()
+    unknown = {**report, "environments": [{**report["environments"][0], "commit": "0123456789ab+changes"}]}
+    monkeypatch.setattr(summary, "training", lambda name: unknown)
+    with pytest.raises(machine.NotCommitted, match=r"\+changes"):
+        summary.require_commits()
+    # What the page shows is in the JSON: another module, another page.
+    assert summary.pages()[summary.CONVERGENCE / "gpt.md"] != (summary.CONVERGENCE / "gpt.md").read_text()
