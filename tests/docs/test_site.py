@@ -95,17 +95,24 @@ def test_links_lead_somewhere(site):
     assert followed > 500
 
 
+FORMULAS = """
+const [written, done] = arguments, deadline = Date.now() + 20000;
+(function look() {
+  const drawn = document.querySelectorAll("mjx-container").length;
+  if (drawn === written || Date.now() > deadline) done(drawn);
+  else setTimeout(look, 20);
+})();
+"""
+
+
 def test_every_page_opens(site, address, browser):
     formulas = 0
     for page in pages(site):
         browser.get_log("browser")
         browser.get(f"{address}/{page.relative_to(site).as_posix()}")
         written = len(re.findall(r'class="math notranslate', page.read_text(encoding="utf-8")))
-        # Scripts draw formulas after the page has been read.
-        drawn = browser.execute_async_script(
-            "const done = arguments[0], now = () => document.querySelectorAll('mjx-container').length;"
-            "(window.MathJax?.startup?.promise ?? Promise.resolve()).then(() => done(now()));"
-        )
+        # Formulas are drawn by a script, which a busy machine may run only after the driver takes the page for loaded.
+        drawn = browser.execute_async_script(FORMULAS, written)
         faults = browser.execute_script("return document.querySelectorAll('mjx-merror, .MathJax_Error').length")
         assert (drawn, faults) == (written, 0), page
         formulas += drawn
