@@ -57,6 +57,14 @@ def browser(site):
     browser.quit()
 
 
+def opened(browser, url):
+    """Opens a page and waits until its scripts have run: on a busy machine the driver may return before they have."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    browser.get(url)
+    WebDriverWait(browser, 20, 0.02).until(lambda _: browser.execute_script("return document.readyState") == "complete")
+
+
 class Links(HTMLParser):
     """Where a page leads, and what in it can be led to."""
 
@@ -109,9 +117,9 @@ def test_every_page_opens(site, address, browser):
     formulas = 0
     for page in pages(site):
         browser.get_log("browser")
-        browser.get(f"{address}/{page.relative_to(site).as_posix()}")
+        opened(browser, f"{address}/{page.relative_to(site).as_posix()}")
         written = len(re.findall(r'class="math notranslate', page.read_text(encoding="utf-8")))
-        # Formulas are drawn by a script, which a busy machine may run only after the driver takes the page for loaded.
+        # The script that draws formulas goes on after the page is complete.
         drawn = browser.execute_async_script(FORMULAS, written)
         faults = browser.execute_script("return document.querySelectorAll('mjx-merror, .MathJax_Error').length")
         assert (drawn, faults) == (written, 0), page
@@ -152,7 +160,7 @@ def test_the_memory_page_says_what_the_command_says(site, address, browser, monk
     import memory_data
 
     data = memory_data.data()
-    browser.get(f"{address}/memory.html")
+    opened(browser, f"{address}/memory.html")
     draw = random.Random(0)
     names = list(data["optimizers"])
     tried, parameters_tried = Counter(), set()
@@ -228,7 +236,7 @@ def table_of(command):
 
 
 def test_the_memory_page_says_what_makes_no_sense(site, address, browser):
-    browser.get(f"{address}/memory.html")
+    opened(browser, f"{address}/memory.html")
     for wanted in ({"parameters": 0}, {"tensors": 1.5}, {"parameters": 10, "tensors": 11}, {"gpus": -1}):
         browser.refresh()
         assert browser.execute_script(CHOICES, wanted)["error"], wanted
