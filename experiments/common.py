@@ -85,6 +85,12 @@ def claims_table(claims: Iterable[Claim], results: Result) -> str:
     return "\n".join(lines)
 
 
+def modules(result: Result) -> set[str]:
+    """The commits of the modules that made a result, or of those that made the runs it is collected from."""
+    problems = result.get("problems", {}).values()
+    return {commit for problem in problems for commit, _ in problem["made"]} or {built_at(result)}
+
+
 def provenance(result: Result) -> str:
     """Where and with what a result was made, in one line."""
     versions = f"torch {result['versions']['torch']}, module of commit {built_at(result)}"

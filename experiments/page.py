@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from reporting import machine
 from reporting.files import write
 from reporting.pages import replaced
 from reporting.present import markdown
@@ -35,6 +36,14 @@ def written(text: str, results: Path = common.RESULTS) -> str:
             sections.append(section)
             text = replaced(text, name, section, MARKERS)
     return replaced(text, "claims", tally(sections), MARKERS) if sections else text
+
+
+def require_commits(results: Path = common.RESULTS) -> None:
+    """Raises `NotCommitted` for results of a module that this repository cannot give back."""
+    for name in EXPERIMENTS:
+        result = common.load(name, results)
+        if result is not None:
+            machine.require_commits(common.modules(result))
 
 
 def tally(sections: Iterable[str]) -> str:
@@ -69,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     parser.add_argument("--check", action="store_true", help="change nothing, fail when the README is stale")
     options = parser.parse_args(arguments)
+    require_commits(options.results)
     text = options.readme.read_text()
     new = written(text, options.results)
     if options.check and new != text:

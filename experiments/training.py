@@ -43,6 +43,8 @@ from reporting.files import compact_json, rounded, write
 from reporting.problems import GPT, GPTConfig, Preset, digest, load_data, training_batch, windows
 from reporting.runs import Run, interval
 
+from . import common
+
 FOLDER = Path(__file__).resolve().parent
 RESULTS, RUNS = FOLDER / "results", FOLDER / "out" / "training"
 SEARCH_SEED = 1000  # and those after it
@@ -659,14 +661,10 @@ def cost(result: Run) -> str:
     dates = sorted({date for problem in problems for _, date in problem["made"]})
     return (
         f"{runs} runs, {minutes:.0f} core-minutes; {result['machine']['cpu']}, torch {result['versions']['torch']}, "
-        f"module of commit {', '.join(sorted(modules(result)))}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}: "
+        f"module of commit {', '.join(sorted(common.modules(result)))}, "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}: "
         f"`{result['command']}`"
     )
-
-
-def modules(result: Run) -> set[str]:
-    """The commits of the modules that made the runs."""
-    return {commit for problem in result["problems"].values() for commit, _ in problem["made"]}
 
 
 # Command line
@@ -756,7 +754,7 @@ def main(name: str, description: str | None, arguments: Sequence[str] | None = N
     }
     result = rounded(header | study.collect(stores))
     if committed:
-        machine.require_commits(modules(result))
+        machine.require_commits(common.modules(result))
     args.results.mkdir(parents=True, exist_ok=True)
     write(args.results / f"{name}.json", compact_json(result))
     plt = pyplot()

@@ -313,6 +313,23 @@ def test_page_is_what_the_results_say():
     assert page.main(["--check"]) == 0
 
 
+@pytest.mark.parametrize("name", ["wilson", "ablation"])
+def test_page_refuses_results_of_unknown_code(name, tmp_path):
+    result = common.load(name)
+    if result is None:
+        pytest.skip("the results are not here")
+    for problem in result.get("problems", {}).values():
+        problem["made"] = [["0123456789ab+changes", "2026-11-27"], *problem["made"]]
+    result["versions"]["signadam_ext"]["commit"] = "0123456789ab+changes"
+    common.save(name, result, tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("as it was")
+    for check in (["--check"], []):
+        with pytest.raises(machine.NotCommitted, match=r"\+changes"):
+            page.main([*check, "--readme", str(readme), "--results", str(tmp_path)])
+    assert readme.read_text() == "as it was"
+
+
 def test_page_leaves_experiments_without_results_alone(tmp_path):
     text = page.README.read_text()
     assert page.written(text, tmp_path) == text
