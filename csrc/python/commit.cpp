@@ -68,12 +68,20 @@ void put_state(const py::tuple& entry, Insistent& insist) {
     if (PyMapping_HasKey(own.ptr(), name.ptr()) == 1) insist([&] { return PyObject_DelItem(own.ptr(), name.ptr()); });
 }
 
-// Inference tensors have no version.
-void count(py::handle param, const py::object& increment_version) {
-  py::list one;
-  one.append(param);
-  Py_XDECREF(PyObject_CallFunctionObjArgs(increment_version.ptr(), one.ptr(), nullptr));
-  PyErr_Clear();
+void count(const py::list& written, const py::object& increment_version) {
+  const auto increment = [&](const py::list& tensors) {
+    const auto done = py::reinterpret_steal<py::object>(
+        PyObject_CallFunctionObjArgs(increment_version.ptr(), tensors.ptr(), nullptr));
+    PyErr_Clear();
+    return static_cast<bool>(done);
+  };
+  if (written.empty() || increment(written)) return;
+  // Inference tensors have no version, and end a call that has one. Who is counted twice has been written.
+  for (const auto& tensor : written) {
+    py::list one;
+    one.append(tensor);
+    increment(one);
+  }
 }
 
 }  // namespace
@@ -99,11 +107,13 @@ void commit(const py::list& operations, const py::list& tables, const py::list& 
   Insistent insist;
   for (const auto& state : states) put_state(state.cast<py::tuple>(), insist);
   // Raw writes go unnoticed by autograd until the version counters say so.
+  py::list uncounted;
   if (py::isinstance<GradientReader>(written))
     written.cast<const GradientReader&>().increment_versions(
-        [&](const py::object& param) { count(param, increment_version); });
+        [&](const py::object& tensor) { uncounted.append(tensor); });
   else
-    for (const auto& param : written.cast<py::list>()) count(param, increment_version);
+    uncounted = written.cast<py::list>();
+  count(uncounted, increment_version);
   insist.rethrow();
 }
 

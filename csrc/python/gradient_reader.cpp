@@ -91,13 +91,20 @@ GradientReader::Noted GradientReader::note(const py::object& tensor) {
 }
 
 void GradientReader::watch(std::size_t group, const py::object& param, const py::tuple& grad_strides,
-                           const py::object& grad_like, const py::tuple& state) {
+                           const py::object& grad_like, const py::tuple& state, const py::object& spec) {
   Parameter parameter{};
   parameter.group = group;
   parameter.known = !param.is_none();
   parameter.first_entry = entries_.size();
   if (parameter.known) {
-    parameter.param = note(param);
+    py::object own = param;
+    if (!spec.is_none()) {
+      sharded_.learn(param.ptr());
+      parameter.spec = spec;
+      own = sharded_.part_of(param.ptr());
+      if (!own) throw std::invalid_argument("a sharded parameter of another class than the first, or without its part");
+    }
+    parameter.param = note(own);
     TensorView like;
     if (!torch_->look(grad_like.ptr(), like)) throw std::invalid_argument("torch does not describe this tensor");
     parameter.grad_dtype = like.dtype;
@@ -282,6 +289,21 @@ void GradientReader::take_gradients() {
   }
 }
 
+// The parts of DTensors and of their gradients; runs no Python code where both are in slots.
+void GradientReader::take_parts() {
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    const py::object& spec = parameters_[i].spec;
+    if (!spec || !grad_objects_[i]) continue;
+    if (parts_.empty()) {
+      parts_.resize(parameters_.size());
+      grad_parts_.resize(parameters_.size());
+    }
+    parts_[i] = sharded_.part_of(params_[i].ptr());
+    PyObject* const grad = grad_objects_[i].ptr();
+    if (sharded_.has_spec(grad, spec)) grad_parts_[i] = sharded_.part_of(grad);
+  }
+}
+
 // What the loop of `read` will look at: most of its time would be spent waiting for it.
 void GradientReader::prefetch(std::size_t index) const {
   const Parameter& parameter = parameters_[index];
@@ -298,6 +320,7 @@ py::object GradientReader::read(const py::object& param_groups, const py::object
   std::fill(grads_.begin(), grads_.end(), nullptr);
   if (!find_parameters(param_groups)) return py::none();
   take_gradients();  // which may run Python code; what follows does not, up to the last loop
+  take_parts();
   const bool has_state = !state.is_none();
   if (has_state) {
     if (!find_states(state.ptr())) return py::none();
@@ -308,9 +331,9 @@ py::object GradientReader::read(const py::object& param_groups, const py::object
     if (i + ahead < parameters_.size()) prefetch(i + ahead);
     if (!grad_objects_[i]) continue;
     Parameter& parameter = parameters_[i];
-    if (!parameter.known || !same(params_[i].ptr(), parameter.param)) return py::none();
+    if (!parameter.known || !part(i) || !same(part(i).ptr(), parameter.param)) return py::none();
     if (has_state && !take_state(parameter, states_[i])) return py::none();
-    if (!usable(grad_objects_[i].ptr(), parameter)) {
+    if (!grad_part(i) || !usable(grad_part(i).ptr(), parameter)) {
       needs_copy.push_back(i);
       continue;
     }
@@ -321,10 +344,10 @@ py::object GradientReader::read(const py::object& param_groups, const py::object
     if (is_negated(object)) negated.insert(object);
   const auto is_any = [&negated](const py::object& tensor) { return negated.count(tensor.ptr()) != 0; };
   if (!negated.empty()) {
-    if (std::any_of(params_.begin(), params_.end(), is_any)) return py::none();
-    if (std::any_of(state_tensors_.begin(), state_tensors_.end(), is_any)) return py::none();
+    for (const auto* tensors : {&params_, &parts_, &state_tensors_})
+      if (std::any_of(tensors->begin(), tensors->end(), is_any)) return py::none();
     for (std::size_t i = 0; i < parameters_.size(); ++i)
-      if (grads_[i] != nullptr && is_any(grad_objects_[i])) {
+      if (grads_[i] != nullptr && is_any(grad_part(i))) {
         parameters_[i].grad_trace = {};
         grads_[i] = nullptr;
         needs_copy.push_back(i);
@@ -341,8 +364,8 @@ bool GradientReader::unchanged() {
     Parameter& parameter = parameters_[i];
     // A gradient that has been copied, or that the step is taken without, is not read.
     const bool is_read = grads_[i] != nullptr && grads_[i] == address_of(parameter);
-    if (!same(params_[i].ptr(), parameter.param) ||
-        (is_read && !(usable(grad_objects_[i].ptr(), parameter) && grads_[i] == address_of(parameter))))
+    if (!same(part(i).ptr(), parameter.param) ||
+        (is_read && grad_part(i) && !(usable(grad_part(i).ptr(), parameter) && grads_[i] == address_of(parameter))))
       return false;
     for (std::size_t e = parameter.first_entry; e < parameter.end_entry && e < state_tensors_.size(); ++e)
       if (!same(state_tensors_[e].ptr(), entries_[e].tensor)) return false;
@@ -354,15 +377,17 @@ bool GradientReader::unchanged() {
 void GradientReader::release() {
   drop(params_);
   drop(grad_objects_);
+  drop(parts_);
+  drop(grad_parts_);
   drop(state_tensors_);
 }
 
 py::tuple GradientReader::held(std::size_t index) const {
   const Parameter& parameter = parameters_.at(index);
   py::list held;
-  held.append(params_.at(index));
   const bool has_grad = index < grad_objects_.size() && grad_objects_[index];
-  held.append(has_grad ? grad_objects_[index] : py::none());
+  held.append(has_grad && part(index) ? part(index) : params_.at(index));
+  held.append(!has_grad ? py::none() : grad_part(index) ? grad_part(index) : grad_objects_[index]);
   for (std::size_t e = parameter.first_entry; e < parameter.end_entry && e < state_tensors_.size(); ++e)
     held.append(state_tensors_[e] ? state_tensors_[e] : py::none());
   return py::tuple(held);

@@ -6,6 +6,7 @@
 
 #include <vector>
 
+#include "sharded.h"
 #include "torch_shim.h"
 
 namespace signadam {
@@ -25,9 +26,10 @@ class GradientReader {
   // `param`: the tensor, or None where the plan knows no gradient and no state of it.
   // `grad_strides`: what a gradient must have to be read where it lies. `grad_like`: a tensor of its dtype.
   // `state`: (name, tensor) of each state entry that a step uses.
+  // `spec`: how the parameter is spread over ranks, whose part here is what the rest describes; None: it is no DTensor.
   // Throws std::invalid_argument for a tensor that torch does not describe.
   void watch(std::size_t group, const py::object& param, const py::tuple& grad_strides, const py::object& grad_like,
-             const py::tuple& state);
+             const py::tuple& state, const py::object& spec);
 
   // Reads the addresses of all gradients. Returns the indices of those that cannot be used as they are. Returns None
   // when the plan no longer holds: groups have other parameters, a tensor that the step would use is another one, has
@@ -58,7 +60,8 @@ class GradientReader {
         __builtin_prefetch(parameters_[i + versions_ahead].param.trace.version, 1);
       if (grads_[i] == nullptr) continue;
       const Parameter& parameter = parameters_[i];
-      count(parameter.param.trace, params_[i]);
+      count(parameter.param.trace, part(i));
+      if (parameter.spec) by_torch(params_[i]);  // a DTensor has a version beside its part's
       for (std::size_t k = parameter.first_entry; k + 1 < parameter.end_entry && k < state_tensors_.size(); ++k) {
         if (k + versions_ahead < entries_.size())
           __builtin_prefetch(entries_[k + versions_ahead].tensor.trace.version, 1);
@@ -67,7 +70,8 @@ class GradientReader {
     }
   }
   // The parameter at `index`, its gradient (or None), and the state entries named to `watch`, from `read` to `release`;
-  // no state entries where `read` has not been given the state.
+  // no state entries where `read` has not been given the state. Of a DTensor its part; of a gradient that is spread
+  // otherwise than its parameter, all.
   py::tuple held(std::size_t index) const;
 
  private:
@@ -92,6 +96,7 @@ class GradientReader {
     std::size_t group;
     bool known;
     Noted param;
+    py::object spec;          // null: it is no DTensor
     std::size_t grad_layout;  // index of sizes and strides
     int32_t grad_dtype;
     int64_t grad_element_size;
@@ -104,6 +109,12 @@ class GradientReader {
   static void* address_of(const Parameter& parameter) {
     return parameter.grad_address != nullptr ? parameter.grad_address : empty_tensor();
   }
+  // What the step works on: the parameter, or its part on this rank.
+  const py::object& part(std::size_t index) const { return parameters_[index].spec ? parts_[index] : params_[index]; }
+  const py::object& grad_part(std::size_t index) const {
+    return parameters_[index].spec ? grad_parts_[index] : grad_objects_[index];
+  }
+  void take_parts();
   Noted note(const py::object& tensor);
   // Both put what may be lazily negative, which torch's interface does not tell, on `unsure_`.
   bool same(PyObject* object, Noted& noted);
@@ -129,6 +140,9 @@ class GradientReader {
   std::vector<void*> grads_;
   // What is owned during a step, by parameter, and by state entry.
   std::vector<py::object> params_, grad_objects_, state_tensors_;
+  // Of DTensors, where there are any: the parts; of gradients, null where they are spread otherwise.
+  std::vector<py::object> parts_, grad_parts_;
+  ShardedType sharded_;
   std::vector<PyObject*> states_;      // borrowed, while `read` runs no Python code
   std::vector<PyObject*> unsure_;      // borrowed from what is owned
   std::vector<std::size_t> index_at_;  // by position in the optimizer's state, the parameter that was there last time

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..core import memory_order, tensors
+from ..core import memory_order, shards, tensors
 from ..core.formats import outside_inference_mode
 from ..core.native import compiled as _C
+from ..core.shards import Sharding
 
 StateEntries = Sequence[tuple[str, Tensor]]
 
@@ -36,8 +37,12 @@ class GradientReader(Protocol):
         grad_strides: Sequence[int],
         grad_dtype: torch.dtype,
         state: StateEntries,
+        sharding: Sharding | None = None,
     ) -> None:
-        """Notes a parameter; None where the plan knows no gradient and no state of it."""
+        """Notes a parameter; None where the plan knows no gradient and no state of it.
+
+        Of one with a sharding, all else is about its part on this rank.
+        """
 
     def read(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any] | None) -> list[int] | None:
         """Indices of gradients that cannot be read where they lie; None where the plan no longer holds.
@@ -100,8 +105,10 @@ class CompiledReader:
         grad_strides: Sequence[int],
         grad_dtype: torch.dtype,
         state: StateEntries,
+        sharding: Sharding | None = None,
     ) -> None:
-        self.source.watch(group, param, tuple(grad_strides), _sample(grad_dtype), tuple(state))
+        spec = None if sharding is None else sharding.spec
+        self.source.watch(group, param, tuple(grad_strides), _sample(grad_dtype), tuple(state), spec)
 
     def written(self) -> Any:
         return self.source
@@ -138,7 +145,15 @@ class ListReader(Addresses):
         self._runs_user_code = runs_user_code
         self._known_memory: list[tuple[Tensor, Any]] = []
 
-    def watch(self, group: int, param: Tensor | None, strides: object, dtype: object, state: StateEntries) -> None:
+    def watch(
+        self,
+        group: int,
+        param: Tensor | None,
+        strides: object,
+        dtype: object,
+        state: StateEntries,
+        sharding: Sharding | None = None,
+    ) -> None:
         if self._runs_user_code and param is not None:
             self._known_memory += [(tensor, _memory_of(tensor)) for tensor in (param, *(value for _, value in state))]
 
@@ -165,6 +180,7 @@ class PythonReader(Addresses):
         super().__init__()
         self._watched: list[tuple[Any, ...]] = []
         self._held: dict[int, tuple[Any, ...]] = {}
+        self._owners: dict[int, Tensor] = {}
         self._known_memory: dict[int, tuple[Any, ...]] = {}  # of the gradients that are read where they lie
 
     def watch(
@@ -174,10 +190,11 @@ class PythonReader(Addresses):
         grad_strides: Sequence[int],
         grad_dtype: torch.dtype,
         state: StateEntries,
+        sharding: Sharding | None = None,
     ) -> None:
-        place = None if param is None else _memory_of(param)
+        place = None if param is None else _memory_of(shards.local(param))
         entries = [(name, _memory_of(value)) for name, value in state]
-        self._watched.append((group, place, tuple(grad_strides), grad_dtype, entries))
+        self._watched.append((group, place, tuple(grad_strides), grad_dtype, entries, sharding))
         self._grads.append(0)
 
     def read(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any] | None) -> list[int] | None:
@@ -187,17 +204,21 @@ class PythonReader(Addresses):
         if [i for _, i in params] != [group for group, *_ in self._watched]:
             return None
         needs_copy = []
-        for index, ((param, _), (_, place, strides, dtype, entries)) in enumerate(
+        for index, ((owner, _), (_, place, strides, dtype, entries, sharding)) in enumerate(
             zip(params, self._watched, strict=True)
         ):
-            grad = param.grad
+            grad = owner.grad
             if grad is None:
                 continue
-            if place is None or _memory_of(param) != place:
+            param = shards.local(owner)
+            if place is None or (param is owner) != (sharding is None) or _memory_of(param) != place:
                 return None
+            if sharding is not None and shards.is_sharded(grad) and grad._spec is sharding.spec:
+                grad = shards.local(grad)
             held = [param, grad]
+            self._owners[index] = owner
             if state is not None:
-                own = state.get(param, {})
+                own = state.get(owner, {})
                 for name, noted in entries:
                     if not isinstance(own.get(name), Tensor) or _memory_of(own[name]) != noted:
                         return None
@@ -219,7 +240,7 @@ class PythonReader(Addresses):
 
     def unchanged(self) -> bool:
         for index, (param, grad, *state) in self._held.items():
-            _, place, _, _, entries = self._watched[index]
+            _, place, _, _, entries, _ = self._watched[index]
             if _memory_of(param) != place or (
                 index in self._known_memory and _memory_of(grad) != self._known_memory[index]
             ):
@@ -234,7 +255,8 @@ class PythonReader(Addresses):
             tensor
             for index, (param, _, *state) in self._held.items()
             if self._grads[index]
-            for tensor in (param, *state[:-1])
+            # A DTensor has a version beside its part's.
+            for tensor in dict.fromkeys((param, self._owners[index], *state[:-1]))
         ]
 
     def held(self, index: int) -> tuple[Any, ...]:
@@ -242,6 +264,7 @@ class PythonReader(Addresses):
 
     def release(self) -> None:
         self._held = {}
+        self._owners = {}
         self._known_memory = {}
 
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from .. import backends
 from ..backends.bucket import Entry
 from ..backends.confidence import backend_for, name_of
-from ..core import memory_order, tensors
-from ..core.formats import Format, effective_param_storage
+from ..core import memory_order, shards, tensors
+from ..core.formats import FP32, Format, effective_param_storage
 from ..core.rule import Rule
+from ..core.shards import Sharding
 from ..state.schema import Fitted
 from .overlap import overlapping
 
@@ -30,6 +31,7 @@ class Item:
         own_state: its state in the optimizer, or None.
         state_names: of the entries of ``fit``, as the state holds them.
         at_rest: whether this is a first step without a learning rate, which needs no variance.
+        sharded, sharding: the DTensor of which ``param`` is this rank's part, and how it is spread over ranks, or None.
     """
 
     label: str
@@ -48,6 +50,13 @@ class Item:
     param_id: int = 0
     shard_offset: int = 0
     at_rest: bool = False
+    sharded: Tensor | None = None
+    sharding: Sharding | None = None
+
+    @property
+    def key(self) -> Tensor:
+        """The parameter as the optimizer has it."""
+        return self.param if self.sharded is None else self.sharded
 
     def grad_variance(self) -> Any:
         """The variance of its gradient: as it was handed over, or as the parameter has it; None without either."""
@@ -83,7 +92,11 @@ def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
     Raises:
         TypeError, ValueError, RuntimeError: it has a gradient, and cannot be served.
     """
+    if item.sharding is not None:
+        _check_sharded(item, item.sharding)
     if grad is not None:
+        if item.sharding is not None:
+            grad = shards.like_gradient(item.label, grad, item.param, item.sharding)
         tensors.gradient(item.label, grad, item.param)
         tensors.parameter(item.label, item.param)
         tensors.executed(item.label)
@@ -103,6 +116,40 @@ def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
         # It may be offloaded; without a gradient that is no error.
         return None
     return None if fitted.changes or fitted.removed else Participant(index, item, None, fitted, backend)
+
+
+def _check_sharded(item: Item, sharding: Sharding) -> None:
+    """Raises where a part of a parameter cannot be updated as the same elements of the whole would be.
+
+    Raises:
+        TypeError, ValueError: memory that is not row-major, a rule that looks at the whole gradient, or random bits for
+            a part that is no run of the whole.
+    """
+    place = f"{item.label} is a DTensor with the placements {sharding.placements}"
+    if not item.param.is_contiguous():
+        raise ValueError(
+            f"{place} and a part of strides {item.param.stride()}: must be contiguous, as random bits are numbered row "
+            "by row"
+        )
+    if not sharding.is_split:
+        return
+    if item.rule.threshold_pass != "NONE":
+        raise TypeError(
+            f"{place}, and its threshold follows the whole gradient, of which each rank has a part: use confidence='fixed'"
+        )
+    if item.rule.reads_variance:
+        raise TypeError(f"{place}: the variance of its gradient is not known by parts; use moving averages")
+    if not sharding.is_run and _draws(item):
+        raise TypeError(
+            f"{place}, so that a rank's part lies in pieces in the whole: storage by random rounding needs shards on "
+            "the first dimension; use fp32 moments with param_storage='nearest', 'split16' or 'master'"
+        )
+
+
+def _draws(item: Item) -> bool:
+    """Whether rounding uses random bits, which go by the place of an element in the whole parameter."""
+    storage = effective_param_storage(item.param_storage, item.param.dtype)
+    return any(form is not FP32 for form in item.forms) or storage in ("stochastic", "split8")
 
 
 def _backend(item: Item) -> backends.Backend:

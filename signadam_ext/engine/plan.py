@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.bucket import Bucket, Entry
 from ..backends.device import StreamGuarded, refuse_capture
-from ..core import memory_order, tensors
+from ..core import memory_order, shards, tensors
 from ..core.native import compiled as _C
 from ..core.rule import Group, Rule
 from .gradients import GradientReader, ListReader, make_reader
@@ -53,6 +53,7 @@ class Plan:
         "_is_first",
         "_pending",
         "_reader",
+        "_shardings",
         "_sharing",
         "_strides",
         "_variances",
@@ -81,6 +82,7 @@ class Plan:
         self._holds_all = True  # until the first release: new entries refer to all their tensors
         self._strides: list[tuple[int, ...]] = [()] * len(items)
         self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
+        self._shardings = {index: item.sharding for index, item in enumerate(items) if item.sharding is not None}
         self._variances: list[Entry] = []
         self._at_rest: set[int] = set()
         self._sharing: list[Entry] = []  # those that the reference computes in a copy of their storage
@@ -88,7 +90,7 @@ class Plan:
         self._given_variances = None if grads is None else [item.variance for item in items]
         if grads is None:
             self._reader: GradientReader = make_reader()
-            grads = [item.param.grad for item in items]
+            grads = [item.key.grad for item in items]
         else:
             runs_user_code = any(item.rule.confidence is not None for item in items)
             self._reader = ListReader([item.param for item in items], grads, runs_user_code=runs_user_code)
@@ -96,7 +98,7 @@ class Plan:
         refuse_capture({item.param.device for item, grad in zip(items, grads, strict=True) if grad is not None})
         chosen = choose(items, grads)
         self._pending = [
-            (state, found.item.param, found.item.own_state, found.fitted.changes, found.fitted.removed)
+            (state, found.item.key, found.item.own_state, found.fitted.changes, found.fitted.removed)
             for found in chosen
             if found.fitted.changes or found.fitted.removed
         ]
@@ -152,7 +154,7 @@ class Plan:
             entries = zip(item.state_names, state, strict=True) if item.state_names else ()
             dtype = self._grad_dtypes[index]
             assert dtype is not None
-            self._reader.watch(item.group, item.param, self._strides[index], dtype, tuple(entries))
+            self._reader.watch(item.group, item.key, self._strides[index], dtype, tuple(entries), item.sharding)
 
     def _own_buffers(self) -> list[StreamGuarded]:
         """The plan's own copies of parameters and variances, by device, guarded for use on later streams."""
@@ -244,6 +246,8 @@ class Plan:
         for index in needs_copy:
             param, grad = self._reader.held(index)[:2]
             label = f"the gradient of {self.labels[index]}"
+            if (sharding := self._shardings.get(index)) is not None and shards.is_sharded(grad):
+                self._copies[index] = grad = shards.gradient(self.labels[index], grad, sharding)
             tensors.gradient(self.labels[index], grad, param)
             if grad.dtype != self._grad_dtypes[index]:
                 return False

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import backends
-from ..core import checks, hyperparameters, options, tensors
+from ..core import checks, hyperparameters, options, shards, tensors
 from ..core.dynamo import untraced
 from ..core.renamed import names_today
 from ..core.rule import Group, Rule, RuleChoice, method_of, rule_of
@@ -125,7 +125,8 @@ class SignOptimizer(Optimizer):
                 # A frozen parameter, quantized perhaps, never gets a gradient and may be of any kind.
                 if param.requires_grad:
                     name = label(group, len(self.param_groups) - 1, i)
-                    tensors.parameter(name, param, at_step=False)
+                    shards.sharding_of(name, param)
+                    tensors.parameter(name, shards.local(param), at_step=False)
                     tensors.param_storage(name, group["param_storage"], param.dtype)
             warn_of_variance(self, group)  # which raises where warnings are errors
         except BaseException:

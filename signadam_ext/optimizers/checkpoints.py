@@ -17,6 +17,7 @@ from ..core.renamed import names_today, warn_user
 from ..core.rule import method_of
 from ..state.archive import members_of, opened, read_entries, read_head, write_entry, write_head, writer
 from ..state.checkpoint import Layout, adopt, check, export, realized, written_entry
+from ..state.schema import fit
 from .groups import GroupedOptimizer, complete, label, layout_of, layouts_of
 
 #: Group entries that stay the constructor's when a checkpoint is loaded.
@@ -42,16 +43,26 @@ def exported(optimizer: GroupedOptimizer) -> dict[str, Any]:
         for number, layout in layouts_of(optimizer):
             if number in state:
                 state[number] = export(layout, state[number])
+            elif layout.sharding is not None and layout.key.requires_grad:
+                # torch.distributed.checkpoint reads what every parameter has, and so looks for what every one had.
+                state[number] = export(layout, _at_rest(optimizer, number, layout))
         return {"state": state, "param_groups": _exported_groups(optimizer, numbers)}
+
+
+def _at_rest(optimizer: GroupedOptimizer, number: int, layout: Layout) -> Mapping[str, Any]:
+    """The state of a parameter that has taken no step."""
+    seeds = [group["seed"] for group in optimizer.param_groups for _ in group["params"]]
+    return fit(layout, {}, seeds[number], number).changes
 
 
 def save(optimizer: GroupedOptimizer, path: str | os.PathLike[str]) -> None:
     """Writes what :func:`exported` returns to a file, one tensor at a time."""
     with optimizer.runtime.between_steps():
         layouts = layouts_of(optimizer)
+        _refuse_sharded(layouts)
         groups = _exported_groups(optimizer, _numbers(optimizer))
         state = optimizer.state
-        kept = [(number, layout, state[layout.param]) for number, layout in layouts if state.get(layout.param)]
+        kept = [(number, layout, state[layout.key]) for number, layout in layouts if state.get(layout.key)]
         others = {key: value for key, value in state.items() if not isinstance(key, Tensor)}
         with writer(path) as archive:
             members = members_of((number, entries) for number, _, entries in kept)
@@ -78,6 +89,7 @@ def load_file(optimizer: GroupedOptimizer, path: str | os.PathLike[str]) -> None
     with opened(path) as archive:
         head, members = read_head(archive)
         groups, numbered = _checked_groups(optimizer, head["param_groups"])
+        _refuse_sharded(numbered)
         _put_in_place(
             optimizer,
             groups,
@@ -85,6 +97,20 @@ def load_file(optimizer: GroupedOptimizer, path: str | os.PathLike[str]) -> None
             lambda number: read_entries(archive, members.get(number, ())),
             head.get("others", {}),
         )
+
+
+def _refuse_sharded(layouts: Sequence[tuple[Any, Layout]]) -> None:
+    """Raises where a file of one process would hold parts of parameters.
+
+    Raises:
+        TypeError: a DTensor among them.
+    """
+    for _, layout in layouts:
+        if layout.sharding is not None:
+            raise TypeError(
+                f"{layout.label} is a DTensor, of which each rank has a part, and a state file is one process's: use "
+                "torch.distributed.checkpoint with get_optimizer_state_dict() and set_optimizer_state_dict()"
+            )
 
 
 # Out
@@ -266,7 +292,7 @@ def _adopted(
                     continue
                 saved = realized(layout, found)
                 check(layout, saved)
-                state[layout.param], changed = adopt(layout, saved, seeds[param_id], param_id)
+                state[layout.key], changed = adopt(layout, saved, seeds[param_id], param_id)
                 changes.update(dict.fromkeys(changed))
     finally:
         # As in a step.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..core import hyperparameters
+from ..core import hyperparameters, shards
 from ..core.formats import effective_param_storage
 from ..core.renamed import warn_user
 from ..core.rule import Group, HasRule, rule_of
@@ -58,17 +58,24 @@ def keep_first_of_each(group: dict[str, Any]) -> None:
 
 
 def layout_of(optimizer: GroupedOptimizer, name: str, param: Tensor, group: Group) -> Layout:
-    """How the state of a parameter of this group is stored; ``name`` is what errors call it."""
+    """How the state of a parameter of this group is stored; ``name`` is what errors call it.
+
+    Raises:
+        TypeError: a DTensor that ranks do not have in parts.
+    """
     rule = rule_of(type(optimizer), group)
+    sharding = shards.sharding_of(name, param)
     return Layout(
         name,
-        param,
+        param if sharding is None else shards.local(param),
         dict(zip(rule.moments, rule.forms(group), strict=True)),
         effective_param_storage(group["param_storage"], param.dtype),
         rule.threshold_state,
         # A function of the user's may be larger than 1.
         bounded=rule.bounded and rule.confidence is None,
         uses_step=rule.uses_step,
+        sharded=None if sharding is None else param,
+        sharding=sharding,
     )
 
 

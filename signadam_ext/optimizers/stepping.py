@@ -126,7 +126,7 @@ def _plan_of(optimizer: GroupedOptimizer, items: list[Item], groups: Sequence[di
             plan = Plan(items, state=optimizer.state, observes=runtime.observes)
         if plan.read(groups, optimizer.state):
             runtime.coded.update(
-                (id(entry.param), (entry.param.shape, tuple(x.data_ptr() for x in entry.moments)))
+                (id(items[entry.index].key), (entry.param.shape, tuple(x.data_ptr() for x in entry.moments)))
                 for entry in plan.entries
                 if any(form.packed for form in entry.forms)
             )
@@ -142,7 +142,7 @@ def make_item(
     own = optimizer.state.get(param)
     return Item(
         name,
-        param,
+        layout.param,
         index,
         rule_of(type(optimizer), group),
         group["backend"],
@@ -154,6 +154,9 @@ def make_item(
         param_storage=group["param_storage"],
         seed=group["seed"],
         param_id=param_id,
+        shard_offset=layout.offset,
+        sharded=layout.sharded,
+        sharding=layout.sharding,
         # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.
         at_rest=not own and group["lr"] == 0,
     )
@@ -161,7 +164,7 @@ def make_item(
 
 def _fitted(optimizer: GroupedOptimizer, layout: Layout, own: Mapping[str, Any], seed: int, param_id: int) -> Fitted:
     fitted = fit(layout, own, seed, param_id)
-    shape, addresses = optimizer.runtime.coded.get(id(layout.param), (layout.param.shape, ()))
+    shape, addresses = optimizer.runtime.coded.get(id(layout.key), (layout.param.shape, ()))
     if shape != layout.param.shape:
         for (name, form), moment in zip(layout.moments.items(), fitted.moments, strict=True):
             # What has just been made may lie where an old one was.

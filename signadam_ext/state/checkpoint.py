@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import checks, formats, memory_order, tensors
+from ..core import checks, formats, memory_order, shards, tensors
 from ..core.formats import BF16, BLOCK8, FORMATS, FORMATS_BY_NUMBER, FP32, Format
 from ..core.random_bits import MOMENT_BITS, random_bits
+from ..core.shards import Sharding
 
 #: What may lie beside a parameter, by its name in the state.
 RESIDUAL_DTYPES = {
@@ -41,12 +42,14 @@ class Layout:
 
     Attributes:
         label: what errors call the parameter.
-        param: the parameter.
+        param: the parameter, or its part on this rank.
         moments: form of each moment, by name.
         param_storage: how the parameter is stored, as :func:`formats.effective_param_storage` gives it.
         threshold_state: name of what the threshold is made of, or None.
         bounded: whether no entry of the first moment exceeds 1.
         uses_step: whether the rule computes with the number of steps.
+        sharded: the DTensor of which ``param`` is this rank's part, or None.
+        sharding: how that is spread over ranks, or None.
     """
 
     label: str
@@ -56,6 +59,18 @@ class Layout:
     threshold_state: str | None
     bounded: bool = False
     uses_step: bool = False
+    sharded: Tensor | None = None
+    sharding: Sharding | None = None
+
+    @property
+    def key(self) -> Tensor:
+        """The parameter as the optimizer has it."""
+        return self.param if self.sharded is None else self.sharded
+
+    @property
+    def offset(self) -> int:
+        """Index of the first element of ``param`` in the whole parameter."""
+        return 0 if self.sharding is None else self.sharding.offset
 
 
 @functools.cache  # one string for all parameters
@@ -164,16 +179,40 @@ def realized(layout: Layout, saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """A checkpoint's state, in which tensors have their numbers in memory."""
     if not isinstance(saved, Mapping):
         raise TypeError(f"the state of {layout.label} is a {type(saved).__name__}: must be a dict")
-    return {name: real(f"state {name!r} of {layout.label}", value) for name, value in saved.items()}
+    return {
+        name: real(f"state {name!r} of {layout.label}", part_of(layout, name, value)) for name, value in saved.items()
+    }
+
+
+def part_of(layout: Layout, name: str, value: Any) -> Any:
+    """This rank's part of an entry that a checkpoint has whole, or as a DTensor; anything else as it is.
+
+    Raises:
+        ValueError: a tensor of another shape than the parameter's, or over another mesh.
+    """
+    sharding = layout.sharding
+    if sharding is None or not isinstance(value, Tensor) or value.dim() == 0 or not _is_spread(layout, name):
+        return value
+    return shards.aligned(f"state {name!r} of {layout.label}", value, sharding)
+
+
+def _is_spread(layout: Layout, name: str) -> bool:
+    """Whether an entry is a tensor of the parameter's shape, in a checkpoint, and so is sharded as it is."""
+    return name in layout.moments or name in RESIDUAL_DTYPES
 
 
 def export(layout: Layout, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state as a checkpoint holds it.
+    """A parameter's state as a checkpoint holds it; of a sharded one with DTensors of the whole parameter's shape.
 
     Raises:
         TypeError, ValueError: a packed moment of a parameter that has another size now, an offloaded one for example.
     """
-    return {name: export_entry(layout, state, name) for name in state}
+    exported = {name: export_entry(layout, state, name) for name in state}
+    if layout.sharding is not None:
+        for name, value in exported.items():
+            if isinstance(value, Tensor) and _is_spread(layout, name) and not shards.is_sharded(value):
+                exported[name] = layout.sharding.whole(value)
+    return exported
 
 
 def export_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
@@ -358,7 +397,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
                 m = m / torch.full((), float(source.levels), dtype=torch.float32, device=m.device)
             if form.levels is not None:
                 m = m.clamp(-1.0, 1.0) * form.levels
-            stored = formats.encode(form, m, conversion_bits(own_bits, seed, param_id, t, m))
+            stored = formats.encode(form, m, conversion_bits(own_bits, seed, param_id, t, layout.offset, m))
             adopted[name] = stored if form.packed else _shaped(stored, param)
             exact = source is form and torch.equal(
                 formats.decode(form, stored, param.numel()).nan_to_num(), flat.float().nan_to_num()
@@ -370,9 +409,14 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
     return adopted, changes
 
 
-def conversion_bits(own_bits: Callable[[Tensor], Tensor], seed: int, param_id: int, t: int, values: Tensor) -> Tensor:
-    """The random bits with which a moment is stored in another form, after step ``t``."""
-    return own_bits(random_bits(int(seed), param_id, t + CONVERSION, 0, values.numel(), values.device))
+def conversion_bits(
+    own_bits: Callable[[Tensor], Tensor], seed: int, param_id: int, t: int, first: int, values: Tensor
+) -> Tensor:
+    """The random bits with which a moment is stored in another form, after step ``t``.
+
+    ``first`` is the index of the first of the values in the whole parameter.
+    """
+    return own_bits(random_bits(int(seed), param_id, t + CONVERSION, first, values.numel(), values.device))
 
 
 def step_tensor(t: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import formats, memory_order, tensors
+from ..core import formats, memory_order, shards, tensors
 from ..core.formats import BLOCK8, RESIDUALS, Format
 from ..core.native import compiled as _C
 from ..core.random_bits import MOMENT_BITS
@@ -23,6 +23,7 @@ from .checkpoint import (
     copied,
     is_packed,
     moment_tags,
+    part_of,
     real,
     stated_format,
     stated_order,
@@ -131,7 +132,10 @@ class _Fitting:
         return value
 
     def _real(self, name: str) -> Any:
-        value = real(self._shown(name), self.state[name])
+        value = self.state[name]
+        if self.layout.sharding is not None and shards.is_sharded(value):
+            value = part_of(self.layout, name, value)
+        value = real(self._shown(name), value)
         # Nobody may write in place to a tensor of inference mode once that is left.
         return copied(value) if isinstance(value, Tensor) and value.is_inference() else value
 
@@ -195,7 +199,7 @@ class _Fitting:
         flat = memory_order.flat(value)
         if form is not BLOCK8:
             return _huge_pages(formats.pack(form, flat.to(torch.int8)))
-        bits = conversion_bits(own_bits, self.seed, self.param_id, self.steps, flat)
+        bits = conversion_bits(own_bits, self.seed, self.param_id, self.steps, self.layout.offset, flat)
         return _huge_pages(formats.encode(form, flat.float(), bits))
 
     # The others

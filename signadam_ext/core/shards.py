@@ -1,0 +1,189 @@
+"""Tensors that lie in parts on the ranks of a device mesh (DTensor): the part of this rank, and where it lies.
+
+A step works on the parts where they lie, without communication. ``torch.distributed.tensor`` is not imported here: who
+has a DTensor has imported it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sharding:
+    """How a tensor is spread over a mesh, and which part of it is this rank's.
+
+    Attributes:
+        spec: what torch keeps of it; a gradient of the same sharding mostly has the same object.
+        mesh, placements: as of the DTensor.
+        shape, stride: of the whole tensor.
+        is_split: whether ranks have different parts.
+        offset: row-major index in the whole tensor of the first element of this rank's part.
+        is_run: whether this rank's part is one run of the whole tensor in row-major order.
+        first, part: where this rank's part begins in each dimension, and its shape.
+    """
+
+    spec: Any
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+    is_split: bool
+    offset: int
+    is_run: bool
+    first: tuple[int, ...]
+    part: tuple[int, ...]
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor that it has whole, as a view."""
+        for dim, (begin, size) in enumerate(zip(self.first, self.part, strict=True)):
+            whole = whole.narrow(dim, begin, size)
+        return whole
+
+    def whole(self, part: Tensor) -> Tensor:
+        """A tensor of this rank's shape as the DTensor that the parts on all ranks make up."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            part, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of this rank, without a copy; a tensor that is no DTensor is its own."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def sharding_of(label: str, param: Tensor) -> Sharding | None:
+    """How a parameter is spread over a mesh; None for a tensor that is no DTensor.
+
+    Raises:
+        TypeError: a parameter of which ranks have summands, not parts (a ``Partial`` placement).
+    """
+    if not is_sharded(param):
+        return None
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.device_mesh, tuple(param.placements)  # type: ignore[attr-defined]
+    # A strided shard is no Shard in every version, and has its dimension too.
+    splits = [(i, placement) for i, placement in enumerate(placements) if not isinstance(placement, Replicate)]
+    for _, placement in splits:
+        if not hasattr(placement, "dim"):
+            raise TypeError(
+                f"{label} is a DTensor with the placement {placement}: its parts must be shards or copies of the "
+                "parameter; redistribute it"
+            )
+    for i, placement in splits:
+        if hasattr(placement, "split_factor") and not _fills(mesh, splits, i, placement):
+            raise TypeError(
+                f"{label} is a DTensor with the placements {placements}, which give a rank pieces that lie apart: "
+                "redistribute it"
+            )
+    shape = param.shape
+    part, first = compute_local_shape_and_global_offset(shape, mesh, placements)
+    if 0 in part:  # of no part, or of a rank outside of the mesh, torch gives an offset that is none
+        first = (0,) * len(shape)
+        part = tuple(local(param).shape)
+    return Sharding(
+        spec=param._spec,  # type: ignore[attr-defined]
+        mesh=mesh,
+        placements=placements,
+        shape=shape,
+        stride=param.stride(),
+        is_split=bool(splits),
+        offset=_row_major(shape, first),
+        is_run=_is_run(shape, part),
+        first=tuple(first),
+        part=tuple(part),
+    )
+
+
+def _fills(mesh: Any, splits: Sequence[tuple[int, Any]], index: int, placement: Any) -> bool:
+    """Whether the pieces of a strided shard lie side by side, because later dimensions of the mesh split them again."""
+    later = [mesh.size(i) for i, other in splits if i > index and other.dim == placement.dim]
+    return bool(math.prod(later) == placement.split_factor)
+
+
+def _row_major(shape: Sequence[int], place: Sequence[int]) -> int:
+    index = 0
+    for size, at in zip(shape, place, strict=True):
+        index = index * size + at
+    return index
+
+
+def _is_run(shape: Sequence[int], part: Sequence[int]) -> bool:
+    """Whether a box of that shape is one run of a tensor in row-major order: all of it behind its first long side."""
+    if 0 in part:
+        return True
+    after = next((d for d, size in enumerate(part) if size > 1), len(part)) + 1
+    return tuple(part[after:]) == tuple(shape[after:])
+
+
+def aligned(label: str, value: Tensor, sharding: Sharding) -> Tensor:
+    """This rank's part of a tensor of the parameter's shape; communicates where it is spread otherwise.
+
+    Args:
+        label: what errors call it.
+        value: a DTensor of any placements, or a plain tensor that every rank has whole.
+        sharding: of the parameter.
+
+    Raises:
+        ValueError: another mesh or another shape.
+    """
+    if value.shape != sharding.shape:
+        raise ValueError(f"{label} has shape {tuple(value.shape)}: must be the parameter's, {tuple(sharding.shape)}")
+    if not is_sharded(value):
+        return sharding.cut(value)
+    if _lies_like(value, sharding):
+        return local(value)
+    if value.device_mesh != sharding.mesh:  # type: ignore[attr-defined]
+        raise ValueError(f"{label} is spread over another mesh than its parameter: must be over {sharding.mesh}")
+    moved = value.int() if value.dtype == torch.int16 else value  # which gloo does not move
+    return local(moved.redistribute(sharding.mesh, sharding.placements)).to(value.dtype)  # type: ignore[attr-defined]
+
+
+def gradient(label: str, grad: Tensor, sharding: Sharding) -> Tensor:
+    """This rank's part of a parameter's gradient, summed and spread as the parameter is; communicates where it is not.
+
+    Raises:
+        TypeError: a plain tensor, of which nothing says what other ranks have.
+        ValueError: another mesh or another shape.
+    """
+    if not is_sharded(grad):
+        raise TypeError(f"the gradient of {label} is a plain tensor: must be a DTensor, as the parameter is")
+    return aligned(f"the gradient of {label}", grad, sharding)
+
+
+def like_gradient(label: str, grad: Tensor, param: Tensor, sharding: Sharding) -> Tensor:
+    """What :func:`gradient` will give, without communication: its numbers need not be those of the gradient.
+
+    Raises:
+        TypeError, ValueError: as :func:`gradient`.
+    """
+    if is_sharded(grad) and grad.shape == sharding.shape and not _lies_like(grad, sharding):
+        return torch.empty_like(param, dtype=grad.dtype, requires_grad=False)
+    return gradient(label, grad, sharding)
+
+
+def _lies_like(value: Tensor, sharding: Sharding) -> bool:
+    """Whether a DTensor is spread over the ranks as the parameter is."""
+    spec, placements = value._spec, tuple(value.placements)  # type: ignore[attr-defined]
+    return spec is sharding.spec or (spec.mesh == sharding.mesh and placements == sharding.placements)

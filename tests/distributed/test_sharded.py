@@ -1,0 +1,101 @@
+"""Sharded parameters: the same bits as without sharding, whatever the number of ranks; what cannot be is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import sharded
+
+BF16 = torch.bfloat16
+FORMS = [
+    (torch.float32, {}),
+    (torch.float32, {"state_dtype": "bf16"}),
+    (torch.float32, {"state_dtype": "int8"}),
+    (torch.float32, {"state_dtype": "int4"}),
+    (torch.float32, {"state_dtype": "int2"}),
+    (BF16, {"param_storage": "stochastic"}),
+    (BF16, {"param_storage": "stochastic", "state_dtype": "int2"}),
+    (BF16, {"param_storage": "split16", "state_dtype": "int4"}),
+    (BF16, {"param_storage": "split8", "state_dtype": "int8"}),
+    (BF16, {"param_storage": "master", "state_dtype": "bf16"}),
+    (torch.float16, {"param_storage": "stochastic", "state_dtype": "int2"}),
+]
+IDS = ["-".join([str(dtype).removeprefix("torch."), *map(str, options.values())]) for dtype, options in FORMS]
+
+
+@pytest.mark.parametrize("dtype, options", FORMS, ids=IDS)
+def test_every_form_has_the_bits_of_the_whole(ranks, dtype, options):
+    assert ranks(2).run(sharded.sharded_as_alone, "SignAdamPP", {"lr": 0.01, **options}, dtype) == [None] * 2
+
+
+# Rules whose threshold or variance is of the whole gradient are refused when they are sharded.
+RULES = [
+    ("SignSGD", {"lr": 0.01}),
+    ("Signum", {"lr": 0.01}),
+    ("Lion", {"lr": 0.01, "weight_decay": 0.1}),
+    ("SignAdam", {"lr": 0.01, "weight_decay": 0.1}),
+    ("SignAdam", {"lr": 0.01, "second_moment": "analytic"}),
+    ("SignAdamPP", {"lr": 0.01, "alpha": 0.5, "weight_decay": 0.1, "decoupled_weight_decay": False}),
+    ("MSGD", {"lr": 0.01}),
+    ("SVAG", {"lr": 0.01}),
+    ("MSVAG", {"lr": 0.01}),
+    ("AdamStar", {"lr": 0.01}),
+    ("Adam", {"lr": 0.01, "amsgrad": True}),
+    ("AdamW", {"lr": 0.01}),
+]
+
+
+def rule_id(rule):
+    return "-".join([rule[0], *(f"{name}={value}" for name, value in rule[1].items() if name != "lr")])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=rule_id)
+def test_every_rule_has_the_bits_of_the_whole(ranks, rule):
+    name, options = rule
+    run = ranks(2).run
+    assert run(sharded.sharded_as_alone, name, options) == [None] * 2
+    if name != "SignSGD":
+        assert run(sharded.sharded_as_alone, name, {**options, "state_dtype": "bf16"}) == [None] * 2
+    stored = {**options, "param_storage": "stochastic"}
+    assert run(sharded.sharded_as_alone, name, stored, BF16) == [None] * 2
+
+
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_any_number_of_ranks(ranks, count, backend):
+    """Uneven parts, and none at all on some ranks."""
+    options = {"lr": 0.01, "state_dtype": "int2", "param_storage": "stochastic", "backend": backend}
+    assert ranks(count).run(sharded.sharded_as_alone, "SignAdamPP", options, BF16) == [None] * count
+
+
+@pytest.mark.parametrize(
+    "mesh, dims", [((4,), (None,)), ((2, 2), (None, 0)), ((2, 2), (0, None)), ((2, 2), (0, 0))], ids=str
+)
+def test_meshes_of_two_dimensions(ranks, mesh, dims):
+    options = {"lr": 0.01, "state_dtype": "int2", "param_storage": "stochastic"}
+    assert ranks(4).run(sharded.sharded_as_alone, "SignAdamPP", options, BF16, mesh, dims) == [None] * 4
+
+
+@pytest.mark.parametrize("dims, mesh", [((1,), (2,)), ((0, 1), (2, 2)), ((1, 0), (2, 2))], ids=str)
+def test_shards_on_other_dimensions_without_random_bits(ranks, dims, mesh):
+    count = 2 * len(mesh)
+    shapes = ((12, 10), (7, 5), (3, 4), (5, 3, 2))
+    run = ranks(count).run
+    for name, options, dtype in (
+        ("SignAdamPP", {"lr": 0.01}, torch.float32),
+        ("SignAdam", {"lr": 0.01, "param_storage": "split16"}, BF16),
+        ("Lion", {"lr": 0.01, "param_storage": "master"}, BF16),
+    ):
+        arguments = (name, options, dtype, mesh, dims, 3, shapes)
+        assert run(sharded.sharded_as_alone, *arguments) == [None] * count
+
+
+@pytest.mark.parametrize("mesh", [(), (2, 2)], ids=["sharded", "hybrid"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_fsdp2(ranks, dtype, mesh):
+    options = {"lr": 0.01, "state_dtype": "int2", "param_storage": "stochastic"}
+    assert ranks(4).run(sharded.fsdp_as_alone, "SignAdamPP", options, dtype, mesh) == [None] * 4
+
+
+def test_fsdp2_with_clipped_gradients(ranks):
+    assert ranks(2).run(sharded.fsdp_as_alone, "SignAdam", {"lr": 0.01}, torch.float32, (), 0.1) == [None] * 2

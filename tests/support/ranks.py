@@ -1,0 +1,100 @@
+"""Processes that stay and run functions together, with a gloo group: what a test of distributed training needs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: Seconds after which a call that has not ended is taken for a deadlock.
+PATIENCE = 240
+
+
+class Ranks:
+    """``count`` processes with one default group. A call that fails ends them; the next one starts new ones."""
+
+    def __init__(self, count: int, folder: Path) -> None:
+        self.count, self._folder = count, folder
+        self._started = 0
+        self._processes: list[Any] = []
+        self._pipes: list[Any] = []
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What ``function(*arguments)`` returns on each rank; it must be importable, and pass through a pickle.
+
+        Raises:
+            AssertionError: it has raised somewhere, with every rank's traceback, or not ended in time.
+        """
+        if not self._processes:
+            self._start()
+        call = pickle.dumps((function, arguments))
+        for pipe in self._pipes:
+            pipe.send_bytes(call)
+        answers: list[Any] = [None] * self.count
+        failed: list[str] = []
+        deadline = time.monotonic() + PATIENCE
+        waiting = dict(enumerate(self._pipes))
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting.values()), timeout=1)
+            for rank, pipe in list(waiting.items()):
+                if pipe in ready:
+                    del waiting[rank]
+                    try:
+                        answers[rank], error = pipe.recv()
+                    except EOFError:
+                        error = "the process has ended"
+                    if error is not None:
+                        failed.append(f"rank {rank}: {error}")
+            # The others may wait for one that has failed.
+            if waiting and (time.monotonic() > deadline or (failed and not ready)):
+                failed += [f"rank {rank}: has not ended" for rank in waiting]
+                break
+        if failed:
+            self.stop()
+            raise AssertionError("\n".join(failed))
+        return answers
+
+    def _start(self) -> None:
+        self._started += 1
+        context = multiprocessing.get_context("spawn")
+        store = self._folder / f"store-{self.count}-{self._started}"
+        for rank in range(self.count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.count, str(store), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, count: int, store: str, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count)
+    while True:
+        try:
+            function, arguments = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        answer, error = None, None
+        try:
+            answer = function(*arguments)
+        except BaseException:
+            error = traceback.format_exc()
+        pipe.send((answer, error))
