@@ -68,7 +68,9 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return part
+    # What a collective still writes is a tensor of torch's own class, to be waited for.
+    wait = getattr(part, "wait", None)
+    return part if wait is None else wait()
 
 
 def sharding_of(label: str, param: Tensor) -> Sharding | None:

@@ -135,7 +135,8 @@ def _check_sharded(item: Item, sharding: Sharding) -> None:
         return
     if item.rule.threshold_pass != "NONE":
         raise TypeError(
-            f"{place}, and its threshold follows the whole gradient, of which each rank has a part: use confidence='fixed'"
+            f"{place}, and its threshold follows the whole gradient, of which each rank has a part: take "
+            "confidence='fixed'"
         )
     if item.rule.reads_variance:
         raise TypeError(f"{place}: the variance of its gradient is not known by parts; use moving averages")

@@ -23,6 +23,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from ..core import shards
 from ..core.dynamo import untraced
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
@@ -70,7 +71,8 @@ def release_gradients(
 
     - ``DistributedDataParallel``, on any number of processes, and the flat parameters of FSDP's first version: they
       average a gradient only after it has been applied, so the processes would drift apart. A model wrapped later is
-      found at the first backward, or else at the next ``step()``.
+      found at the first backward, or else at the next ``step()``. Modules under ``fully_shard`` (FSDP2), which calls
+      hooks with what it has reduced, are served.
     - Gradient accumulation by several backwards, unless ``accumulation_steps`` announces it. Once ``step()`` has been
       called, a parameter's second gradient since the last call is an error. In a loop that never calls it, every
       backward is a step.
@@ -104,8 +106,8 @@ def release_gradients(
     Raises:
         TypeError: arguments of other kinds.
         ValueError: clipping, loss scaling, no parameter in common with the optimizer, or parameters that share memory.
-        RuntimeError: gradients are released already, the model is distributed in one of those ways, or a parameter
-            holds a gradient.
+        RuntimeError: gradients are released already, the model is distributed in one of those ways, a parameter holds a
+            gradient, or is a DTensor and ``accumulation_steps`` is not 1.
 
     Example:
         >>> model = torch.nn.Linear(10, 1)
@@ -220,8 +222,13 @@ class GradientRelease:
                 )
             if getattr(param, "_is_flat_param", False):
                 raise RuntimeError(f"{_name(optimizer, param)} is a flat parameter: {_NO_FSDP}")
+            if accumulation_steps > 1 and shards.is_sharded(param):
+                raise RuntimeError(
+                    f"{_name(optimizer, param)} is a DTensor, of which a sum of gradients that is dropped leaves no "
+                    "trace: take accumulation_steps=1; fully_shard's set_requires_gradient_sync(False) accumulates"
+                )
         # Lazy parameters have no memory yet.
-        placed = [param if param.requires_grad and not is_lazy(param) else None for param in own]
+        placed = [shards.local(param) if param.requires_grad and not is_lazy(param) else None for param in own]
         if any(overlap_levels(placed)):
             raise ValueError(
                 "parameters of the optimizer share memory: in backward they would be updated in another order than by "
@@ -606,14 +613,20 @@ def _inside_custom_backward() -> bool:
     """Whether this thread is in the backward of an autograd.Function, whose own backward() has led here.
 
     The numbers of two backwards do not tell whether one runs inside the other; the stack does, on a device's thread
-    as well.
+    as well. FSDP2 reduces gradients, and calls the hooks of its parameters, in such a function that runs no backward.
     """
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code in _CUSTOM_BACKWARDS:
+        if frame.f_code in _CUSTOM_BACKWARDS and not _is_of_fsdp2(frame.f_locals.get("self")):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def _is_of_fsdp2(function: Any) -> bool:
+    """Whether this is the backward of a function that FSDP2 puts behind its modules."""
+    forward = getattr(type(function), "_forward_cls", None)
+    return getattr(forward, "__module__", "").startswith("torch.distributed.fsdp._fully_shard")
 
 
 def _own_parameters(optimizer: SignOptimizer) -> list[Tensor]:

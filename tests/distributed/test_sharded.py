@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from support import sharded
@@ -99,3 +101,54 @@ def test_fsdp2(ranks, dtype, mesh):
 
 def test_fsdp2_with_clipped_gradients(ranks):
     assert ranks(2).run(sharded.fsdp_as_alone, "SignAdam", {"lr": 0.01}, torch.float32, (), 0.1) == [None] * 2
+
+
+@pytest.mark.parametrize("accumulates", [False, True], ids=["", "accumulated"])
+def test_gradients_released_in_fsdp2s_backward(ranks, accumulates):
+    options = {"lr": 0.01, "state_dtype": "int2", "param_storage": "stochastic"}
+    assert ranks(2).run(sharded.released_as_not, "SignAdamPP", options, BF16, accumulates) == [None] * 2
+
+
+def test_fsdp2_compiled(ranks):
+    arguments = ("SignAdamPP", {"lr": 0.01}, torch.float32, (), None, 2, True)
+    assert ranks(2).run(sharded.fsdp_as_alone, *arguments) == [None] * 2
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["partial", "partial on a copy", "shard on a copy", "other dimension", "other strides", "still under way"],
+)
+def test_gradients_that_are_spread_otherwise(ranks, kind):
+    assert ranks(2).run(sharded.odd_gradients, kind) == [None] * 2
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("random bits", r"TypeError: parameter 0 of group 0 .*needs shards on the first dimension"),
+        ("adaptive", r"TypeError: parameter 0 of group 0 .*take confidence='fixed'"),
+        ("adaptive_delayed", r"TypeError: parameter 0 of group 0 .*take confidence='fixed'"),
+        ("sparsity", r"TypeError: parameter 0 of group 0 .*its threshold follows the whole gradient"),
+        ("variance", r"TypeError: parameter 0 of group 0 .*use moving averages"),
+        ("summands", r"TypeError: parameter 0 of group 0 .*redistribute it"),
+        ("plain gradient", r"TypeError: the gradient of parameter 0 of group 0 is a plain tensor: must be a DTensor"),
+        ("gradient elsewhere", r"ValueError: the gradient of parameter 0 .*over another mesh"),
+        ("columns", r"ValueError: parameter 0 of group 0 .*must be contiguous"),
+        ("accumulated release", r"RuntimeError: parameter 0 of group 0 is a DTensor.*set_requires_gradient_sync"),
+        ("state file", r"TypeError: parameter 0 of group 0 is a DTensor.*torch.distributed.checkpoint"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(ranks, kind, words):
+    for error in ranks(2).run(sharded.error_of, kind):
+        assert re.match(words, error), error
+
+
+def test_the_reader_in_python_takes_parts_as_the_compiled_one_does(ranks):
+    options = {"lr": 0.01, "state_dtype": "int2", "param_storage": "stochastic"}
+    assert ranks(2).run(sharded.by_python_reader, "SignAdamPP", options, BF16) == [None] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int2"}], ids=["fp32", "int2"])
+def test_fsdp2_with_tensor_parallelism(ranks, options):
+    """Rows that two dimensions of the mesh cut, the first of them strided, lie side by side on each rank."""
+    assert ranks(4).run(sharded.tensor_parallel_as_alone, "SignAdamPP", {"lr": 0.01, **options}) == [None] * 4

@@ -14,12 +14,17 @@ import torch.distributed.checkpoint as dcp
 from support.paper_formulas import TABLE
 from support.strategies import same_bits
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import signadam_ext
+from signadam_ext import release_gradients
+from signadam_ext.core import shards
+from signadam_ext.engine import gradients
 
 ROWS = {row.id: row for row in TABLE}
 #: Uneven over 2, 3 and 4 ranks; with empty parts on 4; a vector, and more dimensions.
@@ -110,6 +115,15 @@ def sharded_as_alone(
     return None
 
 
+def by_python_reader(*arguments: Any) -> str | None:
+    """:func:`sharded_as_alone` where torch's C shim is not found."""
+    make_reader, gradients._shim = gradients._shim, lambda: None
+    try:
+        return sharded_as_alone(*arguments)
+    finally:
+        gradients._shim = make_reader
+
+
 # FSDP2
 
 
@@ -138,6 +152,30 @@ def fsdp_model(dtype: torch.dtype = torch.float32, mesh: Any = None, **options: 
         fully_shard(layer, **options)
     fully_shard(model, **options)
     return model
+
+
+def tensor_parallel_as_alone(name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> str | None:
+    """FSDP2 over half of the ranks, and layers cut over the other: by rows, and where ``options`` allow, by columns."""
+    mesh = mesh_of((2, 2))
+    model, alone = Model(dtype), Model(dtype)
+    plan = {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()}
+    if "state_dtype" in options:
+        plan = {"layers.0": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(model, mesh["b"], plan)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh["a"])
+    fully_shard(model, mesh=mesh["a"])
+    ours, theirs = make(name, model.parameters(), options), make(name, alone.parameters(), options)
+    for step in range(3):
+        ours.zero_grad()
+        model(batch(step, mesh.get_local_rank("a"), dtype)).square().sum().backward()
+        for param, single in zip(model.parameters(), alone.parameters(), strict=True):
+            single.grad = param.grad.full_tensor()
+        ours.step()
+        theirs.step()
+        if (found := difference(ours, theirs)) is not None:
+            return f"after step {step + 1}: {found}"
+    return None
 
 
 def fsdp_as_alone(
@@ -225,3 +263,125 @@ def states(model: Model, optimizer: Any, flattened: bool) -> dict[str, Any]:
     options = StateDictOptions(flatten_optimizer_state_dict=flattened)
     model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+def takes_over_adamw(folder: str) -> str | None:
+    """Saves torch's AdamW over sharded parameters, and loads ours from that: None, or an entry that differs."""
+    model = fsdp_model()
+    theirs = torch.optim.AdamW(model.parameters(), lr=0.01)
+    train(model, theirs, 0, 3, torch.float32)
+    dcp.save(states(model, theirs, False), checkpoint_id=folder)
+    model, ours = model_and_optimizer("AdamW", {"lr": 0.02}, torch.float32, True)
+    found = states(model, ours, False)
+    # It has no seed, no method and none of the other entries of our groups.
+    dcp.load(found, checkpoint_id=folder, planner=DefaultLoadPlanner(allow_partial_load=True))
+    set_state_dict(model, ours, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    expected, state = theirs.state_dict()["state"], ours.state_dict()["state"]
+    for number, entries in expected.items():
+        for name, value in entries.items():
+            if not torch.equal(whole(value), whole(state[number][name]).to(value.dtype)):
+                return f"{name} of {number}"
+    train(model, ours, 3, 4, torch.float32)
+    return None
+
+
+# Gradients that are released in backward
+
+
+def released_as_not(name: str, options: dict[str, Any], dtype: torch.dtype, accumulates: bool) -> str | None:
+    """Whether steps inside FSDP2's backward give the bits of steps after it."""
+    models = [fsdp_model(dtype), fsdp_model(dtype)]
+    ours, theirs = (make(name, model.parameters(), options) for model in models)
+    release_gradients(models[0], ours)
+    for step in range(3):
+        for i, model in enumerate(models):
+            for part in range(2 if accumulates else 1):
+                if accumulates:
+                    model.set_requires_gradient_sync(part == 1)
+                model(batch(2 * step + part, dist.get_rank(), dtype)).square().sum().backward()
+            if i == 0 and any(param.grad is not None for param in model.parameters()):
+                return f"step {step + 1} has left a gradient"
+        theirs.step()
+        theirs.zero_grad()
+        if (found := difference(ours, theirs)) is not None:
+            return f"after step {step + 1}: {found}"
+    return None
+
+
+# Other gradients than the parameter's sharding has, and what is refused
+
+
+def odd_gradients(kind: str, name: str = "SignAdamPP", dtype: torch.dtype = torch.float32) -> str | None:
+    """Whether a step on gradients that are spread otherwise than the parameter has the bits of one on the whole."""
+    mesh, shape = mesh_of((dist.get_world_size(),)), (8, 6)
+    value = whole_parameters([shape], dtype)[0]
+    placement = Replicate() if kind in ("partial on a copy", "shard on a copy") else Shard(0)
+    param, alone = nn.Parameter(distribute_tensor(value, mesh, [placement])), nn.Parameter(value.clone())
+    ours, theirs = make(name, [param], {"lr": 0.01}), make(name, [alone], {"lr": 0.01})
+    for step in range(3):
+        grad = whole_gradients([shape], step, dtype)[0]
+        if kind.startswith("partial"):
+            # Summands of small whole numbers, so that their sum is exact.
+            grad = torch.arange(48.0).view(shape).sub(20 + step)
+            given = DTensor.from_local(grad * (dist.get_rank() + 1), mesh, [Partial()], run_check=False)
+            grad = grad * sum(range(1, dist.get_world_size() + 1))
+        elif kind == "shard on a copy":
+            given = distribute_tensor(grad, mesh, [Shard(0)])
+        elif kind == "other dimension":
+            given = distribute_tensor(grad, mesh, [Shard(1)])
+        elif kind == "other strides":
+            given = distribute_tensor(grad, mesh, [Shard(0)])
+            given = DTensor.from_local(given.to_local().t().contiguous().t(), mesh, [Shard(0)], run_check=False)
+        elif kind == "still under way":
+            given = distribute_tensor(grad, mesh, [Shard(1)]).redistribute(mesh, [Shard(0)], async_op=True)
+        param.grad, alone.grad = given, grad
+        ours.step()
+        theirs.step()
+        if (found := difference(ours, theirs)) is not None:
+            return f"after step {step + 1}: {found}"
+    return None
+
+
+def error_of(kind: str) -> str:
+    """What is said of a parameter, a gradient or a call that cannot be served; nothing must have been written."""
+    world = dist.get_world_size()
+    mesh = mesh_of((world,))
+    value = whole_parameters([(4 * world, 6)], torch.float32)[0]
+    param = nn.Parameter(distribute_tensor(value, mesh, [Shard(1 if kind == "random bits" else 0)]))
+    options: dict[str, Any] = {
+        "random bits": {"state_dtype": "int2"},
+        "adaptive": {"confidence": "adaptive", "alpha": 0.5},
+        "adaptive_delayed": {"confidence": "adaptive_delayed", "alpha": 0.5},
+        "sparsity": {"confidence": "sparsity", "target": 0.1},
+    }.get(kind, {})
+    name = "MSVAG" if kind == "variance" else "SignAdamPP"
+    if kind == "variance":
+        options = {"variance": "minibatch"}
+    try:
+        if kind == "summands":
+            param = nn.Parameter(DTensor.from_local(value, mesh, [Partial()], run_check=False))
+        optimizer = make(name, [param], {"lr": 0.01, **options})
+        param.grad = distribute_tensor(torch.ones_like(value), mesh, param.placements)
+        if kind == "plain gradient":
+            # torch refuses to set one that is no DTensor; a subclass of the parameter's may give one.
+            raise_on = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+            shards.gradient("parameter 0 of group 0", value, shards.sharding_of("parameter 0 of group 0", raise_on))
+        if kind == "gradient elsewhere":
+            other = init_device_mesh("cpu", (world, 1))
+            param.grad = distribute_tensor(torch.ones_like(value), other, [Shard(0), Replicate()])
+        if kind == "columns":
+            part = param.to_local().detach().t().contiguous().t()
+            param = nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)], run_check=False))
+            optimizer = make(name, [param], {"lr": 0.01})
+            param.grad = distribute_tensor(torch.ones_like(value), mesh, [Shard(0)])
+        if kind == "accumulated release":
+            param.grad = None
+            release_gradients([param], optimizer, accumulation_steps=2)
+        if kind == "state file":
+            optimizer.save_state("/nonexistent/file")
+        optimizer.step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        if kind != "summands":
+            assert same_bits(whole(param.detach()), value), "the parameter has changed"
+        return f"{type(error).__name__}: {error}"
+    return "no error"
