@@ -128,10 +128,10 @@ def by_python_reader(*arguments: Any) -> str | None:
 
 
 class Model(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, widths: Sequence[int] = (6, 11, 7, 3)) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in ((6, 11), (11, 7), (7, 3)))
+        self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
         self.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def fsdp_model(dtype: torch.dtype = torch.float32, mesh: Any = None, **options: 
 def tensor_parallel_as_alone(name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> str | None:
     """FSDP2 over half of the ranks, and layers cut over the other: by rows, and where ``options`` allow, by columns."""
     mesh = mesh_of((2, 2))
-    model, alone = Model(dtype), Model(dtype)
+    model, alone = (Model(dtype, (6, 12, 8, 3)) for _ in range(2))  # tensor parallelism wants even cuts
     plan = {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()}
     if "state_dtype" in options:
         plan = {"layers.0": ColwiseParallel(output_layouts=Replicate())}
