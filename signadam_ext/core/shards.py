@@ -73,6 +73,11 @@ def local(tensor: Tensor) -> Tensor:
     return part if wait is None else wait()
 
 
+def is_flattened(param: Tensor) -> bool:
+    """Whether FSDP's first version has put this into a flat parameter of which each rank keeps a part."""
+    return bool(getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False))
+
+
 def sharding_of(label: str, param: Tensor) -> Sharding | None:
     """How a parameter is spread over a mesh; None for a tensor that is no DTensor.
 

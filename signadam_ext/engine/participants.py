@@ -94,6 +94,11 @@ def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
     """
     if item.sharding is not None:
         _check_sharded(item, item.sharding)
+    elif item.rule.threshold_pass != "NONE" and shards.is_flattened(item.param):
+        raise TypeError(
+            f"{item.label} is part of a flat parameter of FullyShardedDataParallel, and its threshold follows the "
+            "whole gradient, of which each rank has a part: take confidence='fixed'"
+        )
     if grad is not None:
         if item.sharding is not None:
             grad = shards.like_gradient(item.label, grad, item.param, item.sharding)
@@ -122,8 +127,8 @@ def _check_sharded(item: Item, sharding: Sharding) -> None:
     """Raises where a part of a parameter cannot be updated as the same elements of the whole would be.
 
     Raises:
-        TypeError, ValueError: memory that is not row-major, a rule that looks at the whole gradient, or random bits for
-            a part that is no run of the whole.
+        TypeError, ValueError: memory that is not row-major, a rule that reads variances, or random bits for a part that
+            is no run of the whole.
     """
     place = f"{item.label} is a DTensor with the placements {sharding.placements}"
     if not item.param.is_contiguous():
@@ -133,11 +138,6 @@ def _check_sharded(item: Item, sharding: Sharding) -> None:
         )
     if not sharding.is_split:
         return
-    if item.rule.threshold_pass != "NONE":
-        raise TypeError(
-            f"{place}, and its threshold follows the whole gradient, of which each rank has a part: take "
-            "confidence='fixed'"
-        )
     if item.rule.reads_variance:
         raise TypeError(f"{place}: the variance of its gradient is not known by parts; use moving averages")
     if not sharding.is_run and _draws(item):

@@ -19,6 +19,8 @@ from ..backends.device import StreamGuarded, refuse_capture
 from ..core import memory_order, shards, tensors
 from ..core.native import compiled as _C
 from ..core.rule import Group, Rule
+from ..core.shards import Sharding
+from .agreement import Agreement, group_of, needs_agreement
 from .gradients import GradientReader, ListReader, make_reader
 from .overlap import overlap_levels
 from .participants import Item, Participant, choose, entry_of, is_readable
@@ -43,6 +45,7 @@ class Plan:
 
     __slots__ = (
         "__weakref__",
+        "_agreements",
         "_at_rest",
         "_bound",
         "_buffers",
@@ -77,6 +80,7 @@ class Plan:
         self.labels = [item.label for item in items]
         self.entries: list[Entry] = []
         self.launches: list[tuple[Bucket, backends.Launch]] = []
+        self._agreements: dict[int, Agreement] = {}  # by id of the bucket
         self._copies: dict[int, Tensor] = {}
         self._is_first = True
         self._holds_all = True  # until the first release: new entries refer to all their tensors
@@ -123,15 +127,23 @@ class Plan:
     def _make_launches(self, chosen: Sequence[Participant], observes: bool) -> None:
         """Cuts the entries into buckets, each with its launch; those that share memory go one after the other."""
         levels = overlap_levels([found.item.param for found in chosen])
-        buckets: dict[tuple[Any, ...], list[Entry]] = {}
+        buckets: dict[tuple[Any, ...], list[tuple[Entry, Sharding | None]]] = {}
         for found, entry, level in zip(chosen, self.entries, levels, strict=True):
             formats = (entry.dense_param.dtype, entry.grad_dtype, entry.forms, entry.param_storage)
             own = formats if found.backend.splits_formats else None
-            buckets.setdefault((level, found.backend, entry.param.device, found.item.rule, own), []).append(entry)
+            rule, sharding = found.item.rule, found.item.sharding
+            agreeing = group_of(sharding) if sharding is not None and needs_agreement(rule, sharding) else None
+            key = (level, found.backend, entry.param.device, rule, own, agreeing)
+            buckets.setdefault(key, []).append((entry, sharding))
         for key in sorted(buckets, key=lambda key: key[0]):
-            _, backend, device, rule, _ = key
-            bucket = Bucket(rule, device, buckets[key], observes)
+            _, backend, device, rule, _, agreeing = key
+            entries = [entry for entry, _ in buckets[key]]
+            agreement = None if agreeing is None else Agreement(rule, agreeing, [one for _, one in buckets[key]])
+            bucket = Bucket(rule if agreement is None else agreement.rule, device, entries, observes)
             self.launches.append((bucket, backend.prepare(bucket, self.grad)))
+            if agreement is not None:
+                self._agreements[id(bucket)] = agreement
+                self._bound += [] if backend.name == "reference" else [e for e in bucket.entries if e.is_dense]
             if backend.name != "reference":
                 self._bound += bucket.non_dense
                 continue
@@ -286,11 +298,14 @@ class Plan:
         operations: list[Any] = []
         for bucket, launch, scalar_sets in prepared:
             if isinstance(launch, backends.HostLaunch):
+                before, after = self._agreed(bucket, scalar_sets)
+                operations += before
                 if bucket.rule.confidence is None or lock is None:
                     operations += launch.operations(scalar_sets)
                 else:
                     with lock.runs_user_code():
                         operations += launch.operations(scalar_sets)
+                operations += after
         if any(bucket.rule.confidence is not None for bucket, _, _ in prepared) and not self._reader.unchanged():
             raise RuntimeError(
                 "a confidence function has changed tensors of the step that it was called in: their memory, their "
@@ -300,15 +315,30 @@ class Plan:
             if not isinstance(launch, backends.HostLaunch):
                 # Around each launch by itself: a parameter may share memory with one of an earlier launch.
                 non_dense = bucket.present_non_dense()
+                before, after = self._agreed(bucket, scalar_sets)
                 for entry in non_dense:
                     entry.dense_param.copy_(entry.param.detach())
+                for copy, targets, results in before:
+                    copy(targets, results)
                 launch(scalar_sets)
+                for copy, targets, results in after:
+                    copy(targets, results)
                 for entry in non_dense:
                     entry.param.detach().copy_(entry.dense_param)
         tables = [bucket.table for bucket, _, _ in prepared]
         backends.commit(operations, tables, self._pending, self._written())
         self._pending = []
         self._is_first = False
+
+    def _agreed(
+        self, bucket: Bucket, scalar_sets: Sequence[tuple[float, ...]]
+    ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+        """What moves the thresholds that ranks agree on, before the launch or after it."""
+        agreement = self._agreements.get(id(bucket))
+        if agreement is None:
+            return [], []
+        copies = [agreement.copies(bucket.entries, bucket.table, scalar_sets, self.grad)]
+        return (copies, []) if agreement.comes_first else ([], copies)
 
     def _written(self) -> Any:
         """The tensors whose version this step increments: parameters, moments, residuals, threshold states."""

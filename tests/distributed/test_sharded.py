@@ -126,9 +126,6 @@ def test_gradients_that_are_spread_otherwise(ranks, kind):
     "kind, words",
     [
         ("random bits", r"TypeError: parameter 0 of group 0 .*needs shards on the first dimension"),
-        ("adaptive", r"TypeError: parameter 0 of group 0 .*take confidence='fixed'"),
-        ("adaptive_delayed", r"TypeError: parameter 0 of group 0 .*take confidence='fixed'"),
-        ("sparsity", r"TypeError: parameter 0 of group 0 .*its threshold follows the whole gradient"),
         ("variance", r"TypeError: parameter 0 of group 0 .*use moving averages"),
         ("summands", r"TypeError: parameter 0 of group 0 .*redistribute it"),
         ("plain gradient", r"TypeError: the gradient of parameter 0 of group 0 is a plain tensor: must be a DTensor"),
@@ -152,3 +149,37 @@ def test_the_reader_in_python_takes_parts_as_the_compiled_one_does(ranks):
 def test_fsdp2_with_tensor_parallelism(ranks, options):
     """Rows that two dimensions of the mesh cut, the first of them strided, lie side by side on each rank."""
     assert ranks(4).run(sharded.tensor_parallel_as_alone, "SignAdamPP", {"lr": 0.01, **options}) == [None] * 4
+
+
+@pytest.mark.parametrize("original", [False, True], ids=["flat", "original"])
+def test_the_first_fsdp(ranks, original):
+    run = ranks(2).run
+    assert run(sharded.first_fsdp, "fixed", original) == [None] * 2
+    for confidence in ("adaptive", "adaptive_delayed"):
+        for error in run(sharded.first_fsdp, confidence, original):
+            assert re.match(r"parameter .*FullyShardedDataParallel.*take confidence='fixed'", error), error
+
+
+THRESHOLDS = {
+    "adaptive": {"confidence": "adaptive", "alpha": 0.5},
+    "adaptive_delayed": {"confidence": "adaptive_delayed", "alpha": 0.5},
+    "sparsity": {"confidence": "sparsity", "target": 0.3},
+    "coupled": {"confidence": "adaptive", "weight_decay": 0.1, "decoupled_weight_decay": False},
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", THRESHOLDS.values(), ids=THRESHOLDS.keys())
+def test_thresholds_follow_the_whole_gradient(ranks, options, backend):
+    """Ranks agree to the bit; with the unsharded run up to rounding, in double, and so do its parameters here."""
+    for count, mesh, dims in ((2, (), (0,)), (3, (), (0,)), (4, (2, 2), (None, 0)), (4, (2, 2), (1, 0))):
+        for threshold, param in ranks(count).run(
+            sharded.agreed_thresholds, {**options, "backend": backend}, torch.float32, mesh, dims
+        ):
+            assert threshold < 1e-13 and param == 0
+
+
+def test_thresholds_with_weights_that_are_split(ranks):
+    options = {**THRESHOLDS["coupled"], "param_storage": "split16"}
+    for threshold, param in ranks(2).run(sharded.agreed_thresholds, options, BF16):
+        assert threshold < 1e-13 and param == 0

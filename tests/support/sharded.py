@@ -115,6 +115,39 @@ def sharded_as_alone(
     return None
 
 
+def agreed_thresholds(
+    options: dict[str, Any], dtype: torch.dtype, mesh: Sequence[int] = (), dims: Sequence[int | None] = (0,)
+) -> list[float]:
+    """The largest difference, as a share, of a threshold's state from that of a training on whole tensors; and of a
+    parameter, whose elements may pass in one run and not in the other where they equal the threshold."""
+    device_mesh = mesh_of(mesh or (dist.get_world_size(),))
+    placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+    # In one run a parameter without elements on some ranks, and one that all ranks have.
+    shapes = [shape for shape in SHAPES if len(shape) > max(dim or 0 for dim in dims)]
+    alone = [nn.Parameter(value) for value in whole_parameters(shapes, dtype)]
+    params = [
+        nn.Parameter(distribute_tensor(value, device_mesh, placements if i else [Replicate()] * len(placements)))
+        for i, value in enumerate(whole_parameters(shapes, dtype))
+    ]
+    options = {"lr": 2.0**-6, **options}
+    ours, theirs = make("SignAdamPP", params, options), make("SignAdamPP", alone, options)
+    found = [0.0, 0.0]
+    for step in range(4):
+        grads = whole_gradients(shapes, step, dtype)
+        step_on(params, ours, grads)
+        step_on(alone, theirs, grads)
+        for param, single in zip(params, alone, strict=True):
+            own, other = ours.state[param], theirs.state[single]
+            name = next(name for name in own if name in ("exp_avg_std", "threshold"))
+            everyone: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, own[name].item())
+            assert len(set(everyone)) == 1, f"ranks have other thresholds: {everyone}"
+            assert other[name].item() > 0
+            found[0] = max(found[0], abs(own[name].item() / other[name].item() - 1))
+            found[1] = max(found[1], (whole(param.detach()).double() - single.detach().double()).abs().max().item())
+    return found
+
+
 def by_python_reader(*arguments: Any) -> str | None:
     """:func:`sharded_as_alone` where torch's C shim is not found."""
     make_reader, gradients._shim = gradients._shim, lambda: None
@@ -348,12 +381,7 @@ def error_of(kind: str) -> str:
     mesh = mesh_of((world,))
     value = whole_parameters([(4 * world, 6)], torch.float32)[0]
     param = nn.Parameter(distribute_tensor(value, mesh, [Shard(1 if kind == "random bits" else 0)]))
-    options: dict[str, Any] = {
-        "random bits": {"state_dtype": "int2"},
-        "adaptive": {"confidence": "adaptive", "alpha": 0.5},
-        "adaptive_delayed": {"confidence": "adaptive_delayed", "alpha": 0.5},
-        "sparsity": {"confidence": "sparsity", "target": 0.1},
-    }.get(kind, {})
+    options: dict[str, Any] = {"state_dtype": "int2"} if kind == "random bits" else {}
     name = "MSVAG" if kind == "variance" else "SignAdamPP"
     if kind == "variance":
         options = {"variance": "minibatch"}
@@ -385,3 +413,30 @@ def error_of(kind: str) -> str:
             assert same_bits(whole(param.detach()), value), "the parameter has changed"
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+# FSDP's first version
+
+
+def first_fsdp(confidence: str, original: bool) -> str | None:
+    """Trains under FullyShardedDataParallel: the error of a step, or None where ranks agree and weights have moved."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(Model(), use_orig_params=original, device_id=torch.device("cpu"))
+    optimizer = make("SignAdamPP", model.parameters(), {"lr": 0.01, "confidence": confidence, "state_dtype": "int2"})
+    with FullyShardedDataParallel.summon_full_params(model):
+        before = [param.detach().clone() for param in model.parameters()]
+    try:
+        for step in range(2):
+            model(batch(step, dist.get_rank())).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    except TypeError as error:
+        return str(error)
+    with FullyShardedDataParallel.summon_full_params(model):
+        for param, old in zip(model.parameters(), before, strict=True):
+            first = param.detach().clone()
+            dist.broadcast(first, 0)
+            if not same_bits(first, param.detach()) or torch.equal(param.detach(), old):
+                return "ranks differ, or nothing has moved"
+    return None

@@ -229,8 +229,12 @@ def next_threshold_state(a: Tensor, g: Tensor, alpha: Tensor, scalars: Scalars) 
     """What the next threshold is made of, after gradient ``g``, in double, additions in the shared order."""
     flat = g.double()
     first = ordered_sum(passes(g, alpha).double() if scalars["steers"] else flat)
-    second = ordered_sum(flat * flat)
-    n = torch.full_like(a, g.numel())  # CUDA divides by a number by way of its reciprocal
+    return moved_by_sums(a, first, ordered_sum(flat * flat), g.numel(), scalars)
+
+
+def moved_by_sums(a: Tensor, first: Tensor, second: Tensor, numel: int, scalars: Scalars) -> Tensor:
+    """The same, of sums over a gradient of ``numel`` entries: itself, or the entries that pass, and its squares."""
+    n = torch.full_like(a, numel)  # CUDA divides by a number by way of its reciprocal
     moved = (next_threshold if scalars["steers"] else next_deviation)(a, first, second, n, scalars)
     return torch.where(torch.isfinite(first) & torch.isfinite(second), moved, a)
 
