@@ -38,8 +38,8 @@ NOT_COUNTED = (
 
 
 DIVIDED = (
-    "everything divided evenly, a lower bound which this version cannot reach: sharded parameters (DTensor) are "
-    "refused, and data parallel training keeps all of it on every GPU"
+    "everything divided evenly, which sharded training (FSDP2) comes near: what it gathers of a layer comes on "
+    "top, and data parallel training keeps all of it on every GPU"
 )
 
 

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ..core import memory_order, tensors
+from ..core import memory_order, shards, tensors
 from ..engine.overlap import overlap_levels
 
 #: What the gradients of a chunk's samples may take where no ``chunk_size`` is given, in bytes.
@@ -253,6 +253,10 @@ def _refuse(name: str, module: nn.Module) -> None:
             cure = "give the .module in it, and the variance will be that of this process's part of the batch"
         raise ValueError(
             f"{label} is a {type(module).__name__}, which spreads a batch over devices or processes: {cure}"
+        )
+    if any(shards.is_sharded(param) for param in module.parameters(recurse=False)):
+        raise ValueError(
+            f"{label} has DTensors as parameters, which are not whole here: a sample has no gradient of them"
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(f"{label} is a {type(module).__name__}, which torch.func cannot evaluate: give it unscripted")

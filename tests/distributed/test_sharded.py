@@ -127,6 +127,7 @@ def test_gradients_that_are_spread_otherwise(ranks, kind):
     [
         ("random bits", r"TypeError: parameter 0 of group 0 .*needs shards on the first dimension"),
         ("variance", r"TypeError: parameter 0 of group 0 .*use moving averages"),
+        ("samples", r"ValueError: .*has DTensors as parameters"),
         ("summands", r"TypeError: parameter 0 of group 0 .*redistribute it"),
         ("plain gradient", r"TypeError: the gradient of parameter 0 of group 0 is a plain tensor: must be a DTensor"),
         ("gradient elsewhere", r"ValueError: the gradient of parameter 0 .*over another mesh"),
@@ -183,3 +184,21 @@ def test_thresholds_with_weights_that_are_split(ranks):
     options = {**THRESHOLDS["coupled"], "param_storage": "split16"}
     for threshold, param in ranks(2).run(sharded.agreed_thresholds, options, BF16):
         assert threshold < 1e-13 and param == 0
+
+
+@pytest.mark.parametrize("policy", ["mixed precision", "offload"])
+def test_policies_of_fsdp2(ranks, policy):
+    options = {"lr": 0.01, "state_dtype": "int2", "param_storage": "stochastic"}
+    arguments = ("SignAdamPP", options, torch.float32, (), None, 3, False, policy)
+    assert ranks(2).run(sharded.fsdp_as_alone, *arguments) == [None] * 2
+
+
+@pytest.mark.parametrize("accumulates", [False, True], ids=["", "accumulated"])
+def test_data_parallel(ranks, accumulates):
+    assert ranks(2).run(sharded.data_parallel, {"state_dtype": "int2"}, accumulates) == [None] * 2
+
+
+@pytest.mark.parametrize("name", ["SignAdamPP", "Signum"])
+def test_redundancy_free_optimizer(ranks, name):
+    """In fp32: in fewer bits it draws other random bits, since each rank's optimizer numbers parameters anew."""
+    assert ranks(2).run(sharded.redundancy_free, name) == [None] * 2

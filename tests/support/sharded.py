@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import signadam_ext
-from signadam_ext import release_gradients
+from signadam_ext import per_sample_variance, release_gradients
 from signadam_ext.core import shards
 from signadam_ext.engine import gradients
 
@@ -219,9 +219,14 @@ def fsdp_as_alone(
     clip: float | None = None,
     steps: int = 3,
     compiled: bool = False,
+    policy: str | None = None,
 ) -> str | None:
     """Whether FSDP2 has the bits of a single model that is given the gradients which FSDP2 has reduced."""
-    model = fsdp_model(dtype, mesh_of(mesh) if mesh else None)
+    policies: dict[str | None, dict[str, Any]] = {
+        "mixed precision": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
+        "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+    }
+    model = fsdp_model(dtype, mesh_of(mesh) if mesh else None, **policies.get(policy, {}))
     alone = Model(dtype)
     ours, theirs = make(name, model.parameters(), options), make(name, alone.parameters(), options)
     run = torch.compile(model, backend="eager") if compiled else model
@@ -402,6 +407,9 @@ def error_of(kind: str) -> str:
             param = nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)], run_check=False))
             optimizer = make(name, [param], {"lr": 0.01})
             param.grad = distribute_tensor(torch.ones_like(value), mesh, [Shard(0)])
+        if kind == "samples":
+            module = fsdp_model()
+            per_sample_variance(module, nn.functional.mse_loss, (torch.ones(4, 6), torch.ones(4, 3)))
         if kind == "accumulated release":
             param.grad = None
             release_gradients([param], optimizer, accumulation_steps=2)
@@ -439,4 +447,55 @@ def first_fsdp(confidence: str, original: bool) -> str | None:
             dist.broadcast(first, 0)
             if not same_bits(first, param.detach()) or torch.equal(param.detach(), old):
                 return "ranks differ, or nothing has moved"
+    return None
+
+
+# Data parallelism
+
+
+def data_parallel(options: dict[str, Any], accumulates: bool) -> str | None:
+    """Trains under DistributedDataParallel: None where all ranks have the bits of one training on the mean gradient."""
+    model, alone = nn.parallel.DistributedDataParallel(Model()), Model()
+    ours, theirs = (make("SignAdamPP", each.parameters(), {"lr": 0.01, **options}) for each in (model, alone))
+    for step in range(3):
+        ours.zero_grad()
+        if accumulates:
+            with model.no_sync():
+                model(batch(100 + step, dist.get_rank())).square().sum().backward()
+        model(batch(step, dist.get_rank())).square().sum().backward()
+        for param, single in zip(model.parameters(), alone.parameters(), strict=True):
+            single.grad = param.grad.clone()
+        ours.step()
+        theirs.step()
+        if (found := difference(ours, theirs)) is not None:
+            return f"after step {step + 1}: {found}"
+    for param in model.parameters():
+        first = param.detach().clone()
+        dist.broadcast(first, 0)
+        if not same_bits(first, param.detach()):
+            return "ranks differ"
+    return None
+
+
+def redundancy_free(name: str) -> str | None:
+    """Trains under ZeroRedundancyOptimizer: None where all ranks have the bits of one training alone."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model, alone = Model(), Model()
+    ours = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=getattr(signadam_ext, name), lr=0.01)
+    theirs = make(name, alone.parameters(), {"lr": 0.01})
+    for step in range(4):
+        for each, optimizer in ((model, ours), (alone, theirs)):
+            optimizer.zero_grad()
+            each(batch(step, 0)).square().sum().backward()
+            optimizer.step()
+        for i, (param, single) in enumerate(zip(model.parameters(), alone.parameters(), strict=True)):
+            if not same_bits(param.detach(), single.detach()):
+                return f"parameter {i} after step {step + 1}"
+    ours.consolidate_state_dict(0)
+    if dist.get_rank() == 0:
+        saved = ours.state_dict()["state"]
+        for number, entries in theirs.state_dict()["state"].items():
+            if not same_bits(saved[number]["exp_avg"], entries["exp_avg"]):
+                return f"exp_avg of {number}"
     return None
