@@ -49,6 +49,7 @@ class Runtime:
         round: number of the last step.
         driver: takes the steps, while there is one.
         has_warned: whether the variance of few bits has been warned of.
+        has_compared: whether ranks have been found to have the same optimizer, as far as they share parameters.
     """
 
     owner: weakref.ref[Optimizer]
@@ -63,6 +64,7 @@ class Runtime:
     round: int = 0
     driver: StepDriver | None = None
     has_warned: bool = False
+    has_compared: bool = False
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from ..engine.participants import Item
 from ..engine.plan import Plan
 from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
+from . import ranks
 from .groups import GroupedOptimizer, label, layout_of
 
 #: How often a step is planned where another thread gives or drops gradients meanwhile.
@@ -120,6 +121,10 @@ def make_plan(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> 
 def _plan_of(optimizer: GroupedOptimizer, items: list[Item], groups: Sequence[dict[str, Any]]) -> Plan:
     """A plan that has read its first gradients."""
     runtime = optimizer.runtime
+    if not runtime.has_compared:
+        read, defaults = runtime.hyperparameters.read, optimizer.defaults
+        ranks.compare(optimizer, [read(index, group, defaults) for index, group in enumerate(optimizer.param_groups)])
+        runtime.has_compared = True
     # State outlives this step, so it must not be made of inference tensors.
     for _ in range(PLANNING_ATTEMPTS):
         with outside_inference_mode(), torch.no_grad():

@@ -202,3 +202,26 @@ def test_data_parallel(ranks, accumulates):
 def test_redundancy_free_optimizer(ranks, name):
     """In fp32: in fewer bits it draws other random bits, since each rank's optimizer numbers parameters anew."""
     assert ranks(2).run(sharded.redundancy_free, name) == [None] * 2
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("lr", "lr of group 0 is 0.01 on rank 0; 0.02 on rank 1."),
+        ("alpha", "alpha of group 0 is 0.1 on rank 0; 0.2 on rank 1."),
+        ("seed", "seed of group 0 is 3 on rank 0; 4 on rank 1."),
+        ("order", "parameter 0 of group 0 is (8, 3), torch.float32, (Shard(dim=0),) on rank 0; (8, 2), torch.float32"),
+        ("number", "the number of parameters of group 0 is 3 on rank 0; 2 on rank 1."),
+        ("class", "the optimizer is SignAdamPP on rank 0; SignSGD on rank 1."),
+        ("version", "the version of signadam_ext is 0.2.0 on rank 0; 0.0.1 on rank 1."),
+        ("none", "no error"),
+    ],
+)
+def test_ranks_that_differ_are_found_at_the_first_step(ranks, kind, words):
+    for error in ranks(2).run(sharded.error_of_ranks, kind):
+        assert words in error, error
+
+
+def test_ranks_that_differ_are_found_by_those_that_share_no_row_with_them(ranks):
+    for error in ranks(4).run(sharded.error_of_ranks, "seed", (2, 2)):
+        assert "seed of group 0 is 3 on ranks 0, 2, 3; 4 on rank 1." in error, error

@@ -25,6 +25,7 @@ import signadam_ext
 from signadam_ext import per_sample_variance, release_gradients
 from signadam_ext.core import shards
 from signadam_ext.engine import gradients
+from signadam_ext.optimizers import ranks
 
 ROWS = {row.id: row for row in TABLE}
 #: Uneven over 2, 3 and 4 ranks; with empty parts on 4; a vector, and more dimensions.
@@ -420,6 +421,38 @@ def error_of(kind: str) -> str:
         if kind != "summands":
             assert same_bits(whole(param.detach()), value), "the parameter has changed"
         return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+# Ranks that do not belong together
+
+
+def error_of_ranks(kind: str, mesh: Sequence[int] = ()) -> str:
+    """What is said on this rank, where rank 1 has something otherwise than the others."""
+    is_other = dist.get_rank() == 1
+    device_mesh = mesh_of(mesh or (dist.get_world_size(),))
+    placements = [Shard(0)] * device_mesh.ndim
+    values = whole_parameters([(8, 3), (8, 3), (8, 2)], torch.float32)
+    params = [nn.Parameter(distribute_tensor(value, device_mesh, placements)) for value in values]
+    options: dict[str, Any] = {"lr": 0.01, "alpha": 0.1, "seed": 3}
+    given = params
+    if is_other:
+        options |= {"lr": {"lr": 0.02}, "alpha": {"alpha": 0.2}, "seed": {"seed": 4}}.get(kind, {})
+        given = {"order": params[::-1], "number": params[:2]}.get(kind, params)
+    optimizer = make("SignSGD" if kind == "class" and is_other else "SignAdamPP", given, {**options})
+    version = ranks.__version__
+    try:
+        if kind == "version" and is_other:
+            ranks.__version__ = "0.0.1"
+        for param in params:
+            param.grad = distribute_tensor(torch.ones_like(param.full_tensor()), device_mesh, placements)
+        optimizer.step()
+    except RuntimeError as error:
+        for param, value in zip(params, values, strict=True):
+            assert torch.equal(param.full_tensor(), value), "a parameter has changed"
+        return str(error)
+    finally:
+        ranks.__version__ = version
     return "no error"
 
 

@@ -1,0 +1,93 @@
+"""What ranks must have alike to train one model: compared once, before an optimizer's first step on sharded parameters.
+
+A difference would show later, as ranks whose parts no longer belong together, or as a wait without end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .._version import __version__
+from ..core import shards
+from .groups import GroupedOptimizer, label
+
+
+def compare(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raises on all ranks where they do not have the same optimizer; communicates if a parameter is sharded.
+
+    Args:
+        optimizer: of this rank.
+        groups: its groups, as they were read for this step.
+
+    Raises:
+        RuntimeError: another version, class, hyperparameter or seed, or other parameters, on some rank.
+    """
+    meshes = {param.device_mesh: None for group in groups for param in group["params"] if shards.is_sharded(param)}
+    if not meshes:
+        return
+    own = _told(optimizer, groups)
+    digest = hashlib.sha256(repr(own).encode()).hexdigest()
+    for mesh in meshes:
+        # Of a thousand ranks all that they have would be much, where it is the same.
+        if len(set(_gathered(mesh, digest).values())) > 1:
+            _refuse(_gathered(mesh, own))
+
+
+def _told(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What is to be the same, by what an error calls it."""
+    told = {
+        "the version of signadam_ext": __version__,
+        "the optimizer": type(optimizer).__qualname__,
+        "the number of parameter groups": str(len(groups)),
+    }
+    for index, group in enumerate(groups):
+        told[f"the number of parameters of group {index}"] = str(len(group["params"]))
+        for i, param in enumerate(group["params"]):
+            told[label(group, index, i)] = _described(param)
+        for name in sorted(group.keys() - {"params", "param_names"}):
+            told[f"{name} of group {index}"] = _shown(group[name])
+    return told
+
+
+def _described(param: Tensor) -> str:
+    spread = f", {tuple(param.placements)}" if shards.is_sharded(param) else ""  # type: ignore[attr-defined]
+    return f"{tuple(param.shape)}, {param.dtype}{spread}"
+
+
+def _shown(value: Any) -> str:
+    if callable(value) and not isinstance(value, Tensor):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
+    return repr(value.tolist() if isinstance(value, Tensor) else value)
+
+
+def _gathered(mesh: Any, value: Any) -> dict[int, Any]:
+    """A value of every rank of a mesh, by rank."""
+    import torch.distributed as dist
+
+    found = {dist.get_rank(): value}
+    for dim in range(mesh.ndim):
+        group = mesh.get_group(dim)
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, found, group=group)
+        found = {rank: value for part in parts for rank, value in part.items()}
+    return dict(sorted(found.items()))
+
+
+def _refuse(told: Mapping[int, Mapping[str, str]]) -> None:
+    """Raises with the first thing that ranks do not have alike."""
+    for name in dict.fromkeys(name for own in told.values() for name in own):
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, own in told.items():
+            ranks_by_value.setdefault(own.get(name, "missing"), []).append(rank)
+        if len(ranks_by_value) > 1:
+            values = "; ".join(
+                f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                for value, ranks in ranks_by_value.items()
+            )
+            raise RuntimeError(
+                f"ranks do not have the same optimizer: {name} is {values}. No parameter has been updated"
+            )
