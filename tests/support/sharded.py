@@ -6,6 +6,7 @@ Every function here is called on all ranks at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from support.strategies import same_bits
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -532,3 +533,23 @@ def redundancy_free(name: str) -> str | None:
             if not same_bits(saved[number]["exp_avg"], entries["exp_avg"]):
                 return f"exp_avg of {number}"
     return None
+
+
+def step_without_rank_1(seconds: float) -> str:
+    """The error of a step whose threshold both ranks have to agree on, and to which one does not come."""
+    group = dist.new_group(timeout=timedelta(seconds=seconds))
+    mesh = DeviceMesh.from_group(group, "cpu")
+    value = whole_parameters([(8, 3)], torch.float32)[0]
+    param = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+    optimizer = make("SignAdamPP", [param], {"lr": 0.01, "confidence": "adaptive"})
+    param.grad = distribute_tensor(torch.ones_like(value), mesh, [Shard(0)])
+    optimizer.step()
+    before = param.detach().to_local().clone()
+    if dist.get_rank() == 1:
+        return "stayed away"
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert same_bits(param.detach().to_local(), before), "the parameter has changed"
+        return str(error)
+    return "no error"
