@@ -103,6 +103,7 @@ class Table:
         index: int,
         seed: int,
         param_id: int,
+        shard_runs: tuple[int, int, int, int] = (0, 0, 0, 0),
     ) -> None: ...
     def finish(self, sums: bool) -> None: ...
     @overload

@@ -40,7 +40,7 @@ def jobs() -> list[tuple[str, dict[str, object]]]:
         rule = rules()[str(given["RULE"])]
         constants: dict[str, object] = {
             **dict.fromkeys(formats, "fp32"),
-            **{"PARAM_STORAGE": "nearest", "THRESHOLD_PASS": 0, "OBSERVES": False, "CONFIDENCE": None},
+            **{"PARAM_STORAGE": "nearest", "THRESHOLD_PASS": 0, "OBSERVES": False, "CONFIDENCE": None, "RUNS": False},
             **{"MOMENTS": rule.moments, "READS_VARIANCE": rule.reads_variance},
             **given,
         }

@@ -62,6 +62,29 @@ def random_halves(h0, h1, first_element, row, WIDE: tl.constexpr):
 
 
 @triton.jit
+def place_of(index, run, stride, count, outer_stride):
+    """Where elements of a part lie in the whole tensor, from that of its first on; as ShardIndex in Python has it."""
+    number = index // run
+    place = number * stride
+    if count != 0:
+        place = number // count * outer_stride + number % count * stride
+    return place + index % run
+
+
+@triton.jit
+def random_halves_at(h0, h1, place):
+    """The 16 random bits of elements anywhere.
+
+    Args:
+        h0, h1: uint32, as of :func:`random_halves`.
+        place: int64, indices in the unsharded tensor.
+    """
+    high = (place >> 33).to(tl.uint32)
+    word = random_word(mix(h0 ^ high), mix(h1 ^ high), (place >> 1).to(tl.uint32))
+    return (word >> (16 * (place & 1).to(tl.uint32))) & 0xFFFF
+
+
+@triton.jit
 def bits_for_m(r):
     return ((r << 8) | (r >> 8)) & 0xFFFF
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from signadam_ext.core.native import compiled as _C
 
 from .formats import FP32, SPLIT8, STOCHASTIC, widen
-from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, random_halves
+from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, place_of, random_halves, random_halves_at
 from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, sign
 from .stored import RUN, load, load_moment, load_param, operand, pointer_to, residual_operand, store_moment, store_param
 from .threshold import CHUNK, LANES, ROWS, finish, halve
@@ -22,6 +22,10 @@ COLUMNS = (
     "threshold_state",
     "numel",
     "shard_offset",
+    "shard_run",
+    "shard_stride",
+    "shard_count",
+    "shard_outer_stride",
     "first_chunk",
     "aligned",
 )
@@ -34,6 +38,10 @@ AUX_AT = tl.constexpr(COLUMNS.index("aux"))
 THRESHOLD_STATE_AT = tl.constexpr(COLUMNS.index("threshold_state"))
 NUMEL_AT = tl.constexpr(COLUMNS.index("numel"))
 SHARD_OFFSET_AT = tl.constexpr(COLUMNS.index("shard_offset"))
+SHARD_RUN_AT = tl.constexpr(COLUMNS.index("shard_run"))
+SHARD_STRIDE_AT = tl.constexpr(COLUMNS.index("shard_stride"))
+SHARD_COUNT_AT = tl.constexpr(COLUMNS.index("shard_count"))
+SHARD_OUTER_STRIDE_AT = tl.constexpr(COLUMNS.index("shard_outer_stride"))
 FIRST_CHUNK_AT = tl.constexpr(COLUMNS.index("first_chunk"))
 ALIGNED_AT = tl.constexpr(COLUMNS.index("aligned"))
 
@@ -66,6 +74,7 @@ def run_rows(
     THRESHOLD_PASS: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     OBSERVES: tl.constexpr,
+    RUNS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """The rows of one chunk. ``WIDE``: every operand lies on a 16-byte boundary, the chunk is full, and, where random
@@ -134,7 +143,17 @@ def run_rows(
                     magnitude += tl.abs(after).to(tl.float64)
             r = lanes
             if DRAWS:
-                r = random_halves(h0, h1, first_element, row, WIDE)
+                if RUNS:
+                    place = place_of(
+                        begin + row * LANES + lanes,
+                        tl.load(entry + SHARD_RUN_AT),
+                        tl.load(entry + SHARD_STRIDE_AT),
+                        tl.load(entry + SHARD_COUNT_AT),
+                        tl.load(entry + SHARD_OUTER_STRIDE_AT),
+                    )
+                    r = random_halves_at(h0, h1, tl.load(entry + SHARD_OFFSET_AT) + place)
+                else:
+                    r = random_halves(h0, h1, first_element, row, WIDE)
             store_param(param, residual, index, p, r, count, PARAM, PARAM_STORAGE, WIDE)
             if MOMENTS > 0:
                 store_moment(exp_avg, exponents, row, m, bits_for_m(r), count, EXP_AVG, WIDE)
@@ -175,6 +194,7 @@ def update(
     THRESHOLD_PASS: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     OBSERVES: tl.constexpr,
+    RUNS: tl.constexpr,
 ):
     """All chunks of a table.
 
@@ -195,6 +215,7 @@ def update(
         THRESHOLD_PASS: NONE, SAME_PASS or PASS_BEFORE.
         CONFIDENCE: a function of the gradient and the threshold that takes the gradient's place, or None.
         OBSERVES: whether what optimizer.statistics() tells is gathered.
+        RUNS: whether tensors are parts whose elements lie in several runs in the whole.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(tensor_of_chunk + chunk)
@@ -220,7 +241,7 @@ def update(
             | (EXP_AVG_SQ != FP32)
             | (AUX != FP32)
         )
-        if DRAWS & (THRESHOLD_PASS != PASS_BEFORE):
+        if DRAWS & (THRESHOLD_PASS != PASS_BEFORE) & (not RUNS):
             wide = wide & has_whole_words(tl.load(entry + SHARD_OFFSET_AT) + begin)
         # Compiled twice, of which a chunk takes one.
         for WIDE in tl.static_range(2):
@@ -228,7 +249,7 @@ def update(
                 first, second = run_rows(
                     entry, grad, rng_keys + 2 * tensor, begin, count, s, alpha, chunk_statistics + 6 * chunk,
                     RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
-                    PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, WIDE == 1,
+                    PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, RUNS, WIDE == 1,
                 )  # fmt: skip
         if THRESHOLD_PASS != NONE:
             tl.store(sums + 2 * chunk, halve(first))

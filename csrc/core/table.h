@@ -44,6 +44,17 @@ struct Formats {
   SIGNADAM_HD bool packed() const { return is_packed(exp_avg) || is_packed(exp_avg_sq); }
 };
 
+// Where the elements of a part of a tensor lie in the whole, row by row: runs of elements side by side, `stride` apart,
+// and so many runs `outer_stride` apart. run == 0: the part is one run; count == 0: there is one level.
+struct ShardRuns {
+  int64_t run, stride, count, outer_stride;
+
+  SIGNADAM_HD int64_t place(int64_t index) const {
+    const int64_t number = index / run, within = index % run;
+    return count == 0 ? number * stride + within : number / count * outer_stride + number % count * stride + within;
+  }
+};
+
 struct TensorEntry {
   void* param;
   void* exp_avg;
@@ -56,6 +67,7 @@ struct TensorEntry {
   uint8_t head;          // elements of the parameter before its first 16-byte boundary; 0 where a moment is packed
   void* residual;        // split16: int16; split8: int8; master: fp32; otherwise null
   int64_t shard_offset;  // index of the first element in the unsharded tensor, for random bits
+  ShardRuns runs;        // of the others; on the CPU alone
 
   SIGNADAM_HD bool plain() const { return formats.plain() && aux == nullptr; }
 };

@@ -249,7 +249,7 @@ SIGNADAM_HD void store_moment_group(void* base, Format format, int64_t index, co
     pack_int2(to, bytes);
 }
 
-// Whether every operand has a form that goes by groups, and one pair of keys serves the chunk.
+// Whether every operand has a form that goes by groups, and one pair of keys serves the chunk, which is one run.
 SIGNADAM_HD bool goes_by_groups(const Slice& slice, int moments) {
   const auto wide = [](Format format) { return format == Format::fp32 || format == Format::bf16; };
   const Formats& f = slice.tensor.formats;
@@ -257,7 +257,7 @@ SIGNADAM_HD bool goes_by_groups(const Slice& slice, int moments) {
   return wide(f.param) && wide(f.grad) && (moments < 1 || wide(f.exp_avg) || is_scale_free(f.exp_avg)) &&
          (moments < 2 || wide(f.exp_avg_sq)) &&
          (f.param_storage == ParamStorage::nearest || f.param_storage == ParamStorage::stochastic) && first % 2 == 0 &&
-         first >> 33 == (first + slice.count) >> 33;
+         first >> 33 == (first + slice.count) >> 33 && slice.tensor.runs.run == 0;
 }
 
 // The whole groups of a chunk. Returns how many elements that were.

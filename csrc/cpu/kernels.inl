@@ -163,7 +163,7 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, 
     }
     update_block<Rule>(s, alpha, arrays, count);
     if (chunk_statistics != nullptr) observe_block(effective, alpha, before, arrays.m, count, *chunk_statistics);
-    if (!formats.plain()) r = draw(slice.rng_keys, tensor.shard_offset + index, count, halves);
+    if (!formats.plain()) r = draw(slice.rng_keys, tensor, index, count, halves);
     store_param(tensor, index, arrays.p, r, count);
     if constexpr (Rule::moments > 0)
       store_moment<0>(tensor.exp_avg, formats.exp_avg, tensor.numel, index, arrays.m, r, count);

@@ -6,6 +6,7 @@ static_assert(block_size % packed_run == 0);
 // The 16 random bits of each element, and room for the pairs that stick out at both ends.
 struct Halves {
   alignas(64) uint32_t word[block_size / 2 + 1];
+  alignas(64) uint16_t gathered[block_size];  // of several runs of a shard
 };
 
 void draw_run(const RngSubkey keys, uint32_t pair, uint32_t* SIGNADAM_RESTRICT words, int count) {
@@ -23,6 +24,20 @@ const uint16_t* draw(const RngKey& rng_keys, int64_t first, int count, Halves& h
   if (low < words)
     draw_run(RngSubkey::of(rng_keys, static_cast<uint32_t>(pair >> 32) + 1), 0, halves.word + low, words - low);
   return reinterpret_cast<const uint16_t*>(halves.word) + (first & 1);
+}
+
+// The same from element `index` of a part on, run by run where it is several.
+const uint16_t* draw(const RngKey& rng_keys, const TensorEntry& tensor, int64_t index, int count, Halves& halves) {
+  const ShardRuns& runs = tensor.runs;
+  if (runs.run == 0) return draw(rng_keys, tensor.shard_offset + index, count, halves);
+  for (int done = 0; done < count;) {
+    const int64_t rest = runs.run - (index + done) % runs.run;
+    const int length = rest < count - done ? static_cast<int>(rest) : count - done;
+    const uint16_t* const drawn = draw(rng_keys, tensor.shard_offset + runs.place(index + done), length, halves);
+    std::memcpy(halves.gathered + done, drawn, sizeof(uint16_t) * static_cast<std::size_t>(length));
+    done += length;
+  }
+  return halves.gathered;
 }
 
 float* load_param(const TensorEntry& tensor, int64_t index, float* SIGNADAM_RESTRICT to, int count) {

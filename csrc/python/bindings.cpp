@@ -218,23 +218,25 @@ PYBIND11_MODULE(_C, m) {
           [](HostTable& table, uintptr_t param, uintptr_t residual, uintptr_t exp_avg, uintptr_t exp_avg_sq,
              uintptr_t aux, uintptr_t threshold_state, uintptr_t step, bool step_is_double, int64_t numel,
              int64_t shard_offset, int param_format, int grad_format, int exp_avg_format, int exp_avg_sq_format,
-             int aux_format, int param_storage, uint32_t group, std::size_t index, uint64_t seed, uint32_t param_id) {
+             int aux_format, int param_storage, uint32_t group, std::size_t index, uint64_t seed, uint32_t param_id,
+             const std::tuple<int64_t, int64_t, int64_t, int64_t>& shard_runs) {
             const auto format = [](int number) { return static_cast<Format>(number); };
             const Formats formats{format(param_format),   format(grad_format),
                                   format(exp_avg_format), format(exp_avg_sq_format),
                                   format(aux_format),     static_cast<ParamStorage>(param_storage)};
             // Packed codes are read and written by whole pieces, which must begin where they do.
             const uint8_t head = formats.packed() ? 0 : head_of(pointer<void>(param), formats.param);
-            table.add(
-                {pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(aux),
-                 pointer<double>(threshold_state), numel, 0, formats, head, pointer<void>(residual), shard_offset},
-                {pointer<void>(step), step_is_double}, group, index, seed, param_id);
+            table.add({pointer<void>(param), pointer<void>(exp_avg), pointer<void>(exp_avg_sq), pointer<void>(aux),
+                       pointer<double>(threshold_state), numel, 0, formats, head, pointer<void>(residual), shard_offset,
+                       std::apply([](auto... runs) { return ShardRuns{runs...}; }, shard_runs)},
+                      {pointer<void>(step), step_is_double}, group, index, seed, param_id);
           },
           py::kw_only(), py::arg("param"), py::arg("residual"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
           py::arg("aux"), py::arg("threshold_state"), py::arg("step"), py::arg("step_is_double"), py::arg("numel"),
           py::arg("shard_offset"), py::arg("param_format"), py::arg("grad_format"), py::arg("exp_avg_format"),
           py::arg("exp_avg_sq_format"), py::arg("aux_format"), py::arg("param_storage"), py::arg("group"),
-          py::arg("index"), py::arg("seed"), py::arg("param_id"))
+          py::arg("index"), py::arg("seed"), py::arg("param_id"),
+          py::arg("shard_runs") = std::tuple<int64_t, int64_t, int64_t, int64_t>{})
       .def("finish", &HostTable::finish, py::arg("sums"))
       .def("begin", [](HostTable& table, const GradientReader& reader) { return table.begin(reader.grads()); })
       .def("begin",

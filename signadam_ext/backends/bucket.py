@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.formats import DTYPE_FORMATS, PARAM_STORAGES, Format
 from ..core.native import compiled as _C
 from ..core.rule import Rule
+from ..core.shard_index import ShardIndex
 from ..core.step_statistics import COLUMNS
 
 #: Stands for a tensor between two steps.
@@ -34,8 +35,8 @@ class Entry:
         step: 0-dim float64 on the CPU, the number of steps taken, during a step; fp32 in the functional forms; None
             where nobody counts.
         group: index of its parameter group.
-        seed, param_id, shard_offset: what its random bits are made of: the seed, the number under which
-            ``state_dict()`` lists the parameter, and the index of the first element in the unsharded tensor.
+        seed, param_id, shard: what its random bits are made of: the seed, the number under which ``state_dict()`` lists
+            the parameter, and where its elements lie in the unsharded tensor.
         image: where the reference computes parameters that share memory, during a step: the place of ``param`` in a
             copy of its storage; None for others.
         numel, strides: of ``dense_param``.
@@ -57,7 +58,7 @@ class Entry:
     group: int
     seed: int
     param_id: int
-    shard_offset: int
+    shard: ShardIndex
     image: Tensor | None = None
     numel: int = field(init=False)
     strides: tuple[int, ...] = field(init=False)
@@ -141,7 +142,8 @@ class Bucket:
                 step=0 if entry.step is None else entry.step.data_ptr(),
                 step_is_double=entry.step is None or entry.step.dtype == torch.float64,
                 numel=entry.numel,
-                shard_offset=entry.shard_offset,
+                shard_offset=entry.shard.offset,
+                shard_runs=(entry.shard.run, entry.shard.stride, entry.shard.count, entry.shard.outer_stride),
                 param_format=DTYPE_FORMATS[entry.dense_param.dtype],
                 grad_format=DTYPE_FORMATS[entry.grad_dtype],
                 exp_avg_format=formats[0],

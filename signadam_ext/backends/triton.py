@@ -126,6 +126,7 @@ def _launches(bucket: Bucket) -> list[dict[str, Any]]:
         "READS_VARIANCE": bucket.rule.reads_variance,
         "PARAM_STORAGE": PARAM_STORAGES[sample.param_storage],
         "CONFIDENCE": bucket.rule.confidence,
+        "RUNS": sample.shard.run > 0,
     }
     before, none = _C.ThresholdPass.PASS_BEFORE, _C.ThresholdPass.NONE
     own: _C.ThresholdPass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)
@@ -187,7 +188,11 @@ def _table(entries: Sequence[Entry]) -> Tensor:
             "aux": operands[2],
             "threshold_state": 0 if entry.threshold_state is None else entry.threshold_state.data_ptr(),
             "numel": numel,
-            "shard_offset": entry.shard_offset,
+            "shard_offset": entry.shard.offset,
+            "shard_run": entry.shard.run,
+            "shard_stride": entry.shard.stride,
+            "shard_count": entry.shard.count,
+            "shard_outer_stride": entry.shard.outer_stride,
             "first_chunk": first_chunk,
             "aligned": all(address % 16 == 0 for address in (entry.dense_param.data_ptr(), residual, *operands)),
         }

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .shard_index import ShardIndex
+
 _WORD = 0xFFFFFFFF
 
 
@@ -43,10 +45,17 @@ def random_bits(
         count: number of elements.
         device: where the result lies.
     """
-    index = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    return shard_bits(seed, tensor, step, ShardIndex(first), count, device)
+
+
+def shard_bits(
+    seed: int, tensor: int, step: int, shard: ShardIndex, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The same of the first ``count`` elements of a part of the tensor."""
+    index = shard.place(torch.arange(count, dtype=torch.int64, device=device))
     pair = index >> 1
     r = torch.zeros_like(index)
-    for high in range(first >> 33, (max(first + count, 1) - 1 >> 33) + 1):
+    for high in range(shard.offset >> 33, (shard.place(max(count, 1) - 1) >> 33) + 1):
         k0, k1 = keys(seed, tensor, step, high)
         x = pair & _WORD ^ k0
         x = x ^ x >> 16

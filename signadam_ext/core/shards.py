@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .shard_index import ShardIndex
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sharding:
@@ -25,8 +27,7 @@ class Sharding:
         mesh, placements: as of the DTensor.
         shape, stride: of the whole tensor.
         is_split: whether ranks have different parts.
-        offset: row-major index in the whole tensor of the first element of this rank's part.
-        is_run: whether this rank's part is one run of the whole tensor in row-major order.
+        index: where the elements of this rank's part lie in the whole tensor, row by row.
         first, part: where this rank's part begins in each dimension, and its shape.
     """
 
@@ -36,8 +37,7 @@ class Sharding:
     shape: torch.Size
     stride: tuple[int, ...]
     is_split: bool
-    offset: int
-    is_run: bool
+    index: ShardIndex
     first: tuple[int, ...]
     part: tuple[int, ...]
 
@@ -109,6 +109,10 @@ def sharding_of(label: str, param: Tensor) -> Sharding | None:
     if 0 in part:  # of no part, or of a rank outside of the mesh, torch gives an offset that is none
         first = (0,) * len(shape)
         part = tuple(local(param).shape)
+    try:
+        index = ShardIndex.of(shape, first, part)
+    except ValueError as error:
+        raise TypeError(f"{label} is a DTensor with the placements {placements}: {error}; redistribute it") from None
     return Sharding(
         spec=param._spec,  # type: ignore[attr-defined]
         mesh=mesh,
@@ -116,8 +120,7 @@ def sharding_of(label: str, param: Tensor) -> Sharding | None:
         shape=shape,
         stride=param.stride(),
         is_split=bool(splits),
-        offset=_row_major(shape, first),
-        is_run=_is_run(shape, part),
+        index=index,
         first=tuple(first),
         part=tuple(part),
     )
@@ -127,21 +130,6 @@ def _fills(mesh: Any, splits: Sequence[tuple[int, Any]], index: int, placement: 
     """Whether the pieces of a strided shard lie side by side, because later dimensions of the mesh split them again."""
     later = [mesh.size(i) for i, other in splits if i > index and other.dim == placement.dim]
     return bool(math.prod(later) == placement.split_factor)
-
-
-def _row_major(shape: Sequence[int], place: Sequence[int]) -> int:
-    index = 0
-    for size, at in zip(shape, place, strict=True):
-        index = index * size + at
-    return index
-
-
-def _is_run(shape: Sequence[int], part: Sequence[int]) -> bool:
-    """Whether a box of that shape is one run of a tensor in row-major order: all of it behind its first long side."""
-    if 0 in part:
-        return True
-    after = next((d for d, size in enumerate(part) if size > 1), len(part)) + 1
-    return tuple(part[after:]) == tuple(shape[after:])
 
 
 def aligned(label: str, value: Tensor, sharding: Sharding) -> Tensor:

@@ -15,6 +15,7 @@ from ..backends.confidence import backend_for, name_of
 from ..core import memory_order, shards, tensors
 from ..core.formats import FP32, Format, effective_param_storage
 from ..core.rule import Rule
+from ..core.shard_index import WHOLE, ShardIndex
 from ..core.shards import Sharding
 from ..state.schema import Fitted
 from .overlap import overlapping
@@ -48,7 +49,7 @@ class Item:
     param_storage: str = "nearest"
     seed: int = 0
     param_id: int = 0
-    shard_offset: int = 0
+    shard: ShardIndex = WHOLE
     at_rest: bool = False
     sharded: Tensor | None = None
     sharding: Sharding | None = None
@@ -127,8 +128,7 @@ def _check_sharded(item: Item, sharding: Sharding) -> None:
     """Raises where a part of a parameter cannot be updated as the same elements of the whole would be.
 
     Raises:
-        TypeError, ValueError: memory that is not row-major, a rule that reads variances, or random bits for a part that
-            is no run of the whole.
+        TypeError, ValueError: memory that is not row-major, or a rule that reads variances.
     """
     place = f"{item.label} is a DTensor with the placements {sharding.placements}"
     if not item.param.is_contiguous():
@@ -140,11 +140,6 @@ def _check_sharded(item: Item, sharding: Sharding) -> None:
         return
     if item.rule.reads_variance:
         raise TypeError(f"{place}: the variance of its gradient is not known by parts; use moving averages")
-    if not sharding.is_run and _draws(item):
-        raise TypeError(
-            f"{place}, so that a rank's part lies in pieces in the whole: storage by random rounding needs shards on "
-            "the first dimension; use fp32 moments with param_storage='nearest', 'split16' or 'master'"
-        )
 
 
 def _draws(item: Item) -> bool:
@@ -156,6 +151,14 @@ def _draws(item: Item) -> bool:
 def _backend(item: Item) -> backends.Backend:
     confidence = item.rule.confidence
     wanted = item.backend
+    if item.shard.run and _draws(item) and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):
+        # Its kernels number random bits from a first element on; Triton's follow runs as well.
+        if wanted == "cuda":
+            raise RuntimeError(
+                f"{item.label} is a DTensor whose part lies in several runs in the whole, which backend='cuda' does "
+                "not follow: take backend='auto' or 'triton', or shard the first dimension"
+            )
+        wanted = "triton" if backends.get("triton").unusable(item.param.device) is None else "reference"
     if confidence is not None:
         wanted = backend_for(confidence, item.backend)
         if (reason := backends.get(wanted).unusable(item.param.device)) is not None:
@@ -189,7 +192,7 @@ def entry_of(found: Participant) -> Entry:
         item.group,
         item.seed,
         item.param_id,
-        item.shard_offset,
+        item.shard if _draws(item) else WHOLE,
     )
     if item.rule.reads_variance and grad is not None:
         given = item.grad_variance()

@@ -129,7 +129,7 @@ class Plan:
         levels = overlap_levels([found.item.param for found in chosen])
         buckets: dict[tuple[Any, ...], list[tuple[Entry, Sharding | None]]] = {}
         for found, entry, level in zip(chosen, self.entries, levels, strict=True):
-            formats = (entry.dense_param.dtype, entry.grad_dtype, entry.forms, entry.param_storage)
+            formats = (entry.dense_param.dtype, entry.grad_dtype, entry.forms, entry.param_storage, entry.shard.run > 0)
             own = formats if found.backend.splits_formats else None
             rule, sharding = found.item.rule, found.item.sharding
             agreeing = group_of(sharding) if sharding is not None and needs_agreement(rule, sharding) else None

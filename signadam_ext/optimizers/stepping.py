@@ -159,7 +159,7 @@ def make_item(
         param_storage=group["param_storage"],
         seed=group["seed"],
         param_id=param_id,
-        shard_offset=layout.offset,
+        shard=layout.shard,
         sharded=layout.sharded,
         sharding=layout.sharding,
         # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.

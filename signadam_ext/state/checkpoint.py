@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..core import checks, formats, memory_order, shards, tensors
 from ..core.formats import BF16, BLOCK8, FORMATS, FORMATS_BY_NUMBER, FP32, Format
-from ..core.random_bits import MOMENT_BITS, random_bits
+from ..core.random_bits import MOMENT_BITS, shard_bits
+from ..core.shard_index import WHOLE, ShardIndex
 from ..core.shards import Sharding
 
 #: What may lie beside a parameter, by its name in the state.
@@ -68,9 +69,9 @@ class Layout:
         return self.param if self.sharded is None else self.sharded
 
     @property
-    def offset(self) -> int:
-        """Index of the first element of ``param`` in the whole parameter."""
-        return 0 if self.sharding is None else self.sharding.offset
+    def shard(self) -> ShardIndex:
+        """Where the elements of ``param`` lie in the whole parameter."""
+        return WHOLE if self.sharding is None else self.sharding.index
 
 
 @functools.cache  # one string for all parameters
@@ -397,7 +398,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
                 m = m / torch.full((), float(source.levels), dtype=torch.float32, device=m.device)
             if form.levels is not None:
                 m = m.clamp(-1.0, 1.0) * form.levels
-            stored = formats.encode(form, m, conversion_bits(own_bits, seed, param_id, t, layout.offset, m))
+            stored = formats.encode(form, m, conversion_bits(own_bits, seed, param_id, t, layout.shard, m))
             adopted[name] = stored if form.packed else _shaped(stored, param)
             exact = source is form and torch.equal(
                 formats.decode(form, stored, param.numel()).nan_to_num(), flat.float().nan_to_num()
@@ -410,13 +411,13 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
 
 
 def conversion_bits(
-    own_bits: Callable[[Tensor], Tensor], seed: int, param_id: int, t: int, first: int, values: Tensor
+    own_bits: Callable[[Tensor], Tensor], seed: int, param_id: int, t: int, shard: ShardIndex, values: Tensor
 ) -> Tensor:
     """The random bits with which a moment is stored in another form, after step ``t``.
 
-    ``first`` is the index of the first of the values in the whole parameter.
+    ``shard`` tells where the values lie in the whole parameter.
     """
-    return own_bits(random_bits(int(seed), param_id, t + CONVERSION, first, values.numel(), values.device))
+    return own_bits(shard_bits(int(seed), param_id, t + CONVERSION, shard, values.numel(), values.device))
 
 
 def step_tensor(t: int) -> Tensor:

@@ -199,7 +199,7 @@ class _Fitting:
         flat = memory_order.flat(value)
         if form is not BLOCK8:
             return _huge_pages(formats.pack(form, flat.to(torch.int8)))
-        bits = conversion_bits(own_bits, self.seed, self.param_id, self.steps, self.layout.offset, flat)
+        bits = conversion_bits(own_bits, self.seed, self.param_id, self.steps, self.layout.shard, flat)
         return _huge_pages(formats.encode(form, flat.float(), bits))
 
     # The others

@@ -64,6 +64,7 @@ class Job(NamedTuple):
             "THRESHOLD_PASS": THRESHOLD_PASSES.index(self.threshold_pass),
             "CONFIDENCE": None,
             "OBSERVES": self.observes == "with_statistics",
+            "RUNS": False,
         }
 
 

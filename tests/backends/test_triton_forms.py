@@ -22,6 +22,7 @@ from torch import Tensor
 
 from signadam_ext.core import formats
 from signadam_ext.core.rule import rule_of
+from signadam_ext.core.shard_index import ShardIndex
 from signadam_ext.engine.plan import Plan
 from signadam_ext.optimizers.stepping import make_item
 
@@ -100,7 +101,7 @@ class Values:
 def train(
     row: Row,
     combination: Combination,
-    tensors: list[tuple[int, int, int]],
+    tensors: list[tuple[int, int, int | ShardIndex]],
     backend: str,
     device: str,
     steps: int,
@@ -108,7 +109,7 @@ def train(
 ) -> tuple[list[Tensor], torch.optim.Optimizer]:
     """Parameters and optimizer after some steps; between them parameters are set from outside.
 
-    ``tensors``: size, offset in memory, and index of the first element in the unsharded tensor.
+    ``tensors``: size, offset in memory, and index of the first element in the unsharded tensor, or of all.
     """
     # The deviation of adaptive confidence would not move with an infinite number about.
     specials = "confidence" not in row.hyperparameters
@@ -127,7 +128,7 @@ def train(
             param.grad_variance = values.tensor(size, 0).float().abs()
         items = [make_item(optimizer, str(i), param, group, 0, param_id=i) for i, param in enumerate(params)]
         for item, (_, _, shard_offset) in zip(items, tensors, strict=True):
-            item.shard_offset = shard_offset
+            item.shard = ShardIndex(shard_offset) if isinstance(shard_offset, int) else shard_offset
         plan = Plan(items, state=optimizer.state)
         assert plan.read(optimizer.param_groups, optimizer.state)
         plan.run(optimizer.param_groups)
@@ -140,7 +141,7 @@ def train(
 
 
 def assert_parity(
-    row: Row, combination: Combination, tensors: list[tuple[int, int, int]], device: str, **options: Any
+    row: Row, combination: Combination, tensors: list[tuple[int, int, int | ShardIndex]], device: str, **options: Any
 ) -> None:
     params, optimizer = train(row, combination, tensors, "triton", device, **options)
     expected_params, reference = train(row, combination, tensors, "reference", "cpu", **options)
@@ -220,3 +221,31 @@ def test_shards(rule: str, combination: Combination, device: str) -> None:
     tails = (1, border - 31, 3 * border, 5 * border - 33, 2**62 - 1)
     tensors = [*((16384, 0, first) for first in chunks), *((40, 0, first) for first in tails)]
     assert_parity(ROWS[rule], combination, tensors, device, steps=2)
+
+
+#: Runs of odd and even lengths, in one level and in two, across a change of keys, and longer than a chunk.
+RUNS = [
+    (5000, ShardIndex(7, run=5, stride=12)),
+    (16400, ShardIndex((1 << 33) - 20000, run=64, stride=130)),
+    (300, ShardIndex(3, run=1, stride=4)),
+    (4099, ShardIndex(11, run=6, stride=10, count=7, outer_stride=1000)),
+    (40000, ShardIndex(1, run=17001, stride=1 << 34)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*momentum with beta")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("rule", "combination"),
+    [
+        pytest.param("sign_adam", Combination(("int8", "bf16"), "split8", torch.bfloat16), marks=THOROUGH),
+        ("sign_adam_pp", Combination(("int2",), "stochastic", torch.bfloat16)),
+    ],
+    ids=str,
+)
+def test_shards_of_several_runs(rule: str, combination: Combination, device: str) -> None:
+    """Random bits go by the place in the whole tensor where a part of it lies in pieces."""
+    assert_parity(ROWS[rule], combination, [(size, 0, shard) for size, shard in RUNS], device, steps=2)
+    other, _ = train(ROWS[rule], combination, [(300, 0, 3)], "triton", device, steps=2)
+    ours, _ = train(ROWS[rule], combination, [(300, 0, RUNS[2][1])], "triton", device, steps=2)
+    assert not same_bits(ours[0], other[0])

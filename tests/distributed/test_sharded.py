@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -78,12 +79,17 @@ def test_meshes_of_two_dimensions(ranks, mesh, dims):
     assert ranks(4).run(sharded.sharded_as_alone, "SignAdamPP", options, BF16, mesh, dims) == [None] * 4
 
 
-@pytest.mark.parametrize("dims, mesh", [((1,), (2,)), ((0, 1), (2, 2)), ((1, 0), (2, 2))], ids=str)
-def test_shards_on_other_dimensions_without_random_bits(ranks, dims, mesh):
-    count = 2 * len(mesh)
+@pytest.mark.parametrize("dims, mesh", [((1,), (2,)), ((1,), (3,)), ((0, 1), (2, 2)), ((1, 0), (2, 2))], ids=str)
+def test_shards_on_other_dimensions(ranks, dims, mesh):
+    """Uneven parts, parts without elements, and both dimensions at once."""
+    count = math.prod(mesh)
     shapes = ((12, 10), (7, 5), (3, 4), (5, 3, 2))
     run = ranks(count).run
+    for dtype, options in FORMS:
+        arguments = ("SignAdamPP", {"lr": 0.01, **options}, dtype, mesh, dims, 3, shapes)
+        assert run(sharded.sharded_as_alone, *arguments) == [None] * count, options
     for name, options, dtype in (
+        ("SignAdam", {"lr": 0.01, "state_dtype": ("int4", "bf16"), "backend": "reference"}, torch.float32),
         ("SignAdamPP", {"lr": 0.01}, torch.float32),
         ("SignAdam", {"lr": 0.01, "param_storage": "split16"}, BF16),
         ("Lion", {"lr": 0.01, "param_storage": "master"}, BF16),
@@ -125,7 +131,6 @@ def test_gradients_that_are_spread_otherwise(ranks, kind):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("random bits", r"TypeError: parameter 0 of group 0 .*needs shards on the first dimension"),
         ("variance", r"TypeError: parameter 0 of group 0 .*use moving averages"),
         ("samples", r"ValueError: .*has DTensors as parameters"),
         ("summands", r"TypeError: parameter 0 of group 0 .*redistribute it"),

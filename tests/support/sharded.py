@@ -190,13 +190,10 @@ def fsdp_model(dtype: torch.dtype = torch.float32, mesh: Any = None, **options: 
 
 
 def tensor_parallel_as_alone(name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> str | None:
-    """FSDP2 over half of the ranks, and layers cut over the other: by rows, and where ``options`` allow, by columns."""
+    """FSDP2 over half of the ranks, and layers cut over the other, by rows and by columns."""
     mesh = mesh_of((2, 2))
     model, alone = (Model(dtype, (6, 12, 8, 3)) for _ in range(2))  # tensor parallelism wants even cuts
-    plan = {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()}
-    if "state_dtype" in options:
-        plan = {"layers.0": ColwiseParallel(output_layouts=Replicate())}
-    parallelize_module(model, mesh["b"], plan)
+    parallelize_module(model, mesh["b"], {"layers.0": ColwiseParallel(), "layers.1": RowwiseParallel()})
     for layer in model.layers:
         fully_shard(layer, mesh=mesh["a"])
     fully_shard(model, mesh=mesh["a"])
@@ -387,8 +384,8 @@ def error_of(kind: str) -> str:
     world = dist.get_world_size()
     mesh = mesh_of((world,))
     value = whole_parameters([(4 * world, 6)], torch.float32)[0]
-    param = nn.Parameter(distribute_tensor(value, mesh, [Shard(1 if kind == "random bits" else 0)]))
-    options: dict[str, Any] = {"state_dtype": "int2"} if kind == "random bits" else {}
+    param = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+    options: dict[str, Any] = {}
     name = "MSVAG" if kind == "variance" else "SignAdamPP"
     if kind == "variance":
         options = {"variance": "minibatch"}

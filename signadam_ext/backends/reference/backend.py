@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core import formats
 from ...core.memory_order import flat
 from ...core.native import compiled as _C
-from ...core.random_bits import MOMENT_BITS, random_bits
+from ...core.random_bits import MOMENT_BITS, shard_bits
 from ..base import HostLaunch
 from ..confidence import Confidence, check_result
 from . import rules
@@ -82,7 +82,7 @@ def _update(
     r = None
     if entry.param_storage in ("stochastic", "split8") or any(form is not formats.FP32 for form in entry.forms):
         t = 0 if entry.step is None else int(entry.step) + 1
-        r = random_bits(entry.seed, entry.param_id, t, entry.shard_offset, numel, param.device)
+        r = shard_bits(entry.seed, entry.param_id, t, entry.shard, numel, param.device)
     new, new_residual = formats.stored_param(
         entry.param_storage, p, r, param.dtype, None if residual is None else residual.dtype
     )
