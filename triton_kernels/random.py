@@ -62,13 +62,24 @@ def random_halves(h0, h1, first_element, row, WIDE: tl.constexpr):
 
 
 @triton.jit
-def place_of(index, run, stride, count, outer_stride):
-    """Where elements of a part lie in the whole tensor, from that of its first on; as ShardIndex in Python has it."""
-    number = index // run
-    place = number * stride
+def place_of(first, lanes, run, stride, count, outer_stride):
+    """Where a row of elements of a part lies in the whole tensor, from the part's first on: ShardIndex in Python.
+
+    Args:
+        first: int64, index in the part of the row's first element.
+        lanes: int32, the elements after it.
+        run, stride, count, outer_stride: int64. Runs and counts are below 2^30, so that elements divide 32-bit numbers.
+    """
+    number = first // run
+    within = (first % run).to(tl.int32) + lanes
+    runs = within // run.to(tl.int32)
+    within = within % run.to(tl.int32)
+    place = (number + runs) * stride
     if count != 0:
-        place = number // count * outer_stride + number % count * stride
-    return place + index % run
+        of_count = (number % count).to(tl.int32) + runs
+        outer = number // count + of_count // count.to(tl.int32)
+        place = outer * outer_stride + (of_count % count.to(tl.int32)) * stride
+    return place + within
 
 
 @triton.jit

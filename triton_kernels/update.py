@@ -145,7 +145,8 @@ def run_rows(
             if DRAWS:
                 if RUNS:
                     place = place_of(
-                        begin + row * LANES + lanes,
+                        begin + row * LANES,
+                        lanes,
                         tl.load(entry + SHARD_RUN_AT),
                         tl.load(entry + SHARD_STRIDE_AT),
                         tl.load(entry + SHARD_COUNT_AT),

@@ -10,6 +10,9 @@ from torch import Tensor
 
 Index = TypeVar("Index", int, Tensor)
 
+#: Runs are shorter, so that kernels can divide numbers of 32 bits.
+MOST = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
@@ -17,9 +20,9 @@ class ShardIndex:
 
     Attributes:
         offset: index in the whole tensor of the part's first element.
-        run: elements of a run; 0 where the part is one.
+        run: elements of a run, below 2^30; 0 where the part is one.
         stride: elements from the beginning of a run to that of the next.
-        count: runs after which the outer stride comes in; 0 where it never does.
+        count: runs after which the outer stride comes in, below 2^30; 0 where it never does.
         outer_stride: elements from the first of so many runs to the first of the next ones.
     """
 
@@ -39,7 +42,8 @@ class ShardIndex:
             part: the box's shape.
 
         Raises:
-            ValueError: a box that is cut on three dimensions behind its first, which runs in two levels do not tell.
+            ValueError: a box that is cut on three dimensions behind its first, which runs in two levels do not tell, or
+                runs of 2^30 elements.
         """
         levels: list[tuple[int, int]] = []  # (size, stride), the innermost first
         stride, offset = 1, 0
@@ -54,11 +58,12 @@ class ShardIndex:
         if 0 in part or len(levels) <= 1:
             return cls(offset)
         (run, _), (count, runs_stride), *rest = levels
-        if not rest:
-            return cls(offset, run, runs_stride)
         if len(rest) > 1:
             raise ValueError("its part is cut on three dimensions behind the first")
-        return cls(offset, run, runs_stride, count, rest[0][1])
+        count, outer_stride = (count, rest[0][1]) if rest else (0, 0)
+        if max(run, count) >= MOST:
+            raise ValueError("its part lies in runs of 2^30 elements, or in 2^30 of them before a gap")
+        return cls(offset, run, runs_stride, count, outer_stride)
 
     def place(self, index: Index) -> Index:
         """The index in the whole tensor of an element of the part."""

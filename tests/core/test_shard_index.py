@@ -38,6 +38,11 @@ def test_a_part_that_is_one_run_says_so():
     assert ShardIndex.of((3, 6, 4), (0, 2, 1), (3, 2, 2)) == ShardIndex(9, run=2, stride=4, count=2, outer_stride=24)
 
 
+def test_runs_that_are_too_long_are_refused():
+    with pytest.raises(ValueError, match="2\\^30"):
+        ShardIndex.of((2, 1 << 31), (0, 0), (2, 1 << 30))
+
+
 def test_three_cuts_behind_the_first_dimension_are_refused():
     with pytest.raises(ValueError, match="three dimensions"):
         ShardIndex.of((2, 4, 4, 4), (0, 0, 0, 0), (2, 2, 2, 2))
