@@ -34,6 +34,7 @@ from signadam_ext.core.formats import (
     effective_param_storage,
 )
 from signadam_ext.core.rule import Rule, Scalars
+from signadam_ext.core.shard_index import ShardIndex
 
 DTYPES = tuple(DTYPE_FORMATS)
 FUNCTORS = rules()
@@ -407,7 +408,7 @@ def take_step(
             group=i,
             seed=tensor.seed,
             param_id=tensor.param_id,
-            shard_offset=tensor.shard_offset,
+            shard=ShardIndex(tensor.shard_offset),
         )
         for i, (tensor, state) in enumerate(zip(case.tensors, states, strict=True))
     ]
