@@ -387,7 +387,8 @@ py::tuple GradientReader::held(std::size_t index) const {
   py::list held;
   const bool has_grad = index < grad_objects_.size() && grad_objects_[index];
   held.append(has_grad && part(index) ? part(index) : params_.at(index));
-  held.append(!has_grad ? py::none() : grad_part(index) ? grad_part(index) : grad_objects_[index]);
+  const bool is_read = grads_.at(index) != nullptr;
+  held.append(!has_grad ? py::none() : is_read && grad_part(index) ? grad_part(index) : grad_objects_[index]);
   for (std::size_t e = parameter.first_entry; e < parameter.end_entry && e < state_tensors_.size(); ++e)
     held.append(state_tensors_[e] ? state_tensors_[e] : py::none());
   return py::tuple(held);

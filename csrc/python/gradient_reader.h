@@ -70,8 +70,8 @@ class GradientReader {
     }
   }
   // The parameter at `index`, its gradient (or None), and the state entries named to `watch`, from `read` to `release`;
-  // no state entries where `read` has not been given the state. Of a DTensor its part; of a gradient that is spread
-  // otherwise than its parameter, all.
+  // no state entries where `read` has not been given the state. Of a DTensor its part; of a gradient that is not
+  // read where it lies, all.
   py::tuple held(std::size_t index) const;
 
  private:

@@ -1,6 +1,6 @@
 """Tensors that lie in parts on the ranks of a device mesh (DTensor): the part of this rank, and where it lies.
 
-A step works on the parts where they lie, without communication. ``torch.distributed.tensor`` is not imported here: who
+A step works on the parts where they lie. ``torch.distributed.tensor`` is not imported here: who
 has a DTensor has imported it.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shard_index import ShardIndex
+from .shard_index import WHOLE, ShardIndex
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,14 +105,24 @@ def sharding_of(label: str, param: Tensor) -> Sharding | None:
                 "redistribute it"
             )
     shape = param.shape
+    # Decided by the whole, so that ranks with a small part do not go on where others raise.
+    if len({placement.dim for _, placement in splits} - {0}) > 2:
+        raise TypeError(
+            f"{label} is a DTensor with the placements {placements}: its part is cut on three dimensions behind the "
+            "first; redistribute it"
+        )
     part, first = compute_local_shape_and_global_offset(shape, mesh, placements)
-    if 0 in part:  # of no part, or of a rank outside of the mesh, torch gives an offset that is none
+    index = WHOLE
+    if 0 in part:  # torch gives an offset that is none; and of a rank outside of the mesh another number of sizes
+        part = tuple(local(param).shape) if len(part) == len(shape) else (0, *shape[1:])
         first = (0,) * len(shape)
-        part = tuple(local(param).shape)
-    try:
-        index = ShardIndex.of(shape, first, part)
-    except ValueError as error:
-        raise TypeError(f"{label} is a DTensor with the placements {placements}: {error}; redistribute it") from None
+    else:
+        try:
+            index = ShardIndex.of(shape, first, part)
+        except ValueError as error:
+            raise TypeError(
+                f"{label} is a DTensor with the placements {placements}: {error}; redistribute it"
+            ) from None
     return Sharding(
         spec=param._spec,  # type: ignore[attr-defined]
         mesh=mesh,
@@ -181,4 +191,11 @@ def like_gradient(label: str, grad: Tensor, param: Tensor, sharding: Sharding) -
 def _lies_like(value: Tensor, sharding: Sharding) -> bool:
     """Whether a DTensor is spread over the ranks as the parameter is."""
     spec, placements = value._spec, tuple(value.placements)  # type: ignore[attr-defined]
-    return spec is sharding.spec or (spec.mesh == sharding.mesh and placements == sharding.placements)
+    if spec is sharding.spec:
+        return True
+    # Some versions take a strided shard for equal to one that is not.
+    alike = all(
+        type(a) is type(b) and a == b and getattr(a, "split_factor", None) == getattr(b, "split_factor", None)
+        for a, b in zip(placements, sharding.placements, strict=False)
+    )
+    return bool(spec.mesh == sharding.mesh and len(placements) == len(sharding.placements) and alike)

@@ -7,14 +7,16 @@ the unsharded one in its last bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..backends.bucket import Entry
+from ..backends.base import ScalarSet
+from ..backends.bucket import Bucket, Entry
 from ..backends.reference import rules
 from ..core import formats
 from ..core.memory_order import flat
@@ -22,15 +24,33 @@ from ..core.native import compiled as _C
 from ..core.rule import Rule
 from ..core.shards import Sharding
 
+#: A mesh, and for each of its dimensions whether ranks have copies there, not parts.
+Sharers: TypeAlias = tuple[Any, tuple[bool, ...]]
+
 
 def needs_agreement(rule: Rule, sharding: Sharding | None) -> bool:
     """Whether a rule's threshold follows a gradient that is not whole here."""
-    return sharding is not None and sharding.is_split and rule.threshold_pass != "NONE"
+    return (
+        sharding is not None
+        and sharding.is_split
+        and rule.threshold_pass != "NONE"
+        and sharding.mesh.get_coordinate() is not None  # a rank outside of the mesh has no part
+    )
 
 
-def group_of(sharding: Sharding) -> tuple[Any, ...]:
+def group_of(sharding: Sharding) -> Sharers:
     """What parameters whose sums are added up together have in common."""
-    return sharding.mesh, tuple(i for i, place in enumerate(sharding.placements) if not place.is_replicate())
+    return sharding.mesh, tuple(place.is_replicate() for place in sharding.placements)
+
+
+@dataclass(slots=True)
+class _Row:
+    """What is agreed on of one entry in one step."""
+
+    entry: Entry
+    numel: int
+    scalars: dict[str, float]
+    sums: Tensor
 
 
 class Agreement:
@@ -42,49 +62,58 @@ class Agreement:
         shardings: of the entries, in order.
     """
 
-    def __init__(self, rule: Rule, group: tuple[Any, ...], shardings: Sequence[Sharding | None]) -> None:
-        mesh, dims = group
+    def __init__(self, rule: Rule, group: Sharers, shardings: Sequence[Sharding | None]) -> None:
+        self.group = group
         self.comes_first = rule.threshold_pass == "PASS_BEFORE"
-        self._groups = [mesh.get_group(dim) for dim in dims]
         self._numels = [sharding.shape.numel() for sharding in shardings if sharding is not None]
         #: What kernels run: a threshold that is there already.
         self.rule = replace(rule, threshold_pass="NONE")
 
-    def copies(
-        self,
-        entries: Sequence[Entry],
-        table: Any,
-        scalar_sets: Sequence[tuple[float, ...]],
-        grad: Callable[[int], Tensor],
-    ) -> tuple[Any, ...]:
-        """What moves the thresholds, as an operation of a commit; communicates, and writes nothing.
-
-        Args:
-            entries: of the bucket, bound to the tensors of this step.
-            table: which has begun this step.
-            scalar_sets: of this step.
-            grad: gives a gradient by ``Entry.index``.
-        """
+    def rows(self, bucket: Bucket, scalar_sets: Sequence[ScalarSet], grad: Callable[[int], Tensor]) -> list[_Row]:
+        """The sums over this rank's parts of the gradients of a bucket whose table has begun a step."""
         scalars = [dict(zip(_C.SCALARS, values, strict=True)) for values in scalar_sets]
-        taking_part = [
-            (entry, numel, scalars[index])
+        table = bucket.table
+        return [
+            _Row(entry, numel, scalars[index], _sums(entry, scalars[index], grad(entry.index)))
             for entry, numel, index, present in zip(
-                entries, self._numels, table.scalar_indices(), table.grads(), strict=True
+                bucket.entries, self._numels, table.scalar_indices(), table.grads(), strict=True
             )
             if present
         ]
-        sums = torch.stack([_sums(entry, s, grad(entry.index)) for entry, _, s in taking_part])
-        for group in self._groups:
-            sums = _added_up(sums, group)
+
+    def copy(self, rows: Sequence[_Row]) -> tuple[Any, ...]:
+        """What moves the thresholds by sums over whole gradients, as an operation of a commit."""
         targets, results = [], []
-        for (entry, numel, s), (first, second) in zip(taking_part, sums.unbind(), strict=True):
-            assert entry.threshold_state is not None
-            targets.append(entry.threshold_state.data)
-            results.append(rules.moved_by_sums(entry.threshold_state, first, second, numel, s))
+        for row in rows:
+            state = row.entry.threshold_state
+            assert state is not None
+            targets.append(state.data)
+            results.append(rules.moved_by_sums(state, row.sums[0], row.sums[1], row.numel, row.scalars))
             if self.comes_first:
                 # The reference computes before anything is copied, and from the tensors that an entry has.
-                entry.threshold_state = results[-1]
+                row.entry.threshold_state = results[-1]
         return torch._foreach_copy_, targets, results
+
+
+def agree(rows: Mapping[Sharers, Sequence[_Row]]) -> None:
+    """Makes the sums of all rows those over whole gradients; every rank of a mesh comes here with the same parameters.
+
+    Buckets may be others on other ranks, since parts lie otherwise in memory there. So sums go by parameter.
+    """
+    for group in sorted(rows, key=lambda group: min(row.entry.index for row in rows[group])):
+        of_group = sorted(rows[group], key=lambda row: row.entry.index)
+        mesh, copies = group
+        device = of_group[0].sums.device
+        # Offloaded parts are on the CPU, and their mesh need not be.
+        sums = torch.stack([row.sums for row in of_group]).to(mesh.device_type)
+        for dim, is_copy in enumerate(copies):
+            if not is_copy:
+                sums = functools.reduce(torch.add, _of_all_ranks(sums, mesh.get_group(dim)))
+        for dim, is_copy in enumerate(copies):
+            if is_copy:  # those of the first, lest copies come apart where they add otherwise
+                sums = _of_all_ranks(sums, mesh.get_group(dim))[0]
+        for row, agreed in zip(of_group, sums.to(device).unbind(), strict=True):
+            row.sums = agreed
 
 
 def _sums(entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:
@@ -92,9 +121,8 @@ def _sums(entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:
     g = flat(grad)
     if scalars["coupled"] or scalars["maximize"]:
         residual = None if entry.residual is None else flat(entry.residual)
-        g = rules.effective_gradient(
-            scalars, formats.load_param(entry.param_storage, flat(entry.param), residual), g.float()
-        )
+        p = formats.load_param(entry.param_storage, flat(entry.param), residual)
+        g = rules.effective_gradient(scalars, p, g.float())
     assert entry.threshold_state is not None
     if scalars["steers"]:
         alpha = (scalars["alpha"] * entry.threshold_state).float()
@@ -104,13 +132,10 @@ def _sums(entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:
     return torch.stack([first, torch.linalg.vector_norm(g, dtype=torch.float64).square()])
 
 
-def _added_up(sums: Tensor, group: Any) -> Tensor:
-    """The sums of all ranks of a group, added in their order."""
+def _of_all_ranks(sums: Tensor, group: Any) -> list[Tensor]:
+    """The sums of the ranks of a group, in their order."""
     import torch.distributed as dist
 
     parts = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, sums, group=group)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return parts

@@ -213,7 +213,9 @@ class PythonReader(Addresses):
             param = shards.local(owner)
             if place is None or (param is owner) != (sharding is None) or _memory_of(param) != place:
                 return None
-            if sharding is not None and shards.is_sharded(grad) and grad._spec is sharding.spec:
+            given = grad
+            is_spread_alike = sharding is not None and shards.is_sharded(grad) and grad._spec is sharding.spec
+            if is_spread_alike:
                 grad = shards.local(grad)
             held = [param, grad]
             self._owners[index] = owner
@@ -227,6 +229,7 @@ class PythonReader(Addresses):
             found = _memory_of(grad)
             if (
                 found is not None
+                and is_spread_alike == (sharding is not None)
                 and grad.dtype == dtype
                 and grad.shape == param.shape
                 and grad.device == param.device
@@ -235,6 +238,7 @@ class PythonReader(Addresses):
                 self._grads[index] = grad.data_ptr() or 1
                 self._known_memory[index] = found
             else:
+                self._held[index] = (param, given, *held[2:])
                 needs_copy.append(index)
         return needs_copy
 

@@ -93,14 +93,14 @@ def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
     Raises:
         TypeError, ValueError, RuntimeError: it has a gradient, and cannot be served.
     """
-    if item.sharding is not None:
-        _check_sharded(item, item.sharding)
-    elif item.rule.threshold_pass != "NONE" and shards.is_flattened(item.param):
-        raise TypeError(
-            f"{item.label} is part of a flat parameter of FullyShardedDataParallel, and its threshold follows the "
-            "whole gradient, of which each rank has a part: take confidence='fixed'"
-        )
     if grad is not None:
+        if item.sharding is not None:
+            _check_sharded(item, item.sharding)
+        elif item.rule.threshold_pass != "NONE" and shards.is_flattened(item.param):
+            raise TypeError(
+                f"{item.label} is part of a flat parameter of FullyShardedDataParallel, and its threshold follows the "
+                "whole gradient, of which each rank has a part: take confidence='fixed'"
+            )
         if item.sharding is not None:
             grad = shards.like_gradient(item.label, grad, item.param, item.sharding)
         tensors.gradient(item.label, grad, item.param)
@@ -136,8 +136,6 @@ def _check_sharded(item: Item, sharding: Sharding) -> None:
             f"{place} and a part of strides {item.param.stride()}: must be contiguous, as random bits are numbered row "
             "by row"
         )
-    if not sharding.is_split:
-        return
     if item.rule.reads_variance:
         raise TypeError(f"{place}: the variance of its gradient is not known by parts; use moving averages")
 

@@ -20,7 +20,7 @@ from ..core import memory_order, shards, tensors
 from ..core.native import compiled as _C
 from ..core.rule import Group, Rule
 from ..core.shards import Sharding
-from .agreement import Agreement, group_of, needs_agreement
+from .agreement import Agreement, Sharers, agree, group_of, needs_agreement
 from .gradients import GradientReader, ListReader, make_reader
 from .overlap import overlap_levels
 from .participants import Item, Participant, choose, entry_of, is_readable
@@ -258,7 +258,7 @@ class Plan:
         for index in needs_copy:
             param, grad = self._reader.held(index)[:2]
             label = f"the gradient of {self.labels[index]}"
-            if (sharding := self._shardings.get(index)) is not None and shards.is_sharded(grad):
+            if (sharding := self._shardings.get(index)) is not None:
                 self._copies[index] = grad = shards.gradient(self.labels[index], grad, sharding)
             tensors.gradient(self.labels[index], grad, param)
             if grad.dtype != self._grad_dtypes[index]:
@@ -295,10 +295,11 @@ class Plan:
             if scalar_sets := self._scalar_sets(bucket, groups):
                 prepared.append((bucket, launch, scalar_sets))
         self._bind()
+        agreed = self._agree(prepared) if self._agreements else {}
         operations: list[Any] = []
         for bucket, launch, scalar_sets in prepared:
             if isinstance(launch, backends.HostLaunch):
-                before, after = self._agreed(bucket, scalar_sets)
+                before, after = agreed.get(id(bucket), ([], []))
                 operations += before
                 if bucket.rule.confidence is None or lock is None:
                     operations += launch.operations(scalar_sets)
@@ -315,7 +316,7 @@ class Plan:
             if not isinstance(launch, backends.HostLaunch):
                 # Around each launch by itself: a parameter may share memory with one of an earlier launch.
                 non_dense = bucket.present_non_dense()
-                before, after = self._agreed(bucket, scalar_sets)
+                before, after = agreed.get(id(bucket), ([], []))
                 for entry in non_dense:
                     entry.dense_param.copy_(entry.param.detach())
                 for copy, targets, results in before:
@@ -330,15 +331,25 @@ class Plan:
         self._pending = []
         self._is_first = False
 
-    def _agreed(
-        self, bucket: Bucket, scalar_sets: Sequence[tuple[float, ...]]
-    ) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
-        """What moves the thresholds that ranks agree on, before the launch or after it."""
-        agreement = self._agreements.get(id(bucket))
-        if agreement is None:
-            return [], []
-        copies = [agreement.copies(bucket.entries, bucket.table, scalar_sets, self.grad)]
-        return (copies, []) if agreement.comes_first else ([], copies)
+    def _agree(
+        self, prepared: Sequence[tuple[Bucket, backends.Launch, Sequence[backends.ScalarSet]]]
+    ) -> dict[int, tuple[list[Any], list[Any]]]:
+        """What moves the thresholds that ranks agree on, by bucket: before its launch, and after it.
+
+        Communicates, before anything of the step is written.
+        """
+        agreements = self._agreements
+        found = {
+            id(bucket): agreements[id(bucket)].rows(bucket, scalar_sets, self.grad)
+            for bucket, _, scalar_sets in prepared
+            if id(bucket) in agreements
+        }
+        by_group: dict[Sharers, list[Any]] = {}
+        for key, rows in found.items():
+            by_group.setdefault(agreements[key].group, []).extend(rows)
+        agree(by_group)
+        copies = {key: [agreements[key].copy(rows)] for key, rows in found.items()}
+        return {key: (own, []) if agreements[key].comes_first else ([], own) for key, own in copies.items()}
 
     def _written(self) -> Any:
         """The tensors whose version this step increments: parameters, moments, residuals, threshold states."""

@@ -133,6 +133,7 @@ class SignOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         self.runtime.forget_plans()
+        self.runtime.has_compared = False
         if self.runtime.driver is not None:
             self.runtime.driver.extend(group["params"])
 

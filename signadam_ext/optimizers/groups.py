@@ -64,10 +64,16 @@ def layout_of(optimizer: GroupedOptimizer, name: str, param: Tensor, group: Grou
         TypeError: a DTensor that ranks do not have in parts.
     """
     rule = rule_of(type(optimizer), group)
-    sharding = shards.sharding_of(name, param)
+    try:
+        sharding = shards.sharding_of(name, param)
+    except TypeError:
+        # One that never gets a gradient may be of any kind.
+        if param.requires_grad:
+            raise
+        sharding = None
     return Layout(
         name,
-        param if sharding is None else shards.local(param),
+        shards.local(param),
         dict(zip(rule.moments, rule.forms(group), strict=True)),
         effective_param_storage(group["param_storage"], param.dtype),
         rule.threshold_state,

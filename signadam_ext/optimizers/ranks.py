@@ -27,14 +27,20 @@ def compare(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) ->
         RuntimeError: another version, class, hyperparameter or seed, or other parameters, on some rank.
     """
     meshes = {param.device_mesh: None for group in groups for param in group["params"] if shards.is_sharded(param)}
-    if not meshes:
+    # In one order on all ranks: each may be in other meshes of a kind, and have parameters in another order.
+    own_meshes = sorted(
+        (mesh for mesh in meshes if mesh.get_coordinate() is not None),
+        key=lambda mesh: (mesh.ndim, mesh.mesh.flatten().tolist()),
+    )
+    if not own_meshes:
         return
     own = _told(optimizer, groups)
     digest = hashlib.sha256(repr(own).encode()).hexdigest()
-    for mesh in meshes:
-        # Of a thousand ranks all that they have would be much, where it is the same.
-        if len(set(_gathered(mesh, digest).values())) > 1:
-            _refuse(_gathered(mesh, own))
+    differing = [mesh for mesh in own_meshes if len(set(_gathered(mesh, digest).values())) > 1]
+    # Of a thousand ranks all that they have would be much, where it is the same.
+    told = [_gathered(mesh, own) for mesh in differing]
+    for each in told:
+        _refuse(each)
 
 
 def _told(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -45,17 +51,15 @@ def _told(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) -> d
         "the number of parameter groups": str(len(groups)),
     }
     for index, group in enumerate(groups):
-        told[f"the number of parameters of group {index}"] = str(len(group["params"]))
-        for i, param in enumerate(group["params"]):
-            told[label(group, index, i)] = _described(param)
-        for name in sorted(group.keys() - {"params", "param_names"}):
+        # A rank's own, experts for example, may be others than elsewhere, as long as the shared ones keep their places.
+        spread = [(i, param) for i, param in enumerate(group["params"]) if shards.is_sharded(param)]
+        told[f"the number of sharded parameters of group {index}"] = str(len(spread))
+        for i, param in spread:
+            told[label(group, index, i)] = f"{tuple(param.shape)}, {param.dtype}, {tuple(param.placements)}"
+        # Other entries are a user's.
+        for name in sorted(group.keys() & optimizer.defaults.keys()):
             told[f"{name} of group {index}"] = _shown(group[name])
     return told
-
-
-def _described(param: Tensor) -> str:
-    spread = f", {tuple(param.placements)}" if shards.is_sharded(param) else ""  # type: ignore[attr-defined]
-    return f"{tuple(param.shape)}, {param.dtype}{spread}"
 
 
 def _shown(value: Any) -> str:

@@ -192,7 +192,7 @@ def part_of(layout: Layout, name: str, value: Any) -> Any:
         ValueError: a tensor of another shape than the parameter's, or over another mesh.
     """
     sharding = layout.sharding
-    if sharding is None or not isinstance(value, Tensor) or value.dim() == 0 or not _is_spread(layout, name):
+    if sharding is None or not isinstance(value, Tensor) or not _is_spread(layout, name):
         return value
     return shards.aligned(f"state {name!r} of {layout.label}", value, sharding)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from support import sharded
 
+import signadam_ext
+
 BF16 = torch.bfloat16
 FORMS = [
     (torch.float32, {}),
@@ -31,7 +33,7 @@ def test_every_form_has_the_bits_of_the_whole(ranks, dtype, options):
     assert ranks(2).run(sharded.sharded_as_alone, "SignAdamPP", {"lr": 0.01, **options}, dtype) == [None] * 2
 
 
-# Rules whose threshold or variance is of the whole gradient are refused when they are sharded.
+# Thresholds that follow the gradient have tests of their own; the variance of the mini-batch is refused.
 RULES = [
     ("SignSGD", {"lr": 0.01}),
     ("Signum", {"lr": 0.01}),
@@ -122,7 +124,15 @@ def test_fsdp2_compiled(ranks):
 
 @pytest.mark.parametrize(
     "kind",
-    ["partial", "partial on a copy", "shard on a copy", "other dimension", "other strides", "still under way"],
+    [
+        "partial",
+        "partial on a copy",
+        "shard on a copy",
+        "other dimension",
+        "other strides",
+        "still under way",
+        "under way here",
+    ],
 )
 def test_gradients_that_are_spread_otherwise(ranks, kind):
     assert ranks(2).run(sharded.odd_gradients, kind) == [None] * 2
@@ -216,9 +226,9 @@ def test_redundancy_free_optimizer(ranks, name):
         ("alpha", "alpha of group 0 is 0.1 on rank 0; 0.2 on rank 1."),
         ("seed", "seed of group 0 is 3 on rank 0; 4 on rank 1."),
         ("order", "parameter 0 of group 0 is (8, 3), torch.float32, (Shard(dim=0),) on rank 0; (8, 2), torch.float32"),
-        ("number", "the number of parameters of group 0 is 3 on rank 0; 2 on rank 1."),
+        ("number", "the number of sharded parameters of group 0 is 3 on rank 0; 2 on rank 1."),
         ("class", "the optimizer is SignAdamPP on rank 0; SignSGD on rank 1."),
-        ("version", "the version of signadam_ext is 0.2.0 on rank 0; 0.0.1 on rank 1."),
+        ("version", f"the version of signadam_ext is {signadam_ext.__version__} on rank 0; 0.0.1 on rank 1."),
         ("none", "no error"),
     ],
 )
@@ -230,3 +240,7 @@ def test_ranks_that_differ_are_found_at_the_first_step(ranks, kind, words):
 def test_ranks_that_differ_are_found_by_those_that_share_no_row_with_them(ranks):
     for error in ranks(4).run(sharded.error_of_ranks, "seed", (2, 2)):
         assert "seed of group 0 is 3 on ranks 0, 2, 3; 4 on rank 1." in error, error
+
+
+def test_a_step_beside_frozen_dtensors_and_a_parameter_without_dimensions(ranks):
+    assert ranks(2).run(sharded.step_beside_others) == [None] * 2

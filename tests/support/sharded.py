@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from support.paper_formulas import TABLE
 from support.strategies import same_bits
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,7 +25,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import signadam_ext
 from signadam_ext import per_sample_variance, release_gradients
-from signadam_ext.core import shards
 from signadam_ext.engine import gradients
 from signadam_ext.optimizers import ranks
 
@@ -371,6 +371,9 @@ def odd_gradients(kind: str, name: str = "SignAdamPP", dtype: torch.dtype = torc
             given = DTensor.from_local(given.to_local().t().contiguous().t(), mesh, [Shard(0)], run_check=False)
         elif kind == "still under way":
             given = distribute_tensor(grad, mesh, [Shard(1)]).redistribute(mesh, [Shard(0)], async_op=True)
+        elif kind == "under way here":
+            part = AsyncCollectiveTensor(distribute_tensor(grad, mesh, [Shard(0)]).to_local())
+            given = DTensor(part, param._spec, requires_grad=False)
         param.grad, alone.grad = given, grad
         ours.step()
         theirs.step()
@@ -395,9 +398,13 @@ def error_of(kind: str) -> str:
         optimizer = make(name, [param], {"lr": 0.01, **options})
         param.grad = distribute_tensor(torch.ones_like(value), mesh, param.placements)
         if kind == "plain gradient":
-            # torch refuses to set one that is no DTensor; a subclass of the parameter's may give one.
-            raise_on = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
-            shards.gradient("parameter 0 of group 0", value, shards.sharding_of("parameter 0 of group 0", raise_on))
+            # Of the right shape, and at a later step than the first.
+            param = nn.Parameter(distribute_tensor(value, mesh, [Replicate()]))
+            optimizer = make(name, [param], {"lr": 0.0})
+            param.grad = distribute_tensor(torch.ones_like(value), mesh, [Replicate()])
+            optimizer.step()
+            param.grad = None
+            param.grad = torch.ones_like(value)
         if kind == "gradient elsewhere":
             other = init_device_mesh("cpu", (world, 1))
             param.grad = distribute_tensor(torch.ones_like(value), other, [Shard(0), Replicate()])
@@ -550,3 +557,29 @@ def step_without_rank_1(seconds: float) -> str:
         assert same_bits(param.detach().to_local(), before), "the parameter has changed"
         return str(error)
     return "no error"
+
+
+# What a step leaves alone
+
+
+def step_beside_others() -> str | None:
+    """A step beside frozen DTensors of any kind, and with a parameter without dimensions, whose state is loaded."""
+    mesh, world = mesh_of((dist.get_world_size(),)), dist.get_world_size()
+    value = whole_parameters([(4 * world, 6)], torch.float32)[0]
+    param = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+    scale = nn.Parameter(distribute_tensor(torch.tensor(1.5), mesh, [Replicate()]))
+    summands = nn.Parameter(DTensor.from_local(value, mesh, [Partial()], run_check=False), requires_grad=False)
+    part = param.to_local().detach().t().contiguous().t()
+    columns = nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)], run_check=False), requires_grad=False)
+    groups = [{"params": [param, scale, summands, columns], "mine": object()}]
+    optimizer = make("SignAdamPP", groups, {"lr": 0.01})
+    for _ in range(2):
+        param.grad = distribute_tensor(torch.ones_like(value), mesh, [Shard(0)])
+        scale.grad = distribute_tensor(torch.tensor(2.0), mesh, [Replicate()])
+        optimizer.step()
+    saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    momentum = optimizer.state[scale]["exp_avg"]
+    if set(optimizer.state) != {param, scale} or not same_bits(momentum, whole(saved["state"][1]["exp_avg"])):
+        return "state has changed on the way"
+    return None if not same_bits(whole(param.detach()), value) else "nothing has moved"
