@@ -1,7 +1,7 @@
 """Tensors that lie in parts on the ranks of a device mesh (DTensor): the part of this rank, and where it lies.
 
-A step works on the parts where they lie. ``torch.distributed.tensor`` is not imported here: who
-has a DTensor has imported it.
+A step works on the parts where they lie. ``torch.distributed.tensor`` is not imported here: who has a DTensor has
+imported it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def sharding_of(label: str, param: Tensor) -> Sharding | None:
     """How a parameter is spread over a mesh; None for a tensor that is no DTensor.
 
     Raises:
-        TypeError: a parameter of which ranks have summands, not parts (a ``Partial`` placement).
+        TypeError: a parameter of which ranks have summands, not parts (a ``Partial`` placement), or pieces that lie
+            apart, or that is cut on three dimensions behind the first.
     """
     if not is_sharded(param):
         return None

@@ -144,6 +144,8 @@ def test_gradients_that_are_spread_otherwise(ranks, kind):
         ("variance", r"TypeError: parameter 0 of group 0 .*use moving averages"),
         ("samples", r"ValueError: .*has DTensors as parameters"),
         ("summands", r"TypeError: parameter 0 of group 0 .*redistribute it"),
+        ("pieces", r"TypeError: parameter 0 of group 0 .*pieces that lie apart: redistribute it"),
+        ("three cuts", r"TypeError: parameter 0 of group 0 .*three dimensions behind the first; redistribute it"),
         ("plain gradient", r"TypeError: the gradient of parameter 0 of group 0 is a plain tensor: must be a DTensor"),
         ("gradient elsewhere", r"ValueError: the gradient of parameter 0 .*over another mesh"),
         ("columns", r"ValueError: parameter 0 of group 0 .*must be contiguous"),

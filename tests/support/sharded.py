@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import signadam_ext
 from signadam_ext import per_sample_variance, release_gradients
@@ -395,6 +396,12 @@ def error_of(kind: str) -> str:
     try:
         if kind == "summands":
             param = nn.Parameter(DTensor.from_local(value, mesh, [Partial()], run_check=False))
+        if kind == "pieces":
+            placements = [_StridedShard(0, split_factor=2)]
+            param = nn.Parameter(DTensor.from_local(param.to_local().detach(), mesh, placements, run_check=False))
+        if kind == "three cuts":
+            cube, block = init_device_mesh("cpu", (world, 1, 1)), torch.ones(2, 4, 4, 4)
+            param = nn.Parameter(distribute_tensor(block, cube, [Shard(1), Shard(2), Shard(3)]))
         optimizer = make(name, [param], {"lr": 0.01, **options})
         param.grad = distribute_tensor(torch.ones_like(value), mesh, param.placements)
         if kind == "plain gradient":
@@ -423,7 +430,7 @@ def error_of(kind: str) -> str:
             optimizer.save_state("/nonexistent/file")
         optimizer.step()
     except (TypeError, ValueError, RuntimeError) as error:
-        if kind != "summands":
+        if kind not in ("summands", "pieces", "three cuts"):
             assert same_bits(whole(param.detach()), value), "the parameter has changed"
         return f"{type(error).__name__}: {error}"
     return "no error"
