@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from support import sharded
+from support.ranks import Ranks
 
 import signadam_ext
 
@@ -246,3 +247,23 @@ def test_ranks_that_differ_are_found_by_those_that_share_no_row_with_them(ranks)
 
 def test_a_step_beside_frozen_dtensors_and_a_parameter_without_dimensions(ranks):
     assert ranks(2).run(sharded.step_beside_others) == [None] * 2
+
+
+@pytest.mark.thorough
+def test_triton_interpreted(tmp_path):
+    """Launches that are no operations of a commit: thresholds are agreed on before all of them, and parts that are one
+    run and those that are several are launches of their own."""
+    pytest.importorskip("triton")
+    interpreted = Ranks(2, tmp_path, TRITON_INTERPRET="1")
+    options = {"lr": 0.01, "backend": "triton", "param_storage": "stochastic", "state_dtype": "int2"}
+    try:
+        for dims in ((0,), (1,)):
+            shapes = ((7, 5), (3, 1), (2, 3))
+            arguments = ("SignAdamPP", options, BF16, (), dims, 2, shapes)
+            assert interpreted.run(sharded.sharded_as_alone, *arguments) == [None] * 2
+        for name, dims in (("adaptive", (0,)), ("adaptive_delayed", (1,))):
+            own = {**THRESHOLDS[name], "backend": "triton"}
+            for threshold, param in interpreted.run(sharded.agreed_thresholds, own, torch.float32, (), dims):
+                assert threshold < 1e-13 and param == 0
+    finally:
+        interpreted.stop()

@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ PATIENCE = 240
 
 
 class Ranks:
-    """``count`` processes with one default group. A call that fails ends them; the next one starts new ones."""
+    """``count`` processes with one default group. A call that fails ends them; the next one starts new ones.
 
-    def __init__(self, count: int, folder: Path) -> None:
-        self.count, self._folder = count, folder
+    ``environment`` holds in them from before anything is imported.
+    """
+
+    def __init__(self, count: int, folder: Path, **environment: str) -> None:
+        self.count, self._folder, self._environment = count, folder, environment
         self._started = 0
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
@@ -65,7 +68,9 @@ class Ranks:
         store = self._folder / f"store-{self.count}-{self._started}"
         for rank in range(self.count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.count, str(store), theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, self.count, str(store), theirs, self._environment), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -80,7 +85,8 @@ class Ranks:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, count: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, count: int, store: str, pipe: Any, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
     import torch
     import torch.distributed as dist
 
