@@ -7,6 +7,7 @@ checkpoints. All tensors are flat, in memory order.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,11 @@ def outside_inference_mode() -> contextlib.AbstractContextManager[object]:
 def effective_param_storage(param_storage: str, dtype: torch.dtype) -> str:
     """What ``param_storage`` means for a parameter of that dtype: an fp32 parameter is its own master."""
     return "nearest" if dtype == torch.float32 and param_storage in ("stochastic", "master") else param_storage
+
+
+def draws(param_storage: str, forms: Iterable[Format]) -> bool:
+    """Whether storing uses random bits. ``param_storage`` as :func:`effective_param_storage` gives it."""
+    return param_storage in ("stochastic", "split8") or any(form is not FP32 for form in forms)
 
 
 def bits(x: Tensor) -> Tensor:

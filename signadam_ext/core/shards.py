@@ -191,12 +191,12 @@ def like_gradient(label: str, grad: Tensor, param: Tensor, sharding: Sharding) -
 
 def _lies_like(value: Tensor, sharding: Sharding) -> bool:
     """Whether a DTensor is spread over the ranks as the parameter is."""
-    spec, placements = value._spec, tuple(value.placements)  # type: ignore[attr-defined]
+    spec = value._spec  # type: ignore[attr-defined]
     if spec is sharding.spec:
         return True
     # Some versions take a strided shard for equal to one that is not.
-    alike = all(
-        type(a) is type(b) and a == b and getattr(a, "split_factor", None) == getattr(b, "split_factor", None)
-        for a, b in zip(placements, sharding.placements, strict=False)
+    own, others = (
+        [(type(place), place, getattr(place, "split_factor", None)) for place in placements]
+        for placements in (spec.placements, sharding.placements)
     )
-    return bool(spec.mesh == sharding.mesh and len(placements) == len(sharding.placements) and alike)
+    return bool(spec.mesh == sharding.mesh and own == others)

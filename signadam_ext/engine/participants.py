@@ -13,7 +13,7 @@ from .. import backends
 from ..backends.bucket import Entry
 from ..backends.confidence import backend_for, name_of
 from ..core import memory_order, shards, tensors
-from ..core.formats import FP32, Format, effective_param_storage
+from ..core.formats import Format, draws, effective_param_storage
 from ..core.rule import Rule
 from ..core.shard_index import WHOLE, ShardIndex
 from ..core.shards import Sharding
@@ -140,16 +140,16 @@ def _check_sharded(item: Item, sharding: Sharding) -> None:
         raise TypeError(f"{place}: the variance of its gradient is not known by parts; use moving averages")
 
 
-def _draws(item: Item) -> bool:
-    """Whether rounding uses random bits, which go by the place of an element in the whole parameter."""
+def _shard(item: Item) -> ShardIndex:
+    """Where the elements lie in the whole parameter, as far as it matters: random bits go by it."""
     storage = effective_param_storage(item.param_storage, item.param.dtype)
-    return any(form is not FP32 for form in item.forms) or storage in ("stochastic", "split8")
+    return item.shard if draws(storage, item.forms) else WHOLE
 
 
 def _backend(item: Item) -> backends.Backend:
     confidence = item.rule.confidence
     wanted = item.backend
-    if item.shard.run and _draws(item) and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):
+    if _shard(item).run and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):
         # Its kernels number random bits from a first element on; Triton's follow runs as well.
         if wanted == "cuda":
             raise RuntimeError(
@@ -190,7 +190,7 @@ def entry_of(found: Participant) -> Entry:
         item.group,
         item.seed,
         item.param_id,
-        item.shard if _draws(item) else WHOLE,
+        _shard(item),
     )
     if item.rule.reads_variance and grad is not None:
         given = item.grad_variance()

@@ -36,7 +36,7 @@ DISTINCTIVE = {
 def exported(optimizer: GroupedOptimizer) -> dict[str, Any]:
     """What ``state_dict()`` returns."""
     with optimizer.runtime.between_steps():
-        numbers = _numbers(optimizer)
+        numbers, seeds = _numbers(optimizer), _seeds(optimizer.param_groups)
         state = {
             numbers[id(key)] if isinstance(key, Tensor) else key: entries for key, entries in optimizer.state.items()
         }
@@ -45,14 +45,8 @@ def exported(optimizer: GroupedOptimizer) -> dict[str, Any]:
                 state[number] = export(layout, state[number])
             elif layout.sharding is not None and layout.key.requires_grad:
                 # torch.distributed.checkpoint reads what every parameter has, and so looks for what every one had.
-                state[number] = export(layout, _at_rest(optimizer, number, layout))
+                state[number] = export(layout, fit(layout, {}, seeds[number], number).changes)
         return {"state": state, "param_groups": _exported_groups(optimizer, numbers)}
-
-
-def _at_rest(optimizer: GroupedOptimizer, number: int, layout: Layout) -> Mapping[str, Any]:
-    """The state of a parameter that has taken no step."""
-    seeds = [group["seed"] for group in optimizer.param_groups for _ in group["params"]]
-    return fit(layout, {}, seeds[number], number).changes
 
 
 def save(optimizer: GroupedOptimizer, path: str | os.PathLike[str]) -> None:
@@ -111,6 +105,11 @@ def _refuse_sharded(layouts: Sequence[tuple[Any, Layout]]) -> None:
                 f"{layout.label} is a DTensor, of which each rank has a part, and a state file is one process's: use "
                 "torch.distributed.checkpoint with get_optimizer_state_dict() and set_optimizer_state_dict()"
             )
+
+
+def _seeds(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The seed of each parameter, in order."""
+    return [group["seed"] for group in groups for _ in group["params"]]
 
 
 # Out
@@ -281,7 +280,7 @@ def _adopted(
     """The state of all parameters as it is to be kept, and what changes on the way."""
     changes: dict[str, None] = {}
     state: defaultdict[Any, Any] = defaultdict(dict, others)
-    seeds = [group["seed"] for group in groups for _ in group["params"]]
+    seeds = _seeds(groups)
     enabled = torch.is_grad_enabled()
     try:
         # State outlives this call, so it must not be made of inference tensors.

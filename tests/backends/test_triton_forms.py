@@ -204,9 +204,8 @@ def test_every_size(rule: str, combination: Combination, device: str) -> None:
     assert_parity(ROWS[rule], combination, tensors, device, steps=2, weight_decay=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:.*momentum with beta")
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
+#: Two moments, and one in the fewest bits.
+of_each_kind = pytest.mark.parametrize(
     ("rule", "combination"),
     [
         pytest.param("sign_adam", Combination(("int8", "bf16"), "split8", torch.bfloat16), marks=THOROUGH),
@@ -214,6 +213,11 @@ def test_every_size(rule: str, combination: Combination, device: str) -> None:
     ],
     ids=str,
 )
+
+
+@pytest.mark.filterwarnings("ignore:.*momentum with beta")
+@pytest.mark.parametrize("device", DEVICES)
+@of_each_kind
 def test_shards(rule: str, combination: Combination, device: str) -> None:
     """Random bits go by the index in the unsharded tensor: odd ones, and those around a change of keys."""
     border = 1 << 33
@@ -235,14 +239,7 @@ RUNS = [
 
 @pytest.mark.filterwarnings("ignore:.*momentum with beta")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("rule", "combination"),
-    [
-        pytest.param("sign_adam", Combination(("int8", "bf16"), "split8", torch.bfloat16), marks=THOROUGH),
-        ("sign_adam_pp", Combination(("int2",), "stochastic", torch.bfloat16)),
-    ],
-    ids=str,
-)
+@of_each_kind
 def test_shards_of_several_runs(rule: str, combination: Combination, device: str) -> None:
     """Random bits go by the place in the whole tensor where a part of it lies in pieces."""
     assert_parity(ROWS[rule], combination, [(size, 0, shard) for size, shard in RUNS], device, steps=2)

@@ -82,11 +82,13 @@ def test_meshes_of_two_dimensions(ranks, mesh, dims):
     assert ranks(4).run(sharded.sharded_as_alone, "SignAdamPP", options, BF16, mesh, dims) == [None] * 4
 
 
-@pytest.mark.parametrize("dims, mesh", [((1,), (2,)), ((1,), (3,)), ((0, 1), (2, 2)), ((1, 0), (2, 2))], ids=str)
+@pytest.mark.parametrize(
+    "dims, mesh", [((1,), (2,)), ((1,), (3,)), ((0, 1), (2, 2)), ((1, 0), (2, 2)), ((1, 2), (2, 2))], ids=str
+)
 def test_shards_on_other_dimensions(ranks, dims, mesh):
     """Uneven parts, parts without elements, and both dimensions at once."""
     count = math.prod(mesh)
-    shapes = ((12, 10), (7, 5), (3, 4), (5, 3, 2))
+    shapes = [shape for shape in ((12, 10), (7, 5), (3, 4), (5, 3, 2), (3, 4, 6)) if len(shape) > max(dims)]
     run = ranks(count).run
     for dtype, options in FORMS:
         arguments = ("SignAdamPP", {"lr": 0.01, **options}, dtype, mesh, dims, 3, shapes)
@@ -243,6 +245,14 @@ def test_ranks_that_differ_are_found_at_the_first_step(ranks, kind, words):
 def test_ranks_that_differ_are_found_by_those_that_share_no_row_with_them(ranks):
     for error in ranks(4).run(sharded.error_of_ranks, "seed", (2, 2)):
         assert "seed of group 0 is 3 on ranks 0, 2, 3; 4 on rank 1." in error, error
+
+
+def test_ranks_of_two_meshes_all_find_what_differs(ranks):
+    """Those that find it in their row have taken part in the comparison of the whole mesh, for which others wait."""
+    errors = ranks(4).run(sharded.error_of_ranks, "two meshes", (2, 2))
+    row, whole = "seed of group 0 is 3 on rank 0; 4 on rank 1.", "seed of group 0 is 3 on ranks 0, 2, 3; 4 on rank 1."
+    for error, words in zip(errors, (row, row, whole, whole), strict=True):
+        assert words in error, error
 
 
 def test_a_step_beside_frozen_dtensors_and_a_parameter_without_dimensions(ranks):

@@ -190,6 +190,16 @@ def fsdp_model(dtype: torch.dtype = torch.float32, mesh: Any = None, **options: 
     return model
 
 
+def both_step(model: nn.Module, ours: Any, theirs: Any) -> str | None:
+    """Steps a sharded model and one alone, which is given the same gradients, whole: None, or what differs then."""
+    alone = [param for group in theirs.param_groups for param in group["params"]]
+    for param, single in zip(model.parameters(), alone, strict=True):
+        single.grad = whole(param.grad).clone()
+    ours.step()
+    theirs.step()
+    return difference(ours, theirs)
+
+
 def tensor_parallel_as_alone(name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32) -> str | None:
     """FSDP2 over half of the ranks, and layers cut over the other, by rows and by columns."""
     mesh = mesh_of((2, 2))
@@ -202,11 +212,7 @@ def tensor_parallel_as_alone(name: str, options: dict[str, Any], dtype: torch.dt
     for step in range(3):
         ours.zero_grad()
         model(batch(step, mesh.get_local_rank("a"), dtype)).square().sum().backward()
-        for param, single in zip(model.parameters(), alone.parameters(), strict=True):
-            single.grad = param.grad.full_tensor()
-        ours.step()
-        theirs.step()
-        if (found := difference(ours, theirs)) is not None:
+        if (found := both_step(model, ours, theirs)) is not None:
             return f"after step {step + 1}: {found}"
     return None
 
@@ -235,11 +241,7 @@ def fsdp_as_alone(
         run(batch(step, dist.get_rank(), dtype)).square().sum().backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        for param, single in zip(model.parameters(), alone.parameters(), strict=True):
-            single.grad = param.grad.full_tensor()
-        ours.step()
-        theirs.step()
-        if (found := difference(ours, theirs)) is not None:
+        if (found := both_step(model, ours, theirs)) is not None:
             return f"after step {step + 1}: {found}"
     return None
 
@@ -446,10 +448,15 @@ def error_of_ranks(kind: str, mesh: Sequence[int] = ()) -> str:
     placements = [Shard(0)] * device_mesh.ndim
     values = whole_parameters([(8, 3), (8, 3), (8, 2)], torch.float32)
     params = [nn.Parameter(distribute_tensor(value, device_mesh, placements)) for value in values]
+    if kind == "two meshes":
+        # One that only this row of the mesh has: ranks that find the difference there must not leave the others alone.
+        params.append(nn.Parameter(distribute_tensor(values[0], device_mesh["b"], [Shard(0)])))
     options: dict[str, Any] = {"lr": 0.01, "alpha": 0.1, "seed": 3}
     given = params
     if is_other:
-        options |= {"lr": {"lr": 0.02}, "alpha": {"alpha": 0.2}, "seed": {"seed": 4}}.get(kind, {})
+        other_seed = {"seed": 4}
+        others = {"lr": {"lr": 0.02}, "alpha": {"alpha": 0.2}, "seed": other_seed, "two meshes": other_seed}
+        options |= others.get(kind, {})
         given = {"order": params[::-1], "number": params[:2]}.get(kind, params)
     optimizer = make("SignSGD" if kind == "class" and is_other else "SignAdamPP", given, {**options})
     version = ranks.__version__
@@ -457,10 +464,10 @@ def error_of_ranks(kind: str, mesh: Sequence[int] = ()) -> str:
         if kind == "version" and is_other:
             ranks.__version__ = "0.0.1"
         for param in params:
-            param.grad = distribute_tensor(torch.ones_like(param.full_tensor()), device_mesh, placements)
+            param.grad = distribute_tensor(torch.ones_like(param.full_tensor()), param.device_mesh, param.placements)
         optimizer.step()
     except RuntimeError as error:
-        for param, value in zip(params, values, strict=True):
+        for param, value in zip(params, values, strict=False):
             assert torch.equal(param.full_tensor(), value), "a parameter has changed"
         return str(error)
     finally:
@@ -508,11 +515,7 @@ def data_parallel(options: dict[str, Any], accumulates: bool) -> str | None:
             with model.no_sync():
                 model(batch(100 + step, dist.get_rank())).square().sum().backward()
         model(batch(step, dist.get_rank())).square().sum().backward()
-        for param, single in zip(model.parameters(), alone.parameters(), strict=True):
-            single.grad = param.grad.clone()
-        ours.step()
-        theirs.step()
-        if (found := difference(ours, theirs)) is not None:
+        if (found := both_step(model, ours, theirs)) is not None:
             return f"after step {step + 1}: {found}"
     for param in model.parameters():
         first = param.detach().clone()

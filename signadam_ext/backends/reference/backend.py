@@ -80,7 +80,7 @@ def _update(
     if chunk_statistics is not None:
         chunk_statistics.copy_(_observe(g, alpha, before, moments[0] if moments else None))
     r = None
-    if entry.param_storage in ("stochastic", "split8") or any(form is not formats.FP32 for form in entry.forms):
+    if formats.draws(entry.param_storage, entry.forms):
         t = 0 if entry.step is None else int(entry.step) + 1
         r = shard_bits(entry.seed, entry.param_id, t, entry.shard, numel, param.device)
     new, new_residual = formats.stored_param(
