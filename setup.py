@@ -186,7 +186,7 @@ class BuildWithNinja(build_ext):
             obj = f"{'_'.join(source.with_suffix('').parts[1:])}.o"
             extra = X86_FLAGS.get(source.stem, []) if machine in ("x86_64", "amd64") else []
             if source.parts[1] == "python":
-                extra = [*includes, *(defines if source.stem == "bindings" else ())]
+                extra = [*includes, *(defines if source.stem in ("bindings", "votes") else ())]
             objects.append(obj)
             lines.append(f"build {obj}: {'device' if source.suffix == '.cu' else 'host'} {ninja_path(ROOT / source)}")
             if extra:

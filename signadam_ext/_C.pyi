@@ -22,6 +22,11 @@ LANES: int
 ROWS: int
 CHUNK_SIZE: int
 
+#: What holds for one tensor of a vote; entries of a chunk of a vote; codes of a word.
+VOTE_SCALARS: tuple[str, ...]
+VOTE_CHUNK: int
+CODES_PER_WORD: int
+
 class ThresholdPass:
     NONE: ThresholdPass
     SAME_PASS: ThresholdPass
@@ -156,3 +161,90 @@ def cuda_inline_capacity() -> int: ...
 def cuda_runtime_version() -> int: ...
 def cuda_unusable_reason(device: int) -> str: ...
 def cuda_kernel_info(device: int, /) -> list[dict[str, Any]]: ...
+
+class VoteMemory:
+    NONE: VoteMemory
+    GRADIENTS: VoteMemory
+    GATED_SIGNS: VoteMemory
+    def __init__(self, value: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class VoteUse:
+    WRITE: VoteUse
+    STEP: VoteUse
+    STEP_STOCHASTIC: VoteUse
+    def __init__(self, value: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+def cast_votes(
+    *,
+    entries: int,
+    entry_of_chunk: int,
+    chunks: int,
+    scalars: int,
+    memory: VoteMemory,
+    residual: bool,
+    maximize: bool,
+    abstains: bool,
+    format: int,
+    codes: int,
+    threads: int,
+) -> None: ...
+def count_votes(
+    *, codes: int, workers: int, words: int, bits: int, majority: bool, result: int, threads: int
+) -> None: ...
+def read_votes(
+    *,
+    entries: int,
+    entry_of_chunk: int,
+    chunks: int,
+    scalars: int,
+    keys: int,
+    use: VoteUse,
+    format: int,
+    bits: int,
+    divisor: float,
+    result: int,
+    threads: int,
+) -> None: ...
+
+# Of a module that was built with CUDA:
+def cuda_cast_votes(
+    *,
+    entries: int,
+    entry_of_chunk: int,
+    chunks: int,
+    scalars: int,
+    memory: VoteMemory,
+    residual: bool,
+    maximize: bool,
+    abstains: bool,
+    format: int,
+    codes: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_count_votes(
+    *, codes: int, workers: int, words: int, bits: int, majority: bool, result: int, device: int, stream: int
+) -> None: ...
+def cuda_read_votes(
+    *,
+    entries: int,
+    entry_of_chunk: int,
+    chunks: int,
+    scalars: int,
+    keys: int,
+    use: VoteUse,
+    format: int,
+    bits: int,
+    divisor: float,
+    result: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -236,17 +236,27 @@ Sums sum_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
   return {halve(first, lanes), halve(second, lanes)};
 }
 
+#include "vote.inl"
+
 }  // namespace
 }  // namespace signadam::cpu::SIGNADAM_ISA
 
 namespace signadam::cpu {
 
+#define SIGNADAM_CASTS(memory) \
+  {SIGNADAM_ISA::cast_chunk<VoteMemory::memory, false>, SIGNADAM_ISA::cast_chunk<VoteMemory::memory, true>}
 const Kernels SIGNADAM_ISA_TABLE = {SIGNADAM_ISA_NAME,
                                     {
 #define SIGNADAM_ENTRY(Rule) SIGNADAM_ISA::update_chunk<Rule>,
                                         SIGNADAM_RULES(SIGNADAM_ENTRY)
 #undef SIGNADAM_ENTRY
                                     },
-                                    SIGNADAM_ISA::sum_chunk};
+                                    SIGNADAM_ISA::sum_chunk,
+                                    {SIGNADAM_CASTS(none), SIGNADAM_CASTS(gradients), SIGNADAM_CASTS(gated_signs)},
+                                    SIGNADAM_ISA::count_words<2, true>,
+                                    {SIGNADAM_ISA::count_words<2, false>, SIGNADAM_ISA::count_words<4, false>,
+                                     SIGNADAM_ISA::count_words<8, false>, SIGNADAM_ISA::count_words<16, false>},
+                                    {SIGNADAM_ISA::read_chunk<2>, SIGNADAM_ISA::read_chunk<4>,
+                                     SIGNADAM_ISA::read_chunk<8>, SIGNADAM_ISA::read_chunk<16>}};
 
 }  // namespace signadam::cpu

@@ -10,6 +10,7 @@
 #include "commit.h"
 #include "gradient_reader.h"
 #include "host_table.h"
+#include "votes.h"
 
 #if defined(SIGNADAM_CUDA)
 #include "../cuda/step.h"
@@ -281,6 +282,8 @@ PYBIND11_MODULE(_C, m) {
       .value("NONE", ThresholdPass::none)
       .value("SAME_PASS", ThresholdPass::same_pass)
       .value("PASS_BEFORE", ThresholdPass::pass_before);
+
+  add_votes(m);
 
 #if defined(SIGNADAM_CUDA)
   m.def("cuda_inline_capacity", &cuda::inline_capacity);

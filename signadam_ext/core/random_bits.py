@@ -22,14 +22,18 @@ def mix(x: int) -> int:
     return x ^ x >> 16
 
 
+def tensor_keys(seed: int, tensor: int, step: int) -> tuple[int, int]:
+    """The two keys of a tensor at a step, before an element's high bits have entered."""
+    h0, h1 = 0x243F6A88, 0x85A308D3
+    for word in (seed & _WORD, seed >> 32, tensor, step & _WORD, step >> 32):
+        h0, h1 = mix(h0 ^ word), mix(h1 ^ word)
+    return h0, h1
+
+
 def keys(seed: int, tensor: int, step: int, high: int) -> tuple[int, int]:
-    """The two keys of a tensor at a step, for the elements whose index shifted right by 33 is ``high``."""
-    found = []
-    for h in (0x243F6A88, 0x85A308D3):
-        for word in (seed & _WORD, seed >> 32, tensor, step & _WORD, step >> 32, high):
-            h = mix(h ^ word)
-        found.append(h)
-    return found[0], found[1]
+    """Those for the elements whose index shifted right by 33 is ``high``."""
+    h0, h1 = tensor_keys(seed, tensor, step)
+    return mix(h0 ^ high), mix(h1 ^ high)
 
 
 def random_bits(
@@ -52,11 +56,18 @@ def shard_bits(
     seed: int, tensor: int, step: int, shard: ShardIndex, count: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """The same of the first ``count`` elements of a part of the tensor."""
+    return bits_of_keys(tensor_keys(seed, tensor, step), shard, count, device)
+
+
+def bits_of_keys(
+    of_tensor: tuple[int, int], shard: ShardIndex, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The same of a tensor whose :func:`tensor_keys` are ``of_tensor``."""
     index = shard.place(torch.arange(count, dtype=torch.int64, device=device))
     pair = index >> 1
     r = torch.zeros_like(index)
     for high in range(shard.offset >> 33, (shard.place(max(count, 1) - 1) >> 33) + 1):
-        k0, k1 = keys(seed, tensor, step, high)
+        k0, k1 = (mix(h ^ high) for h in of_tensor)
         x = pair & _WORD ^ k0
         x = x ^ x >> 16
         x = x * 0x7FEB352D & _WORD
