@@ -40,7 +40,7 @@ def compare(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) ->
     # Of a thousand ranks all that they have would be much, where it is the same.
     told = [_gathered(mesh, own) for mesh in differing]
     for each in told:
-        _refuse(each)
+        refuse_differences(each)
 
 
 def _told(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -58,11 +58,12 @@ def _told(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) -> d
             told[label(group, index, i)] = f"{tuple(param.shape)}, {param.dtype}, {tuple(param.placements)}"
         # Other entries are a user's.
         for name in sorted(group.keys() & optimizer.defaults.keys()):
-            told[f"{name} of group {index}"] = _shown(group[name])
+            told[f"{name} of group {index}"] = shown(group[name])
     return told
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A hyperparameter as text that is the same on all ranks."""
     if callable(value) and not isinstance(value, Tensor):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     return repr(value.tolist() if isinstance(value, Tensor) else value)
@@ -81,8 +82,16 @@ def _gathered(mesh: Any, value: Any) -> dict[int, Any]:
     return dict(sorted(found.items()))
 
 
-def _refuse(told: Mapping[int, Mapping[str, str]]) -> None:
-    """Raises with the first thing that ranks do not have alike."""
+def refuse_differences(told: Mapping[int, Mapping[str, str]], what: str = "optimizer") -> None:
+    """Raises with the first thing that ranks do not have alike.
+
+    Args:
+        told: of each rank, what must be the same, by what an error calls it.
+        what: all of it belongs to.
+
+    Raises:
+        RuntimeError: values that differ, with the ranks that have each.
+    """
     for name in dict.fromkeys(name for own in told.values() for name in own):
         ranks_by_value: dict[str, list[int]] = {}
         for rank, own in told.items():
@@ -92,6 +101,4 @@ def _refuse(told: Mapping[int, Mapping[str, str]]) -> None:
                 f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
                 for value, ranks in ranks_by_value.items()
             )
-            raise RuntimeError(
-                f"ranks do not have the same optimizer: {name} is {values}. No parameter has been updated"
-            )
+            raise RuntimeError(f"ranks do not have the same {what}: {name} is {values}. No parameter has been updated")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from .table import Casting, VoteKernels, VoteTable, scalars_of, width_for, words_of
+from .table import SCALARS, Casting, VoteKernels, VoteTable, scalars_of, width_for, words_of
 
-__all__ = ["Casting", "VoteKernels", "VoteTable", "get", "scalars_of", "width_for", "words_of"]
+__all__ = ["SCALARS", "Casting", "VoteKernels", "VoteTable", "get", "scalars_of", "width_for", "words_of"]
 
 
 @functools.cache

@@ -20,7 +20,7 @@ class ReferenceVotes:
             g = -g if casting.maximize else g
             u = g
             gates_first = casting.memory == "GATED_SIGNS"
-            kept = None
+            kept = m = None
             if table.momenta is not None:
                 m = flat(table.momenta[i])
                 x = _gated_sign(g, s["threshold"]) if gates_first else g
@@ -30,7 +30,7 @@ class ReferenceVotes:
                 u = u + flat(table.residuals[i])
             finite = g.isfinite() & u.isfinite()
             c = _gated_sign(u, torch.zeros_like(s["threshold"]) if gates_first else s["threshold"])
-            if table.momenta is not None:
+            if m is not None and kept is not None:
                 m.copy_(torch.where(finite, kept, m))
             if table.residuals is not None:
                 r = flat(table.residuals[i])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,10 +39,11 @@ class VoteTable:
     Args:
         values: what is voted on, or what a result is written to; fp32, bf16 or fp16.
         momenta, residuals: fp32, of the same shapes and strides as ``values``; None where there are none.
-        first_word: where the words of the first tensor begin among those of a vote of several tables.
+        first_words: where the words of each tensor begin, in a vote of more tensors than these; None: one behind the
+            other.
 
     Attributes:
-        words: that the codes of all tensors fill.
+        words: from the first word to behind the last.
     """
 
     def __init__(
@@ -49,22 +51,23 @@ class VoteTable:
         values: Sequence[Tensor],
         momenta: Sequence[Tensor] | None = None,
         residuals: Sequence[Tensor] | None = None,
-        first_word: int = 0,
+        first_words: Sequence[int] | None = None,
     ) -> None:
         self.values = list(values)
         self.momenta = None if momenta is None else list(momenta)
         self.residuals = None if residuals is None else list(residuals)
         self.device, self.dtype = values[0].device, values[0].dtype
         self.format = DTYPE_FORMATS[self.dtype]
-        self.first_words = [first_word]
-        for value in values:
-            self.first_words.append(self.first_words[-1] + words_of(value.numel()))
-        self.words = self.first_words.pop() - first_word
+        if first_words is None:
+            first_words = [0, *itertools.accumulate(words_of(value.numel()) for value in values)][:-1]
+        self.first_words = list(first_words)
+        self.words = max(begin + words_of(value.numel()) for begin, value in zip(first_words, values, strict=True))
 
     @functools.cached_property
     def _rows(self) -> tuple[Tensor, Tensor]:
         """Each tensor as kernels read it, int64 [tensors, 6], and the tensor of each chunk, int32; on the device."""
-        rows, of_chunk = [], []
+        rows: list[list[int]] = []
+        of_chunk: list[int] = []
         for i, value in enumerate(self.values):
             momentum = 0 if self.momenta is None else self.momenta[i].data_ptr()
             residual = 0 if self.residuals is None else self.residuals[i].data_ptr()
