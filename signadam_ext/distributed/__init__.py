@@ -2,5 +2,15 @@
 
 from .ddp import VoteHook
 from .fsdp import VoteAllReduce, VoteReduceScatter
+from .lion import DistributedLion
+from .sign_adam_pp import DistributedSignAdamPP
+from .signum import DistributedSignum
 
-__all__ = ["VoteAllReduce", "VoteHook", "VoteReduceScatter"]
+__all__ = [
+    "DistributedLion",
+    "DistributedSignAdamPP",
+    "DistributedSignum",
+    "VoteAllReduce",
+    "VoteHook",
+    "VoteReduceScatter",
+]

@@ -58,13 +58,11 @@ class Exchange:
 
     def whole(self, codes: Tensor, kernels: VoteKernels) -> Tensor:
         """The result, the same on all workers."""
-        import torch.distributed as dist
-
         part = self.part(codes, kernels)
         if self.workers == 1:
             return part
         result = torch.empty(self.workers * part.numel(), dtype=torch.int32, device=codes.device)
-        dist.all_gather_into_tensor(result, part, group=self.group)
+        _all_gather(result, part, self.group)
         return result
 
     def _received(self, codes: Tensor) -> Tensor:
@@ -78,7 +76,7 @@ class Exchange:
             dist.all_to_all_single(received, codes, group=self.group)
             return received
         everything = torch.empty(self.workers * codes.numel(), dtype=torch.int32, device=codes.device)
-        dist.all_gather_into_tensor(everything, codes, group=self.group)
+        _all_gather(everything, codes, self.group)
         rank = dist.get_rank(self.group)
         return everything.view(self.workers, self.workers, -1)[:, rank].contiguous()
 
@@ -101,3 +99,11 @@ class Exchange:
             )
             return False
         return True
+
+
+def _all_gather(to: Tensor, own: Tensor, group: Any) -> None:
+    import torch.distributed as dist
+
+    # By the name that it has from torch 2.13 on.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(to, own, group=group)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from signadam_ext import distributed
 from signadam_ext.distributed import VoteAllReduce, VoteHook, VoteReduceScatter
 
 
@@ -281,4 +282,128 @@ def of_dtype(dtype: torch.dtype) -> str:
         loss_of(ddp, 0, dist.get_rank(), dtype).backward()
     except Exception as error:
         return str(error)
+    return "nothing"
+
+
+class ExpectedUpdate:
+    """What a distributed optimizer makes of lists of the workers' gradients, from the definition, in fp32."""
+
+    def __init__(self, name: str, options: dict[str, Any], workers: int) -> None:
+        self.name, self.workers = name, workers
+        defaults = {"betas": (0.9, 0.99), "beta": 0.9, "alpha": 0.0, "weight_decay": 0.0, "vote": "majority"}
+        self.options = {**defaults, "nonfinite": "propagate", "maximize": False, **options}
+        self.momenta: dict[tuple[int, int], Tensor] = {}
+
+    def step(self, number: int, param: Tensor, gradients: list[Tensor | None]) -> Tensor:
+        o = self.options
+        if all(gradient is None for gradient in gradients):
+            return param.float()
+        beta1, beta2 = o["betas"] if self.name == "DistributedLion" else (o["beta"], o["beta"])
+
+        def blend(beta: float, m: Tensor, x: Tensor) -> Tensor:
+            return torch.tensor(beta).float() * m + torch.tensor(1 - beta).float() * x
+
+        total = torch.zeros_like(param, dtype=torch.float32)
+        spoiled = torch.zeros_like(param, dtype=torch.bool)
+        for worker, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            g = gradient.float() * (-1 if o["maximize"] else 1)
+            m = self.momenta.get((number, worker), torch.zeros_like(g))
+            x = g
+            if self.name == "DistributedSignAdamPP":
+                x = torch.where(g.abs() > o["alpha"], g.sign(), torch.zeros_like(g))
+            finite = g.isfinite()
+            total += torch.where(finite, blend(beta1, m, x).sign(), 0.0)
+            spoiled |= ~finite
+            self.momenta[number, worker] = torch.where(finite, blend(beta2, m, x), m)
+        vote = total.sign() if o["vote"] == "majority" else total / torch.tensor(float(self.workers))
+        if o["nonfinite"] == "propagate":
+            vote = torch.where(spoiled, torch.nan, vote)
+        p = param.float()
+        moved = p * torch.tensor(1 - o["lr"] * o["weight_decay"]).float() - torch.tensor(o["lr"]).float() * vote
+        return torch.where(vote.isnan(), p, moved)
+
+
+def distributed_steps(
+    name: str, options: dict[str, Any], dtype: torch.dtype = torch.float32, spoiled: bool = False, backend: str = "cpu"
+) -> list[str]:
+    """Names of parameters that are not where the definition takes them, after each of some steps."""
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    model = Model(dtype)
+    model.third.weight.data = model.third.weight.data.t().contiguous().t()  # lies by columns
+    optimizer = getattr(distributed, name)(model.parameters(), **options, backend=backend)
+    expected = ExpectedUpdate(name, options, workers)
+    wrong = []
+    for step in range(4):
+        model.zero_grad()
+        loss_of(model, step, rank, dtype).backward()
+        if spoiled and rank == workers - 1:
+            model.second.weight.grad[3] = float("inf")
+        if step == 1:
+            model.first.bias.grad = None  # of nobody
+            if rank == 0:
+                model.second.bias.grad = None
+        aims = []
+        for number, param in enumerate(model.parameters()):
+            gathered: list[Any] = [None] * workers
+            dist.all_gather_object(gathered, param.grad)
+            aims.append(expected.step(number, param.detach().clone(), gathered).to(dtype))
+        optimizer.step()
+        for aim, (label, param) in zip(aims, model.named_parameters(), strict=True):
+            if not torch.equal(aim, param):
+                wrong.append(f"{label} at step {step}")
+    return wrong
+
+
+def stays_equal(name: str, options: dict[str, Any], steps: int) -> tuple[bool, float, float]:
+    """Whether all workers end with the same parameters after steps on their own data; and losses, first and last."""
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    model = Model(torch.bfloat16)
+    optimizer = getattr(distributed, name)(model.parameters(), **options)
+    losses = []
+    for step in range(steps):
+        model.zero_grad()
+        loss = loss_of(model, step, rank, torch.bfloat16)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    flat = torch.cat([param.detach().flatten() for param in model.parameters()])
+    gathered = [torch.empty_like(flat) for _ in range(workers)]
+    dist.all_gather(gathered, flat)
+    return all(torch.equal(each, flat) for each in gathered), losses[0], losses[-1]
+
+
+def resumes(name: str, options: dict[str, Any]) -> bool:
+    """Whether a run that is saved and taken up again ends where an undisturbed one ends."""
+    ends = []
+    for interrupted in (False, True):
+        model = Model(torch.bfloat16)
+        optimizer = getattr(distributed, name)(model.parameters(), **options)
+        for step in range(6):
+            if interrupted and step == 3:
+                saved = optimizer.state_dict()
+                optimizer = getattr(distributed, name)(model.parameters(), **{**options, "lr": 1.0})
+                optimizer.load_state_dict(saved)
+            model.zero_grad()
+            loss_of(model, step, dist.get_rank(), torch.bfloat16).backward()
+            optimizer.step()
+        ends.append([param.detach().clone() for param in model.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def first_step_error(name: str, options_by_rank: list[dict[str, Any]], moved: float = 0.0) -> str:
+    """What a first step raises; the last rank's parameters are ``moved``."""
+    rank = dist.get_rank()
+    model = Model()
+    if rank == dist.get_world_size() - 1:
+        model.first.bias.data.add_(moved)
+    optimizer = getattr(distributed, name)(model.parameters(), **options_by_rank[rank])
+    loss_of(model, 0, rank, torch.float32).backward()
+    before = [param.detach().clone() for param in model.parameters()]
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        unchanged = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        return str(error) if unchanged else "parameters were written"
     return "nothing"
