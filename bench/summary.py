@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from bench import readme
+from bench import readme, scaling
 from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, cell, training, trainings
 from experiments.convergence.figures import PICTURES
 from experiments.convergence.methods import REFERENCES
@@ -220,6 +220,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "7b": large_model,
         "convergence": convergence,
     },
+    "docs/scaling.md": {"sharded_memory": scaling.sharded_memory},
+    "docs/voting.md": {"wire": scaling.wire},
 }
 
 

@@ -45,7 +45,7 @@ class DistributedOptimizer(Optimizer):
     has no gradient on any worker stays; one that has none here moves by the votes of the others.
 
     ``param.grad`` is only read. The momentum is fp32 in ``state[param]["exp_avg"]``; it differs between workers: each
-    saves its own :meth:`state_dict`. An entry of a gradient that is not finite leaves the momentum as it is.
+    saves its own ``state_dict()``. An entry of a gradient that is not finite leaves the momentum as it is.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -247,7 +247,9 @@ class DistributedOptimizer(Optimizer):
                 "the number of parameters": str(len(voters)),
             }
             for index, group in enumerate(self.param_groups):
-                told.update((f"{name} of group {index}", shown(group[name])) for name in sorted(_read(type(self), group)))
+                told.update(
+                    (f"{name} of group {index}", shown(group[name])) for name in sorted(_read(type(self), group))
+                )
             for voter in voters:
                 param = voter.param
                 told[voter.label] = f"{tuple(param.shape)}, {param.dtype}"

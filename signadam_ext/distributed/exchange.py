@@ -105,5 +105,5 @@ def _all_gather(to: Tensor, own: Tensor, group: Any) -> None:
     import torch.distributed as dist
 
     # By the name that it has from torch 2.13 on.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(to, own, group=group)
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(to, own, group=group)

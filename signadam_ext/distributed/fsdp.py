@@ -78,6 +78,7 @@ class VoteAllReduce:
         TypeError, ValueError, RuntimeError: as there.
 
     Example:
+        >>> hook = VoteAllReduce(None, vote="mean")  # between all processes
         >>> # mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("replicate", "shard"))
         >>> # fully_shard(model, mesh=mesh["shard"])
         >>> # model.set_all_reduce_hook(VoteAllReduce(mesh["replicate"].get_group()))

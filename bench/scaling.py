@@ -1,0 +1,73 @@
+"""The tables of docs/scaling.md and docs/voting.md: memory by `signadam_ext.memory`, bytes on the wire by formula."""
+
+from collections.abc import Callable
+
+from reporting import present
+from signadam_ext import memory
+from signadam_ext.backends.votes import width_for
+from signadam_ext.memory import Estimate
+
+#: Parameters of models that people know, by name.
+MODELS = {"1B": 10**9, "7B": 7 * 10**9, "70B": 70 * 10**9}
+GPUS = (1, 8, 64)
+#: Of all parameters, those of the largest tensor, which is what released gradients need at once.
+LARGEST_SHARE = 1 / 50
+
+ROWS: dict[str, Callable[[int], Estimate]] = {
+    "AdamW, bf16 parameters with fp32 copies and moments": lambda n: memory.adamw([(n,)], "bf16", mixed=True),
+    "`AdamW`, bf16 parameters and moments, stochastic": lambda n: memory.estimate(
+        [(n,)], "AdamW", param_dtype="bf16", param_storage="stochastic", state_dtype="bf16"
+    ),
+    "`SignAdamPP`, bf16 parameters, 2-bit momentum": lambda n: memory.estimate(
+        [(n,)], "SignAdamPP", param_dtype="bf16", param_storage="stochastic", state_dtype="int2"
+    ),
+    "the same, gradients released in backward": lambda n: memory.estimate(
+        [(n,)],
+        "SignAdamPP",
+        param_dtype="bf16",
+        param_storage="stochastic",
+        state_dtype="int2",
+        gradients="released",
+        largest=int(n * LARGEST_SHARE),
+    ),
+}
+
+
+def sharded_memory() -> str:
+    """GB on each GPU, everything divided evenly, by model and number of GPUs."""
+    header = ["GB on each GPU", *(f"{name}, {gpus} GPU{'s' * (gpus > 1)}" for name in MODELS for gpus in GPUS)]
+    lines = [
+        [name, *(_gigabytes(make(numel).total / gpus) for numel in MODELS.values() for gpus in GPUS)]
+        for name, make in ROWS.items()
+    ]
+    return present.markdown(header, lines)
+
+
+def _gigabytes(nbytes: float) -> str:
+    value = nbytes / 1e9
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def wire_bytes(workers: int, bits_there: float, bits_back: float) -> float:
+    """Bytes that each worker sends for each parameter: to those who count or add up, and back from them."""
+    return (workers - 1) / workers * (bits_there + bits_back) / 8
+
+
+#: Bits of each parameter there and back. An all-reduce is a reduce-scatter and an all-gather of the same width.
+WIRE: dict[str, Callable[[int], tuple[float, float]]] = {
+    "all-reduce in fp32": lambda workers: (32, 32),
+    "all-reduce in bf16": lambda workers: (16, 16),
+    "vote, mean": lambda workers: (2, width_for(workers)),
+    "vote, majority": lambda workers: (2, 2),
+}
+
+
+def wire() -> str:
+    """GB that each worker sends in a step, by model and number of workers."""
+    workers = (2, 8, 64, 1024)
+    header = ["GB sent by each worker in a step", *(f"{name}, {n} workers" for name in ("1B", "7B") for n in workers)]
+    lines = [
+        [name, *(_gigabytes(MODELS[model] * wire_bytes(n, *bits(n))) for model in ("1B", "7B") for n in workers)]
+        for name, bits in WIRE.items()
+    ]
+    return present.markdown(header, lines)
