@@ -11,6 +11,8 @@ RESULTS = ROOT / "bench" / "results"
 EXAMPLES = ROOT / "examples" / "results"
 EXPERIMENTS = ROOT / "experiments" / "results"
 CONVERGENCE = EXPERIMENTS / "convergence"
+#: The problems of `experiments.convergence`, in the order in which pages show them.
+TRAININGS = ("gpt", "gpt_long", "digits")
 LARGE_MODEL = EXAMPLES / "train_7b_in_18gb.jsonl"
 
 
@@ -27,11 +29,6 @@ def training(name: str) -> present.Report:
     """What `experiments.convergence` collected on a problem."""
     report: present.Report = json.loads((CONVERGENCE / f"{name}.json").read_text())
     return report
-
-
-def trainings() -> list[str]:
-    """The problems of `experiments.convergence` that have results, in the order in which pages show them."""
-    return [name for name in ("gpt", "gpt_long", "digits") if (CONVERGENCE / f"{name}.json").exists()]
 
 
 def cell(row: present.Row | None) -> str:

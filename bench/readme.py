@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from bench.committed import EXAMPLES, EXPERIMENTS, LARGE_MODEL, RESULTS, cell, training, trainings, without_gpu
+from bench.committed import EXPERIMENTS, LARGE_MODEL, RESULTS, TRAININGS, cell, training, without_gpu
 from experiments.convergence.methods import ADAMW, FEW_BITS, PLUS
 from experiments.convergence.summary import with_half_width
 from reporting import present
@@ -26,14 +26,6 @@ def _speed(optimizer: str, shapes: str, dtype: str) -> present.Row:
     row = present.find(without_gpu(RESULTS), optimizer=optimizer, backend="cpu", shapes=shapes, dtype=dtype)
     assert row is not None, (optimizer, shapes, dtype)
     return row
-
-
-def _example() -> tuple[dict[str, present.Row], str]:
-    """The example's runs, and what they are."""
-    found = json.loads((EXAMPLES / "train_gpt.json").read_text())
-    runs: dict[str, present.Row] = found["runs"]
-    parameters = runs["SignAdamPP"]["state_bytes"] / runs["SignAdamPP"]["state_bytes_per_parameter"]
-    return runs, f"GPT of {parameters / 1e6:.1f}M, {found['config']['steps']} steps, one seed"
 
 
 def _trained(name: str) -> str:
@@ -74,31 +66,22 @@ def glance() -> str:
             *(f"{present.duration(whole[name])} ({present.duration(own[name])})" for name in names),
         ],
     ]
-    trained = [name for name in trainings() if name.startswith("gpt")]
-    for name in trained:
+    for name in ("gpt", "gpt_long"):
         methods = training(name)["methods"]
         losses = [with_half_width(loss, 3) for loss in (methods[FEW_BITS]["loss"], _adamw(name))]
         lines.append([f"validation loss, {_trained(name)}; left 2 bits, right fp32", *losses])
-    if len(trained) < 2:
-        example, title = _example()
-        losses = [f"{example[name]['val_loss']:.3f}" for name in ("SignAdamPP", "AdamW")]
-        lines.append([f"validation loss, the example's {title}, fp32", *losses])
     return present.markdown(["", "SignAdamPP", "AdamW"], lines)
 
 
 def quality() -> str:
     """Five comparisons, whoever is ahead."""
     lines = []
-    for name in trainings():
+    for name in TRAININGS:
         methods = training(name)["methods"]
         losses = [
             with_half_width(loss, 3) for loss in (_adamw(name), *(methods[key]["loss"] for key in (PLUS, FEW_BITS)))
         ]
         lines.append([f"{_trained(name)}: validation loss", *losses])
-    if "gpt_long" not in trainings():
-        example, title = _example()
-        losses = [f"{example[name]['val_loss']:.3f}" for name in ("AdamW", "SignAdamPP")]
-        lines.append([f"{title}: validation loss", *losses, "-"])
     ablation = json.loads((EXPERIMENTS / "ablation.json").read_text())
     for name, title in (("lstm", "LSTM"), ("gpt", "GPT")):
         problem, methods = ablation["problems"][name], ablation["by_problem"][name]["methods"]
@@ -154,7 +137,6 @@ def speed() -> str:
     lines = [[f"`{name}`", *(cell(_speed(name, shapes, dtype)) for shapes, dtype in columns)] for name in names]
     report = without_gpu(RESULTS)
     machine = report["machine"]
-    whole = {row["optimizer"]: row["seconds"]["median"] for row in report["whole_steps"]}
     note = (
         f"Speed of a step against torch's fused AdamW on fp32 parameters; {machine['cpu']}, {machine['cores']} cores "
         f"(module of commit {present.built_at(report)}, {report['date'][:10]}). In brackets GB/s of the step and of "
@@ -162,8 +144,7 @@ def speed() -> str:
         "in bf16 is that of smaller weights."
     )
     after = (
-        f"A whole training step of the example takes {present.duration(whole['SignAdamPP'])} with `SignAdamPP` and "
-        f"{present.duration(whole['AdamW fused'])} with AdamW: memory, not speed, is the reason to use this "
+        "The optimizer is a small part of a training step (first table): memory, not speed, is the reason to use this "
         "package. [All figures](docs/results.md#speed)."
     )
     header = ["", *(f"{shapes}, {present.HALF[dtype]}" for shapes, dtype in columns)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from bench import readme, scaling
-from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, cell, training, trainings
+from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, TRAININGS, cell, training
 from experiments.convergence.figures import PICTURES
 from experiments.convergence.methods import REFERENCES
 from experiments.convergence.summary import page as convergence_page
@@ -177,7 +177,7 @@ def convergence() -> str:
         "of the best had been tried. Rows named by two dtypes are SignAdamPP with that state and those weights. The "
         "intervals are not corrected for their number."
     ]
-    for name in trainings():
+    for name in TRAININGS:
         report = training(name)
         spec, where = report["problem"], report["environments"]
         commits = sorted({each["commit"][:12] for each in where})
@@ -237,7 +237,7 @@ def pages() -> dict[Path, str]:
         report = json.loads(path.read_text())
         drawn = path.with_suffix(".png")
         found[path.with_suffix(".md")] = present.page(report, drawn.name if drawn.exists() else None)
-    for name in trainings():
+    for name in TRAININGS:
         found[CONVERGENCE / f"{name}.md"] = convergence_page(name, training(name))
     return found
 
@@ -246,7 +246,7 @@ def require_commits() -> None:
     """Raises `machine.NotCommitted` for results of a module that this repository cannot give back."""
     for path in RESULTS.rglob("*.json"):
         machine.require_commits([present.built_at(json.loads(path.read_text()))])
-    for name in trainings():
+    for name in TRAININGS:
         machine.require_commits(where["commit"] for where in training(name)["environments"])
     with LARGE_MODEL.open() as log:
         machine.require_commits([present.built_at(json.loads(log.readline()))])

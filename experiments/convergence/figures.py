@@ -14,7 +14,9 @@ from experiments.convergence.training import Job, Problem
 from reporting.runs import Run, band
 
 #: Their names, and what a page says where one cannot be seen.
-PICTURES = {"curves": "losses", "differences": "paired differences", "rates": "learning rates, beta"}
+PICTURES = {"curves": "losses", "differences": "paired differences", "rates": "learning rates"}
+#: Of SignAdamPP.
+BETAS = (0.9, 0.95)
 COLORS = {
     ADAMW: "black",
     "adamw_beta2_0.999": "darkgray",
@@ -167,8 +169,10 @@ def draw_differences(plt: Any, problem: Problem, summary: dict[str, Run]) -> Any
 
 
 def draw_rates(plt: Any, problem: Problem, summary: dict[str, Run]) -> Any:
-    """The searches for a learning rate, of rules and of forms, and the losses by beta in fp32 and in 2 bits."""
-    figure, (rules, forms, betas) = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    """The searches for a learning rate, of rules and of forms, and the losses by beta where there are several."""
+    compared = any(same_in_fp32(beta) in summary for beta in BETAS[1:])
+    panels = 3 if compared else 2
+    figure, (rules, forms, *rest) = plt.subplots(1, panels, figsize=(5 * panels, 5), layout="constrained")
     for axes, stored in ((rules, False), (forms, True)):
         lowest, starts = [], []
         rates: set[float] = set()
@@ -191,21 +195,27 @@ def draw_rates(plt: Any, problem: Problem, summary: dict[str, Run]) -> Any:
             axes.legend(frameon=False, fontsize=8)
     rules.set(title=f"Rules in fp32, seed {SEARCH_SEED}", ylabel="final validation loss, nats")
     forms.set_title(f"Forms of storage, seed {SEARCH_SEED}")
+    for axes in rest:
+        _draw_betas(axes, summary)
+    figure.suptitle(problem.title)
+    return figure
+
+
+def _draw_betas(axes: Any, summary: dict[str, Run]) -> None:
+    """The losses by beta, in fp32 and in 2 bits."""
     for few, label, color in ((False, "fp32", "tab:red"), (True, "int2, bf16 stochastic", "tab:blue")):
         pairs: list[tuple[float, float]] = []
-        for beta in (0.9, 0.95):
+        for beta in BETAS:
             key = (FEW_BITS + (f"_beta{beta:g}" if beta != 0.9 else "")) if few else same_in_fp32(beta)
             for value in summary[key]["loss"]["by_seed"].values() if key in summary else ():
                 if value is not None and math.isfinite(value):
                     pairs.append((-math.log10(1 - beta), value))
         if pairs:
-            betas.plot(*zip(*pairs, strict=True), "o", color=color, markersize=4, alpha=0.5)
+            axes.plot(*zip(*pairs, strict=True), "o", color=color, markersize=4, alpha=0.5)
             xs = sorted({x for x, _ in pairs})
             means = [statistics.fmean(y for x, y in pairs if x == at) for at in xs]
-            betas.plot(xs, means, "-", color=color, label=label)
-    betas.set_xticks([-math.log10(1 - beta) for beta in (0.9, 0.95)], ["0.9", "0.95"])
-    betas.set(title="SignAdamPP by beta, each at its best rate", xlabel="beta")
-    if betas.lines:
-        betas.legend(frameon=False, fontsize=8)
-    figure.suptitle(problem.title)
-    return figure
+            axes.plot(xs, means, "-", color=color, label=label)
+    axes.set_xticks([-math.log10(1 - beta) for beta in BETAS], [f"{beta:g}" for beta in BETAS])
+    axes.set(title="SignAdamPP by beta, each at its best rate", xlabel="beta")
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
