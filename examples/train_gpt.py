@@ -5,6 +5,11 @@ python examples/train_gpt.py --optim signum --steps 2000       another optimizer
 python examples/train_gpt.py --data book.txt --out runs/book   another text
 python examples/train_gpt.py --preset medium --device cuda     a larger model, for a GPU
 python examples/train_gpt.py --resume                          continue after Ctrl-C, bit for bit
+
+torchrun --nproc-per-node 2 examples/train_gpt.py --parallel ddp --vote majority
+                                                               workers vote on each gradient's sign, in 2 bits
+torchrun --nproc-per-node 2 examples/train_gpt.py --parallel fsdp2
+                                                               parameters and state are sharded over workers
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ try:
     import matplotlib
     import torch
     from gpt import GPT, GPTConfig
+    from parallel import CHOICES, VOTES, Workers, local, local_device, started_by_torchrun
     from torch import Tensor
     from tqdm import tqdm
 
@@ -124,8 +130,8 @@ def evaluate(model: GPT, data: Tensor, preset: Preset) -> float:
 class Run:
     """One model under one optimizer: everything a checkpoint holds."""
 
-    def __init__(self, name: str, config: dict[str, Any], device: torch.device) -> None:
-        self.name, self.config = name, config
+    def __init__(self, name: str, config: dict[str, Any], device: torch.device, workers: Workers) -> None:
+        self.name, self.config, self.workers = name, config, workers
         self.preset = PRESETS[config["preset"]]
         self.steps: int = config["steps"]
         torch.manual_seed(config["seed"])  # the same initial weights for every optimizer
@@ -134,11 +140,14 @@ class Run:
         self.lr = options["lr"] * self.preset.lr_scale
         if name == config["optim"] and config["lr"] is not None:
             self.lr = config["lr"]
+        # The baseline has the mean of gradients.
+        self.trained = workers.wrap(self.model, votes=name == config["optim"])
         self.optimizer = optimizer_class(self.model.parameters(), **{**options, "lr": self.lr})
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_factor)
         self.step = 0
         self.seconds = 0.0  # of training, evaluations and checkpoints left out
         self.losses = torch.full((self.steps,), math.nan, device=device)
+        self.shared = 0  # losses up to here are means over workers
         self.val_losses: list[tuple[int, float]] = []
 
     def _lr_factor(self, step: int) -> float:
@@ -158,13 +167,14 @@ class Run:
 
     @property
     def state_bytes(self) -> int:
-        states = self.optimizer.state.values()
-        return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
+        """On this worker."""
+        held = [value for state in self.optimizer.state.values() for value in state.values()]
+        return sum(local(value).nbytes for value in held if isinstance(value, Tensor))
 
     def train_step(self, data: Tensor) -> None:
-        x, y = training_batch(data, self.preset, self.config["seed"], self.step)
+        x, y = map(self.workers.part, training_batch(data, self.preset, self.config["seed"], self.step))
         with torch.autocast(data.device.type, torch.bfloat16, enabled=data.device.type == "cuda"):
-            loss = self.model(x, y)
+            loss = self.trained(x, y)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -172,11 +182,21 @@ class Run:
         self.losses[self.step] = loss.detach()
         self.step += 1
 
+    def share_losses(self) -> None:
+        """Makes means over workers of the losses since the last call."""
+        self.losses[self.shared : self.step] = self.workers.mean(self.losses[self.shared : self.step].clone())
+        self.shared = self.step
+
     def save(self, path: Path) -> None:
+        self.share_losses()
+        model, optimizer = self.workers.state(self.model, self.optimizer)
+        if not self.workers.is_first:
+            self.workers.wait()
+            return
         checkpoint = {
             "config": self.config,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scheduler": self.scheduler.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -186,6 +206,7 @@ class Run:
         partial = path.with_suffix(".partial")
         torch.save(checkpoint, partial)
         os.replace(partial, path)  # atomic: whenever the power fails, one whole checkpoint is there
+        self.workers.wait()
 
     def load(self, path: Path) -> bool:
         """Continue from `path`; False if there is no checkpoint of this very run."""
@@ -194,10 +215,10 @@ class Run:
         checkpoint = torch.load(path, map_location=self.losses.device, weights_only=True)
         if checkpoint["config"] != self.config:
             return False
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.workers.load_state(self.model, self.optimizer, (checkpoint["model"], checkpoint["optimizer"]))
         self.scheduler.load_state_dict(checkpoint["scheduler"])
-        self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+        self.step = self.shared = checkpoint["step"]
+        self.seconds = checkpoint["seconds"]
         self.losses, self.val_losses = checkpoint["losses"], checkpoint["val_losses"]
         return True
 
@@ -228,14 +249,21 @@ def train(run: Run, train_data: Tensor, val_data: Tensor, path: Path, stop_at: i
         desc=f"{run.name:<10}",
         bar_format="{desc} {percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file needs no animation
+        disable=not run.workers.is_first,
     )
     with bar, interruptible() as interrupted:
         start = time.perf_counter()
-        while run.step < stop_at and not interrupted.is_set():
+        stopping = False
+        while run.step < stop_at and not stopping:
             run.train_step(train_data)
+            # Workers stop after the same step.
+            stopping = interrupted.is_set()
+            if run.workers.count > 1:
+                stopping = run.step % LOG_EVERY == 0 and run.workers.any(stopping)
             evaluating = run.step % evaluate_every == 0 or run.step == run.steps
             if run.step % LOG_EVERY == 0 or evaluating:
                 # Only here does the CPU wait for the device, and only then is the clock right.
+                run.share_losses()
                 loss = run.losses[max(0, run.step - LOG_EVERY) : run.step].mean().item()
                 now = time.perf_counter()
                 run.seconds += now - start
@@ -248,7 +276,7 @@ def train(run: Run, train_data: Tensor, val_data: Tensor, path: Path, stop_at: i
                 start = time.perf_counter()
         run.seconds += time.perf_counter() - start
         run.save(path)
-        return not interrupted.is_set()
+        return not stopping
 
 
 # Results
@@ -352,14 +380,16 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--data", type=text_file, metavar="FILE", help="text to learn (default: Python's standard library)")
     add("--device", type=usable_device, help="cpu, cuda, ... (default: cuda if there is one, else cpu)")
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="where results go (default: runs/)")
-    add("--resume", action="store_true", help="continue the run in --out, with its own options")
+    add("--parallel", choices=CHOICES, help="how torchrun's processes train one model (default: off)")
+    add("--vote", choices=VOTES, help="what workers exchange with --parallel: votes, or mean gradients (default: off)")
+    add("--resume", action="store_true", help="continue the run in --out, with its own options; workers may be others")
     add("--stop-at", type=positive, metavar="N", help="stop each training run at step N, to be resumed")
     return parser
 
 
 def settle_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
     """All that decides the weights at the end: from the command line, or from the run to be resumed."""
-    given = {key: getattr(args, key) for key in ("optim", "lr", "preset", "steps", "seed", "data")}
+    given = {key: getattr(args, key) for key in ("optim", "lr", "preset", "steps", "seed", "data", "parallel", "vote")}
     if args.resume:
         try:
             config = json.loads((args.out / "results.json").read_text(encoding="utf-8"))["config"]
@@ -370,7 +400,7 @@ def settle_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
                 began = config[key] or "the default"
                 parser.error(f"--{key} {value}: the run to resume in {args.out} began with {began}")
         return config
-    defaults = {"optim": "SignAdamPP", "preset": "small", "seed": 0}
+    defaults = {"optim": "SignAdamPP", "preset": "small", "seed": 0, "parallel": "off", "vote": "off"}
     config = {key: defaults.get(key) if value is None else value for key, value in given.items()}
     config["steps"] = config["steps"] or PRESETS[config["preset"]].steps
     return config
@@ -383,12 +413,16 @@ def main() -> None:
         # What a model writes is not always what a terminal can show; and lines stay in order with the bar.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # a model this small gains nothing from more
-    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device(args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a help in debugging, and it takes time
 
     config = settle_config(parser, args)
+    if (config["parallel"] != "off") != started_by_torchrun():
+        parser.error("--parallel ddp or fsdp2 goes with torchrun, and torchrun with one of them")
+    if config["vote"] != "off" and config["parallel"] == "off":
+        parser.error("--vote is between workers: give --parallel ddp or fsdp2, under torchrun")
     corpus = read_corpus(Path(config["data"]) if config["data"] else None)
     digest = hashlib.sha256(corpus).hexdigest()
     if config.setdefault("data_sha256", digest) != digest:
@@ -399,36 +433,50 @@ def main() -> None:
     if len(val_data) <= preset.model.block_size:
         parser.error(f"too little text: {len(corpus)} bytes, needed are over {10 * preset.model.block_size}")
 
+    workers = Workers(config["parallel"], config["vote"], device)
+    if preset.batch_size % workers.count:
+        parser.error(f"{workers.count} workers cannot share batches of {preset.batch_size} evenly")
+    tell = print if workers.is_first else (lambda *_: None)
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"config": config, "torch": torch.__version__, "device": str(device)}
-    write_json(args.out / "results.json", results)
-    runs = [Run(each, config, device) for each in dict.fromkeys((name, BASELINE))]
-    print(
+    results: dict[str, Any] = {"config": config, "torch": torch.__version__, "device": device.type}
+    results["workers"] = workers.count
+    if workers.is_first:
+        write_json(args.out / "results.json", results)
+    runs = [Run(each, config, device, workers) for each in dict.fromkeys((name, BASELINE))]
+    sharing = f", {workers.count} workers with {config['parallel']}" if workers.count > 1 else ""
+    voting = f"\nWorkers vote ({config['vote']}) on the gradients of {name}." if config["vote"] != "off" else ""
+    tell(
         f"A byte-level GPT of {runs[0].parameters / 1e6:.2f}M parameters learns {corpus_name(config)} "
         f"({len(corpus) / 1e6:.1f} MB)\nin {config['steps']} steps of {preset.batch_size} x "
-        f"{preset.model.block_size} bytes, seed {config['seed']}, on {device}, torch {torch.__version__}.\n"
+        f"{preset.model.block_size} bytes, seed {config['seed']}, on {device.type}{sharing}, torch {torch.__version__}."
+        f"{voting}\n"
     )
 
     stop_at = min(args.stop_at or config["steps"], config["steps"])
     for run in runs:
         path = args.out / f"{run.name.lower()}.pt"
         if args.resume and run.load(path):
-            print(f"{run.name} continues after step {run.step}.")
+            tell(f"{run.name} continues after step {run.step}.")
         undisturbed = train(run, train_data, val_data, path, stop_at)
         if not undisturbed:
             break
     if any(run.step < run.steps for run in runs):
-        command = ["python", sys.argv[0], "--resume"]
+        torchrun = ["torchrun", "--nproc-per-node", str(workers.count)]
+        command = [*(["python"] if config["parallel"] == "off" else torchrun), sys.argv[0], "--resume"]
         command += ["--out", str(args.out)] if args.out != Path("runs") else []
-        print(f"\nStopped, and saved in {args.out}. To continue: {shlex.join(command)}")
+        tell(f"\nStopped, and saved in {args.out}. To continue: {shlex.join(command)}")
+        workers.end()
         sys.exit(0 if undisturbed else 130)
 
     prompt = b"\n" if config["data"] else b"def "
     sample = prompt + runs[0].model.generate(prompt, 400, seed=config["seed"])
     results["sample"] = sample.decode(errors="replace")
+    summaries = {run.name: summary(run) for run in runs}
+    workers.end()
+    if not workers.is_first:
+        return
     print(f"\nA sample by the model that {name} trained:\n\n{results['sample'].strip()}\n")
 
-    summaries = {run.name: summary(run) for run in runs}
     print_table(summaries)
     curves = {run.name: {"train_losses": run.losses.tolist(), "val_losses": run.val_losses} for run in runs}
     results["runs"] = {name: summaries[name] | curves[name] for name in summaries}

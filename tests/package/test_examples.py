@@ -60,6 +60,53 @@ def test_example_resumes_bit_for_bit(tmp_path):
     assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def on_workers(count, *arguments, cwd):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    result = subprocess.run(
+        [*torchrun, str(SCRIPT), "--preset", "tiny", "--device", "cpu", *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("parallel", "vote", "others"), [("ddp", "majority", 1), ("fsdp2", "mean", 4)])
+def test_example_on_workers_resumes_and_goes_on_with_others(tmp_path, parallel, vote, others):
+    text = tmp_path / "text.txt"
+    text.write_bytes(SCRIPT.read_bytes() * 3)
+    options = ("--data", str(text), "--parallel", parallel, "--vote", vote)
+    whole = on_workers(2, *options, "--out", "whole", cwd=tmp_path)
+    assert whole.count("In whole: curves.png") == 1, "workers speak with one voice"
+    for count, out in ((2, "same"), (others, "others")):
+        stopped = on_workers(2, *options, "--out", out, "--stop-at", "13", cwd=tmp_path)
+        assert f"torchrun --nproc-per-node 2 {SCRIPT} --resume --out {out}" in stopped
+        resumed = on_workers(count, "--resume", "--out", out, cwd=tmp_path)
+        assert "SignAdamPP continues after step 13" in resumed
+    for name in ("signadampp.pt", "adamw.pt"):
+        a, b = (torch.load(tmp_path / out / name, weights_only=True) for out in ("whole", "same"))
+        assert a["step"] == b["step"] == 40 and a["val_losses"] == b["val_losses"]
+        assert torch.equal(a["losses"], b["losses"])
+        for key in a["model"]:
+            assert torch.equal(a["model"][key], b["model"][key]), key
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--parallel", "ddp"), "goes with torchrun"),
+        (("--vote", "mean"), "between workers"),
+    ],
+)
+def test_example_says_what_workers_need(tmp_path, arguments, message):
+    refused = train_gpt("--preset", "tiny", *arguments, cwd=tmp_path)
+    assert refused.returncode == 2 and message in refused.stderr
+
+
 def test_example_names_the_nearest_optimizer(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import argparse
