@@ -46,8 +46,8 @@ GIVEN = {
 }
 #: Elements before and behind a tensor that no kernel may touch.
 GUARD = 64
-#: Words before those of a table and behind them, which are not its.
-FIRST_WORD, WORDS_BEHIND = 3, 2
+#: Words before those of each tensor, which are not its; and behind the last.
+GAP = 3
 CPU = torch.device("cpu")
 
 
@@ -201,7 +201,7 @@ def table_of(dtype: torch.dtype, casting: Casting, device: torch.device) -> Vote
         memory[-1][17] = float("inf")
     momenta = memories[0] if casting.memory != "NONE" else None
     residuals = memories[1] if casting.residual else None
-    return VoteTable(tensors(1, dtype, 0, device), momenta, residuals, FIRST_WORD)
+    return VoteTable(tensors(1, dtype, 0, device), momenta, residuals, first_words())
 
 
 def rows(device: torch.device) -> Tensor:
@@ -211,8 +211,13 @@ def rows(device: torch.device) -> Tensor:
     )
 
 
-def words(table: VoteTable, bits: int = 2) -> int:
-    return (FIRST_WORD + table.words + WORDS_BEHIND) * bits // 2
+def first_words() -> list[int]:
+    """Where the words of each tensor begin: in another order than the tensors, with gaps between them."""
+    at, found = 0, {}
+    for i in reversed(range(len(SIZES))):
+        found[i] = at + GAP
+        at = found[i] + votes.words_of(SIZES[i][0])
+    return [found[i] for i in range(len(SIZES))]
 
 
 CASTINGS = [
@@ -229,12 +234,11 @@ def test_votes_are_cast_as_the_reference_casts_them(backend: Backend, casting: C
     for own in (REFERENCE, backend):
         table = table_of(dtype, casting, own.device)
         # Whatever was there before, the words of a table are all written, and no other one.
-        codes = torch.full((words(table),), -1, dtype=torch.int32, device=own.device)
+        codes = torch.full((table.words + GAP,), -1, dtype=torch.int32, device=own.device)
         own.kernels.cast(table, rows(own.device), casting, codes)
         found.append((codes.cpu(), table))
     (expected, before), (codes, table) = found
     assert torch.equal(codes, expected)
-    assert (expected[:FIRST_WORD] == -1).all() and (expected[-WORDS_BEHIND:] == -1).all()
     assert all_same(table.values, before.values)
     assert all_same(table.momenta or (), before.momenta or ())
     assert all_same(table.residuals or (), before.residuals or ())
@@ -272,7 +276,7 @@ def results(bits: int, table: VoteTable) -> Tensor:
     """Words of every code of so many bits."""
     low, high = -(1 << (bits - 1)), 1 << (bits - 1)
     generator = torch.Generator().manual_seed(4)
-    code = torch.randint(low, high, (words(table), 16), generator=generator) & ((1 << bits) - 1)
+    code = torch.randint(low, high, (table.words, 16), generator=generator) & ((1 << bits) - 1)
     shifts = bits * torch.arange(32 // bits)
     return (code.view(-1, 32 // bits) << shifts).sum(-1).to(torch.int32)
 
@@ -287,7 +291,7 @@ def test_results_are_read_as_the_reference_reads_them(
     keys = torch.tensor([tensor_keys(7, i, 3) for i in range(len(SIZES))]).to(torch.int32)
     found = []
     for own in (REFERENCE, backend):
-        table = VoteTable(tensors(2, dtype, 0, own.device), first_word=FIRST_WORD)
+        table = VoteTable(tensors(2, dtype, 0, own.device), first_words=first_words())
         drawn = keys.to(own.device) if use == "STEP_STOCHASTIC" else None
         result = results(bits, table).to(own.device)
         own.kernels.read(table, rows(own.device), drawn, use, bits, divisor, result)
