@@ -27,6 +27,20 @@ def kernel_name(symbol: str) -> KernelName | None:
     return None if found is None else KernelName(found[1], THRESHOLD_PASSES[int(found[2])], STORAGES[int(found[3])])
 
 
+class VoteKernelName(NamedTuple):
+    """Which of the kernels in csrc/cuda/vote.cu: its pass, and what its template is given, in order, as numbers."""
+
+    vote_pass: str  # "cast", "count" or "read"
+    arguments: tuple[int, ...]
+
+
+def vote_kernel_name(symbol: str) -> VoteKernelName | None:
+    """What the mangled name of a kernel says, or None where it is no kernel of csrc/cuda/vote.cu."""
+    argument = r"L(?:NS_\d+\w+?E|[bi])(\d+)E"
+    found = re.search(rf"1[12](cast|count|read)_kernelI((?:{argument})+)E", symbol)
+    return found and VoteKernelName(found[1], tuple(map(int, re.findall(argument, found[2]))))
+
+
 def find_cuobjdump() -> str | None:
     """The lister of machine code: of the CUDA toolkit, or the one in Triton's wheel for Linux on x86-64."""
     candidates = [shutil.which("cuobjdump")]

@@ -40,6 +40,14 @@ struct VoteScalars {
 #undef SIGNADAM_FIELD
 };
 
+// The tensors of a launch: entries, and for each chunk the entry that it is of.
+struct VoteTable {
+  const VoteEntry* entries;
+  const int32_t* entry_of_chunk;
+  int64_t chunks;
+  const VoteScalars* scalars;
+};
+
 // What a worker keeps of earlier gradients: nothing, a moving average of them, or one of their gated signs.
 enum class VoteMemory : uint8_t { none, gradients, gated_signs };
 

@@ -5,14 +5,6 @@
 
 namespace signadam::cpu {
 
-// The tensors of a launch: entries, and for each chunk the entry that it is of.
-struct VoteTable {
-  const VoteEntry* entries;
-  const int32_t* entry_of_chunk;
-  int64_t chunks;
-  const VoteScalars* scalars;
-};
-
 // Votes of all tensors into `codes`, where each tensor's words begin at its `first_word`.
 void cast_votes(const VoteTable& table, const VoteOptions& options, Format format, uint32_t* codes, int threads);
 

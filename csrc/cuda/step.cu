@@ -1,8 +1,6 @@
-#include <cuda_runtime.h>
-
-#include <stdexcept>
-
 #include "step.h"
+
+#include "runtime.h"
 
 namespace signadam::cuda {
 namespace {
@@ -135,56 +133,6 @@ Kernel kernel_of(RuleIndex rule, ThresholdPass threshold_pass, Storage storage) 
   }
 }
 
-// The runtime keeps the last error until someone asks for it: taken here, so that no later call reports it as its own.
-void check(cudaError_t status, const char* doing) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();
-  throw std::runtime_error(std::string("CUDA failed ") + doing + ": " + cudaGetErrorString(status));
-}
-
-// A function of the driver, which is not linked: there may be none. Null where it cannot be had.
-template <class Function>
-Function driver_function(const char* name) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result{};
-#if CUDART_VERSION >= 12050
-  const auto status = cudaGetDriverEntryPointByVersion(name, &found, 11000, cudaEnableDefault, &result);
-#elif CUDART_VERSION >= 12000
-  const auto status = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
-#else
-  const auto status = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault);
-#endif
-  if (status != cudaSuccess) cudaGetLastError();
-  return status == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function>(found) : nullptr;
-}
-
-// Selects a device where it is not current already, and puts back what was. Selecting the old device again would do,
-// but makes a context on it where there is none, some hundred megabytes that nobody asked for; so the driver gets back
-// the context that the thread had, or none.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    static const auto get_context = driver_function<int (*)(void**)>("cuCtxGetCurrent");
-    if (get_context == nullptr || get_context(&before_) != 0) before_ = nullptr;
-    int current = 0;
-    check(cudaGetDevice(&current), "to read the current device");
-    if (current == device) return;
-    check(cudaSetDevice(device), "to select the device");
-    has_moved_ = true;
-  }
-  ~DeviceGuard() {
-    static const auto set_context = driver_function<int (*)(void*)>("cuCtxSetCurrent");
-    // Without a context the thread is given one at its first use of the device.
-    if ((has_moved_ || before_ == nullptr) && set_context != nullptr) set_context(before_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  bool has_moved_ = false;
-  void* before_ = nullptr;  // the context that was current, or none
-};
-
 }  // namespace
 
 StepLayout StepLayout::of(std::size_t scalar_sets, std::size_t tensors, std::size_t drawing) {
@@ -212,12 +160,7 @@ void launch(RuleIndex rule, ThresholdPass threshold_pass, Storage storage, const
     if (layout.size > inline_bytes) throw std::runtime_error("the step data does not fit the kernel's parameters");
     std::memcpy(arguments.step, inline_step, layout.size);
   }
-  const DeviceGuard guard(device);
-  void* parameters[] = {&arguments};
-  // What it returns is of this launch; cudaGetLastError would also give an older error.
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(function), dim3(chunks), dim3(threads_per_block), parameters, 0,
-                         static_cast<cudaStream_t>(stream)),
-        "to launch the update");
+  start(function, chunks, arguments, device, stream, "to launch the update");
 }
 
 std::string unusable_reason(int device) {

@@ -22,7 +22,7 @@ VoteOptions options_of(VoteMemory memory, bool residual, bool maximize, bool abs
   return {memory, residual, maximize, abstains ? 0 : spoiled_code(2)};
 }
 
-cpu::VoteTable table_of(uintptr_t entries, uintptr_t entry_of_chunk, int64_t chunks, uintptr_t scalars) {
+VoteTable table_of(uintptr_t entries, uintptr_t entry_of_chunk, int64_t chunks, uintptr_t scalars) {
   return {pointer<const VoteEntry>(entries), pointer<const int32_t>(entry_of_chunk), chunks,
           pointer<const VoteScalars>(scalars)};
 }

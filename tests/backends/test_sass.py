@@ -5,15 +5,27 @@ The quick run reads the instructions of the last architecture alone; which kerne
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
-from support.toolchain import PTX_ARITHMETIC, Instruction, exact_ptx, instruction, listing, ptx, resources, rules
+from support.toolchain import (
+    PTX_ARITHMETIC,
+    AnyKernelName,
+    Instruction,
+    any_kernel_name,
+    exact_ptx,
+    instruction,
+    listing,
+    ptx,
+    resources,
+    rules,
+)
 
-from reporting.machine_code import STORAGES, KernelName, kernel_name
+from reporting.machine_code import STORAGES, KernelName, VoteKernelName
 from signadam_ext import _C
 
 BUILT = _C.build_info()
@@ -34,6 +46,24 @@ KERNELS = [
     if not (storage == "plain" and RULES[rule].aux)
     and not (storage == "with_statistics" and threshold_pass == "pass_before")
 ]
+WIDE_FORMAT = _C.FORMATS["fp32"][0]
+FORMATS = [_C.FORMATS[name][0] for name in ("fp32", "bf16", "fp16")]
+MEMORIES = [memory.value for memory in _C.VoteMemory.__members__.values()]
+USES = [use.value for use in _C.VoteUse.__members__.values()]
+STOCHASTIC = _C.VoteUse.STEP_STOCHASTIC.value
+WIDTHS = (2, 4, 8, 16)
+#: The passes of a vote; a sum is counted in every width, a majority in the first. fp32 is not rounded.
+CASTS = [VoteKernelName("cast", own) for own in itertools.product(MEMORIES, (0, 1), FORMATS)]
+COUNTS = [VoteKernelName("count", own) for own in ((2, 1), *((bits, 0) for bits in WIDTHS))]
+READS = [
+    VoteKernelName("read", own)
+    for own in itertools.product(USES, FORMATS, WIDTHS)
+    if own[:2] != (STOCHASTIC, WIDE_FORMAT)
+]
+VOTE_KERNELS = [*CASTS, *COUNTS, *READS]
+each_vote = pytest.mark.parametrize(
+    "name", VOTE_KERNELS, ids=["-".join([name.vote_pass, *map(str, name.arguments)]) for name in VOTE_KERNELS]
+)
 each_architecture = pytest.mark.parametrize(
     "architecture",
     [*(pytest.param(name, marks=pytest.mark.thorough) for name in ARCHITECTURES[:-1]), *ARCHITECTURES[-1:]],
@@ -54,27 +84,30 @@ class Kernel:
         """Instructions of this kind, whatever their modifiers."""
         return [x for x in self.code if re.match(pattern + r"(\.|$)", x.operation)]
 
+    def wide(self) -> dict[str, int]:
+        """How many streaming accesses of 8 and of 16 bytes there are."""
+        found = Counter(x.operation for x in self.code)
+        return {f"{name}.E.EF.{bits}": found[f"{name}.E.EF.{bits}"] for name in ("LDG", "STG") for bits in (64, 128)}
+
 
 @cache
-def kernels_without_code() -> dict[str, dict[KernelName, Kernel]]:
+def kernels_without_code() -> dict[str, dict[AnyKernelName, Kernel]]:
     """Kernels of each architecture with machine code in the module, and what they use."""
-    found: dict[str, dict[KernelName, Kernel]] = defaultdict(lambda: defaultdict(Kernel))
+    found: dict[str, dict[AnyKernelName, Kernel]] = defaultdict(lambda: defaultdict(Kernel))
     architecture, kernel = "", None
     for line in listing("--dump-resource-usage", _C.__file__).splitlines():
         if match := re.match(r"arch = (\w+)", line):
             architecture, kernel = match[1], None
             found[architecture]  # an image without kernels counts as well
         elif match := re.match(r"\s*Function (\S+):", line):
-            name = kernel_name(match[1])
-            assert name is not None, match[1]
-            kernel = found[architecture][name]
+            kernel = found[architecture][any_kernel_name(match[1])]
         elif kernel is not None and (used := resources(line)):
             kernel.registers, kernel.stack, kernel.local = used
     return found
 
 
 @cache
-def kernels(architecture: str) -> dict[KernelName, Kernel]:
+def kernels(architecture: str) -> dict[AnyKernelName, Kernel]:
     """The same of one architecture, with their instructions."""
     found, kernel = kernels_without_code()[architecture], None
     for line in listing("-arch", architecture, "-sass", _C.__file__).splitlines():
@@ -82,9 +115,7 @@ def kernels(architecture: str) -> dict[KernelName, Kernel]:
             assert match[1] == architecture
             kernel = None
         elif match := re.match(r"\s*Function : (\S+)", line):
-            name = kernel_name(match[1])
-            assert name is not None, match[1]
-            kernel = found[name]
+            kernel = found[any_kernel_name(match[1])]
         elif kernel is not None and (found_here := instruction(line)):
             kernel.code.append(found_here)
     return found
@@ -99,6 +130,7 @@ def test_architectures_and_kernels(thorough: bool) -> None:
     assert ARCHITECTURES
     expected = {(RULES[rule].struct, threshold_pass, storage) for rule, threshold_pass, storage in KERNELS}
     assert len(expected) == len(KERNELS)
+    expected |= set(VOTE_KERNELS)
     assert set(RULES) == set(_C.RULES)
     assert set(kernels_without_code()) == set(ARCHITECTURES)
     for architecture, found in kernels_without_code().items():
@@ -190,4 +222,58 @@ def test_ptx_rounds_every_operation(architecture: str, rule: str, threshold_pass
     assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic
     assert ("div.rn.f32" in arithmetic) == (RULES[rule].divides and threshold_pass != "pass_before")
     assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (threshold_pass != "none")
+    assert not re.search(r"\.(approx|ftz|full)\b", entry)
+
+
+@each_architecture
+@each_vote
+def test_votes(architecture: str, name: VoteKernelName) -> None:
+    kernel = kernels(architecture)[name]
+    # Five blocks of 256 threads on a multiprocessor.
+    assert 0 < kernel.registers <= 48 and kernel.stack == kernel.local == 0
+    assert not kernel.of("LDL") and not kernel.of("STL")
+    # Nothing is contracted; division, with which only reading ends, is made of FFMA.
+    fused = kernel.of("FFMA2?")
+    if name.vote_pass == "read":
+        assert fused and kernel.of("MUFU")
+    else:
+        assert not fused and not kernel.of("MUFU")
+    assert not kernel.of("DFMA")
+    # Four neighbours are an access of 16 bytes in fp32, of 8 in a 16-bit format.
+    # The compiler may have made several paths, each with its own.
+    wide, least = kernel.wide(), least_accesses(name)
+    assert all(wide[access] >= count if count else wide[access] == 0 for access, count in least.items()), wide
+
+
+def least_accesses(name: VoteKernelName) -> dict[str, int]:
+    """How many wide accesses a vote's kernel has of its tensors."""
+    loads: list[int] = []
+    stores: list[int] = []
+    if name.vote_pass == "cast":
+        memory, residual, number = name.arguments
+        kept = [16] * ((memory > 0) + residual)
+        loads, stores = [16 if number == WIDE_FORMAT else 8, *kept], kept
+    elif name.vote_pass == "read":
+        use, number, _ = name.arguments
+        stores = [16 if number == WIDE_FORMAT else 8]
+        loads = stores if use != _C.VoteUse.WRITE.value else []
+    return {
+        f"{operation}.E.EF.{8 * size}": own.count(size)
+        for operation, own in (("LDG", loads), ("STG", stores))
+        for size in (8, 16)
+    }
+
+
+@pytest.mark.parametrize("architecture", VIRTUAL)
+@each_vote
+def test_ptx_of_votes_rounds_every_operation(architecture: str, name: VoteKernelName) -> None:
+    entry = ptx(_C.__file__)[architecture][name]
+    arithmetic = set(PTX_ARITHMETIC.findall(entry))
+    assert arithmetic <= exact_ptx("f32")
+    assert ("div.rn.f32" in arithmetic) == (name.vote_pass == "read")
+    if name.vote_pass == "cast":
+        multiplies = any(name.arguments[:2])  # by a momentum or a residual
+    else:
+        multiplies = name.vote_pass == "read" and name.arguments[0] != _C.VoteUse.WRITE.value
+    assert ("mul.rn.f32" in arithmetic) == multiplies
     assert not re.search(r"\.(approx|ftz|full)\b", entry)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from reporting.machine_code import KernelName, find_cuobjdump, kernel_name
+from reporting.machine_code import KernelName, VoteKernelName, find_cuobjdump, kernel_name, vote_kernel_name
 
 ROOT = Path(__file__).resolve().parents[2]
 #: The sources of the programs that tests compile.
@@ -117,39 +117,45 @@ def exact_ptx(size: str) -> set[str]:
     return {f"{name}.rn.{size}" for name in ("add", "sub", "mul", "div", "sqrt")}
 
 
+AnyKernelName = KernelName | VoteKernelName
+
+
+def any_kernel_name(symbol: str) -> AnyKernelName:
+    """Which kernel of csrc/cuda has that symbol."""
+    name = kernel_name(symbol) or vote_kernel_name(symbol)
+    assert name is not None, symbol[:200]
+    return name
+
+
 @cache
-def ptx(module: str) -> dict[str, dict[KernelName, str]]:
+def ptx(module: str) -> dict[str, dict[AnyKernelName, str]]:
     """PTX of each kernel in a built module, by virtual architecture, each from the kernel's symbol on.
 
     What ptxas makes machine code of, at build time or in the driver.
     """
-    found: dict[str, dict[KernelName, str]] = defaultdict(dict)
+    found: dict[str, dict[AnyKernelName, str]] = defaultdict(dict)
     for image in listing("-ptx", module).split("Fatbin ptx code:")[1:]:
         architecture = re.search(r"^arch = sm_(\w+)", image, re.MULTILINE)
         assert architecture is not None
         for entry in re.split(r"^\.(?:visible |weak )?entry ", image, flags=re.MULTILINE)[1:]:
-            name = kernel_name(entry)
-            assert name is not None, entry[:200]
-            found[f"compute_{architecture[1]}"][name] = entry
+            found[f"compute_{architecture[1]}"][any_kernel_name(entry)] = entry
     return dict(found)
 
 
 @cache
-def symbols(module: str) -> dict[str, dict[KernelName, str]]:
+def symbols(module: str) -> dict[str, dict[AnyKernelName, str]]:
     """Mangled names of the kernels in a built module, by architecture that it has machine code for."""
-    found: dict[str, dict[KernelName, str]] = defaultdict(dict)
+    found: dict[str, dict[AnyKernelName, str]] = defaultdict(dict)
     architecture = ""
     for line in listing("--dump-resource-usage", module).splitlines():
         if match := re.match(r"arch = (\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
-            name = kernel_name(match[1])
-            assert name is not None, match[1]
-            found[architecture][name] = match[1]
+            found[architecture][any_kernel_name(match[1])] = match[1]
     return dict(found)
 
 
-#: The tensors that triton_kernels.update takes, in order, as Triton writes the types of pointers.
+#: The tensors that the kernel in triton_kernels.update takes, in order, as Triton writes the types of pointers.
 TRITON_TENSORS = {
     "entries": "*i64",
     "tensor_of_chunk": "*i32",
@@ -163,13 +169,31 @@ TRITON_TENSORS = {
 }
 
 
+#: The arguments of the kernels in triton_kernels.vote; ``result`` of reading is of 16 bits where an entry is.
+TRITON_VOTE_ARGUMENTS = {
+    "cast_votes": {"entries": "*i64", "entry_of_chunk": "*i32", "scalars": "*fp32", "codes": "*u8"},
+    "count_votes": {"codes": "*i32", "workers": "i32", "words": "i64", "result": "*i32"},
+    "read_votes": {
+        "entries": "*i64",
+        "entry_of_chunk": "*i32",
+        "scalars": "*fp32",
+        "rng_keys": "*i32",
+        "result": "*u8",
+        "divisor": "fp32",
+    },
+}
+
+
 def compile_triton(
-    jobs: Sequence[tuple[str, Mapping[str, Any]]], folder: Path, before: Sequence[str] = ()
+    jobs: Sequence[tuple[str, Mapping[str, Any]] | tuple[str, Mapping[str, Any], str]],
+    folder: Path,
+    before: Sequence[str] = (),
 ) -> list[Path]:
-    """Compiles triton_kernels.update without a device, in a process of its own.
+    """Compiles Triton kernels without a device, in a process of its own.
 
     Args:
-        jobs: of each a target ("sm_90", "gfx942") and the kernel's constants, the rule by its name.
+        jobs: of each a target ("sm_90", "gfx942") and the kernel's constants, the rule by its name; of votes also which
+            kernel of triton_kernels.vote it is.
         folder: where what Triton makes is written.
         before: folders that are searched for modules first, for another Triton than that of the tests.
 

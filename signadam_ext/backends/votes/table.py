@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.formats import DTYPE_FORMATS
 from ...core.native import compiled as _C
-from ..device import to_device
+from ..device import StreamGuarded, to_device
 
 #: Codes of 2 bits in a word of 32.
 CODES_PER_WORD: int = _C.CODES_PER_WORD
@@ -64,8 +64,8 @@ class VoteTable:
         self.words = max(begin + words_of(value.numel()) for begin, value in zip(first_words, values, strict=True))
 
     @functools.cached_property
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """Each tensor as kernels read it, int64 [tensors, 6], and the tensor of each chunk, int32; on the device."""
+    def resident(self) -> StreamGuarded:
+        """:attr:`entries` and :attr:`entry_of_chunk`, made on the stream that is current when they are first used."""
         rows: list[list[int]] = []
         of_chunk: list[int] = []
         for i, value in enumerate(self.values):
@@ -75,18 +75,21 @@ class VoteTable:
                 [value.data_ptr(), momentum, residual, value.numel(), self.first_words[i], len(of_chunk)],
             )
             of_chunk += [i] * -(-value.numel() // _C.VOTE_CHUNK)
-        return (
+        return StreamGuarded(
+            self.device,
             to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), self.device),
             to_device(torch.tensor(of_chunk, dtype=torch.int32, device="cpu"), self.device),
         )
 
     @property
     def entries(self) -> Tensor:
-        return self._rows[0]
+        """Each tensor as kernels read it, int64 [tensors, 6]; on the device."""
+        return self.resident.tensors[0]
 
     @property
     def entry_of_chunk(self) -> Tensor:
-        return self._rows[1]
+        """The tensor of each chunk, int32; on the device."""
+        return self.resident.tensors[1]
 
     @property
     def chunks(self) -> int:

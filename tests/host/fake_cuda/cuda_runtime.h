@@ -1,4 +1,4 @@
-// What csrc/cuda/step.cu asks of the CUDA runtime, without one: a process with some devices, of which it remembers who
+// What csrc/cuda asks of the CUDA runtime, without one: a process with some devices, of which it remembers who
 // has a context, which is current, the last error, and what was launched.
 #pragma once
 
@@ -22,7 +22,7 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   dim3(unsigned n) : x(n) {}
 };
-inline const dim3 threadIdx(0), blockIdx(0);
+inline dim3 threadIdx(0), blockIdx(0);
 inline void __syncthreads() {}
 inline int __syncthreads_or(int x) { return x; }
 inline void __threadfence() {}
