@@ -6,10 +6,10 @@ that Ethernet gives them. `tc` shapes each worker's link for the times. Where na
 the loopback interface are divided by the number of workers, and times are not shaped. What no machine here can show
 (100 Gbit/s, 64 and 1,024 workers, 1 and 7 billion parameters) is a formula's, and labelled so.
 
-Training. Workers are simulated in one process, whose votes the package's own kernels cast, count and read: the example's
-GPT of the preset "tiny", 2,000 steps, 4 workers. Every method has its learning rate searched among 1, 2, 3 and 6 times
-powers of ten, with a seed of its own that enters no result, until both neighbours of the best were tried. Then 5
-workers, of which 1 or 2 send the opposite.
+Training. Workers are simulated in one process, whose votes the package's own kernels cast, count and read: the
+example's GPT of the preset "tiny", 2,000 steps, 4 workers. Every method has its learning rate searched among 1, 2, 3
+and 6 times powers of ten, with a seed of its own that enters no result, until both neighbours of the best were tried.
+Then 5 workers, of which 1 or 2 send the opposite.
 
 Every finished training is one JSON file in `--runs`: the program may be stopped and started at will, and goes on. They
 are kept in bench/results/comm/runs.tar.gz.
