@@ -42,7 +42,7 @@ def _wire(report: dict[str, Any], path: Path) -> None:
     left = axes[0][0]
     workers = sorted({row["workers"] for row in report["wire"]})
     width = 0.8 / len(workers)
-    shades = {n: color for n, color in zip(workers, ("#93c5fd", "#2563eb", "#1e3a8a"), strict=False)}
+    shades = dict(zip(workers, ("#93c5fd", "#2563eb", "#1e3a8a"), strict=False))
     for i, hook in enumerate(HOOKS):
         for j, n in enumerate(workers):
             for row in (row for row in report["wire"] if (row["hook"], row["workers"]) == (hook, n)):
@@ -84,6 +84,7 @@ def _wire(report: dict[str, Any], path: Path) -> None:
 def _convergence(report: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
+    from bench.comm.methods import BY_KEY
     from reporting.runs import band
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
@@ -93,14 +94,14 @@ def _convergence(report: dict[str, Any], path: Path) -> None:
         style = {
             "color": color,
             "label": entry["label"],
-            "linestyle": "--" if key in ("adamw", "sign_adam_pp") else "-",
+            "linestyle": "-" if BY_KEY[key].votes else "--",
         }
         band(left, steps, entry["train"], **style)
     lowest = min(min(map(min, entry["train"])) for entry in report["methods"].values())
     left.set_ylim(lowest - 0.05, lowest + 1.2)
     left.set_title(f"{report['workers']} honest workers", loc="left", fontsize=10)
     colors = dict(
-        zip(("sign_adam_pp", "majority", "majority_momentum"), ("#6b7280", "#2563eb", "#7c3aed"), strict=True)
+        zip(("sign_adam_pp", "majority", "majority_momentum"), ("#6b7280", "#b45309", "#7c3aed"), strict=True)
     )
     for entry in report["attacks"].values():
         if entry["adversaries"] == 0 or any(len(line) < len(entry["train"][0]) for line in entry["train"]):

@@ -79,17 +79,18 @@ def _bytes(report: Report, link: str) -> str:
     bf16 = f" On gloo DDP refuses torch's `bf16_compress_hook` (`{refused}`): a hook that does the same stands for it."
     any_row = report["wire"][0]
     text = (
-        f"Bits for each parameter that a worker sends in a step, there + back; in brackets by formula, without headers. "
-        f"A GPT of {any_row['parameters'] / 1e6:.2f}M parameters under DDP on gloo, its gradients in one bucket; bytes "
-        f"counted {counted}, of {any_row['steps']} steps less those of none; {_where(report)}, {report['date'][:10]}.\n"
-        "There is the all-to-all of a vote, measured by itself; of other hooks, half of the sum. With n workers all but "
-        f"1/n of a buffer leaves a worker, each way.{bf16 if refused else ''}"
+        "Bits for each parameter that a worker sends in a step, there + back; in brackets by formula, without "
+        f"headers. A GPT of {any_row['parameters'] / 1e6:.2f}M parameters under DDP on gloo, its gradients in one "
+        f"bucket; bytes counted {counted}, of {any_row['steps']} steps less those of none; {_where(report)}, "
+        f"{report['date'][:10]}.\n"
+        "There is the all-to-all of a vote, measured by itself; of other hooks, half of the sum. With n workers all "
+        f"but 1/n of a buffer leaves a worker, each way.{bf16 if refused else ''}"
     )
     header = ["bits per parameter", *(f"{n} workers" for n in workers)]
     aim = (
-        f"Aim for a majority, with {', '.join(map(str, workers))} workers: at most {AIM} bits each way. Measured: at most "
-        f"{most:.2f}, {verdict}. A mean comes back in 4 bits (to 7 workers), 8 (to 127) or 16. PowerSGD sends less: its "
-        "factors are of rank 1, and each worker keeps an error as large as its gradients."
+        f"Aim for a majority, with {', '.join(map(str, workers))} workers: at most {AIM} bits each way. Measured: at "
+        f"most {most:.2f}, {verdict}. A mean comes back in 4 bits (to 7 workers), 8 (to 127) or 16. PowerSGD sends "
+        "less: its factors are of rank 1, and each worker keeps an error as large as its gradients."
     )
     others = {hook: why for hook, why in report["failed"].items() if hook != "bf16_compress_hook"}
     failed = "".join(f"\n\nWithout a result: {HOOKS[hook]} ({why})." for hook, why in others.items())
@@ -104,7 +105,7 @@ def _times(report: Report, link: str) -> str:
     lines = [
         [
             label,
-            *(present.duration(rows[hook, *column]["seconds"]["median"]) for column in columns),
+            *(present.duration(rows[(hook, *column)]["seconds"]["median"]) for column in columns),
         ]
         for hook, label in HOOKS.items()
         if all((hook, *column) in rows for column in columns)
@@ -114,8 +115,9 @@ def _times(report: Report, link: str) -> str:
     text = (
         f"Forward, backward and communication of a GPT of {size / 1e6:.1f}M parameters on 16 bytes of text, medians of "
         f"{report['settings']['time_steps']} steps. `tc tbf` limits what each worker sends; all share "
-        f"{report['machine']['cores']} cores, and other programs may have run, so that times say how hooks compare, and "
-        "little more. Without a limit the processor is one: a faster link, of 100 Gbit/s, changes nothing here."
+        f"{report['machine']['cores']} cores, and other programs ran too (a load of {report['load']:.1f} at the "
+        "start), so that times say how hooks compare, and little more. Without a limit the processor is "
+        "one: a faster link, of 100 Gbit/s, changes nothing here."
     )
     return f"### Time of a step, measured\n\n{text}\n\n{markdown(header, lines)}"
 
@@ -138,9 +140,9 @@ def _large() -> str:
         "### Bytes and time of a step, by formula\n\n"
         "A model, nothing of it measured. What a worker sends in a step is the payload above without headers; its time "
         f"is that by the rate of the link, and {formulas.LATENCY * 1e6:.0f} us for each of n - 1 messages in each half "
-        "of a collective, one after the other (all-reduce and all-gather on a ring, all-to-all likewise). Every link has "
-        "the same rate, both ways at once; nothing overlaps with backward, and casting, counting, adding and PowerSGD's "
-        "products take no time. All gradients in one bucket.\n\n" + "\n\n".join(parts)
+        "of a collective, one after the other (all-reduce and all-gather on a ring, all-to-all likewise). Every link "
+        "has the same rate, both ways at once; nothing overlaps with backward, and casting, counting, adding and "
+        "PowerSGD's products take no time. All gradients in one bucket.\n\n" + "\n\n".join(parts)
     )
 
 
@@ -168,16 +170,17 @@ def _training(report: Report, link: str) -> str:
         for key, entry in report["methods"].items()
     ]
     text = (
-        f"{report['workers']} workers, simulated in one process with the kernels of the package: the example's GPT of the "
-        f'preset "tiny" ({report["parameters"]:,} parameters), {spec["steps"]:,} steps, batches of {spec["batch_size"]} x '
-        f"{spec['model']['block_size']} bytes for each worker, weight decay {spec['weight_decay']:g}, no clipping, a tenth "
-        "of linear warm-up, then a cosine to 0. Each row has a rate of its own, searched with a seed that enters no "
+        f"{report['workers']} workers, simulated in one process with the kernels of the package: the example's GPT of "
+        f'the preset "tiny" ({report["parameters"]:,} parameters), {spec["steps"]:,} steps, batches of '
+        f"{spec['batch_size']} x {spec['model']['block_size']} bytes for each worker, weight decay "
+        f"{spec['weight_decay']:g}, no clipping, a tenth of linear warm-up, then a cosine to 0. Each row has "
+        "a rate of its own, searched with a seed that enters no "
         "result among 1, 2, 3 and 6 times powers of ten until both neighbours of the best were tried. "
         f"{spec['seeds']} seeds, the same for all rows; ± is half of the 95 % confidence interval (Student's t), in "
         f"brackets that of differences paired by seed. {_where(report)}; {report['finished_runs']} of "
-        f"{report['expected_runs']} planned runs, {report['core_hours']:.1f} core-hours. Momentum is 0.9 everywhere: of "
-        "each worker before the vote, or after it in `SignAdamPP` (of the result's sign) and `MSGD`. `SignSGD` steps by "
-        "a vote itself."
+        f"{report['expected_runs']} planned runs, {report['core_hours']:.1f} core-hours. Momentum is 0.9 where there "
+        "is one: of each worker before the vote, or after it in `SignAdamPP` and `MSGD`. Without one after it, "
+        "`SignSGD` steps by the vote itself."
     )
     table = markdown(["", "lr", "validation loss", "minus AdamW"], lines)
     parts = [f"### Training on votes\n\n{text}\n\n{table}\n\n![losses]({link}/convergence.png)"]
@@ -199,11 +202,11 @@ def _attacks(report: Report) -> str:
         lines.append([label, sends, *(row.get(k, "") for k in (0, 1, 2))])
     n = report["workers_attacked"]
     text = (
-        f"{n} workers, of which none, 1 or 2 send the opposite of what their gradients say: a vote for the other sign or, "
-        "where gradients are averaged, minus their gradient, also 10 times as large. (To a vote without momentum a factor "
-        "is nothing, for it reads the sign; momenta were negated with their gradients.) Rates are those found for "
-        f"{report['workers']} honest workers. A run fails that ends above {UNIFORM:.2f}, the loss of a model that knows "
-        "nothing; in brackets its losses over seeds."
+        f"{n} workers, of which none, 1 or 2 send the opposite of what their gradients say: a vote for the other sign "
+        "or, where gradients are averaged, minus their gradient, also 10 times as large. (A vote reads the sign, so "
+        "that a factor is nothing to it; adversaries' momenta are of their negated gradients.) Rates are those found "
+        f"for {report['workers']} honest workers. A run fails that ends above {UNIFORM:.2f}, the loss of a model that "
+        "knows nothing; in brackets its losses over seeds."
     )
     header = ["final validation loss", "an adversary sends", "none", f"1 of {n}", f"2 of {n}"]
     return f"### With adversaries\n\n{text}\n\n{markdown(header, lines)}"

@@ -36,7 +36,7 @@ TIMED = (2, 4)
 def measure(quick: bool = False) -> Report:
     """All hooks with each number of workers."""
     prefix = network.enter()
-    report: Report = {**machine.facts(), "namespaces": prefix is not None}
+    report: Report = {**machine.facts(), "namespaces": prefix is not None, "load": os.getloadavg()[0]}
     report["settings"] = dict(QUICK if quick else FULL)
     report |= {"wire": [], "times": [], "failed": {}}
     for workers in QUICK_WORKERS if quick else WORKERS:
@@ -52,7 +52,7 @@ def measure(quick: bool = False) -> Report:
         }
         command = [*(prefix or []), sys.executable, "-m", "bench.comm.wire", json.dumps(plan)]
         # Standard error is the terminal's, where what goes wrong is read.
-        limit = 2 * report["settings"]["limit"] + 60 * workers
+        limit = 4 * report["settings"]["limit"] + 60 * workers
         done = subprocess.run(command, cwd=machine.ROOT, stdout=subprocess.PIPE, text=True, timeout=limit, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         for key in ("wire", "times"):

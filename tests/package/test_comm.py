@@ -81,7 +81,7 @@ def _committed(name: str) -> dict[str, list[dict[str, object]]]:
 
 
 def test_measured_bytes_are_those_of_the_formula_and_of_headers() -> None:
-    """What is left beside both: gloo's own messages, a few dozen bytes for each."""
+    """Beside both there are gloo's own messages, and acknowledgements whose options vary."""
     report = _committed("wire.json")
     assert report["namespaces"] and {row["workers"] for row in report["wire"]} == {2, 4, 8}
     assert {row["hook"] for row in report["wire"]} == set(formulas.HOOKS)
@@ -90,8 +90,7 @@ def test_measured_bytes_are_those_of_the_formula_and_of_headers() -> None:
         payload = sum(formulas.payload(hook, row["shapes"], workers))  # type: ignore[arg-type]
         measured, packets = fmean(row["bytes"]), fmean(row["packets"])  # type: ignore[arg-type]
         without_headers = measured - formulas.HEADERS * packets
-        # Of a barrier's length and of acknowledgements with options nothing is known to the byte.
-        spare = 400 * formulas.rounds(hook, workers) + 0.004 * payload  # type: ignore[arg-type]
+        spare = 1000 * formulas.rounds(hook, workers) + 0.002 * payload  # type: ignore[arg-type]
         assert payload <= without_headers <= payload + spare, (hook, workers)
         if hook == "majority":
             assert max(pages.bits(row)) <= pages.AIM
