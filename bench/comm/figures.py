@@ -87,7 +87,10 @@ def _convergence(report: dict[str, Any], path: Path) -> None:
     from bench.comm.methods import BY_KEY
     from reporting.runs import band
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    figure, axes = plt.subplot_mosaic(
+        [["left", "fails"], ["left", "right"]], figsize=(13, 5.2), height_ratios=(1, 2.2), layout="constrained"
+    )
+    left, fails, right = axes["left"], axes["fails"], axes["right"]
     every = report["problem"]["averaged"]
     for (key, entry), color in zip(report["methods"].items(), _COLORS, strict=False):
         steps = [every * (i + 1) for i in range(len(entry["train"][0]))]
@@ -109,18 +112,23 @@ def _convergence(report: dict[str, Any], path: Path) -> None:
         steps = [every * (i + 1) for i in range(len(entry["train"][0]))]
         tenfold = entry["factor"] == -10
         label = f"{entry['label']}: {entry['adversaries']} of {report['workers_attacked']}" + ", x 10" * tenfold
-        style = {"color": "#b91c1c" if tenfold else colors[entry["method"]]}
-        band(right, steps, entry["train"], linestyle=("-", "--")[entry["adversaries"] - 1], label=label, **style)
-    right.set_ylim(1.75, 7)
-    right.axhline(math.log(256), color="black", linewidth=0.8)
-    right.text(
-        0.99, math.log(256) - 0.16, "knows nothing", ha="right", fontsize=8, transform=right.get_yaxis_transform()
+        color = "#b91c1c" if tenfold else colors[entry["method"]]
+        line = ("-", "--")[entry["adversaries"] - 1]
+        band(fails if tenfold else right, steps, entry["train"], linestyle=line, label=label, color=color)
+    # Both halves of one axis: thousands above, what learns below.
+    fails.set_yscale("log")
+    fails.axhline(math.log(256), color="black", linewidth=0.8)
+    fails.text(
+        0.99, math.log(256) * 1.2, "knows nothing", ha="right", fontsize=8, transform=fails.get_yaxis_transform()
     )
-    title = f"adversaries among {report['workers_attacked']} workers; what leaves at the top goes on to thousands"
-    right.set_title(title, loc="left", fontsize=10)
+    fails.set_ylim(bottom=4)
+    fails.set_title(f"adversaries among {report['workers_attacked']} workers", loc="left", fontsize=10)
+    fails.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.15))
+    fails.spines[["top", "right"]].set_visible(False)
+    right.set_ylim(1.75, 3.6)
     for axis in (left, right):
         axis.set_xlabel("step")
-        axis.set_ylabel("training loss, mean over workers and seeds (95 % interval)")
+        axis.set_ylabel("training loss, mean (95 % interval)")
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
