@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from bench import readme, scaling
+from bench.comm import pages as comm
 from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, TRAININGS, cell, training
 from experiments.convergence.figures import PICTURES
 from experiments.convergence.methods import REFERENCES
@@ -219,6 +220,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "memory": memory,
         "7b": large_model,
         "convergence": convergence,
+        "comm": comm.block,
     },
     "docs/scaling.md": {"sharded_memory": scaling.sharded_memory},
     "docs/voting.md": {"wire": scaling.wire},

@@ -1,0 +1,5 @@
+import sys
+
+from bench.comm.program import main
+
+sys.exit(main())
