@@ -18,7 +18,8 @@ from bench.comm import formulas, pages
 from bench.comm.methods import BY_KEY, Attack
 from bench.comm.training import Workers
 from bench.committed import ROOT
-from signadam_ext.backends.votes import CODES_PER_WORD, width_for
+from signadam_ext.backends.votes import width_for
+from signadam_ext.backends.votes.table import CODES_PER_WORD
 
 SHAPES = [(40, 16), (33,), (1, 1, 7), ()]
 
