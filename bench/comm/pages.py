@@ -115,8 +115,8 @@ def _times(report: Report, link: str) -> str:
     text = (
         f"Forward, backward and communication of a GPT of {size / 1e6:.1f}M parameters on 16 bytes of text, medians of "
         f"{report['settings']['time_steps']} steps. `tc tbf` limits what each worker sends; all share "
-        f"{report['machine']['cores']} cores, and other programs ran too, so that times say how hooks compare, and little "
-        "more. Without a limit the processor is one: a faster link, of 100 Gbit/s, changes nothing here."
+        f"{report['machine']['cores']} cores, and other programs ran too, so that times say how hooks compare, and "
+        "little more. Without a limit the processor is one: a faster link, of 100 Gbit/s, changes nothing here."
     )
     return f"### Time of a step, measured\n\n{text}\n\n{markdown(header, lines)}"
 
