@@ -60,7 +60,7 @@ def glance() -> str:
         ["speed of an optimizer step, GPT-2 small, fp32", f"{step:.2f}x", "1x (torch, fused)"],
         ["the same, left with 2-bit momentum and bf16 weights", f"{few:.2f}x", "1x (torch, fused)"],
         [
-            "training step of the example, fp32 (of it the optimizer)",
+            "training step of the example, unclipped, fp32 (of it the optimizer)",
             *(f"{present.duration(whole[name])} ({present.duration(own[name])})" for name in names),
         ],
     ]

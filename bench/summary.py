@@ -54,7 +54,8 @@ def _section(report: present.Report, folder: str) -> str:
     ]
     if rows := report.get("whole_steps"):
         parts.append(
-            f"Whole training steps of the example, where the optimizer is a small part:\n\n{present.whole_steps(rows)}"
+            "Whole training steps of the example, without clipping, where the optimizer is a small part:\n\n"
+            f"{present.whole_steps(rows)}"
         )
     if not gpu and (aims := present.aims(report)):
         parts.append(aims)
