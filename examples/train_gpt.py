@@ -42,6 +42,7 @@ try:
     from tqdm import tqdm
 
     import signadam_ext
+    from signadam_ext.core.native import compiled
 except ImportError as error:
     sys.exit(f'{error}\nIn the root of the repository, run: pip install ".[examples]"')
 
@@ -429,7 +430,8 @@ def main() -> None:
         parser.error(f"too little text: {len(corpus)} bytes, needed are over {10 * preset.model.block_size}")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"config": config, "torch": torch.__version__, "device": str(device)}
+    versions = {"torch": torch.__version__, "signadam_ext": compiled.build_info()}
+    results: dict[str, Any] = {"config": config, "versions": versions, "device": str(device)}
     write_json(args.out / "results.json", results)
     runs = [Run(each, config, device) for each in dict.fromkeys((name, BASELINE))]
     print(
