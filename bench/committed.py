@@ -31,6 +31,13 @@ def training(name: str) -> present.Report:
     return report
 
 
+@cache
+def large_model_log() -> tuple[present.Report, list[present.Row]]:
+    """The run of the 7-billion-parameter example: what it began with, and its steps."""
+    start, *lines = (json.loads(line) for line in LARGE_MODEL.read_text().splitlines())
+    return start, sorted((line for line in lines if "step" in line), key=lambda line: line["step"])
+
+
 def cell(row: present.Row | None) -> str:
     """Speed of a step against AdamW, and in brackets its bytes and the stream's."""
     if row is None:

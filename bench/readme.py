@@ -1,11 +1,9 @@
 """The tables of the README, which a visitor reads first."""
 
 import json
-from pathlib import Path
 
-from bench.committed import EXPERIMENTS, LARGE_MODEL, RESULTS, TRAININGS, cell, training, without_gpu
+from bench.committed import EXPERIMENTS, RESULTS, TRAININGS, cell, large_model_log, training, without_gpu
 from experiments.convergence.methods import ADAMW, FEW_BITS, PLUS
-from experiments.convergence.summary import with_half_width
 from reporting import present
 
 
@@ -62,13 +60,13 @@ def glance() -> str:
         ["speed of an optimizer step, GPT-2 small, fp32", f"{step:.2f}x", "1x (torch, fused)"],
         ["the same, left with 2-bit momentum and bf16 weights", f"{few:.2f}x", "1x (torch, fused)"],
         [
-            "training step of the example, fp32 (of it the optimizer)",
+            "training step of the example, unclipped, fp32 (of it the optimizer)",
             *(f"{present.duration(whole[name])} ({present.duration(own[name])})" for name in names),
         ],
     ]
     for name in ("gpt", "gpt_long"):
         methods = training(name)["methods"]
-        losses = [with_half_width(loss, 3) for loss in (methods[FEW_BITS]["loss"], _adamw(name))]
+        losses = [present.plus_minus(loss, digits=3) for loss in (methods[FEW_BITS]["loss"], _adamw(name))]
         lines.append([f"validation loss, {_trained(name)}; left 2 bits, right fp32", *losses])
     return present.markdown(["", "SignAdamPP", "AdamW"], lines)
 
@@ -79,7 +77,8 @@ def quality() -> str:
     for name in TRAININGS:
         methods = training(name)["methods"]
         losses = [
-            with_half_width(loss, 3) for loss in (_adamw(name), *(methods[key]["loss"] for key in (PLUS, FEW_BITS)))
+            present.plus_minus(loss, digits=3)
+            for loss in (_adamw(name), *(methods[key]["loss"] for key in (PLUS, FEW_BITS)))
         ]
         lines.append([f"{_trained(name)}: validation loss", *losses])
     ablation = json.loads((EXPERIMENTS / "ablation.json").read_text())
@@ -119,14 +118,13 @@ def _bytes_model() -> str:
     return f"{row['elements'] / 1e6:.1f}M parameters in {row['tensors']} tensors"
 
 
-def _large_model_short(log: Path = LARGE_MODEL) -> str:
-    """The same in a sentence."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    peak = max(line["peak_bytes"] for line in lines if "step" in line)
-    machine, taken = lines[0]["machine"], sum("step" in line for line in lines)
+def _large_model_short() -> str:
+    """The run of 7 billion parameters in a sentence."""
+    start, steps = large_model_log()
+    peak, machine = max(line["peak_bytes"] for line in steps), start["machine"]
     return (
-        f"A [GPT of {lines[0]['parameters'] / 1e9:.1f} billion parameters](docs/results.md#7-billion-parameters) took "
-        f"{taken} steps within {peak / 1e9:.1f} GB, on {machine['cores']} cores and without a GPU."
+        f"A [GPT of {start['parameters'] / 1e9:.1f} billion parameters](docs/results.md#7-billion-parameters) took "
+        f"{len(steps)} steps within {peak / 1e9:.1f} GB, on {machine['cores']} cores and without a GPU."
     )
 
 

@@ -12,11 +12,10 @@ from statistics import median
 
 from bench import readme, scaling
 from bench.comm import pages as comm
-from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, TRAININGS, cell, training
+from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, TRAININGS, cell, large_model_log, training
 from experiments.convergence.figures import PICTURES
 from experiments.convergence.methods import REFERENCES
 from experiments.convergence.summary import page as convergence_page
-from experiments.convergence.summary import with_half_width
 from reporting import machine, present
 from reporting.files import write
 from reporting.pages import replaced
@@ -56,7 +55,8 @@ def _section(report: present.Report, folder: str) -> str:
     ]
     if rows := report.get("whole_steps"):
         parts.append(
-            f"Whole training steps of the example, where the optimizer is a small part:\n\n{present.whole_steps(rows)}"
+            "Whole training steps of the example, without clipping, where the optimizer is a small part:\n\n"
+            f"{present.whole_steps(rows)}"
         )
     if not gpu and (aims := present.aims(report)):
         parts.append(aims)
@@ -147,25 +147,21 @@ def _resident(row: present.Row) -> float:
     return float(sum(row["per_parameter"][part] for part in ("weights", "state", "gradients")))
 
 
-def large_model(log: Path = LARGE_MODEL) -> str:
+def large_model() -> str:
     """The run of the 7-billion-parameter example, from its log."""
-    if not log.exists():
-        return f"The run: {present.NOT_MEASURED}."
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    start, steps = lines[0], {line["step"]: line for line in lines if "step" in line}
-    losses = [steps[step]["loss"] for step in sorted(steps)]
-    seconds = median(line["seconds"] for line in steps.values())
-    peak = max(line["peak_bytes"] for line in steps.values())
+    start, steps = large_model_log()
+    losses = [line["loss"] for line in steps]
+    seconds = median(line["seconds"] for line in steps)
+    peak = max(line["peak_bytes"] for line in steps)
     machine, tokens = start["machine"], start["options"]["tokens"]
     parts = [
         f"{start['parameters']:,} parameters on {machine['cpu']}, {machine['cores']} cores, {machine['ram_gib']} GiB, "
         f"module of commit {present.built_at(start)}, {start['date'][:10]}: {len(losses)} steps of {tokens} bytes of "
         f"text, {seconds:.0f} s each (median), loss {sum(losses[:5]) / 5:.2f} over the first five steps and "
         f"{sum(losses[-5:]) / 5:.2f} over the last five, peak memory {peak / 1e9:.2f} GB "
-        f"([log](../examples/results/{log.name}))."
+        f"([log]({_link(LARGE_MODEL)})).",
+        f"![loss and memory]({_link(LARGE_MODEL.with_suffix('.png'))})",
     ]
-    if log.with_suffix(".png").exists():
-        parts.append(f"![loss and memory](../examples/results/{log.stem}.png)")
     return "\n\n".join(parts)
 
 
@@ -187,7 +183,7 @@ def convergence() -> str:
                 method["label"],
                 f"{method['state_bytes_per_parameter']:.2f}",
                 f"{method['lr']:g}",
-                with_half_width(method["loss"], 3),
+                present.plus_minus(method["loss"], digits=3),
                 *(present.between(method["loss"].get(f"minus_{other}"), form="+.3f") for other in REFERENCES),
             ]
             for method in report["methods"].values()
@@ -250,8 +246,7 @@ def require_commits() -> None:
         machine.require_commits([present.built_at(json.loads(path.read_text()))])
     for name in TRAININGS:
         machine.require_commits(where["commit"] for where in training(name)["environments"])
-    with LARGE_MODEL.open() as log:
-        machine.require_commits([present.built_at(json.loads(log.readline()))])
+    machine.require_commits([present.built_at(large_model_log()[0])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

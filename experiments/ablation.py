@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from experiments import training
+from experiments import common, training
 from experiments.training import DIGITS, GPT_TEXT, LSTM_TEXT, Method, Plan, Store, Study
 from reporting.present import between, markdown, plus_minus
 from reporting.runs import Run, interval
@@ -234,7 +234,7 @@ def section(result: Run) -> str:
             f"sizes, {first['seeds']} seeds, [SA]'s schedule. Differences are paired by seed, in brackets 95 % "
             "intervals; below 0 the first is better.",
             "![errors, effects of the parts, thresholds](results/ablation.png)",
-            training.claims(_claims(result)),
+            common.judged(_claims(result)),
             _in_short(result),
             "What each part does, averaged over the four pairs that differ in it alone (with minus without):",
             _effects(result),

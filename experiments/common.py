@@ -74,15 +74,21 @@ class Claim:
 
 def claims_table(claims: Iterable[Claim], results: Result) -> str:
     """One row for each claim: what the paper says, by what it is judged, what was found, whether it came out."""
-    lines = ["| claim | judged by | found | came out |", "|---|---|---|---|"]
+    rows = []
     for claim in claims:
         values = results[claim.key]
         verdict = "yes" if values["holds"] else "**no**"
         if not values["holds"] and any(values.get("holds_at", {}).values()):
             verdict = "**in part**: " + ", ".join(name for name, held in values["holds_at"].items() if held)
         found = claim.found.format(**values)
-        lines.append(f"| {claim.text} ({claim.source}) | {values['criterion']} | {found} | {verdict} |")
-    return "\n".join(lines)
+        rows.append((f"{claim.text} ({claim.source})", values["criterion"], found, verdict))
+    return judged(rows)
+
+
+def judged(rows: Iterable[Sequence[str]]) -> str:
+    """A table of what a paper says, by what it is judged, what was found and whether it came out."""
+    lines = ["| claim | judged by | found | came out |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def modules(result: Result) -> set[str]:

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments import training
+from experiments import common, training
 from experiments.training import DIGITS, GPT_TEXT, LSTM_TEXT, Method, Plan, Problem, Store, Study, rate
 from reporting.present import between, markdown, plus_minus
 from reporting.runs import Run, band
@@ -188,7 +188,7 @@ def section(result: Run) -> str:
             "seed-averaged curves across the pairs minus that within. In brackets 95 % intervals: of gaps by "
             "bootstrap over seeds, of differences by Student's t, paired by seed.",
             "![losses, errors and gaps](results/four_ways.png)",
-            training.claims(_claims(result)),
+            common.judged(_claims(result)),
             _gaps(result),
             _contrasts(result),
             _table(result),

@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from experiments import ablation, training
+from experiments import ablation, common, training
 from experiments.ablation import ADAPTIVE, FIXED, PAPER, SIGN_ADAM
 from experiments.training import Job, Method, Plan, Problem, Store, Study
 from reporting.present import between, markdown, plus_minus
@@ -237,7 +237,7 @@ def section(result: Run) -> str:
             f"Real trainings, {first['seeds']} seeds, at the step sizes that the ablation found. In brackets 95 % "
             "intervals (Student's t), differences paired by seed.",
             "![shares dropped, and remaining ratios](results/lemma.png)",
-            training.claims(_claims(result)),
+            common.judged(_claims(result)),
             "The share of all gradient entries that the gate drops, averaged over the first and the last interval "
             "between "
             'evaluations; "zero": the share that is exactly 0 in the last one, which any gate drops.',

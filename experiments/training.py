@@ -648,12 +648,6 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
-def claims(rows: Iterable[Sequence[str]]) -> str:
-    """A table of what a paper says, by what it is judged, what was found and whether it came out."""
-    lines = ["| claim | judged by | found | came out |", "|---|---|---|---|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def cost(result: Run) -> str:
     """How many runs and core-minutes, and where."""
     problems = result["problems"].values()

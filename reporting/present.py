@@ -118,12 +118,14 @@ def between(interval: Row | None, scale: float = 1.0, form: str = "+.2f") -> str
 
 
 def plus_minus(interval: Row, scale: float = 1.0, digits: int = 2) -> str:
-    """A mean and half its interval: "3.1 ± 0.2"."""
-    if interval.get("mean") is None:
+    """A mean and half its interval, which is given as such or by its ends: "3.1 ± 0.2"."""
+    mean = interval.get("mean")
+    if mean is None:
         return "diverged"
-    if interval["low"] is None:
-        return f"{interval['mean'] * scale:.{digits}f}"
-    return f"{interval['mean'] * scale:.{digits}f} ± {(interval['high'] - interval['mean']) * scale:.{digits}f}"
+    half = interval.get("half_width")
+    if half is None and interval.get("high") is not None:
+        half = interval["high"] - mean
+    return f"{mean * scale:.{digits}f}" + (f" ± {half * scale:.{digits}f}" if half is not None else "")
 
 
 def measured(report: Report) -> list[Row]:

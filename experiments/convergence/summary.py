@@ -12,7 +12,7 @@ from experiments.convergence.methods import ADAMW, BY_KEY, PLUS, REFERENCES, Met
 from experiments.convergence.search import RATES, SEARCH_SEED, Comparison, finite
 from experiments.convergence.training import Job, Problem
 from reporting.files import compact_json, rounded, write
-from reporting.present import between, markdown
+from reporting.present import between, markdown, plus_minus
 from reporting.problems import Images, digest
 from reporting.runs import Run, half_width, interval
 
@@ -87,7 +87,7 @@ def page(name: str, content: Run) -> str:
             [
                 entry["label"],
                 f"{entry['lr']:g}",
-                with_half_width(entry[metric]),
+                plus_minus(entry[metric], digits=4),
                 *(between(entry[metric].get(f"minus_{other}"), form="+.4f") for other in REFERENCES),
                 f"{entry['state_bytes_per_parameter']:.2f}",
             ]
@@ -136,14 +136,6 @@ def _searched(entry: Run, lr: str) -> str:
     loss = entry["search"][lr]
     text = f"{loss:.4f}" if loss is not None and math.isfinite(loss) else "diverged"
     return f"**{text}**" if float(lr) == entry["lr"] else text
-
-
-def with_half_width(values: Run, digits: int = 4) -> str:
-    """A mean with half of its interval."""
-    if values["mean"] is None:
-        return "diverged"
-    half = f" ± {values['half_width']:.{digits}f}" if values["half_width"] is not None else ""
-    return f"{values['mean']:.{digits}f}{half}"
 
 
 def collect(comparison: Comparison, problem: Problem, folder: Path) -> None:

@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import signadam_ext
+from bench import memory as bench_memory
 from signadam_ext import SignAdamPP, memory, release_gradients
 from signadam_ext.core.formats import BOUNDED, FORMATS, PARAM_STORAGES
 
 ROOT = Path(__file__).resolve().parents[2]
+MEASURED = ROOT / "bench" / "results" / "memory"
 
 #: Whole runs of 32 and parts of one, one element, none.
 SHAPES = ((64, 32), (33,), (7, 5), (1,), (), (0,), (3, 0), (31,), (1025,))
@@ -309,3 +311,14 @@ def test_the_plan_of_one_small_tensor_is_small() -> None:
     optimizer.runtime.forget_plans()
     gc.collect()
     assert 0 < (with_plans - allocated()) / len(params) < 4000
+
+
+@pytest.mark.skipif(not MEASURED.is_dir(), reason="the source distribution holds no results")
+def test_the_picture_is_drawn_again_from_the_committed_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    (committed,) = MEASURED.glob("cpu-*.json")
+    monkeypatch.setattr(bench_memory.machine, "slug", lambda facts: committed.stem)
+    (tmp_path / committed.name).write_bytes(committed.read_bytes())
+    assert bench_memory.main(["--plot", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / committed.name).with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".png"]
