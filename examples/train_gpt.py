@@ -321,10 +321,14 @@ def notes(config: dict[str, Any]) -> str:
     """What the table's columns are, and what its rates were searched for."""
     if config["lr"] is not None:
         rates = f"{config['optim']}'s was given, {BASELINE}'s searched for the preset small"
-    elif (config["preset"], config["steps"], config["data"]) == ("small", PRESETS["small"].steps, None):
+    elif config["vote"] == "off" and (config["preset"], config["steps"], config["data"]) == (
+        "small",
+        PRESETS["small"].steps,
+        None,
+    ):
         rates = "each searched for this run"
     else:
-        rates = "searched for the preset small with its own steps and text, not for this run"
+        rates = "searched for the preset small with its own steps and text and without votes, not for this run"
     return (
         "val loss: nats per byte on the last tenth of the text, lower is better; of one seed, so little differences\n"
         "          mean nothing. A token is a byte.\n"
