@@ -115,10 +115,32 @@ def _times(report: Report, link: str) -> str:
     text = (
         f"Forward, backward and communication of a GPT of {size / 1e6:.1f}M parameters on 16 bytes of text, medians of "
         f"{report['settings']['time_steps']} steps. `tc tbf` limits what each worker sends; all share "
-        f"{report['machine']['cores']} cores, and other programs ran too, so that times say how hooks compare, and "
-        "little more. Without a limit the processor is one: a faster link, of 100 Gbit/s, changes nothing here."
+        f"{report['machine']['cores']} cores, and other programs ran too (a load of {report['load']:.1f} at the "
+        "start), so that times say how hooks compare, and little more. Without a limit the processor is one: a faster link, "
+        f"of 100 Gbit/s, changes nothing here. {_reached(report)}"
     )
     return f"### Time of a step, measured\n\n{text}\n\n{markdown(header, lines)}"
+
+
+def _reached(report: Report, hook: str = "allreduce", gbit: float = 1) -> str:
+    """What passed a limited link, by how much longer a hook took than without a limit."""
+    found: dict[int, dict[float | None, Report]] = {}
+    for row in report["times"]:
+        if row["hook"] == hook:
+            found.setdefault(row["workers"], {})[row["gbit"]] = row
+    passed = []
+    for n, rows in found.items():
+        if gbit in rows and None in rows:
+            longer = rows[gbit]["seconds"]["median"] - rows[None]["seconds"]["median"]
+            sent = 8 * sum(formulas.payload(hook, rows[gbit]["shapes"], n))
+            if longer > 0:
+                passed.append(f"{sent / longer / 1e9:.2f} with {n} workers")
+    if not passed:
+        return ""
+    return (
+        f"Less passed than a limit allows: at {gbit:g} Gbit/s {HOOKS[hook]} took so much longer than without one that it "
+        f"sent at {' and '.join(passed)}."
+    )
 
 
 def _large() -> str:
