@@ -116,7 +116,8 @@ def _times(report: Report, link: str) -> str:
         f"Forward, backward and communication of a GPT of {size / 1e6:.1f}M parameters on 16 bytes of text, medians of "
         f"{report['settings']['time_steps']} steps. `tc tbf` limits what each worker sends; all share "
         f"{report['machine']['cores']} cores, and other programs ran too (a load of {report['load']:.1f} at the "
-        "start), so that times say how hooks compare, and little more. Without a limit the processor is one: a faster link, "
+        "start), so that times say how hooks compare, and little more. Without a limit the processor is one: a faster "
+        "link, "
         f"of 100 Gbit/s, changes nothing here. {_reached(report)}"
     )
     return f"### Time of a step, measured\n\n{text}\n\n{markdown(header, lines)}"
@@ -138,7 +139,8 @@ def _reached(report: Report, hook: str = "allreduce", gbit: float = 1) -> str:
     if not passed:
         return ""
     return (
-        f"Less passed than a limit allows: at {gbit:g} Gbit/s {HOOKS[hook]} took so much longer than without one that it "
+        f"Less passed than a limit allows: at {gbit:g} Gbit/s {HOOKS[hook]} took so much longer than without one that "
+        "it "
         f"sent at {' and '.join(passed)}."
     )
 
