@@ -224,7 +224,7 @@ class Run:
         if not path.exists():
             return False
         checkpoint = torch.load(path, map_location=self.losses.device, weights_only=True)
-        if checkpoint["config"] != self.config:
+        if {"parallel": "off", "vote": "off", **checkpoint["config"]} != self.config:
             return False
         self.workers.load_state(self.model, self.optimizer, (checkpoint["model"], checkpoint["optimizer"]))
         self.scheduler.load_state_dict(checkpoint["scheduler"])
@@ -270,7 +270,7 @@ def train(run: Run, train_data: Tensor, val_data: Tensor, path: Path, stop_at: i
             # Workers stop after the same step.
             stopping = interrupted.is_set()
             if run.workers.count > 1:
-                stopping = run.step % LOG_EVERY == 0 and run.workers.any(stopping)
+                stopping = run.step % LOG_EVERY in (0, stop_at % LOG_EVERY) and run.workers.any(stopping)
             evaluating = run.step % evaluate_every == 0 or run.step == run.steps
             if run.step % LOG_EVERY == 0 or evaluating:
                 # Only here does the CPU wait for the device, and only then is the clock right.
@@ -426,7 +426,8 @@ def settle_config(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     given = {key: getattr(args, key) for key in ("optim", "lr", "preset", "steps", "seed", "data", "parallel", "vote")}
     if args.resume:
         try:
-            config = json.loads((args.out / "results.json").read_text(encoding="utf-8"))["config"]
+            saved = json.loads((args.out / "results.json").read_text(encoding="utf-8"))["config"]
+            config = {"parallel": "off", "vote": "off", **saved}  # as runs of earlier versions have it
         except FileNotFoundError:
             parser.error(f"there is no run to resume in {args.out}")
         for key, value in given.items():

@@ -15,7 +15,7 @@ from .._version import __version__
 from ..backends import votes
 from ..backends.votes import Casting, VoteKernels, VoteTable, words_of
 from ..core import checks, hyperparameters, shards, tensors
-from ..core.memory_order import is_dense, restrided, same_strides
+from ..core.memory_order import is_dense, order_of, restrided, same_strides
 from ..core.options import BACKENDS
 from ..core.random_bits import tensor_keys
 from ..optimizers.base import Params
@@ -71,6 +71,7 @@ class DistributedOptimizer(Optimizer):
 
     def _begin(self) -> None:
         self._exchange: Exchange | None = None
+        self._trained: list[int] = []
         self._layout: tuple[list[tuple[int, ...]], list[int], int] = ([], [], 0)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -83,9 +84,7 @@ class DistributedOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             _read(type(self), group)
-            for name in ("vote", "nonfinite", "maximize"):
-                if group[name] != self.defaults[name]:
-                    raise ValueError(f"{name}={group[name]!r}: groups vote together, so all have the optimizer's")
+            _refuse_others(group, self.param_groups[0])
             for i, param in enumerate(group["params"]):
                 if param.requires_grad:
                     _check(label(group, len(self.param_groups) - 1, i), param)
@@ -126,6 +125,7 @@ class DistributedOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             with hyperparameters.of_group(index):
                 read = _read(type(self), group)
+                _refuse_others(group, self.param_groups[0])
             for i, param in enumerate(group["params"]):
                 if param.requires_grad:
                     name = label(group, index, i)
@@ -166,7 +166,7 @@ class DistributedOptimizer(Optimizer):
                 momentum = self._state_of(voters[i])["exp_avg"]
                 grad = param.grad
                 assert grad is not None
-                gradients.append(grad if same_strides(grad, momentum.stride()) else restrided(grad, param))
+                gradients.append(grad if same_strides(grad, param.stride()) else restrided(grad, param))
                 momenta.append(momentum)
                 beta1, beta2 = group["betas"][0], group["betas"][-1]
                 rows.append(
@@ -181,8 +181,8 @@ class DistributedOptimizer(Optimizer):
             table = VoteTable(gradients, momenta, first_words=[first_words[i] for i in places])
             casting = Casting(
                 memory=self.MEMORY,
-                maximize=self.defaults["maximize"],
-                abstains=self.defaults["nonfinite"] == "abstain",
+                maximize=voters[0].group["maximize"],
+                abstains=voters[0].group["nonfinite"] == "abstain",
             )
             kernels.cast(table, votes.scalars_of(rows, table.device), casting, codes)
 
@@ -225,6 +225,8 @@ class DistributedOptimizer(Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float64)
             state["exp_avg"] = torch.zeros_like(voter.param, dtype=torch.float32)
+        elif not same_strides(state["exp_avg"], voter.param.stride()):
+            state["exp_avg"] = restrided(state["exp_avg"], voter.param)  # the parameter has been laid out anew
         return state
 
     def _laid_out(self, voters: Sequence[_Voter]) -> tuple[list[int], int]:
@@ -240,7 +242,9 @@ class DistributedOptimizer(Optimizer):
 
     def _compared(self, voters: Sequence[_Voter]) -> Exchange:
         """What sends votes; made when all workers have shown that they have the same optimizer and parameters."""
-        if self._exchange is None:
+        majority = voters[0].group["vote"] == "majority"
+        trained = [voter.param_id for voter in voters]
+        if self._exchange is None or self._exchange.majority != majority or self._trained != trained:
             told = {
                 "the version of signadam_ext": __version__,
                 "the optimizer": type(self).__qualname__,
@@ -252,26 +256,40 @@ class DistributedOptimizer(Optimizer):
                 )
             for voter in voters:
                 param = voter.param
-                told[voter.label] = f"{tuple(param.shape)}, {param.dtype}"
+                order = order_of(param.shape, param.stride())
+                told[voter.label] = f"{tuple(param.shape)}, {param.dtype}, memory order {order}"
+                told[f"the steps of {voter.label}"] = str(int(self.state[param].get("step", 0)))
                 bits = param.detach().view(torch.int32 if param.dtype == torch.float32 else torch.int16)
                 told[f"the sum of the bits of {voter.label}"] = str(int(bits.sum(dtype=torch.int64)))
             compare(told, type(self).__name__, self._process_group)
-            self._exchange = Exchange(self._process_group, self.defaults["vote"] == "majority")
+            self._exchange, self._trained = Exchange(self._process_group, majority), trained
         return self._exchange
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """As ``torch.optim``'s, but the momentum stays fp32 whatever the parameter is."""
-        super().load_state_dict(state_dict)
+        """As ``torch.optim``'s, but the momentum stays fp32 whatever the parameter is. The next step compares workers.
+
+        Raises:
+            TypeError, ValueError: state of other shapes, or that is missing; nothing has been loaded then.
+        """
         saved = state_dict["state"]
         own = (param for group in self.param_groups for param in group["params"])
         numbers = (number for group in state_dict["param_groups"] for number in group["params"])
-        for param, number in zip(own, numbers, strict=True):
+        pairs = list(zip(own, numbers, strict=False))  # torch says what is wrong with their number
+        for param, number in pairs:
+            if number in saved:
+                tensors.moment(f"parameter {number}", "exp_avg", saved[number].get("exp_avg"), param.cpu())
+                checks.steps_taken(f"parameter {number}", saved[number].get("step"))
+        super().load_state_dict(state_dict)
+        for param, number in pairs:
             if number in saved:
                 momentum = torch.zeros_like(param, dtype=torch.float32)
                 self.state[param]["exp_avg"] = momentum.copy_(saved[number]["exp_avg"])
                 self.state[param]["step"] = torch.as_tensor(saved[number]["step"], dtype=torch.float64).cpu().clone()
+        self._begin()  # which compares workers again
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._process_group is not None:
+            raise TypeError(f"{type(self).__name__} with a process group of its own cannot be copied or pickled")
         return {**super().__getstate__(), "_backend": self._backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -292,6 +310,13 @@ def _read(cls: type[DistributedOptimizer], group: Mapping[str, Any]) -> dict[str
     read["param_storage"] = checks.one_of("param_storage", group["param_storage"], PARAM_STORAGES)
     read["seed"] = checks.seed("seed", group["seed"])
     return read
+
+
+def _refuse_others(group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raises unless a group votes as the first one does."""
+    for name in ("vote", "nonfinite", "maximize"):
+        if group[name] != first[name]:
+            raise ValueError(f"{name}={group[name]!r}: groups vote together, and the first has {first[name]!r}")
 
 
 def _check(name: str, param: Tensor) -> None:

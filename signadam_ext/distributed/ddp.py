@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .in_order import InOrder
-from .votes import Vote, VoteOptions, compare
+from .votes import Vote, VoteOptions, compare, kernels_for, saved_votes
 
 
 class VoteHook:
@@ -32,7 +32,7 @@ class VoteHook:
             Default: False.
         nonfinite: "propagate" (an entry that is NaN or infinite on any worker becomes NaN on all) or "abstain" (it
             has no vote). Default: "propagate".
-        process_group: the workers; None for all. Default: None.
+        process_group: the workers, those of DDP; None for all. Default: None.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
 
@@ -100,8 +100,11 @@ class VoteHook:
 
     def __call__(self, state: Any, bucket: Any) -> torch.futures.Future[Tensor]:
         """Called by DDP with each bucket of gradients, in the same order on all workers."""
-        vote = self._started()
         buffer, tensors, params = bucket.buffer(), bucket.gradients(), bucket.parameters()
+        if buffer.layout != torch.strided or not tensors:
+            raise TypeError("a vote is on dense gradients: got a sparse one; make the embedding with sparse=False")
+        kernels_for(self.options.backend, tensors)  # an error of the thread would lose its type
+        vote = self._started(buffer.device)
 
         def elect() -> Tensor:
             vote.elect(tensors, params)
@@ -110,7 +113,9 @@ class VoteHook:
         if buffer.device.type != "cuda":
             return self._thread.submit(elect)
         device = buffer.device
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             future: torch.futures.Future[Tensor] = torch.futures.Future(devices=[device])
@@ -118,35 +123,36 @@ class VoteHook:
             future.set_result(elect())
         return future
 
-    def _started(self) -> Vote:
+    def _started(self, device: torch.device) -> Vote:
         """The vote, which is made when all workers have come to the first one."""
         if self._vote is None:
             import torch.distributed as dist
 
             group = self._process_group
             compare(self.options.told(), "VoteHook", group)
-            name = dist.get_backend(group)
-            if name != "nccl":
+            if device.type != "cuda":
                 # Of its own: backward's thread may use the other one meanwhile.
                 ranks = None if group is None else dist.get_process_group_ranks(group)
                 own: Any = dist.group.WORLD if group is None else group
                 options = getattr(own._get_backend(torch.device("cpu")), "options", None)
                 group = dist.new_group(
                     ranks,
-                    backend=name,
+                    backend=dist.get_backend(group),
                     timeout=getattr(options, "_timeout", None),
                     use_local_synchronization=ranks is not None,
                 )
-            self._vote = Vote(self.options, group)
+            vote = Vote(self.options, group)
             if self._saved is not None:
-                self._vote.load_state_dict(self._saved)
+                vote.load_state_dict(self._saved)
                 self._saved = None
+            self._vote = vote
         return self._vote
 
     def state_dict(self) -> dict[str, Any]:
         """Momenta, residuals and deviations of this worker, on their device; empty where it keeps nothing.
 
-        They are in the order in which DDP first came with the parameters: the same in each run of the same model.
+        They are in the order in which DDP first came with the parameters: the same for the same model under the same
+        arguments of DDP. The shapes of what is loaded are compared when they come.
         """
         if self._vote is not None:
             return self._vote.state_dict()
@@ -161,6 +167,4 @@ class VoteHook:
         if self._vote is not None:
             self._vote.load_state_dict(state_dict)
             return
-        if not isinstance(state_dict, Mapping) or not isinstance(state_dict.get("votes"), (list, tuple)):
-            raise TypeError("state_dict has no list 'votes': must be what VoteHook.state_dict() gives")
-        self._saved = {"votes": list(state_dict["votes"])}
+        self._saved = {"votes": saved_votes(state_dict)}

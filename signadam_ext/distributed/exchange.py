@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -38,6 +37,7 @@ class Exchange:
         self.workers = dist.get_world_size(group)
         self.bits = 2 if majority else width_for(self.workers)
         self.divisor = 1 if majority else self.workers
+        self._has_all_to_all: bool | None = None
 
     def room(self, words: int, device: torch.device) -> Tensor:
         """Words for the codes of a vote, zero: a whole number for each worker."""
@@ -71,7 +71,7 @@ class Exchange:
 
         if self.workers == 1:
             return codes
-        if self._sends_parts:
+        if self._sends_parts(codes.device):
             received = torch.empty_like(codes)
             dist.all_to_all_single(received, codes, group=self.group)
             return received
@@ -80,12 +80,12 @@ class Exchange:
         rank = dist.get_rank(self.group)
         return everything.view(self.workers, self.workers, -1)[:, rank].contiguous()
 
-    @functools.cached_property
-    def _sends_parts(self) -> bool:
+    def _sends_parts(self, device: torch.device) -> bool:
         """Whether the group's backend has an all-to-all; found out by one, and said once where it has none."""
+        if self._has_all_to_all is not None:
+            return self._has_all_to_all
         import torch.distributed as dist
 
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(self.group) == "nccl" else "cpu"
         sent = torch.zeros(self.workers, dtype=torch.int32, device=device)
         try:
             dist.all_to_all_single(torch.empty_like(sent), sent, group=self.group)
@@ -97,8 +97,10 @@ class Exchange:
                 dist.get_backend(self.group),
                 self.workers,
             )
-            return False
-        return True
+            self._has_all_to_all = False
+        else:
+            self._has_all_to_all = True
+        return self._has_all_to_all
 
 
 def _all_gather(to: Tensor, own: Tensor, group: Any) -> None:

@@ -33,8 +33,9 @@ class VoteReduceScatter:
         >>> #         module.set_custom_reduce_scatter(comm)
 
     Each worker gets the result for the gradients that are sharded to it. The operation that FSDP2 asks for (the mean)
-    is replaced by the vote. Under hybrid sharding torch then averages between replicas in full precision: shard by the
-    inner dimension of the mesh alone, and vote between replicas with :class:`VoteAllReduce`.
+    is replaced by the vote; a sum is refused, which FSDP2 would divide. One worker alone has nothing to reduce, and
+    FSDP2 leaves its gradients as they are. Under hybrid sharding torch then averages between replicas in full
+    precision: shard by the inner dimension of the mesh alone, and vote between replicas with :class:`VoteAllReduce`.
     """
 
     def __init__(
@@ -60,6 +61,13 @@ class VoteReduceScatter:
         if async_op:
             raise NotImplementedError("a vote in the place of reduce-scatter waits for its result: async_op=False")
         _refuse_fp16(input_tensor)
+        import torch.distributed as dist
+
+        if op == dist.ReduceOp.SUM:
+            raise ValueError(
+                "FSDP2 adds up and then divides (set_force_sum_reduction_for_comms), which would change the result of "
+                "a vote: leave it at the mean"
+            )
         vote = self._votes.get(group)
         if vote is None:
             compare(self.options.told(), "VoteReduceScatter", group)
@@ -78,13 +86,16 @@ class VoteAllReduce:
         TypeError, ValueError, RuntimeError: as there.
 
     Example:
-        >>> hook = VoteAllReduce(None, vote="mean")  # between all processes
         >>> # mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("replicate", "shard"))
-        >>> # fully_shard(model, mesh=mesh["shard"])
-        >>> # model.set_all_reduce_hook(VoteAllReduce(mesh["replicate"].get_group()))
+        >>> hook = VoteAllReduce(None)  # mesh["replicate"].get_group() instead of None, which is all processes
+        >>> # for module in (*model.layers, model):
+        >>> #     fully_shard(module, mesh=mesh["shard"])
+        >>> #     module.set_all_reduce_hook(hook)
 
     ``fully_shard`` gets the sub-mesh of the shards alone: with the whole mesh torch reduces between replicas before
-    the hook runs. Replicas must begin with equal parameters, which torch then does not see to.
+    the hook runs. Every module that was given to ``fully_shard`` needs the hook: those without it are not reduced
+    between replicas. Replicas must begin with equal parameters, which torch then does not see to. Where FSDP2 was told
+    to add up (``set_force_sum_reduction_for_comms``), it divides the result.
     """
 
     def __init__(
@@ -104,6 +115,9 @@ class VoteAllReduce:
     def __call__(self, reduce_output: Tensor) -> None:
         """Called by FSDP2 with the reduced gradients of this worker's shard, which the result replaces."""
         _refuse_fp16(reduce_output)
+        if reduce_output.is_cuda:
+            # FSDP2 has made it on another stream, and may let go of it before this one has come so far.
+            reduce_output.record_stream(torch.cuda.current_stream(reduce_output.device))
         if self._vote is None:
             compare(self.options.told(), "VoteAllReduce", self._process_group)
             self._vote = Vote(self.options, self._process_group)

@@ -37,9 +37,9 @@ class InOrder:
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
             try:
-                result = job()
-            except BaseException as error:
+                future.set_result(job())
+            except Exception as error:
                 future.set_exception(error)
-            else:
-                future.set_result(result)
+            except BaseException as error:  # which a future does not take
+                future.set_exception(RuntimeError(repr(error)))
             del job, future  # which hold on to gradients

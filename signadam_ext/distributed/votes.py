@@ -32,7 +32,7 @@ class VoteOptions:
     """How workers vote; the arguments of :class:`VoteHook`, which says what they mean.
 
     Raises:
-        TypeError, ValueError: an option outside its range, or one that another makes no use of.
+        TypeError, ValueError: an option outside its range, or an agreed threshold that is fixed.
         RuntimeError: a backend that this installation cannot use.
     """
 
@@ -224,6 +224,10 @@ class Vote:
         if options.is_adaptive:
             kept["deviation"] = torch.zeros((), dtype=torch.float64, device=tensor.device)
         for name in kept.keys() & saved.keys():
+            if saved[name].shape != kept[name].shape:
+                raise ValueError(
+                    f"a saved {name} has shape {tuple(saved[name].shape)}: must be {tuple(kept[name].shape)}"
+                )
             kept[name].copy_(saved[name])
         return _Memory(**kept)
 
@@ -242,9 +246,7 @@ class Vote:
             TypeError, ValueError: something else, or memory of other shapes than the gradients have; nothing has been
                 loaded then.
         """
-        saved = state_dict.get("votes") if isinstance(state_dict, Mapping) else None
-        if not isinstance(saved, (list, tuple)):
-            raise TypeError("state_dict has no list 'votes': must be what state_dict() of a vote gives")
+        saved = saved_votes(state_dict)
         for i, (memory, own) in enumerate(zip(self._memory, saved, strict=False)):
             for name in _Memory.__slots__:
                 value = getattr(memory, name)
@@ -254,11 +256,26 @@ class Vote:
                         f"{tuple(value.shape)}"
                     )
         self._saved = [{name: value.clone() for name, value in own.items()} for own in saved]
-        for memory, own in zip(self._memory, self._saved, strict=False):
+        for i, memory in enumerate(self._memory):
+            own = self._saved[i] if i < len(self._saved) else {}
             for name in _Memory.__slots__:
                 value = getattr(memory, name)
                 if value is not None:
                     value.copy_(own[name]) if name in own else value.zero_()
+
+
+def saved_votes(state_dict: Any) -> list[Mapping[str, Tensor]]:
+    """What :meth:`Vote.state_dict` lists.
+
+    Raises:
+        TypeError: something else.
+    """
+    saved = state_dict.get("votes") if isinstance(state_dict, Mapping) else None
+    if not isinstance(saved, (list, tuple)) or not all(
+        isinstance(own, Mapping) and all(isinstance(value, Tensor) for value in own.values()) for own in saved
+    ):
+        raise TypeError("state_dict has no list 'votes' of tensors by name: must be what state_dict() of a vote gives")
+    return list(saved)
 
 
 def _table(tensors: Sequence[Tensor], memories: Sequence[_Memory]) -> VoteTable:
@@ -290,6 +307,8 @@ def compare(told: Mapping[str, str], what: str, group: Any) -> None:
     """
     import torch.distributed as dist
 
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"this process is not in the process group of {what}")
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, (dist.get_rank(), dict(told)), group=group)
     refuse_differences(dict(found), what)

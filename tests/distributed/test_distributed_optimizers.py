@@ -80,7 +80,10 @@ def parameter(*shape, dtype=torch.float32):
         (lambda: DistributedLion([parameter(3)], vote="maj"), "vote='maj'"),
         (lambda: DistributedLion([parameter(3)], param_storage="split16"), "param_storage='split16'"),
         (lambda: DistributedLion([parameter(3, dtype=torch.float64)]), "float64"),
-        (lambda: DistributedLion([{"params": [parameter(3)], "vote": "mean"}]), "groups vote together"),
+        (
+            lambda: DistributedLion([{"params": [parameter(3)]}, {"params": [parameter(3)], "vote": "mean"}]),
+            "groups vote together",
+        ),
         (lambda: DistributedLion([torch.zeros(4, 4)[:, :2].requires_grad_()]), "gaps"),
     ],
 )
@@ -102,3 +105,26 @@ def test_copies_keep_state_and_hyperparameters():
     optimizer = DistributedSignum([parameter(3)], lr=0.25)
     twin = copy.deepcopy(optimizer)
     assert twin.param_groups[0]["lr"] == 0.25 and twin.state_dict()["state"] == optimizer.state_dict()["state"]
+
+
+def test_a_parameter_that_is_laid_out_anew_keeps_its_momentum(ranks):
+    assert ranks(2).run(voting.laid_out_anew) == [True, True]
+
+
+def test_memory_orders_that_differ_are_found(ranks):
+    for error in ranks(2).run(voting.other_memory_order):
+        assert "memory order 0 on rank 0; " in error and "memory order 1" in error
+
+
+def test_state_that_does_not_fit_is_refused_and_nothing_is_loaded():
+    optimizer = DistributedLion([parameter(3)], lr=0.25)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    for state in ({}, {"exp_avg": torch.zeros(1), "step": torch.tensor(1.0)}, {"exp_avg": torch.zeros(3)}):
+        saved = {**DistributedLion([parameter(3)], lr=0.5).state_dict(), "state": {0: state}}
+        with pytest.raises((TypeError, ValueError)):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 0.25 and not optimizer.state
+
+
+def test_how_workers_vote_is_loaded_with_the_groups(ranks):
+    assert ranks(2).run(voting.loads_vote) == [0.5, 0.5]

@@ -102,3 +102,19 @@ def test_gradients_that_no_kernel_reads_are_named(ranks):
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises((TypeError, ValueError), match=message):
         VoteHook(**options)
+
+
+def test_a_state_that_a_hook_cannot_take_is_refused():
+    hook = VoteHook(momentum=0.9)
+    for state in ({}, {"votes": 1}, {"votes": [1]}, {"votes": [{"momentum": 1}]}):
+        with pytest.raises(TypeError, match="no list 'votes'"):
+            hook.load_state_dict(state)
+
+
+def test_loading_what_was_saved_before_the_first_vote_forgets(ranks):
+    assert ranks(2).run(voting.forgets) == [True, True]
+
+
+def test_a_sum_in_fsdp2_is_refused(ranks):
+    for error in ranks(2).run(voting.sum_in_fsdp):
+        assert "FSDP2 adds up and then divides" in error

@@ -181,7 +181,7 @@ def overlaps() -> tuple[bool, int]:
         def __call__(self, state: Any, bucket: Any) -> Any:
             called.append(time.perf_counter())
             future = super().__call__(state, bucket)
-            vote = self._started()
+            vote = self._started(bucket.buffer().device)
             if not under_way:
                 elect = vote.elect
 
@@ -406,4 +406,77 @@ def first_step_error(name: str, options_by_rank: list[dict[str, Any]], moved: fl
     except RuntimeError as error:
         unchanged = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
         return str(error) if unchanged else "parameters were written"
+    return "nothing"
+
+
+def laid_out_anew() -> bool:
+    """Whether steps are those of a twin whose parameter stays as it was, after it has been laid out channels last."""
+    ends = []
+    for changes in (False, True):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(2, 3, 4, 5))
+        optimizer = distributed.DistributedLion([param], lr=0.01)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            if changes and step == 1:
+                param.data = param.data.to(memory_format=torch.channels_last)
+            param.grad = torch.randn(2, 3, 4, 5, generator=generator)
+            optimizer.step()
+        ends.append(param.detach().clone())
+    return torch.equal(*ends)
+
+
+def other_memory_order() -> str:
+    """What a first step raises where the last rank's parameter lies by columns."""
+    values = torch.arange(6.0).view(2, 3)
+    param = nn.Parameter(values if dist.get_rank() == 0 else values.t().contiguous().t())
+    optimizer = distributed.DistributedLion([param])
+    param.grad = torch.ones_like(param)
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def loads_vote() -> float:
+    """Where a mean of votes, of which one is for and one neither, takes a parameter that ascends from 0 by 1."""
+    saved = distributed.DistributedLion([nn.Parameter(torch.zeros(1))], lr=1.0, vote="mean", maximize=True).state_dict()
+    param = nn.Parameter(torch.zeros(1))
+    optimizer = distributed.DistributedLion([param])
+    optimizer.load_state_dict(saved)
+    param.grad = torch.tensor([float(dist.get_rank())])
+    optimizer.step()
+    return float(param)
+
+
+def forgets() -> bool:
+    """Whether a hook that has voted starts anew with the state of one that has not."""
+    grads = []
+    hook = VoteHook(momentum=0.9, error_feedback=True)
+    before = hook.state_dict()
+    ddp = DistributedDataParallel(Model())
+    ddp.register_comm_hook(None, hook)
+    for step in (0, 1, 0):
+        if len(grads) == 2:
+            hook.load_state_dict(before)
+        ddp.zero_grad()
+        loss_of(ddp, step, dist.get_rank(), torch.float32).backward()
+        grads.append([param.grad.clone() for param in ddp.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(grads[0], grads[2], strict=True))
+
+
+def sum_in_fsdp() -> str:
+    """What backward raises where FSDP2 is told to add gradients up."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(4, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    model.set_force_sum_reduction_for_comms(True)
+    model.set_custom_reduce_scatter(VoteReduceScatter())
+    try:
+        model(torch.ones(2, 4)).sum().backward()
+    except ValueError as error:
+        return str(error)
     return "nothing"
