@@ -12,7 +12,17 @@ from statistics import median
 
 from bench import readme, scaling
 from bench.comm import pages as comm
-from bench.committed import CONVERGENCE, LARGE_MODEL, RESULTS, ROOT, TRAININGS, cell, large_model_log, training
+from bench.committed import (
+    CONVERGENCE,
+    EXAMPLES,
+    LARGE_MODEL,
+    RESULTS,
+    ROOT,
+    TRAININGS,
+    cell,
+    large_model_log,
+    training,
+)
 from experiments.convergence.figures import PICTURES
 from experiments.convergence.methods import REFERENCES
 from experiments.convergence.summary import page as convergence_page
@@ -165,6 +175,30 @@ def large_model() -> str:
     return "\n\n".join(parts)
 
 
+def example(folder: Path = EXAMPLES) -> str:
+    """The run of the example that trains a GPT: its table and its picture."""
+    report = json.loads((folder / "train_gpt.json").read_text())
+    config, runs = report["config"], report["runs"]
+    (first, *_) = runs.values()
+    parameters = first["state_bytes"] / first["state_bytes_per_parameter"]
+    lines = [
+        [
+            name,
+            f"{run['lr']:g}",
+            f"{run['val_loss']:.3f}",
+            f"{run['bits_per_byte']:.3f}",
+            f"{run['state_bytes_per_parameter']:.2f}",
+        ]
+        for name, run in runs.items()
+    ]
+    header = ["", "lr", "validation loss", "bits per byte", "state B/param"]
+    return (
+        f"A GPT of {parameters / 1e6:.2f}M parameters, {config['steps']} steps, seed {config['seed']}; torch "
+        f"{report['versions']['torch']}, module of commit {present.built_at(report)}.\n\n"
+        f"{present.markdown(header, lines)}\n\n![losses]({_link(folder / 'train_gpt.png')})"
+    )
+
+
 def convergence() -> str:
     """Final losses of every method, with paired differences, from the collected runs."""
     parts = [
@@ -217,6 +251,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "7b": large_model,
         "convergence": convergence,
         "comm": comm.block,
+        "example": example,
     },
     "docs/scaling.md": {"sharded_memory": scaling.sharded_memory},
     "docs/voting.md": {"wire": scaling.wire},
@@ -246,7 +281,8 @@ def require_commits() -> None:
         machine.require_commits([present.built_at(json.loads(path.read_text()))])
     for name in TRAININGS:
         machine.require_commits(where["commit"] for where in training(name)["environments"])
-    machine.require_commits([present.built_at(large_model_log()[0])])
+    one_run = json.loads((EXAMPLES / "train_gpt.json").read_text())
+    machine.require_commits([present.built_at(one_run), present.built_at(large_model_log()[0])])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -119,6 +119,25 @@ def test_example_names_the_nearest_optimizer(monkeypatch):
         example.optimizer_name("signadamp")
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "each searched for this run"),
+        ({"steps": 801}, "not for this run"),
+        ({"preset": "medium"}, "not for this run"),
+        ({"data": "book.txt"}, "not for this run"),
+        ({"vote": "majority"}, "not for this run"),
+        ({"optim": "Lion", "lr": 1e-3}, "Lion's was given"),
+    ],
+)
+def test_example_says_what_its_rates_were_searched_for(monkeypatch, changed, said):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import train_gpt as example
+
+    config = {"optim": "SignAdamPP", "lr": None, "preset": "small", "steps": 800, "data": None, "vote": "off"}
+    assert said in example.notes(config | changed)
+
+
 LARGE = SCRIPT.with_name("train_7b_in_18gb.py")
 
 
