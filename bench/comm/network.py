@@ -23,7 +23,10 @@ def enter() -> list[str] | None:
     if not all(shutil.which(tool) for tool in ("unshare", "ip", "tc")):
         return None
     for flags in ("-nm", "-rnm"):
-        probe = "mount -t tmpfs none /run && mkdir /run/netns && ip link add br0 type bridge && ip netns add probe"
+        probe = (
+            "mount -t tmpfs none /run && mkdir /run/netns && ip link add br0 type bridge && ip netns add probe && "
+            "tc qdisc add dev br0 root tbf rate 1gbit burst 64kb latency 200ms"
+        )
         if _done("unshare", flags, "sh", "-c", probe):
             return ["unshare", flags]
     return None

@@ -101,7 +101,7 @@ def _sent(what: Callable[[], object], times: int, interface: str, settle: float)
 
 def _first_phase(hook: VoteHook, shapes: list[list[int]]) -> Callable[[], object]:
     """The all-to-all of a vote on tensors of these shapes, and the counting."""
-    vote = hook._started()  # noqa: SLF001
+    vote = hook._started(torch.device("cpu"))  # noqa: SLF001
     exchange = vote.exchange
     codes = exchange.room(sum(-(-math.prod(shape) // CODES_PER_WORD) for shape in shapes), torch.device("cpu"))
     kernels = kernels_for("cpu", [torch.empty(1)])
