@@ -75,14 +75,14 @@ def on_workers(count, *arguments, cwd):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("parallel", "vote", "others"), [("ddp", "majority", 1), ("fsdp2", "mean", 4)])
+@pytest.mark.parametrize(("parallel", "vote", "others"), [("ddp", "majority", ()), ("fsdp2", "mean", (4,))])
 def test_example_on_workers_resumes_and_goes_on_with_others(tmp_path, parallel, vote, others):
     text = tmp_path / "text.txt"
     text.write_bytes(SCRIPT.read_bytes() * 3)
     options = ("--data", str(text), "--parallel", parallel, "--vote", vote)
     whole = on_workers(2, *options, "--out", "whole", cwd=tmp_path)
     assert whole.count("In whole: curves.png") == 1, "workers speak with one voice"
-    for count, out in ((2, "same"), (others, "others")):
+    for count, out in ((2, "same"), *((count, "others") for count in others)):
         stopped = on_workers(2, *options, "--out", out, "--stop-at", "13", cwd=tmp_path)
         assert f"torchrun --nproc-per-node 2 {SCRIPT} --resume --out {out}" in stopped
         resumed = on_workers(count, "--resume", "--out", out, cwd=tmp_path)
