@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from bench.comm import formulas
 from reporting import present
 from signadam_ext import memory
-from signadam_ext.backends.votes import width_for
 from signadam_ext.memory import Estimate
 
 #: Parameters of models that people know, by name.
@@ -48,18 +48,8 @@ def _gigabytes(nbytes: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
-def wire_bytes(workers: int, bits_there: float, bits_back: float) -> float:
-    """Bytes that each worker sends for each parameter: to those who count or add up, and back from them."""
-    return (workers - 1) / workers * (bits_there + bits_back) / 8
-
-
-#: Bits of each parameter there and back. An all-reduce is a reduce-scatter and an all-gather of the same width.
-WIRE: dict[str, Callable[[int], tuple[float, float]]] = {
-    "all-reduce in fp32": lambda workers: (32, 32),
-    "all-reduce in bf16": lambda workers: (16, 16),
-    "vote, mean": lambda workers: (2, width_for(workers)),
-    "vote, majority": lambda workers: (2, 2),
-}
+#: Hooks of which docs/voting.md tells.
+WIRE = ("allreduce", "bf16", "mean", "majority")
 
 
 def wire() -> str:
@@ -67,7 +57,10 @@ def wire() -> str:
     workers = (2, 8, 64, 1024)
     header = ["GB sent by each worker in a step", *(f"{name}, {n} workers" for name in ("1B", "7B") for n in workers)]
     lines = [
-        [name, *(_gigabytes(MODELS[model] * wire_bytes(n, *bits(n))) for model in ("1B", "7B") for n in workers)]
-        for name, bits in WIRE.items()
+        [
+            formulas.HOOKS[hook],
+            *(_gigabytes(sum(formulas.payload(hook, [(MODELS[name],)], n))) for name in ("1B", "7B") for n in workers),
+        ]
+        for hook in WIRE
     ]
     return present.markdown(header, lines)
