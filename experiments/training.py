@@ -705,17 +705,7 @@ def pyplot() -> Any:
 
 def main(name: str, description: str | None, arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="everything in small: a test of this program, not a result")
-    add("--workers", type=int, default=1, metavar="N", help="processes of one thread each (default: 1)")
-    add("--runs", type=Path, help="where finished runs are kept (default: experiments/out/training)")
-    add("--results", type=Path, help="where JSON and picture go (default: experiments/results)")
-    add("--collect", action="store_true", help="only collect what is finished")
-    add("--list", action="store_true", help="say how many runs are done, and stop")
-    args = parser.parse_args(arguments)
-    small = RUNS.with_name("training-quick")
-    args.runs = args.runs or (small if args.quick else RUNS)
-    args.results = args.results or (small if args.quick else RESULTS)
+    args = kept.parsed(parser, arguments, RUNS, RESULTS)
     study = _study(name)
     stores = study.stores(args.runs, args.quick)
 

@@ -7,6 +7,7 @@ loses only the runs in progress.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import gzip
 import json
@@ -32,6 +33,32 @@ from reporting import machine
 from reporting.files import write
 
 Run = dict[str, Any]
+
+
+def parsed(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, folder: Path, results: Path
+) -> argparse.Namespace:
+    """A command line with what every comparison of runs takes beside its own.
+
+    Args:
+        parser: with the program's own arguments.
+        arguments: None for those of the process.
+        folder: where finished runs are kept, and beside it, as ``...-quick``, those of ``--quick`` and its results.
+        results: where results go otherwise.
+    """
+    small = folder.with_name(f"{folder.name}-quick")
+    shown = {path: os.path.relpath(path, machine.ROOT) for path in (folder, small, results)}
+    add = parser.add_argument
+    add("--workers", type=int, default=1, metavar="N", help="processes of one thread each (default: 1)")
+    add("--runs", type=Path, help=f"where finished runs are kept (default: {shown[folder]})")
+    add("--results", type=Path, help=f"where results go (default: {shown[results]})")
+    add("--list", action="store_true", help="say how many runs are done and how many are to come, and stop")
+    add("--collect", action="store_true", help="only collect what is finished")
+    add("--quick", action="store_true", help=f"everything in small, in {shown[small]}: a test, not a result")
+    args = parser.parse_args(arguments)
+    args.runs = args.runs or (small if args.quick else folder)
+    args.results = args.results or (small if args.quick else results)
+    return args
 
 
 class Named(Protocol):

@@ -29,17 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--wire", action="store_true", help="only bytes and times")
     add("--convergence", action="store_true", help="only trainings")
-    add("--workers", type=int, default=1, metavar="N", help="processes that train, of one thread each (default: 1)")
-    add("--runs", type=Path, help="where finished trainings are kept (default: bench/out/comm)")
-    add("--results", type=Path, help="where results go (default: bench/results/comm)")
-    add("--list", action="store_true", help="say how many trainings there are and how long they take")
-    add("--collect", action="store_true", help="only collect what is finished")
     add("--plot", action="store_true", help="only draw, from the JSON in --results")
-    add("--quick", action="store_true", help="everything in small, in bench/out/comm-quick")
-    args = parser.parse_args(arguments)
-    small = RUNS.with_name("comm-quick")
-    args.runs = args.runs or (small if args.quick else RUNS)
-    args.results = args.results or (small if args.quick else RESULTS)
+    args = runs.parsed(parser, arguments, RUNS, RESULTS)
     both = not (args.wire or args.convergence)
 
     from bench.comm import collect, figures

@@ -26,18 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=experiments.convergence.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--problem", choices=tuple(PROBLEMS), action="append", help="only this one (default: all)")
-    add("--workers", type=int, default=1, metavar="N", help="processes of one thread each (default: 1)")
-    add("--runs", type=Path, help="where finished runs are kept (default: experiments/out/convergence)")
-    add("--results", type=Path, help="where --collect writes (default: experiments/results/convergence)")
-    add("--list", action="store_true", help="say how many runs there are and how long they take")
-    add("--collect", action="store_true", help="only collect what is finished")
-    add("--quick", action="store_true", help="everything in small, in experiments/out/convergence-quick")
-    args = parser.parse_args(arguments)
-    small = RUNS.with_name("convergence-quick")
-    args.runs = args.runs or (small if args.quick else RUNS)
-    args.results = args.results or (small if args.quick else RESULTS)
+    parser.add_argument("--problem", choices=tuple(PROBLEMS), action="append", help="only this one (default: all)")
+    args = runs.parsed(parser, arguments, RUNS, RESULTS)
     args.problem = args.problem or list(PROBLEMS)
     if "digits" in args.problem:
         try:
