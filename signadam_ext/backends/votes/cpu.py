@@ -2,54 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 
 from ...core.native import compiled as _C
-from .table import Casting, VoteTable
+from .compiled import CompiledVotes
+from .table import VoteTable
 
 
-class CpuVotes:
-    def cast(self, table: VoteTable, scalars: Tensor, casting: Casting, codes: Tensor) -> None:
-        _C.cast_votes(
-            entries=table.entries.data_ptr(),
-            entry_of_chunk=table.entry_of_chunk.data_ptr(),
-            chunks=table.chunks,
-            scalars=scalars.data_ptr(),
-            memory=getattr(_C.VoteMemory, casting.memory),
-            residual=casting.residual,
-            maximize=casting.maximize,
-            abstains=casting.abstains,
-            format=table.format,
-            codes=codes.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
-
-    def count(self, codes: Tensor, bits: int, majority: bool, result: Tensor) -> None:
-        workers, words = codes.shape
-        _C.count_votes(
-            codes=codes.data_ptr(),
-            workers=workers,
-            words=words,
-            bits=bits,
-            majority=majority,
-            result=result.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
-
-    def read(
-        self, table: VoteTable, scalars: Tensor, keys: Tensor | None, use: str, bits: int, divisor: int, result: Tensor
-    ) -> None:
-        _C.read_votes(
-            entries=table.entries.data_ptr(),
-            entry_of_chunk=table.entry_of_chunk.data_ptr(),
-            chunks=table.chunks,
-            scalars=scalars.data_ptr(),
-            keys=0 if keys is None else keys.data_ptr(),
-            use=getattr(_C.VoteUse, use),
-            format=table.format,
-            bits=bits,
-            divisor=divisor,
-            result=result.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
+class CpuVotes(CompiledVotes):
+    def call(self, name: str, device: torch.device, table: VoteTable | None, **arguments: Any) -> None:
+        getattr(_C, name)(**arguments, threads=torch.get_num_threads())
