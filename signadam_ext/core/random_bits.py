@@ -30,9 +30,9 @@ def tensor_keys(seed: int, tensor: int, step: int) -> tuple[int, int]:
     return h0, h1
 
 
-def keys(seed: int, tensor: int, step: int, high: int) -> tuple[int, int]:
+def subkeys(of_tensor: tuple[int, int], high: int) -> tuple[int, int]:
     """Those for the elements whose index shifted right by 33 is ``high``."""
-    h0, h1 = tensor_keys(seed, tensor, step)
+    h0, h1 = of_tensor
     return mix(h0 ^ high), mix(h1 ^ high)
 
 
@@ -67,7 +67,7 @@ def bits_of_keys(
     pair = index >> 1
     r = torch.zeros_like(index)
     for high in range(shard.offset >> 33, (shard.place(max(count, 1) - 1) >> 33) + 1):
-        k0, k1 = (mix(h ^ high) for h in of_tensor)
+        k0, k1 = subkeys(of_tensor, high)
         x = pair & _WORD ^ k0
         x = x ^ x >> 16
         x = x * 0x7FEB352D & _WORD

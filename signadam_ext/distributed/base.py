@@ -146,11 +146,11 @@ class DistributedOptimizer(Optimizer):
         codes = exchange.room(words, device)
         # Whether anyone has a gradient is voted on too, so that nobody has to be asked.
         present = torch.tensor([float(voter.param.grad is not None) for voter in voters]).to(device)
-        presence = VoteTable([present], first_words=[first_words[-1]])
-        kernels.cast(presence, votes.scalars_of([{}], device), Casting(), codes)
+        presence, none = VoteTable([present], first_words=[first_words[-1]]), votes.scalars_of([{}], device)
+        kernels.cast(presence, none, Casting(), codes)
         self._cast(voters, first_words, kernels, codes)
         result = exchange.whole(codes, kernels)
-        kernels.read(presence, votes.scalars_of([{}], device), None, "WRITE", exchange.bits, exchange.divisor, result)
+        kernels.read(presence, none, None, "WRITE", exchange.bits, exchange.divisor, result)
         self._move(voters, first_words, kernels, present > 0, result)
 
     def _cast(self, voters: Sequence[_Voter], first_words: Sequence[int], kernels: VoteKernels, codes: Tensor) -> None:
@@ -211,14 +211,16 @@ class DistributedOptimizer(Optimizer):
             moves = present[torch.tensor(places, device=table.device)]
             scalars[:, lr] = torch.where(moves, scalars[:, lr], 0.0)
             scalars[:, decay] = torch.where(moves, scalars[:, decay], 1.0)
-            keys = []
-            for voter in chosen:
-                step = self._state_of(voter)["step"]
-                step += 1
-                keys.append(tensor_keys(voter.group["seed"], voter.param_id, int(step)))
-            of_tensors = torch.tensor(keys, dtype=torch.int64).to(torch.int32).to(table.device)
-            use = "STEP_STOCHASTIC" if storage == "stochastic" else "STEP"
-            kernels.read(table, scalars, of_tensors, use, self._exchange.bits, self._exchange.divisor, result)
+            steps = [self._state_of(voter)["step"].add_(1) for voter in chosen]
+            use, keys = "STEP", None
+            if storage == "stochastic":
+                use = "STEP_STOCHASTIC"
+                found = [
+                    tensor_keys(voter.group["seed"], voter.param_id, int(step))
+                    for voter, step in zip(chosen, steps, strict=True)
+                ]
+                keys = torch.tensor(found, dtype=torch.int64).to(torch.int32).to(table.device)
+            kernels.read(table, scalars, keys, use, self._exchange.bits, self._exchange.divisor, result)
 
     def _state_of(self, voter: _Voter) -> dict[str, Any]:
         state = self.state[voter.param]

@@ -18,7 +18,7 @@ from ..core import checks
 from ..core.formats import DTYPE_FORMATS
 from ..core.memory_order import flat, is_dense
 from ..core.options import BACKENDS
-from ..optimizers.ranks import refuse_differences
+from ..optimizers.ranks import digest, refuse_differences
 from .exchange import Exchange
 
 RESULTS = ("majority", "mean")
@@ -111,8 +111,9 @@ class Vote:
         memories = self._memories(tensors, about)
         table = _table(tensors, memories)
         codes = self.exchange.room(table.words, table.device)
-        kernels.cast(table, self._scalars(tensors, memories), self._casting, codes)
-        self.read(table, kernels, self.exchange.whole(codes, kernels))
+        scalars = self._scalars(tensors, memories)
+        kernels.cast(table, scalars, self._casting, codes)
+        self._read(table, scalars, kernels, self.exchange.whole(codes, kernels))
 
     def elect_part(self, tensor: Tensor, to: Tensor) -> None:
         """Writes the result of a vote on this worker's part of a tensor.
@@ -127,12 +128,11 @@ class Vote:
         table = VoteTable(list(tensor.view(workers, -1).unbind()))
         codes = torch.zeros(table.words, dtype=torch.int32, device=table.device)
         kernels.cast(table, scalars, self._casting, codes)
-        self.read(VoteTable([to]), kernels, self.exchange.part(codes, kernels))
+        self._read(VoteTable([to]), scalars, kernels, self.exchange.part(codes, kernels))
 
-    def read(self, table: VoteTable, kernels: VoteKernels, result: Tensor) -> None:
-        """Writes a result to the values of a table."""
-        none = votes.scalars_of([{}] * len(table.values), table.device)
-        kernels.read(table, none, None, "WRITE", self.exchange.bits, self.exchange.divisor, result)
+    def _read(self, table: VoteTable, scalars: Tensor, kernels: VoteKernels, result: Tensor) -> None:
+        """Writes a result to the values of a table; ``scalars`` hold nothing for that, and are those of the votes."""
+        kernels.read(table, scalars, None, "WRITE", self.exchange.bits, self.exchange.divisor, result)
 
     def _scalars(self, tensors: Sequence[Tensor], memories: Sequence[_Memory]) -> Tensor:
         """What holds for each tensor in this vote."""
@@ -309,6 +309,11 @@ def compare(told: Mapping[str, str], what: str, group: Any) -> None:
 
     if dist.get_rank(group) < 0:
         raise ValueError(f"this process is not in the process group of {what}")
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (dist.get_rank(), dict(told)), group=group)
-    refuse_differences(dict(found), what)
+
+    def of_all(value: Any) -> dict[int, Any]:
+        found: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, (dist.get_rank(), value), group=group)
+        return dict(found)
+
+    if len(set(of_all(digest(told)).values())) > 1:
+        refuse_differences(of_all(dict(told)), what)

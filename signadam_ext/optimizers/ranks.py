@@ -35,12 +35,15 @@ def compare(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) ->
     if not own_meshes:
         return
     own = _told(optimizer, groups)
-    digest = hashlib.sha256(repr(own).encode()).hexdigest()
-    differing = [mesh for mesh in own_meshes if len(set(_gathered(mesh, digest).values())) > 1]
-    # Of a thousand ranks all that they have would be much, where it is the same.
+    differing = [mesh for mesh in own_meshes if len(set(_gathered(mesh, digest(own)).values())) > 1]
     told = [_gathered(mesh, own) for mesh in differing]
     for each in told:
         refuse_differences(each)
+
+
+def digest(told: Mapping[str, str]) -> str:
+    """What ranks compare first: of a thousand of them all that they have would be much, where it is the same."""
+    return hashlib.sha256(repr(dict(told)).encode()).hexdigest()
 
 
 def _told(optimizer: GroupedOptimizer, groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
