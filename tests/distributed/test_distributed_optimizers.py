@@ -128,3 +128,8 @@ def test_state_that_does_not_fit_is_refused_and_nothing_is_loaded():
 
 def test_how_workers_vote_is_loaded_with_the_groups(ranks):
     assert ranks(2).run(voting.loads_vote) == [0.5, 0.5]
+
+
+def test_parameters_are_rounded_by_the_bits_of_seed_number_step_and_element(ranks):
+    for equal, values in ranks(2).run(voting.rounded_at_random):
+        assert equal and values > 1

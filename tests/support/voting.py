@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from signadam_ext import distributed
+from signadam_ext.core.formats import narrow_stochastic
+from signadam_ext.core.random_bits import random_bits
 from signadam_ext.distributed import VoteAllReduce, VoteHook, VoteReduceScatter
 
 
@@ -480,3 +482,17 @@ def sum_in_fsdp() -> str:
     except ValueError as error:
         return str(error)
     return "nothing"
+
+
+def rounded_at_random() -> tuple[bool, int]:
+    """Whether bf16 parameters are where seed, number, step and element round them, and how many values there are."""
+    first, param = (nn.Parameter(torch.ones(5000, dtype=torch.bfloat16)) for _ in range(2))
+    options = {"lr": 1e-4, "param_storage": "stochastic", "seed": 5}
+    optimizer = distributed.DistributedSignum([first, param], **options)
+    expected = param.detach().clone()
+    for step in (1, 2):
+        first.grad, param.grad = (torch.ones_like(each) for each in (first, param))
+        optimizer.step()
+        moved = expected.float() - torch.tensor(1e-4)
+        expected = narrow_stochastic(moved, random_bits(5, 1, step, 0, 5000), torch.bfloat16)
+    return torch.equal(param, expected), len(param.unique())
