@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,9 +83,11 @@ def test_example_on_workers_resumes_and_goes_on_with_others(tmp_path, parallel, 
     options = ("--data", str(text), "--parallel", parallel, "--vote", vote)
     whole = on_workers(2, *options, "--out", "whole", cwd=tmp_path)
     assert whole.count("In whole: curves.png") == 1, "workers speak with one voice"
-    for count, out in ((2, "same"), *((count, "others") for count in others)):
-        stopped = on_workers(2, *options, "--out", out, "--stop-at", "13", cwd=tmp_path)
-        assert f"torchrun --nproc-per-node 2 {SCRIPT} --resume --out {out}" in stopped
+    stopped = on_workers(2, *options, "--out", "same", "--stop-at", "13", cwd=tmp_path)
+    assert f"torchrun --nproc-per-node 2 {SCRIPT} --resume --out same" in stopped
+    for count in others:
+        shutil.copytree(tmp_path / "same", tmp_path / str(count))
+    for count, out in ((2, "same"), *((count, str(count)) for count in others)):
         resumed = on_workers(count, "--resume", "--out", out, cwd=tmp_path)
         assert "SignAdamPP continues after step 13" in resumed
     for name in ("signadampp.pt", "adamw.pt"):
