@@ -191,7 +191,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<const char*, const py::object&, const py::list&>(), py::arg("library"), py::arg("tensor_type"),
            py::arg("samples"))
       .def_property_readonly("recognises", [](const TorchShim& shim) { return shim.objects().recognises(); })
-      .def_property_readonly("counts_versions", [](const TorchShim& shim) { return shim.objects().counts_versions(); });
+      .def_property_readonly("counts_versions", [](const TorchShim& shim) { return shim.objects().counts_versions(); })
+      .def_property_readonly("knows_negation", [](const TorchShim& shim) { return shim.objects().knows_negation(); });
 
   py::class_<GradientReader>(m, "GradientReader")
       .def(py::init<const TorchShim*>(), py::keep_alive<1, 2>())

@@ -138,7 +138,7 @@ bool GradientReader::same(PyObject* object, Noted& noted) {
                        covered(now, now.storage_offset * noted.element_size, noted.extent);
   if (is_same) {
     noted.trace = torch_->objects().trace(object, now.dim);
-    unsure_.push_back(object);
+    check_later(object);
   }
   return is_same;
 }
@@ -159,7 +159,7 @@ bool GradientReader::usable(PyObject* grad, Parameter& parameter) {
     return false;
   parameter.grad_trace = torch_->objects().trace(grad, now.dim);
   parameter.grad_address = now.address;
-  unsure_.push_back(grad);
+  check_later(grad);
   return true;
 }
 

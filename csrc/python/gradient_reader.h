@@ -61,7 +61,8 @@ class GradientReader {
       if (grads_[i] == nullptr) continue;
       const Parameter& parameter = parameters_[i];
       count(parameter.param.trace, part(i));
-      if (parameter.spec) by_torch(params_[i]);  // a DTensor has a version beside its part's
+      // A DTensor has a version beside its part's.
+      if (parameter.spec && !torch_->objects().increment_version(params_[i].ptr())) by_torch(params_[i]);
       for (std::size_t k = parameter.first_entry; k + 1 < parameter.end_entry && k < state_tensors_.size(); ++k) {
         if (k + versions_ahead < entries_.size())
           __builtin_prefetch(entries_[k + versions_ahead].tensor.trace.version, 1);
@@ -116,7 +117,11 @@ class GradientReader {
   }
   void take_parts();
   Noted note(const py::object& tensor);
-  // Both put what may be lazily negative, which torch's interface does not tell, on `unsure_`.
+  // Puts what may be lazily negative, which torch's interface does not tell, on `unsure_`.
+  void check_later(PyObject* tensor) {
+    if (!torch_->objects().shows_no_negation(tensor)) unsure_.push_back(tensor);
+  }
+  // Whether a tensor is as noted, and a gradient may be read where it lies: it is looked at where it has changed.
   bool same(PyObject* object, Noted& noted);
   bool usable(PyObject* grad, Parameter& parameter);
   bool find_parameters(const py::object& param_groups);

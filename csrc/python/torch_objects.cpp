@@ -16,9 +16,12 @@ struct Sample {
   const char *object, *storage;
   uintptr_t address, bytes, numel;
   uint32_t version;
+  static const char* object_of(const py::handle& tensor) {
+    return reinterpret_cast<const char*>(tensor.attr("_cdata").cast<uintptr_t>());
+  }
   explicit Sample(const py::handle& tensor) {
     const py::object own = tensor.attr("untyped_storage")();
-    object = reinterpret_cast<const char*>(tensor.attr("_cdata").cast<uintptr_t>());
+    object = object_of(tensor);
     storage = reinterpret_cast<const char*>(own.attr("_cdata").cast<uintptr_t>());
     address = tensor.attr("data_ptr")().cast<uintptr_t>();
     bytes = own.attr("nbytes")().cast<uintptr_t>();
@@ -45,7 +48,9 @@ std::size_t size_of(const char*) { return 0; }
 TorchObjects::TorchObjects(const py::list& samples) {
   find_handle(samples);
   find_objects(samples);
-  if (tensor_bytes_ != 0) find_versions(samples);
+  if (tensor_bytes_ == 0) return;
+  find_versions(samples);
+  find_negation(samples);
 }
 
 void TorchObjects::find_handle(const py::list& samples) {
@@ -130,6 +135,30 @@ void TorchObjects::find_versions(const py::list& samples) {
       return;
     }
   }
+}
+
+// Of two views of a sample, one of them lazily negated, one word differs by one bit, the same for all samples.
+void TorchObjects::find_negation(const py::list& samples) {
+  const py::object negated_view = py::module_::import("torch").attr("_neg_view");
+  std::vector<std::vector<uint64_t>> differences;
+  for (const auto& tensor : samples) {
+    const py::object same = tensor.attr("detach")(), negated = negated_view(same);
+    std::vector<uint64_t> words;
+    for (std::size_t at = storage_at_; at + sizeof(uint64_t) <= storage_at_ + tensor_bytes_; at += sizeof(uint64_t))
+      words.push_back(word_at<uint64_t>(Sample::object_of(same), at) ^
+                      word_at<uint64_t>(Sample::object_of(negated), at));
+    differences.push_back(std::move(words));
+  }
+  std::vector<std::size_t> found;
+  for (std::size_t i = 0; i < differences[0].size(); ++i) {
+    const uint64_t bit = differences[0][i];
+    const auto is_same = [&](const std::vector<uint64_t>& words) { return words[i] == bit; };
+    if (bit != 0 && (bit & (bit - 1)) == 0 && std::all_of(differences.begin(), differences.end(), is_same))
+      found.push_back(i);
+  }
+  if (found.size() != 1) return;
+  negation_at_ = storage_at_ + found[0] * sizeof(uint64_t);
+  negation_ = differences[0][found[0]];
 }
 
 Trace TorchObjects::trace(PyObject* tensor, int64_t dim) const {

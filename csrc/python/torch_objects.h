@@ -30,9 +30,10 @@ class TorchObjects {
   // Throws std::runtime_error where torch's Python objects do not hold their tensor.
   explicit TorchObjects(const py::list& samples);
 
-  // What has been found of them: enough for traces, enough for versions.
+  // What has been found of them: enough for traces, for versions, for negation.
   bool recognises() const { return tensor_bytes_ != 0; }
   bool counts_versions() const { return version_at_ != 0; }
+  bool knows_negation() const { return negation_at_ != 0; }
 
   // Where a tensor's Python object holds the one word of its at::Tensor.
   std::size_t handle_offset() const { return handle_offset_; }
@@ -67,6 +68,18 @@ class TorchObjects {
     if (trace.version != nullptr) trace.version->fetch_add(1);
     return true;
   }
+  // The same, of any tensor. What is none must not be given.
+  bool increment_version(PyObject* tensor) const {
+    if (version_at_ == 0 || !has_known_class(tensor)) return false;
+    if (std::atomic<uint32_t>* const version = version_of(object_of(tensor))) version->fetch_add(1);
+    return true;
+  }
+
+  // Whether a tensor certainly holds its numbers as they are, not their negatives. False where torch must be asked.
+  bool shows_no_negation(PyObject* tensor) const {
+    return negation_at_ != 0 && has_known_class(tensor) &&
+           (word_at<uint64_t>(object_of(tensor), negation_at_) & negation_) == 0;
+  }
 
  private:
   template <class T>
@@ -75,6 +88,7 @@ class TorchObjects {
     std::memcpy(&word, object + offset, sizeof(word));
     return word;
   }
+  bool has_known_class(PyObject* tensor) const { return word_at<const void*>(object_of(tensor), 0) == tensor_class_; }
   const char* object_of(PyObject* tensor) const {
     return word_at<const char*>(reinterpret_cast<const char*>(tensor), handle_offset_);
   }
@@ -97,12 +111,15 @@ class TorchObjects {
   void find_handle(const py::list& samples);
   void find_objects(const py::list& samples);
   void find_versions(const py::list& samples);
+  void find_negation(const py::list& samples);
 
   std::size_t handle_offset_ = 0;
   const void *tensor_class_ = nullptr, *storage_class_ = nullptr;  // of plain ones: their virtual tables
   std::size_t storage_at_ = 0, tensor_bytes_ = 0;  // where a tensor names its storage, and the bytes from there on
   std::size_t data_at_ = 0, size_at_ = 0;          // where a storage names its memory, and the size of it
   std::size_t version_at_ = 0, count_at_ = 0;      // where a tensor names its version, and that holds its count
+  std::size_t negation_at_ = 0;                    // where a tensor tells, in one bit, whether it is lazily negated
+  uint64_t negation_ = 0;                          // that bit
 };
 
 }  // namespace signadam

@@ -300,8 +300,13 @@ def kind() -> str:
     shim = _shim()
     if shim is None:
         return "Python (torch's C shim was not found)"
-    found = [text for text, holds in (("tensors", shim.recognises), ("versions", shim.counts_versions)) if holds]
-    return f"C++ (torch's C shim; knows torch's objects for {' and '.join(found) or 'nothing'})"
+    known = (
+        ("tensors", shim.recognises),
+        ("versions", shim.counts_versions),
+        ("lazy negation", shim.knows_negation),
+    )
+    found = [text for text, holds in known if holds]
+    return f"C++ (torch's C shim; knows torch's objects for {', '.join(found) or 'nothing'})"
 
 
 def _memory_of(tensor: Tensor) -> tuple[Any, ...] | None:

@@ -32,8 +32,8 @@ def test_the_hash_sees_every_change(tmp_path: Path):
 @linux
 def test_torch_s_objects_are_known():
     shim = gradients._shim()
-    assert shim is not None and shim.recognises and shim.counts_versions
-    assert "tensors and versions" in gradients.kind()
+    assert shim is not None and shim.recognises and shim.counts_versions and shim.knows_negation
+    assert "tensors, versions, lazy negation" in gradients.kind()
 
 
 class Own(nn.Parameter):
