@@ -1,8 +1,11 @@
 """The tables of docs/scaling.md and docs/voting.md: memory by `signadam_ext.memory`, bytes on the wire by formula."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from bench.comm import formulas
+from bench.committed import RESULTS
 from reporting import present
 from signadam_ext import memory
 from signadam_ext.memory import Estimate
@@ -64,3 +67,22 @@ def wire() -> str:
         for hook in WIRE
     ]
     return present.markdown(header, lines)
+
+
+def host_time(folder: Path = RESULTS / "sharded_step") -> str:
+    """What DTensors add to the host's part of a step."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        ratios = [
+            f"{row['to_plain']['median']:.2f} ({row['to_plain']['low']:.2f} to {row['to_plain']['high']:.2f}) with "
+            f"{row['tensors']} tensors of {row['size']}"
+            for row in report["rows"]
+        ]
+        parts.append(
+            "Reading DTensors takes the host longer than reading plain tensors, which shows where they are small. A "
+            f"step under FSDP2 on one process, over the same step on plain tensors: {', '.join(ratios)} (median and "
+            f"quartiles of ratios; {report['optimizer']}; {report['machine']['cpu']}, torch "
+            f"{report['versions']['torch']}, module of commit {present.built_at(report)})."
+        )
+    return "\n\n".join(parts) or f"Host time of a step on DTensors: {present.NOT_MEASURED}."

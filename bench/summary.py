@@ -253,7 +253,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "comm": comm.block,
         "example": example,
     },
-    "docs/scaling.md": {"sharded_memory": scaling.sharded_memory},
+    "docs/scaling.md": {"sharded_memory": scaling.sharded_memory, "host_time": scaling.host_time},
     "docs/voting.md": {"wire": scaling.wire},
 }
 

@@ -109,3 +109,20 @@ def test_inference_tensors_have_no_version():
 def test_the_module_says_what_its_reader_knows():
     done = subprocess.run([sys.executable, "-m", "signadam_ext"], capture_output=True, text=True, timeout=600)
     assert signadam_ext.__version__ in done.stdout and gradients.kind() in done.stdout
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_gradient_lazily_negated_is_taken_at_its_value(known, monkeypatch):
+    """At the first step and at a later one, whether its object shows it or torch is asked."""
+    shim = gradients._shim()
+    monkeypatch.setattr(gradients, "_shim", lambda: shim if known else None)
+    param, twin = nn.Parameter(torch.ones(7)), nn.Parameter(torch.ones(7))
+    optimizer, other = (SignAdamPP([p], lr=0.125, backend="cpu") for p in (param, twin))
+    for negated in (True, False, True, True, False):
+        grad = torch.randn(7)
+        param.grad = torch._neg_view(-grad) if negated else grad
+        assert param.grad.is_neg() == negated
+        twin.grad = grad
+        optimizer.step()
+        other.step()
+        assert torch.equal(param, twin)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("matplotlib")
 
-from bench import summary, throughput
+from bench import scaling, sharded_step, summary, throughput
 from bench.candidates import REFERENCES
 from bench.harness import ADAMW, STREAM, Candidate, Case, Samples, Traffic, Trial, Workload, row, spread
 from reporting import machine
@@ -76,6 +78,15 @@ def test_a_candidate_that_fails_or_has_no_time_is_named(monkeypatch: pytest.Monk
         assert first["left_out"] == second["left_out"] == "the time limit of -1 s"
     else:
         assert first["rounds"] >= 5 and second["error"] == "ValueError: not mine"
+
+
+def test_host_time_of_sharded_steps_is_told_from_a_run(tmp_path: Path) -> None:
+    assert "not measured" in scaling.host_time(tmp_path)
+    assert sharded_step.main(["--quick", "--out", str(tmp_path / "here.json")]) == 0
+    row = json.loads((tmp_path / "here.json").read_text())["rows"][0]
+    assert row["to_plain"]["low"] <= row["to_plain"]["median"] <= row["to_plain"]["high"]
+    assert f"{row['to_plain']['median']:.2f}" in scaling.host_time(tmp_path)
+    assert f"{row['tensors']} tensors of {row['size']}" in scaling.host_time(tmp_path)
 
 
 @pytest.mark.skipif(not summary.RESULTS.is_dir(), reason="the source distribution holds no results")
