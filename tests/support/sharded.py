@@ -111,8 +111,12 @@ def sharded_as_alone(
     ours, theirs = make(name, params, options), make(name, alone, options)
     for step in range(steps):
         grads = whole_gradients(shapes, step, grad_dtype or dtype)
+        before = [param._version for param in params]
         step_on(params, ours, grads)
         step_on(alone, theirs, grads)
+        counted = [param._version - count for param, count in zip(params, before, strict=True)]
+        if counted != [1] * len(params):
+            return f"after step {step + 1}: versions of the DTensors have moved by {counted}"
         if (found := difference(ours, theirs)) is not None:
             return f"after step {step + 1}: {found}"
     return None
