@@ -161,6 +161,34 @@ SIGNADAM_HD U swap_bytes(U x) {
 
 #endif
 
+}  // namespace
+}  // namespace signadam::cpu::SIGNADAM_ISA
+
+namespace signadam {
+
+// The size with the gradient's sign, or 0: no product, and one comparison.
+template <>
+struct GatedStep<cpu::SIGNADAM_ISA::V> {
+  using V = cpu::SIGNADAM_ISA::V;
+  using U = cpu::SIGNADAM_ISA::U;
+  static SIGNADAM_HD V of(float size, V g, float alpha) {
+    const U bits = cpu::SIGNADAM_ISA::as<U>(g), sizes = cpu::SIGNADAM_ISA::as<U>(V{} + size);
+    const V magnitude = cpu::SIGNADAM_ISA::as<V>(bits & 0x7fffffffu);
+#if defined(__AVX512BW__)
+    const __mmask16 passes = _mm512_cmp_ps_mask(magnitude, V{} + alpha, _CMP_GT_OQ);
+    return cpu::SIGNADAM_ISA::as<V>(_mm512_maskz_ternarylogic_epi32(
+        passes, reinterpret_cast<__m512i>(bits), _mm512_set1_epi32(INT32_MIN), reinterpret_cast<__m512i>(sizes), 0x6a));
+#else
+    return cpu::SIGNADAM_ISA::as<V>(cpu::SIGNADAM_ISA::as<U>(magnitude > alpha) & ((bits & 0x80000000u) ^ sizes));
+#endif
+  }
+};
+
+}  // namespace signadam
+
+namespace signadam::cpu::SIGNADAM_ISA {
+namespace {
+
 // The random halves of a group: two vectors of words, each the 16 bits of 2 * width elements in order.
 struct GroupBits {
   U word[2];

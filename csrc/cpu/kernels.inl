@@ -90,6 +90,7 @@ const float* widened(const void* base, Format format, int64_t index, float* scra
 #include "stored.inl"
 #if defined(__AVX2__)
 #include "fused.inl"
+#include "pairs.inl"
 #endif
 
 // The statistics of a block: the gradient as the gate sees it, and the momentum before and after the step. Sums of
@@ -185,7 +186,10 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, Chunk
     return update_fp32<Rule>(slice, s, alpha);
   int done = 0;
 #if defined(__AVX2__)
-  if constexpr (!has_third<Rule>) done = update_groups<Rule>(slice, s, alpha);
+  if constexpr (!has_third<Rule>) {
+    done = update_pairs<Rule>(slice, s, alpha);
+    if (done == 0) done = update_groups<Rule>(slice, s, alpha);
+  }
 #endif
   update_blocks<Rule>(slice, s, alpha, done, nullptr);
 }
