@@ -11,8 +11,8 @@ struct Pairs {
 
 // Bytes of each 128-bit lane, in the order of these four words.
 SIGNADAM_HD __m512i shuffled(U x, uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
-  return _mm512_shuffle_epi8(as<__m512i>(x), _mm512_set4_epi32(static_cast<int>(w3), static_cast<int>(w2), static_cast<int>(w1),
-                                                                    static_cast<int>(w0)));
+  return _mm512_shuffle_epi8(as<__m512i>(x), _mm512_set4_epi32(static_cast<int>(w3), static_cast<int>(w2),
+                                                               static_cast<int>(w1), static_cast<int>(w0)));
 }
 
 // Words of the even elements' high halves, and of the odd ones' high halves.
@@ -25,9 +25,7 @@ SIGNADAM_HD U exclusive_or(U a, U b, U c) {
   return as<U>(_mm512_ternarylogic_epi32(as<__m512i>(a), as<__m512i>(b), as<__m512i>(c), 0x96));
 }
 
-SIGNADAM_HD bool any_nan(V a, V b) {
-  return _mm512_cmp_ps_mask(as<__m512>(a), as<__m512>(b), _CMP_UNORD_Q) != 0;
-}
+SIGNADAM_HD bool any_nan(V a, V b) { return _mm512_cmp_ps_mask(as<__m512>(a), as<__m512>(b), _CMP_UNORD_Q) != 0; }
 
 // Before its low half is cut off, for the nearest or even: one more where the high half is odd.
 SIGNADAM_HD U rounded_to_even(U bits) {
@@ -47,8 +45,9 @@ SIGNADAM_HD U bytes_of(const void* from) {
 SIGNADAM_HD U nibbles_of(const void* from) {
   int64_t bytes;
   std::memcpy(&bytes, from, sizeof bytes);
-  const __m512i order = _mm512_setr_epi64(0x00ffffff00ffffff, 0x01ffffff01ffffff, 0x02ffffff02ffffff, 0x03ffffff03ffffff,
-                                          0x04ffffff04ffffff, 0x05ffffff05ffffff, 0x06ffffff06ffffff, 0x07ffffff07ffffff);
+  const __m512i order =
+      _mm512_setr_epi64(0x00ffffff00ffffff, 0x01ffffff01ffffff, 0x02ffffff02ffffff, 0x03ffffff03ffffff,
+                        0x04ffffff04ffffff, 0x05ffffff05ffffff, 0x06ffffff06ffffff, 0x07ffffff07ffffff);
   return as<U>(_mm512_shuffle_epi8(_mm512_set1_epi64(bytes), order));
 }
 
@@ -104,24 +103,43 @@ SIGNADAM_HD Bytes third_bytes(const I* even, const I* odd) {
 #endif
 
 // The 16 random bits of even and of odd elements for the first moment: their bytes are swapped.
-SIGNADAM_HD I even_bits_for_m(U r) {
-  return as<I>(shuffled(r, 0xffff0001u, 0xffff0405u, 0xffff0809u, 0xffff0c0du));
-}
+SIGNADAM_HD I even_bits_for_m(U r) { return as<I>(shuffled(r, 0xffff0001u, 0xffff0405u, 0xffff0809u, 0xffff0c0du)); }
 SIGNADAM_HD I odd_bits_for_m(U r) { return as<I>(shuffled(r, 0xffff0203u, 0xffff0607u, 0xffff0a0bu, 0xffff0e0fu)); }
 
-// Words of random bits: of the pairs from the one in the first lane on.
-SIGNADAM_HD U draw_pairs(const RngSubkey& keys, U pair) {
-  U x = pair ^ keys.k0;
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x = exclusive_or(x, x >> 15, U{} + keys.k1);
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
+// A constant that stays in its register where there are 32: there compilers make constants anew in every turn of a
+// loop.
+SIGNADAM_HD U kept(uint32_t value) {
+  U x = U{} + value;
+#if defined(__AVX512BW__)
+  asm("" : "+v"(x));
+#endif
+  return x;
 }
 
-SIGNADAM_HD Pairs load_pairs(const void* base, int64_t index) {
+// Words of random bits, `width` after `width`.
+struct PairBits {
+  U pair, k0, k1, first = kept(0x7feb352du), second = kept(0x846ca68bu), step = kept(width);
+
+  SIGNADAM_HD PairBits(const RngSubkey& keys, uint32_t begin) : k0(U{} + keys.k0), k1(U{} + keys.k1) {
+    for (int i = 0; i < width; ++i) pair[i] = static_cast<uint32_t>(i);
+    pair += begin;
+  }
+
+  SIGNADAM_HD U next() {
+    U x = pair ^ k0;
+    pair += step;
+    x ^= x >> 16;
+    x *= first;
+    x = exclusive_or(x, x >> 15, k1);
+    x *= second;
+    return x ^ (x >> 16);
+  }
+};
+
+// `low`: words of 0xffff.
+SIGNADAM_HD Pairs load_pairs(const void* base, int64_t index, U low) {
   const U words = as<U>(*reinterpret_cast<const Loose*>(static_cast<const uint16_t*>(base) + index));
-  return {as<V>(words << 16), as<V>(words & 0xffff0000u)};
+  return {as<V>(words << 16), as<V>(words & ~low)};
 }
 
 // What becomes of NaN: rare, so kept out of the way.
@@ -130,9 +148,9 @@ SIGNADAM_HD U without_nan(U words, Pairs x) {
   return (words & ~nan) | (nan & 0x7fc07fc0u);
 }
 
-SIGNADAM_HD void store_pairs(void* base, int64_t index, Pairs x, U r, bool stochastic) {
+SIGNADAM_HD void store_pairs(void* base, int64_t index, Pairs x, U r, U low, bool stochastic) {
   const U even = as<U>(x.even), odd = as<U>(x.odd);
-  U words = stochastic ? high_halves(even + (r & 0xffffu), odd + (r >> 16))
+  U words = stochastic ? high_halves(even + (r & low), odd + (r >> 16))
                        : high_halves(rounded_to_even(even), rounded_to_even(odd));
   if (__builtin_expect(any_nan(x.even, x.odd), 0)) words = without_nan(words, x);
   *reinterpret_cast<Loose*>(static_cast<uint16_t*>(base) + index) = as<V>(words);
@@ -159,14 +177,19 @@ SIGNADAM_HD void load_codes(const unsigned char* from, U& even, U& odd) {
   }
 }
 
-template <Format format>
-SIGNADAM_HD void store_codes(unsigned char* to, const Pairs* x, const U* r) {
+// A group, which comes as 2^16 times itself, rounded to codes of a byte.
+SIGNADAM_HD Bytes rounded_codes(const Pairs* x, const U* r) {
   I even[2], odd[2];
   for (int k = 0; k < 2; ++k) {
     even[k] = __builtin_convertvector(x[k].even, I) + even_bits_for_m(r[k]);
     odd[k] = __builtin_convertvector(x[k].odd, I) + odd_bits_for_m(r[k]);
   }
-  const Bytes bytes = third_bytes(even, odd);
+  return third_bytes(even, odd);
+}
+
+template <Format format>
+SIGNADAM_HD void store_codes(unsigned char* to, const Pairs* x, const U* r) {
+  const Bytes bytes = rounded_codes(x, r);
   if constexpr (format == Format::int8)
     store_bytes(to, bytes);
   else if constexpr (format == Format::int4)
@@ -175,11 +198,123 @@ SIGNADAM_HD void store_codes(unsigned char* to, const Pairs* x, const U* r) {
     pack_int2(to, bytes);
 }
 
+// From here on the largest of a block may need an exponent above 120.
+constexpr uint32_t saturating = 0x7e800000u;
+
+#if defined(__AVX512BW__)
+
+// x * 2^e, rounded once.
+SIGNADAM_HD V times_power(V x, V e) { return as<V>(_mm512_scalef_ps(as<__m512>(x), as<__m512>(e))); }
+
+SIGNADAM_HD bool any_nan_code(const void* codes) {
+  return _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(codes), _mm512_set1_epi8(nan_code)) != 0;
+}
+
+// A group of block-scaled codes.
+SIGNADAM_HD void load_blocks(const unsigned char* codes, const int8_t* exponents, Pairs* x) {
+  for (int k = 0; k < 2; ++k) {
+    U even, odd;
+    load_codes<Format::int8>(codes + k * packed_run, even, odd);
+    const V e = V{} + static_cast<float>(exponents[k] - 24);
+    x[k] = {times_power(__builtin_convertvector(as<I>(even), V), e),
+            times_power(__builtin_convertvector(as<I>(odd), V), e)};
+  }
+}
+
+// False where something is not finite, or so large that codes saturate: nothing is stored then.
+SIGNADAM_HD bool store_blocks(unsigned char* codes, int8_t* exponents, const Pairs* x, const U* r) {
+  __m512i largest[2];
+  for (int k = 0; k < 2; ++k)
+    largest[k] =
+        _mm512_max_epu32(as<__m512i>(as<U>(x[k].even) & 0x7fffffffu), as<__m512i>(as<U>(x[k].odd) & 0x7fffffffu));
+  // The maximum of the first block in all lanes of the lower half, that of the second in those of the upper.
+  __m512i most = _mm512_max_epu32(_mm512_shuffle_i32x4(largest[0], largest[1], 0x44),
+                                  _mm512_shuffle_i32x4(largest[0], largest[1], 0xee));
+  most = _mm512_max_epu32(most, _mm512_shuffle_i32x4(most, most, 0xb1));
+  most = _mm512_max_epu32(most, _mm512_shuffle_epi32(most, _MM_PERM_BADC));
+  most = _mm512_max_epu32(most, _mm512_shuffle_epi32(most, _MM_PERM_CDAB));
+  if (__builtin_expect(_mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(saturating)) != 0, 0)) return false;
+  // As block_exponent has it, and 133 more.
+  const __m512i sum = _mm512_srli_epi32(_mm512_add_epi32(most, _mm512_set1_epi32(0x1ffff)), 23);
+  const __m512i e = _mm512_max_epi32(sum, _mm512_set1_epi32(133 - 126));
+  exponents[0] = static_cast<int8_t>(_mm_cvtsi128_si32(_mm512_castsi512_si128(e)) - 133);
+  exponents[1] = static_cast<int8_t>(_mm_cvtsi128_si32(_mm512_extracti32x4_epi32(e, 2)) - 133);
+  const __m512 up = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(133 + 16), e));
+  const V first = as<V>(_mm512_shuffle_f32x4(up, up, 0)), second = as<V>(_mm512_shuffle_f32x4(up, up, 0xaa));
+  const Pairs scaled[2] = {{times_power(x[0].even, first), times_power(x[0].odd, first)},
+                           {times_power(x[1].even, second), times_power(x[1].odd, second)}};
+  store_bytes(codes, rounded_codes(scaled, r));
+  return true;
+}
+
+#else
+
+SIGNADAM_HD bool any_nan_code(const void* codes) {
+  const __m256i bytes = _mm256_loadu_si256(static_cast<const __m256i*>(codes));
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(bytes, _mm256_set1_epi8(nan_code))) != 0;
+}
+
+SIGNADAM_HD void load_blocks(const unsigned char* codes, const int8_t* exponents, Pairs* x) {
+  const float scale = power_of_two(exponents[0]);
+  for (int k = 0; k < 2; ++k) {
+    U even, odd;
+    load_codes<Format::int8>(codes + 2 * k * width, even, odd);
+    x[k] = {__builtin_convertvector(as<I>(even) >> 24, V) * scale,
+            __builtin_convertvector(as<I>(odd) >> 24, V) * scale};
+  }
+}
+
+SIGNADAM_HD bool store_blocks(unsigned char* codes, int8_t* exponents, const Pairs* x, const U* r) {
+  __m256i largest = _mm256_setzero_si256();
+  for (int k = 0; k < 2; ++k) {
+    largest = _mm256_max_epu32(largest, as<__m256i>(as<U>(x[k].even) & 0x7fffffffu));
+    largest = _mm256_max_epu32(largest, as<__m256i>(as<U>(x[k].odd) & 0x7fffffffu));
+  }
+  __m128i most = _mm_max_epu32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0x4e));
+  most = _mm_max_epu32(most, _mm_shuffle_epi32(most, 0xb1));
+  const auto bits = static_cast<uint32_t>(_mm_cvtsi128_si32(most));
+  if (__builtin_expect(bits >= saturating, 0)) return false;
+  const int e = block_exponent(bits);
+  exponents[0] = static_cast<int8_t>(e);
+  // One after the other: their product could be too large for a float.
+  const float inverse = power_of_two(-e);
+  Pairs scaled[2];
+  for (int k = 0; k < 2; ++k) scaled[k] = {x[k].even * inverse * 65536.0f, x[k].odd * inverse * 65536.0f};
+  store_bytes(codes, rounded_codes(scaled, r));
+  return true;
+}
+
+#endif
+
+// The rare ways: codes that stand for NaN, and blocks that store_blocks does not take.
+SIGNADAM_HD void load_nan_codes(const unsigned char* codes, Pairs* x) {
+  for (int k = 0; k < 2; ++k) {
+    U even, odd;
+    load_codes<Format::int8>(codes + 2 * k * width, even, odd);
+    x[k].even = as<I>(even) == INT32_MIN ? V{} + float_of(0x7fc00000u) : x[k].even;
+    x[k].odd = as<I>(odd) == INT32_MIN ? V{} + float_of(0x7fc00000u) : x[k].odd;
+  }
+}
+
+__attribute__((noinline)) void store_blocks_slowly(void* base, int64_t numel, int64_t index, const Pairs* x,
+                                                   const U* r) {
+  float m[group];
+  uint16_t halves[group];
+  std::memcpy(halves, r, sizeof halves);
+  for (int k = 0; k < 2; ++k)
+    for (int i = 0; i < width; ++i) {
+      m[2 * (k * width + i)] = x[k].even[i];
+      m[2 * (k * width + i) + 1] = x[k].odd[i];
+    }
+  store_moment<0>(base, Format::block8, numel, index, m, halves, group);
+}
+
 // Of codes, a moment comes as the top of a 32-bit integer, and is kept as 2^16 times itself, the form in which it is
 // rounded. Scalars that match do both: powers of two change no bit as long as nothing is subnormal.
 
 SIGNADAM_HD bool scales_exactly(const Scalars& s) {
-  const auto exact = [](float x) { return x == 0.0f || x > 0x1p-80f || x < -0x1p-80f; };
+  const auto exact = [](float x) { return x == 0.0f || x > 0x1p-80f; };
   return exact(s.lr) && exact(s.beta1) && exact(s.one_minus_beta1);
 }
 
@@ -202,9 +337,8 @@ int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
   const bool draws = Rule::moments > 0 || stochastic;
   const auto first = static_cast<uint64_t>(tensor.shard_offset + slice.begin);
   const RngSubkey keys = RngSubkey::of(slice.rng_keys, static_cast<uint32_t>(first >> 33));
-  U pair;
-  for (int i = 0; i < width; ++i) pair[i] = static_cast<uint32_t>(i);
-  pair += static_cast<uint32_t>(first >> 1);
+  PairBits bits(keys, static_cast<uint32_t>(first >> 1));
+  const U low = kept(0xffffu);
   const int64_t begin = slice.begin;
   const int whole = slice.count / group * group;
   for (int done = 0; done < whole; done += group) {
@@ -213,30 +347,37 @@ int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
     Pairs p[2], g[2], m[2], v[2];
     V none{};
     U r[2] = {};
+    if constexpr (moment == Format::block8) {
+      load_blocks(codes, exponent_at(tensor.exp_avg, tensor.numel, index), m);
+      if (__builtin_expect(any_nan_code(codes), 0)) load_nan_codes(codes, m);
+    }
     for (int k = 0; k < 2; ++k) {
-      g[k] = load_pairs(grad, index + 2 * k * width);
-      p[k] = load_pairs(tensor.param, index + 2 * k * width);
+      g[k] = load_pairs(grad, index + 2 * k * width, low);
+      p[k] = load_pairs(tensor.param, index + 2 * k * width, low);
       if constexpr (moment == Format::bf16) {
-        m[k] = load_pairs(tensor.exp_avg, index + 2 * k * width);
-      } else if constexpr (Rule::moments > 0) {
+        m[k] = load_pairs(tensor.exp_avg, index + 2 * k * width, low);
+      } else if constexpr (is_scale_free(moment)) {
         U even, odd;
         load_codes<moment>(codes + bytes_before(moment, 2 * k * width), even, odd);
         m[k] = {__builtin_convertvector(as<I>(even), V), __builtin_convertvector(as<I>(odd), V)};
       }
-      if constexpr (Rule::moments > 1) v[k] = load_pairs(tensor.exp_avg_sq, index + 2 * k * width);
+      if constexpr (Rule::moments > 1) v[k] = load_pairs(tensor.exp_avg_sq, index + 2 * k * width, low);
       apply<Rule>(s, alpha, p[k].even, g[k].even, m[k].even, v[k].even, none);
       apply<Rule>(s, alpha, p[k].odd, g[k].odd, m[k].odd, v[k].odd, none);
-      if (draws) {
-        r[k] = draw_pairs(keys, pair);
-        pair += static_cast<uint32_t>(width);
-      }
-      store_pairs(tensor.param, index + 2 * k * width, p[k], r[k], stochastic);
+      if (draws) r[k] = bits.next();
+      store_pairs(tensor.param, index + 2 * k * width, p[k], r[k], low, stochastic);
       if constexpr (moment == Format::bf16)
-        store_pairs(tensor.exp_avg, index + 2 * k * width, m[k], swap_bytes(r[k]), true);
+        store_pairs(tensor.exp_avg, index + 2 * k * width, m[k], swap_bytes(r[k]), low, true);
       if constexpr (Rule::moments > 1)
-        store_pairs(tensor.exp_avg_sq, index + 2 * k * width, v[k], ~swap_bytes(r[k]), true);
+        store_pairs(tensor.exp_avg_sq, index + 2 * k * width, v[k], ~swap_bytes(r[k]), low, true);
     }
-    if constexpr (is_packed(moment)) store_codes<moment>(codes, m, r);
+    if constexpr (is_scale_free(moment)) store_codes<moment>(codes, m, r);
+    if constexpr (moment == Format::block8)
+      if (!store_blocks(codes, exponent_at(tensor.exp_avg, tensor.numel, index), m, r)) {
+        const Pairs copied_m[2] = {m[0], m[1]};  // so that the others need no address
+        const U copied_r[2] = {r[0], r[1]};
+        store_blocks_slowly(tensor.exp_avg, tensor.numel, index, copied_m, copied_r);
+      }
   }
   return whole;
 }
@@ -246,9 +387,9 @@ template <class Rule>
 int update_pairs(const Slice& slice, const Scalars& s, float alpha) {
   const Formats& f = slice.tensor.formats;
   if (f.param != Format::bf16 || f.grad != Format::bf16 || (Rule::moments > 1 && f.exp_avg_sq != Format::bf16) ||
-      !goes_by_groups(slice, 0))
+      !goes_by_groups(slice, 0) || !takes(s, alpha))
     return 0;
-#define SIGNADAM_PAIRS(moment)                                                               \
+#define SIGNADAM_PAIRS(moment)                                                                \
   return s.coupled || s.maximize ? update_pairs<Rule, Format::moment, false>(slice, s, alpha) \
                                  : update_pairs<Rule, Format::moment, true>(slice, s, alpha)
   if constexpr (Rule::moments == 0) {
@@ -259,6 +400,8 @@ int update_pairs(const Slice& slice, const Scalars& s, float alpha) {
       if (f.exp_avg == Format::int8) SIGNADAM_PAIRS(int8);
       if (f.exp_avg == Format::int4) SIGNADAM_PAIRS(int4);
       if (f.exp_avg == Format::int2) SIGNADAM_PAIRS(int2);
+    } else {
+      if (f.exp_avg == Format::block8) SIGNADAM_PAIRS(block8);
     }
     return 0;
   }
