@@ -389,12 +389,13 @@ class Block:
                 self._count_sectors(region, "write", threads, own, whole)
             index = ((own - U64(region.base)) // U64(whole)).astype(np.int64)
             view = region.views[size]
-            if count == 1:
-                view[index] = values[0][threads]
-            else:
-                rows = view.reshape(-1, count)
-                for i, value in enumerate(values):
-                    rows[index, i] = value[threads]
+            rows = view.reshape(-1, count)
+            for i, value in enumerate(values):
+                new = value[threads]
+                rows[index, i] = new
+                if self.order is not None and not np.array_equal(rows[index, i], new):
+                    thread = int(threads[np.flatnonzero(rows[index, i] != new)[0]])
+                    raise self._fault(site, thread, f"a race in {region.name}: others write another value at once")
 
     def atomic(
         self,

@@ -224,13 +224,14 @@ class Order:
         if region.written is None:
             region.written = np.zeros(region.grains, U64)
         region.written[grains] = rows
-        lost = region.written[grains] != rows
+        now = region.written[grains]
+        lost = now != rows
         if lost.any():
-            place = np.argwhere(lost)[0]
-            return (
-                f"written by {describe(int(region.written[grains][tuple(place)]))} at once",
-                int(threads[place[0]]),
-            )
+            # Several threads of one instruction, which must write the same.
+            warps, theirs = (((x & _THREAD) - U64(1)) // U64(32) for x in (rows, now))
+            afar = lost & (warps != theirs)
+            region.written[grains[lost]] = rows[lost] & ~_THREAD | U64(MANY_OF_WARP) + warps[lost]
+            region.written[grains[afar]] = rows[afar] | _THREAD
         return None
 
     def _note_reads(self, region: Region, grains: Array, rows: Array) -> None:

@@ -286,6 +286,8 @@ class _Writer:
         if method is None:
             raise Unknown(f"{self.where}: unknown opcode {instruction.opcode}")
         words = list(instruction.modifiers)
+        if (packed := {"bf16", "bf16x2", "f16x2"} & set(words)) and instruction.opcode != "cvt":
+            raise Unknown(f"{self.where}: arithmetic of {packed.pop()}")
         left = method(words, *instruction.operands)
         if words and left is None:
             raise Unknown(f"{self.where}: unknown modifier .{words[0]}")
