@@ -1,4 +1,4 @@
-"""The emulator of tests/support/ptx: numbers as PTX defines them, control flow, and each thing that no launch may do."""
+"""The emulator of tests/support/ptx: numbers as PTX defines them, control flow, and what no launch may do."""
 
 from __future__ import annotations
 
