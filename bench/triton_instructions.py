@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from reporting import machine
-from reporting.files import compact_json, write
+from reporting.files import write
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "sm_90"
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "target": TARGET,
             "rows": rows,
         }
-        write(options.out, compact_json(report))
+        write(options.out, json.dumps(report, indent=1) + "\n")
     return int(bool(wrong))
 
 
