@@ -30,11 +30,27 @@ class Aim(NamedTuple):
 
 _LARGE, _SMALL = "1 x 50000000", "1000 x 64"
 _INT8, _INT2 = "SignAdamPP int8 stochastic", "SignAdamPP int2 stochastic"
+_BLOCK_INT8 = "Signum int8 stochastic"
+# Whose aims are bytes/s against the stream: of 16-bit parameters, and of thresholds and statistics in either width.
+_HALF = {
+    "SignAdamPP": 0.95,
+    "SignSGD": 0.9,
+    "SignAdamPP bf16 stochastic": 0.95,
+    _INT8: 0.9,
+    "SignAdamPP int4 stochastic": 0.8,
+    _INT2: 0.8,
+    _BLOCK_INT8: 0.7,
+}
+_GATHERING = {
+    "SignAdamPP adaptive": 0.85,
+    "SignAdamPP adaptive_delayed": 0.85,
+    "SignAdamPP sparsity": 0.85,
+    "SignAdamPP, with statistics()": 0.8,
+}
 _OTHERS = (
     "SignAdam",
     "Signum",
     "SignSGD",
-    "SignAdamPP sparsity",
     "MSGD",
     "SVAG",
     "MSVAG",
@@ -52,7 +68,13 @@ AIMS = (
     Aim("SignAdamPP", "float32", _SMALL, "to_adamw", 15, 20, "fp32, 1000 tensors of 64, against AdamW"),
     Aim(_INT8, "bfloat16", _LARGE, "to_adamw", 2.0, 2.5, "bf16, int8 momentum, 50M, against AdamW"),
     Aim(_INT2, "bfloat16", _LARGE, "to_adamw", 1.8, 2.3, "bf16, int2 momentum, 50M, against AdamW"),
+    Aim(_BLOCK_INT8, "bfloat16", _LARGE, "to_adamw", 2.0, 2.0, "bf16, Signum with int8 momentum, 50M, against AdamW"),
     *(Aim(name, "float32", _LARGE, "to_stream", 0.93, 0.93, f"{name}, bytes/s against the stream") for name in _OTHERS),
+    *(
+        Aim(name, dtype, _LARGE, "to_stream", aim, aim, f"{name}, {HALF[dtype]}, bytes/s against the stream")
+        for dtype, aims in (("bfloat16", _HALF), ("float32", _GATHERING))
+        for name, aim in aims.items()
+    ),
     Aim("AdamW", "float32", _LARGE, "to_adamw", 1.0, 1.0, "our AdamW, speed against torch's"),
     Aim("Lion", "float32", _LARGE, "to_adamw", 1.4, 1.4, "Lion, speed against AdamW"),
 )

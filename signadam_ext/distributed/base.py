@@ -15,6 +15,7 @@ from .._version import __version__
 from ..backends import votes
 from ..backends.votes import Casting, VoteKernels, VoteTable, words_of
 from ..core import checks, hyperparameters, shards, tensors
+from ..core.dynamo import untraced
 from ..core.memory_order import is_dense, order_of, restrided, same_strides
 from ..core.options import BACKENDS
 from ..core.random_bits import tensor_keys
@@ -109,6 +110,11 @@ class DistributedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_with_others()
+        return loss
+
+    @untraced
+    def _step_with_others(self) -> None:
         if getattr(self, "found_inf", None) is not None:
             raise RuntimeError(
                 f"{type(self).__name__} takes no step for a GradScaler: workers would have to agree on its scale; "
@@ -117,7 +123,6 @@ class DistributedOptimizer(Optimizer):
         voters = self._voters()
         if voters:
             self._vote(voters)
-        return loss
 
     def _voters(self) -> list[_Voter]:
         """The parameters that are trained, checked, and their hyperparameters as Python numbers."""

@@ -111,6 +111,10 @@ def test_a_parameter_that_is_laid_out_anew_keeps_its_momentum(ranks):
     assert ranks(2).run(voting.laid_out_anew) == [True, True]
 
 
+def test_a_compiled_function_breaks_its_graph_at_a_step(ranks):
+    assert ranks(2).run(voting.compiled) == [True, True]
+
+
 def test_memory_orders_that_differ_are_found(ranks):
     for error in ranks(2).run(voting.other_memory_order):
         assert "memory order 0 on rank 0; " in error and "memory order 1" in error

@@ -506,6 +506,37 @@ def first_fsdp(confidence: str, original: bool) -> str | None:
     return None
 
 
+def first_fsdp_resumed(options: dict[str, Any], dtype: torch.dtype, original: bool) -> str | None:
+    """Goes on from FSDP.optim_state_dict: the error, or None where parameters have the bits of who went on unsaved."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def made() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        layers = Model(dtype)
+        model = FullyShardedDataParallel(layers, use_orig_params=original, device_id=torch.device("cpu"))
+        return model, make("SignAdamPP", model.parameters(), {"lr": 0.01, **options})
+
+    def step(model: nn.Module, optimizer: Any, number: int) -> None:
+        optimizer.zero_grad()
+        model(batch(number, dist.get_rank(), dtype)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = made()
+    for number in range(2):
+        step(model, optimizer, number)
+    other, resumed = made()
+    other.load_state_dict(model.state_dict())
+    try:
+        saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+        resumed.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(other, resumed, saved))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    step(model, optimizer, 2)
+    step(other, resumed, 2)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return None if all(same_bits(a.detach(), b.detach()) for a, b in pairs) else "another step than without saving"
+
+
 # Data parallelism
 
 

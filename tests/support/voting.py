@@ -428,6 +428,21 @@ def laid_out_anew() -> bool:
     return torch.equal(*ends)
 
 
+def compiled() -> bool:
+    """Whether steps that a compiled function takes are those of one that is not compiled."""
+    ends = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(7))
+        optimizer = distributed.DistributedLion([param], lr=0.01)
+        step = torch.compile(lambda optimizer=optimizer: optimizer.step(), backend="eager")
+        for number in range(3):
+            param.grad = torch.randn(7, generator=torch.Generator().manual_seed(10 * number + dist.get_rank()))
+            step() if compiles else optimizer.step()
+        ends.append(param.detach().clone())
+    return torch.equal(*ends)
+
+
 def other_memory_order() -> str:
     """What a first step raises where the last rank's parameter lies by columns."""
     values = torch.arange(6.0).view(2, 3)
