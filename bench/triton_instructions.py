@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **machine.facts(),
             "command": machine.command("bench.triton_instructions", ["--out", str(options.out)]),
             "target": TARGET,
-            "rows": rows,
+            "executed": rows,
         }
         write(options.out, json.dumps(report, indent=1) + "\n")
     return int(bool(wrong))
