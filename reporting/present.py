@@ -30,11 +30,27 @@ class Aim(NamedTuple):
 
 _LARGE, _SMALL = "1 x 50000000", "1000 x 64"
 _INT8, _INT2 = "SignAdamPP int8 stochastic", "SignAdamPP int2 stochastic"
+_BLOCK_INT8 = "Signum int8 stochastic"
+# Whose aims are bytes/s against the stream: of 16-bit parameters, and of thresholds and statistics in either width.
+_HALF = {
+    "SignAdamPP": 0.95,
+    "SignSGD": 0.9,
+    "SignAdamPP bf16 stochastic": 0.95,
+    _INT8: 0.9,
+    "SignAdamPP int4 stochastic": 0.8,
+    _INT2: 0.8,
+    _BLOCK_INT8: 0.7,
+}
+_GATHERING = {
+    "SignAdamPP adaptive": 0.85,
+    "SignAdamPP adaptive_delayed": 0.85,
+    "SignAdamPP sparsity": 0.85,
+    "SignAdamPP, with statistics()": 0.8,
+}
 _OTHERS = (
     "SignAdam",
     "Signum",
     "SignSGD",
-    "SignAdamPP sparsity",
     "MSGD",
     "SVAG",
     "MSVAG",
@@ -52,7 +68,13 @@ AIMS = (
     Aim("SignAdamPP", "float32", _SMALL, "to_adamw", 15, 20, "fp32, 1000 tensors of 64, against AdamW"),
     Aim(_INT8, "bfloat16", _LARGE, "to_adamw", 2.0, 2.5, "bf16, int8 momentum, 50M, against AdamW"),
     Aim(_INT2, "bfloat16", _LARGE, "to_adamw", 1.8, 2.3, "bf16, int2 momentum, 50M, against AdamW"),
+    Aim(_BLOCK_INT8, "bfloat16", _LARGE, "to_adamw", 2.0, 2.0, "bf16, Signum with int8 momentum, 50M, against AdamW"),
     *(Aim(name, "float32", _LARGE, "to_stream", 0.93, 0.93, f"{name}, bytes/s against the stream") for name in _OTHERS),
+    *(
+        Aim(name, dtype, _LARGE, "to_stream", aim, aim, f"{name}, {HALF[dtype]}, bytes/s against the stream")
+        for dtype, aims in (("bfloat16", _HALF), ("float32", _GATHERING))
+        for name, aim in aims.items()
+    ),
     Aim("AdamW", "float32", _LARGE, "to_adamw", 1.0, 1.0, "our AdamW, speed against torch's"),
     Aim("Lion", "float32", _LARGE, "to_adamw", 1.4, 1.4, "Lion, speed against AdamW"),
 )
@@ -260,6 +282,52 @@ def _in_flight(found: dict[str, Any] | None) -> str:
     return f"{source}\n\n{markdown(header, lines)}"
 
 
+def _host(rows: Sequence[Row]) -> str:
+    """What a step costs beside the memory that it moves."""
+    lines = [
+        [
+            row["backend"],
+            str(row["tensors"]),
+            duration(row["first_seconds"]),
+            f"{duration(row['host_seconds']['median'])} "
+            f"({duration(row['host_seconds']['low'])} to {duration(row['host_seconds']['high'])})",
+            "" if row["kernel_seconds"] is None else duration(row["kernel_seconds"]),
+            "" if row["step_bytes"] is None else f"{row['step_bytes']:,}",
+            {True: "in the kernel's parameters", False: "by a copy", None: ""}[row["in_parameters"]],
+        ]
+        for row in rows
+    ]
+    header = ["backend", "tensors", "first step", "host", "kernels", "bytes of step data", "which travel"]
+    return (
+        "Steps of SignAdamPP over tensors of 64 elements: the first with all that is loaded, compiled and planned (the "
+        "first row of a backend has most of it); the host's time of a call that waits for no device (median, "
+        f"quartiles); the kernels' own time by the profiler.\n\n{markdown(header, lines)}"
+    )
+
+
+def _executed(found: dict[str, Row]) -> str:
+    """Predicted beside executed instructions, by backend."""
+    parts = []
+    for backend, told in found.items():
+        if "rows" not in told:
+            parts.append(f"{backend}: {NOT_MEASURED}, {told['not_measured']}.")
+            continue
+        lines = [
+            [
+                f"`{row['case']}`",
+                row["kernel"],
+                f"{row['predicted']:.1f}",
+                f"{row['executed']:.1f}",
+                f"{row['bytes']:.2f}",
+                duration(row["seconds"]),
+            ]
+            for row in told["rows"]
+        ]
+        header = ["step", "kernel", "predicted", "executed", "bytes of DRAM", "took"]
+        parts.append(f"{backend}, an element:\n\n{markdown(header, lines)}")
+    return "\n\n".join(parts)
+
+
 def page(report: Report, picture: str | None = None) -> str:
     parts = [f"# Benchmark: {report['name']}", _machine(report)]
     if stages := report.get("stages"):
@@ -292,6 +360,10 @@ def page(report: Report, picture: str | None = None) -> str:
             for row in failed
         ]
         parts.append("## Without a result\n\n" + markdown(["candidate", "why"], lines))
+    if rows := report.get("host"):
+        parts.append(f"## Host time, kernels and first steps\n\n{_host(rows)}")
+    if executed := report.get("executed"):
+        parts.append(f"## Instructions, predicted and executed\n\n{_executed(executed)}")
     if "in_flight" in report:
         parts.append("## Bytes in flight\n\n" + _in_flight(report["in_flight"]))
     return "\n\n".join(parts) + "\n"

@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     text = "actions of tests/test_fuzz.py: 200, of the thorough profile 2000, 10^6 for a night"
     parser.addoption("--fuzz-actions", type=int, default=None, help=text)
     parser.addoption("--fuzz-seed", type=int, default=7, help="its seed")
+    parser.addoption("--nightly", action="store_true", help="also what takes minutes: see .ci/nightly")
     parser.addoption("--site", default=None, help="folder of the built documentation, for tests/docs")
 
 
@@ -38,6 +39,11 @@ def is_thorough(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--nightly"):
+        skip = pytest.mark.skip(reason="takes long: run with --nightly")
+        for item in items:
+            if item.get_closest_marker("nightly") is not None:
+                item.add_marker(skip)
     if not is_thorough(config):
         skip = pytest.mark.skip(reason="thorough: run with --hypothesis-profile=thorough")
         for item in items:

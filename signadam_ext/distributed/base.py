@@ -15,6 +15,8 @@ from .._version import __version__
 from ..backends import votes
 from ..backends.votes import Casting, VoteKernels, VoteTable, words_of
 from ..core import checks, hyperparameters, shards, tensors
+from ..core.dynamo import untraced
+from ..core.formats import outside_inference_mode
 from ..core.memory_order import is_dense, order_of, restrided, same_strides
 from ..core.options import BACKENDS
 from ..core.random_bits import tensor_keys
@@ -109,6 +111,11 @@ class DistributedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_with_others()
+        return loss
+
+    @untraced
+    def _step_with_others(self) -> None:
         if getattr(self, "found_inf", None) is not None:
             raise RuntimeError(
                 f"{type(self).__name__} takes no step for a GradScaler: workers would have to agree on its scale; "
@@ -117,7 +124,6 @@ class DistributedOptimizer(Optimizer):
         voters = self._voters()
         if voters:
             self._vote(voters)
-        return loss
 
     def _voters(self) -> list[_Voter]:
         """The parameters that are trained, checked, and their hyperparameters as Python numbers."""
@@ -224,11 +230,12 @@ class DistributedOptimizer(Optimizer):
 
     def _state_of(self, voter: _Voter) -> dict[str, Any]:
         state = self.state[voter.param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float64)
-            state["exp_avg"] = torch.zeros_like(voter.param, dtype=torch.float32)
-        elif not same_strides(state["exp_avg"], voter.param.stride()):
-            state["exp_avg"] = restrided(state["exp_avg"], voter.param)  # the parameter has been laid out anew
+        with outside_inference_mode():  # which later steps may be
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float64)
+                state["exp_avg"] = torch.zeros_like(voter.param, dtype=torch.float32)
+            elif not same_strides(state["exp_avg"], voter.param.stride()):
+                state["exp_avg"] = restrided(state["exp_avg"], voter.param)  # the parameter has been laid out anew
         return state
 
     def _laid_out(self, voters: Sequence[_Voter]) -> tuple[list[int], int]:
@@ -282,11 +289,13 @@ class DistributedOptimizer(Optimizer):
                 tensors.moment(f"parameter {number}", "exp_avg", saved[number].get("exp_avg"), param.cpu())
                 checks.steps_taken(f"parameter {number}", saved[number].get("step"))
         super().load_state_dict(state_dict)
-        for param, number in pairs:
-            if number in saved:
-                momentum = torch.zeros_like(param, dtype=torch.float32)
-                self.state[param]["exp_avg"] = momentum.copy_(saved[number]["exp_avg"])
-                self.state[param]["step"] = torch.as_tensor(saved[number]["step"], dtype=torch.float64).cpu().clone()
+        with outside_inference_mode():
+            for param, number in pairs:
+                if number in saved:
+                    own = saved[number]
+                    momentum = torch.zeros_like(param, dtype=torch.float32)
+                    self.state[param]["exp_avg"] = momentum.copy_(own["exp_avg"])
+                    self.state[param]["step"] = torch.as_tensor(own["step"], dtype=torch.float64).cpu().clone()
         self._begin()  # which compares workers again
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ class Runtime:
         driver: takes the steps, while there is one.
         has_warned: whether the variance of few bits has been warned of.
         has_compared: whether ranks have been found to have the same optimizer, as far as they share parameters.
+        has_shards: whether a parameter is a DTensor.
+        number: by which a compiled graph knows it; no other has had it in this process.
     """
 
     owner: weakref.ref[Optimizer]
@@ -65,6 +68,11 @@ class Runtime:
     driver: StepDriver | None = None
     has_warned: bool = False
     has_compared: bool = False
+    has_shards: bool = False
+    number: int = field(default_factory=itertools.count().__next__)
+
+    def __post_init__(self) -> None:
+        _RUNTIMES[self.number] = self
 
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
@@ -86,3 +94,18 @@ class Runtime:
         self.plans_alone = {}
         self.places = {}
         self.coded = {}
+
+
+_RUNTIMES: weakref.WeakValueDictionary[int, Runtime] = weakref.WeakValueDictionary()
+
+
+def runtime_of(number: int) -> Runtime:
+    """The one of that number.
+
+    Raises:
+        RuntimeError: its optimizer is gone.
+    """
+    found = _RUNTIMES.get(number)
+    if found is None:
+        raise RuntimeError("the optimizer whose step was compiled is gone")
+    return found

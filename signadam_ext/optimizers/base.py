@@ -21,6 +21,7 @@ from ..core.rule import Group, Rule, RuleChoice, method_of, rule_of
 from ..engine.runtime import Runtime
 from ..engine.statistics import Statistics, collect
 from . import checkpoints
+from .graph import goes_into_graphs, step_in_graph
 from .groups import complete, has_one_beta, keep_first_of_each, label, warn_of_variance
 from .stepping import step_all
 
@@ -134,6 +135,7 @@ class SignOptimizer(Optimizer):
             raise
         self.runtime.forget_plans()
         self.runtime.has_compared = False
+        self.runtime.has_shards |= any(map(shards.is_sharded, group["params"]))
         if self.runtime.driver is not None:
             self.runtime.driver.extend(group["params"])
 
@@ -142,7 +144,7 @@ class SignOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes one step: every parameter with a gradient, in one launch per device and rule.
+        """Takes one step: every parameter with a gradient, in one launch per device, rule and, on a GPU, storage form.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -163,7 +165,10 @@ class SignOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        step_all(self)
+        if goes_into_graphs(self):
+            step_in_graph(self)
+        else:
+            step_all(self)
         return loss
 
     def observe(self, enabled: bool = True) -> None:
@@ -297,3 +302,4 @@ class SignOptimizer(Optimizer):
         runtime.forget_plans()
         # torch's own begins by updating the attributes' dict, at once.
         super().__setstate__(taken)
+        runtime.has_shards = any(shards.is_sharded(param) for group in self.param_groups for param in group["params"])

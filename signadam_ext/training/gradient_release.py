@@ -220,8 +220,8 @@ class GradientRelease:
                     f"{_name(optimizer, param)} holds a gradient, to which the next backward would add: call "
                     "optimizer.zero_grad() before gradients are released"
                 )
-            if getattr(param, "_is_flat_param", False):
-                raise RuntimeError(f"{_name(optimizer, param)} is a flat parameter: {_NO_FSDP}")
+            if shards.is_flattened(param):
+                raise RuntimeError(f"{_name(optimizer, param)} is, or lies in, a flat parameter: {_NO_FSDP}")
             if accumulation_steps > 1 and shards.is_sharded(param):
                 raise RuntimeError(
                     f"{_name(optimizer, param)} is a DTensor, of which a sum of gradients that is dropped leaves no "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import mmap
 import os
 import subprocess
 import sys
@@ -298,6 +299,36 @@ def test_results_are_read_as_the_reference_reads_them(
         assert torch.equal(result.cpu(), results(bits, table))
         found.append(table.values)
     assert all_same(*found)
+
+
+def at_the_end(x: Tensor) -> Tensor:
+    """``x`` where its last byte is followed by memory that ends the process when it is touched."""
+    size = -(-max(x.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    begin = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    there = torch.frombuffer(memory, dtype=x.dtype, offset=size - x.nbytes, count=x.numel())
+    return there.copy_(x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are protected by Linux's mprotect")
+@pytest.mark.parametrize("numel", (5, 1021, 16384 + 16))
+def test_nothing_behind_the_last_entry_is_touched(backend: Backend, numel: int) -> None:
+    if backend.device.type != "cpu":
+        pytest.skip("memory of a device has no end that tests could set")
+    generator = torch.Generator().manual_seed(numel)
+    g, m, r = torch.randn(3, numel, generator=generator).unbind()
+    one_row = votes.scalars_of([GIVEN], CPU)
+    found = []
+    for kernels, place in ((REFERENCE.kernels, torch.clone), (backend.kernels, at_the_end)):
+        table = VoteTable([place(g.bfloat16())], [place(m)], [place(r)])
+        codes = place(torch.full((table.words,), -1, dtype=torch.int32))
+        kernels.cast(table, one_row, Casting("GRADIENTS", residual=True), codes)
+        result = place(torch.full((2 * table.words,), -1, dtype=torch.int32))
+        kernels.count(place(codes.repeat(3)).view(3, -1), 4, False, result)
+        kernels.read(table, one_row, None, "STEP", 4, 3, result)
+        found.append((codes, result, *table.values))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_nothing_is_launched_for_nothing(backend: Backend) -> None:

@@ -181,6 +181,21 @@ def test_the_first_fsdp(ranks, original):
             assert re.match(r"parameter .*FullyShardedDataParallel.*take confidence='fixed'", error), error
 
 
+@pytest.mark.parametrize("original", [False, True], ids=["flat", "original"])
+def test_checkpoints_of_the_first_fsdp(ranks, original):
+    """Its own state dicts take one dtype beside the number of steps; and codes only where parameters keep their names.
+
+    docs/scaling.md says so.
+    """
+    served = [({}, torch.float32), ({"state_dtype": "bf16"}, torch.float32)]
+    codes = [({"state_dtype": "int2"}, torch.float32), ({"state_dtype": "int8", "param_storage": "stochastic"}, BF16)]
+    for options, dtype in served + codes * original:
+        assert ranks(2).run(sharded.first_fsdp_resumed, options, dtype, original) == [None] * 2
+    for options, dtype in codes * (not original):
+        for error in ranks(2).run(sharded.first_fsdp_resumed, options, dtype, original):
+            assert error == "ValueError: Cannot flatten integer dtype tensors"
+
+
 THRESHOLDS = {
     "adaptive": {"confidence": "adaptive", "alpha": 0.5},
     "adaptive_delayed": {"confidence": "adaptive_delayed", "alpha": 0.5},
@@ -257,6 +272,11 @@ def test_ranks_of_two_meshes_all_find_what_differs(ranks):
 
 def test_a_step_beside_frozen_dtensors_and_a_parameter_without_dimensions(ranks):
     assert ranks(2).run(sharded.step_beside_others) == [None] * 2
+
+
+@pytest.mark.parametrize("by_python", (False, True))
+def test_a_parameter_whose_part_is_still_under_way(ranks, by_python):
+    assert ranks(2).run(sharded.under_way, by_python) == [None] * 2
 
 
 @pytest.mark.thorough

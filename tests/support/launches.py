@@ -1,15 +1,16 @@
 """The launches that a step of an optimizer makes on a GPU, made without one, for whoever executes machine code.
 
-:class:`Step` takes a step of one optimizer with one tensor of one full, aligned chunk on the CPU, but for its launches:
-those it hands out, and what executes them must leave what the CPU backend leaves. What a launch consists of is asked of
-the package itself: of the backends, which prepare it; of csrc/cuda/step.cu, compiled for the host, which makes the
-parameters of a kernel; and of the compiled module, which writes tables and step data.
+:class:`Step` takes a step of one optimizer on the CPU, of one tensor of one full, aligned chunk unless its case says
+otherwise, but for its launches: those it hands out, and what executes them must leave what the CPU backend leaves. What
+a launch consists of is asked of the package itself: of the backends, which prepare it; of csrc/cuda/step.cu, compiled
+for the host, which makes the parameters of a kernel; and of the compiled module, which writes tables and step data.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import re
 import struct
@@ -27,7 +28,7 @@ from support.toolchain import TRITON_TENSORS, compile_triton, rules
 from torch import Tensor
 
 import signadam_ext
-from reporting.machine_code import STORAGES, THRESHOLD_PASSES, KernelName
+from reporting.machine_code import STORAGES, THRESHOLD_PASSES, KernelName, forms_of
 from signadam_ext import _C, backends
 from signadam_ext.backends import Bucket, ScalarSet
 from signadam_ext.backends import cuda as cuda_backend
@@ -40,14 +41,47 @@ FUNCTORS = rules()
 
 
 @dataclass(frozen=True)
+class Given:
+    """A parameter of a case.
+
+    Attributes:
+        size: elements.
+        offset, grad_offset: elements between a 16-byte boundary and its first, or the first of its gradient.
+        dtype, grad_dtype: None: as the case has it.
+        group: index of its group.
+        absent: whether it has no gradient at the step that is launched.
+        specials: whether infinities, NaN, subnormals and zeros of both signs are among its values.
+    """
+
+    size: int = ELEMENTS
+    offset: int = 0
+    grad_offset: int = 0
+    dtype: torch.dtype | None = None
+    grad_dtype: torch.dtype | None = None
+    group: int = 0
+    absent: bool = False
+    specials: bool = False
+
+
+@dataclass(frozen=True)
 class Case:
-    """A kind of step."""
+    """A kind of step.
+
+    Attributes:
+        given: its parameters.
+        groups: what each parameter group has in place of the hyperparameters.
+        on_device: whether the step's data lies in memory of the device, as much of it does, not in the parameters of
+            the CUDA kernels. Triton's always does.
+    """
 
     name: str
     optimizer: type
     hyperparameters: dict[str, Any]
     dtype: torch.dtype = torch.float32
     observes: bool = False
+    given: tuple[Given, ...] = (Given(),)
+    groups: tuple[dict[str, Any], ...] = ({},)
+    on_device: bool = False
 
 
 def _cases() -> Iterator[Case]:
@@ -104,17 +138,23 @@ class Region:
 
     Attributes:
         streamed: whether each element is used once, as parameters, gradients and state are; tables are not.
+        grain: bytes of an element.
+        writable: whether kernels may write it.
+        defined: whether they may read it before they have written it.
     """
 
     name: str
     address: int
     size: int
     streamed: bool
+    grain: int
+    writable: bool
+    defined: bool
 
 
 @dataclass(frozen=True)
 class CudaLaunch:
-    """One launch of a kernel of csrc/cuda/step.cu.
+    """One launch of a kernel of csrc/cuda/kernel.h.
 
     Attributes:
         kernel: which of them; ``support.toolchain.symbols`` has its mangled name in a built module.
@@ -184,10 +224,10 @@ def compile_launches(launches: Sequence[TritonLaunch], target: str, folder: Path
     return found
 
 
-def aligned(count: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialized, on a 16-byte boundary, so that every access can be wide."""
-    room = torch.empty(count + 16, dtype=dtype)
-    skipped = -room.data_ptr() % 16 // room.element_size()
+def aligned(count: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
+    """Uninitialized, so many elements after a 16-byte boundary: at 0 every access can be wide."""
+    room = torch.empty(count + offset + 16, dtype=dtype)
+    skipped = -room.data_ptr() % 16 // room.element_size() + offset
     return room[skipped : skipped + count]
 
 
@@ -196,42 +236,77 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().view(-1).view(torch.uint8)
 
 
+def same_bits(ours: Tensor, theirs: Tensor, nan: Tensor | None = None) -> bool:
+    """Whether two tensors have the same bytes, NaN aside: which of its many forms it has is nobody's business.
+
+    Args:
+        nan: where they are parts of something that is not a number, whose bits say nothing.
+    """
+    if ours.is_floating_point():
+        nan = ours.isnan() & theirs.isnan()
+    if nan is None or not nan.any():
+        return torch.equal(bits(ours), bits(theirs))
+    return torch.equal(bits(ours.detach()[~nan]), bits(theirs.detach()[~nan]))
+
+
+#: Zeros of both signs, subnormals, what overflows in 16 bits or in sums, infinities, NaN.
+SPECIALS = (0.0, -0.0, 1e-45, -1e-45, 1e-40, 6e-8, -6e-8, 3.4e38, -65504.0, torch.inf, -torch.inf, torch.nan)
+
+
 @dataclass(eq=False)
 class _Recorder:
     """The backend of a step that is recorded: it prepares as another does."""
 
     prepare_as: Callable[[Bucket, Callable[[int], Tensor]], Callable[[Sequence[ScalarSet]], None]]
-    bucket: Bucket | None = None
+    splits_formats: bool
+    buckets: list[Bucket] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
+    launching: int = 0
     name: str = "recorder"
-    splits_formats: bool = True
 
     def unusable(self, device: torch.device | None) -> None:
         """It serves every device."""
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Callable[[Sequence[ScalarSet]], None]:
-        assert self.bucket is None
-        self.bucket = bucket
+        self.buckets.append(bucket)
         launch = self.prepare_as(bucket, grad)
 
         def take_notes(scalar_sets: Sequence[ScalarSet]) -> None:
-            # An entry has tensors during a step alone.
-            (entry,) = bucket.entries
-            streamed = {"param": entry.dense_param, "grad": grad(entry.index), "residual": entry.residual}
-            streamed |= dict(zip(("exp_avg", "exp_avg_sq", "aux"), entry.operands(), strict=True))
-            self.add(streamed, streamed=True)
-            self.add({"threshold_state": entry.threshold_state, "chunk_statistics": bucket.chunk_statistics})
+            # An entry has tensors during a step alone, and of those without a gradient nothing may be touched.
+            for entry, is_present in zip(bucket.entries, bucket.table.grads(), strict=True):
+                if not is_present:
+                    continue
+                own = f"{entry.index}." if entry.index else ""
+                self.add({f"{own}grad": grad(entry.index)}, streamed=True, writable=False)
+                self.add({f"{own}param": entry.dense_param, f"{own}residual": entry.residual}, streamed=True)
+                *moments, aux = entry.operands()
+                self.add({f"{own}exp_avg": moments[0], f"{own}exp_avg_sq": moments[1]}, streamed=True)
+                self.add({f"{own}aux": aux}, streamed=True, writable=not bucket.rule.reads_variance)
+                self.add({f"{own}threshold_state": entry.threshold_state})
+            self.launching = self.buckets.index(bucket)
+            self.add({f"chunk_statistics{self.numbers()}": bucket.chunk_statistics})
             launch(scalar_sets)
 
         return take_notes
 
-    def add(self, tensors: dict[str, Tensor | None], streamed: bool = False) -> None:
+    def numbers(self) -> str:
+        """What tells the tables of one bucket's launches from those of another's: nothing for the first."""
+        return str(self.launching or "")
+
+    def add(
+        self,
+        tensors: dict[str, Tensor | None],
+        streamed: bool = False,
+        writable: bool = True,
+        defined: bool = True,
+    ) -> None:
         """Adds the memory of tensors to what may be touched, but not of those that share it with an earlier one."""
         for name, tensor in tensors.items():
             if tensor is not None and tensor.numel() > 0:
                 size = tensor.numel() * tensor.element_size()
                 if all(tensor.data_ptr() != region.address for region in self.regions):
-                    self.regions.append(Region(name, tensor.data_ptr(), size, streamed))
+                    facts = (streamed, tensor.element_size(), writable, defined)
+                    self.regions.append(Region(name, tensor.data_ptr(), size, *facts))
 
 
 class Step:
@@ -241,66 +316,106 @@ class Step:
     :meth:`unequal` compares with the same step of the CPU backend.
 
     Attributes:
+        params: the parameters; ``param`` is the first of them.
         regions: all memory that the launches may touch, once they are made.
     """
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator().manual_seed(0)
 
-        def values(dtype: torch.dtype) -> Tensor:
-            drawn = torch.randn(ELEMENTS, generator=generator)
+        def values(given: Given) -> Tensor:
+            drawn = torch.randn(given.size, generator=generator)
             drawn[::101] = 0.0
-            return aligned(ELEMENTS, dtype).copy_(drawn)
+            if given.specials and given.size:
+                where = torch.randperm(given.size, generator=generator)[: 1 + given.size // 4]
+                which = torch.randint(len(SPECIALS), where.shape, generator=generator)
+                drawn[where] = torch.tensor(SPECIALS)[which]
+            return drawn
 
+        def pair(given: Given) -> list[torch.nn.Parameter]:
+            dtype = given.dtype or case.dtype
+            initial = values(given)
+            params = [torch.nn.Parameter(aligned(given.size, dtype, given.offset).copy_(initial)) for _ in range(2)]
+            if (given.grad_dtype or dtype) != dtype:
+                for param in params:
+                    param.grad_dtype = given.grad_dtype
+            return params
+
+        self.case = case
         self.regions: list[Region] = []
-        self._bucket: Bucket | None = None
-        initial = values(case.dtype)
-        params = [torch.nn.Parameter(aligned(ELEMENTS, case.dtype).copy_(initial)) for _ in range(2)]
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".* momentum with beta")
-            optimizers = [case.optimizer([param], backend="cpu", **case.hyperparameters) for param in params]
+        self._buckets: list[Bucket] | None = None
+        pairs = [pair(given) for given in case.given]
+        optimizers = []
+        for own in zip(*pairs, strict=True):
+            groups: list[dict[str, Any]] = [
+                {"params": [p for p, given in zip(own, case.given, strict=True) if given.group == number], **group}
+                for number, group in enumerate(case.groups)
+            ]
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* momentum with beta")
+                optimizers.append(case.optimizer(groups, backend="cpu", **case.hyperparameters))
         for optimizer in optimizers if case.observes else ():
             optimizer.observe()
         for step in range(STEPS_BEFORE + 1):
-            gradient, variance = values(case.dtype), values(torch.float32).square_()
-            for param in params:
-                param.grad = aligned(ELEMENTS, case.dtype).copy_(gradient)
-                param.grad_variance = aligned(ELEMENTS, torch.float32).copy_(variance)
-            for optimizer in optimizers[: 1 if step == STEPS_BEFORE else 2]:
+            is_last = step == STEPS_BEFORE
+            for given, params in zip(case.given, pairs, strict=True):
+                gradient, variance = values(given), values(given).square_()
+                dtype = given.grad_dtype or params[0].dtype
+                for param in params:
+                    is_absent = is_last and given.absent
+                    own_gradient = aligned(given.size, dtype, given.grad_offset).copy_(gradient)
+                    param.grad = None if is_absent else own_gradient
+                    param.grad_variance = aligned(given.size, torch.float32).copy_(variance)
+            for optimizer in optimizers[: 1 if is_last else 2]:
                 optimizer.step()
-        self._expected_param, self.param = params
+        self._expected_params, self.params = ([own[i] for own in pairs] for i in range(2))
+        self.param = self.params[0]
         self._expected_optimizer, self.optimizer = optimizers
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameter and the tensors of its state, by name."""
-        return _tensors(self.param, self.optimizer)
+        """The parameters and the tensors of their state, by name; of all but the first with a number before it."""
+        return _tensors(self.params, self.optimizer)
 
     def expected(self) -> dict[str, Tensor]:
         """What the CPU backend has made of them, by name."""
-        return _tensors(self._expected_param, self._expected_optimizer)
+        return _tensors(self._expected_params, self._expected_optimizer)
 
     def unequal(self) -> list[str]:
-        """Names of those that are not, byte for byte, as the CPU backend has left them.
+        """Names of those that are not, bit for bit, as the CPU backend has left them.
 
         "chunk_statistics" are sums of doubles in an order of the kernel's own, and may be off by 1e-12 of their value.
         """
         ours, theirs = self.tensors(), self.expected()
         assert ours.keys() == theirs.keys()
-        found = [name for name in ours if not torch.equal(bits(ours[name]), bits(theirs[name]))]
-        assert self._bucket is not None
-        if self._bucket.chunk_statistics is not None:
-            ((bucket, _),) = self._expected_optimizer.runtime.plan.launches
-            if not torch.allclose(self._bucket.chunk_statistics, bucket.chunk_statistics, rtol=1e-12, atol=0):
-                found.append("chunk_statistics")
+        found = []
+        for name in ours:
+            # The low bits of a parameter that is not a number say nothing.
+            params = [each[name.replace("param_low", "param")] for each in (ours, theirs)]
+            is_low = name.endswith("param_low") and params[0].shape == ours[name].shape
+            nan = params[0].isnan() & params[1].isnan() if is_low else None
+            if not same_bits(ours[name], theirs[name], nan):
+                found.append(name)
+        assert self._buckets is not None
+        if self.case.observes:
+            expected = [bucket for bucket, _ in self._expected_optimizer.runtime.plan.launches]
+            by_entry = [_statistics_of(buckets) for buckets in (self._buckets, expected)]
+            assert by_entry[0].keys() == by_entry[1].keys()
+            for index, rows in by_entry[0].items():
+                # Of those without a gradient they are what they were before.
+                if not self.case.given[index].absent and not torch.allclose(
+                    rows, by_entry[1][index], rtol=1e-12, atol=0, equal_nan=True
+                ):
+                    found.append(f"{index}.chunk_statistics" if index else "chunk_statistics")
         return found
 
     def _take(self, recorder: _Recorder) -> None:
-        assert self._bucket is None, "the step has been taken"
+        assert self._buckets is None, "the step has been taken"
         with mock.patch.object(backends, "choose", lambda *_: recorder):
             # Another name than before, so that the optimizer chooses anew.
-            self.optimizer.param_groups[0]["backend"] = "auto"
+            for group in self.optimizer.param_groups:
+                group["backend"] = "auto"
             self.optimizer.step()
-        self.regions, self._bucket = recorder.regions, recorder.bucket
+        self.regions, self._buckets = recorder.regions, recorder.buckets
 
     def cuda(self, library: ctypes.CDLL) -> list[CudaLaunch]:
         """What the CUDA backend launches.
@@ -313,7 +428,9 @@ class Step:
         """
         launches: list[CudaLaunch] = []
         kept: list[Tensor] = []
-        recorder = _Recorder(lambda bucket, grad: cuda_backend.CudaBackend().prepare(bucket, grad))
+        backend = cuda_backend.CudaBackend()
+        recorder = _Recorder(backend.prepare, backend.splits_formats)
+        on_device = self.case.on_device
 
         def launch_cuda(
             table: Any,
@@ -328,8 +445,17 @@ class Step:
         ) -> None:
             assert device_step == 0
             named = {tensor.data_ptr(): tensor for tensor in kept}
-            recorder.add({name: named.get(address) for name, address in addresses.items()})
-            launches.extend(_cuda_launches(library, table, rule, threshold_pass, scalar_sets, addresses, tuple(kept)))
+            # What several launches have, each has its own of.
+            number = recorder.numbers()
+            for name, address in addresses.items():
+                facts = {"writable": name != "device_table", "defined": name != "sums"}
+                recorder.add({f"{name}{number}": named.get(address)}, **facts)
+            made = list(_cuda_launches(library, table, rule, threshold_pass, scalar_sets, addresses, tuple(kept)))
+            if on_device:
+                made = [_with_step_on_device(library, launch) for launch in made]
+                for launch in made:
+                    recorder.add({f"step{len(launches)}": launch.keep[-1]}, writable=False)
+            launches.extend(made)
 
         class OnNoDevice:
             """In place of ``StreamLaunch``."""
@@ -345,8 +471,9 @@ class Step:
             patches.enter_context(mock.patch.object(cuda_backend, "StreamLaunch", OnNoDevice))
             patches.enter_context(mock.patch.object(_C.Table, "launch_cuda", launch_cuda, create=True))
             # A module that was built without CUDA lacks these.
-            for owner, name in ((_C, "cuda_inline_capacity"), (_C.Table, "write_cuda_step")):
-                patches.enter_context(mock.patch.object(owner, name, getattr(owner, name, lambda *_: 0), create=True))
+            for name, result in (("cuda_inline_capacity", 0), ("write_cuda_step", None)):
+                own = getattr(_C.Table, name, lambda *_, result=result: result)
+                patches.enter_context(mock.patch.object(_C.Table, name, own, create=True))
             self._take(recorder)
         return launches
 
@@ -356,7 +483,8 @@ class Step:
         from signadam_ext.triton_kernels import update as kernels
 
         launches: list[TritonLaunch] = []
-        recorder = _Recorder(lambda bucket, grad: TritonBackend().prepare(bucket, grad))
+        backend = TritonBackend()
+        recorder = _Recorder(backend.prepare, backend.splits_formats)
         names = kernels.update.arg_names
 
         class Notes:
@@ -367,7 +495,11 @@ class Step:
                     constants = {name: value for name, value in given.items() if name in names}
                     constants["RULE"] = constants["RULE"].__name__
                     options = {name: value for name, value in given.items() if name not in names}
-                    recorder.add(dict(zip(TRITON_TENSORS, arguments, strict=True)))
+                    number = recorder.numbers()
+                    for name, tensor in zip(TRITON_TENSORS, arguments, strict=True):
+                        is_written = name in ("sums", "arrivals", "chunk_statistics")
+                        facts = {"writable": is_written, "defined": name != "sums"}
+                        recorder.add({f"{name}{number}": tensor}, **facts)
                     (programs,) = grid
                     launches.append(TritonLaunch(constants, options, programs, arguments))
 
@@ -378,9 +510,44 @@ class Step:
         return launches
 
 
-def _tensors(param: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = {name: value for name, value in optimizer.state[param].items() if isinstance(value, Tensor)}
-    return {"param": param, **state}
+def _tensors(params: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found = {}
+    for index, param in enumerate(params):
+        own = f"{index}." if index else ""
+        found[f"{own}param"] = param
+        state = optimizer.state[param].items()
+        found |= {f"{own}{name}": value for name, value in state if isinstance(value, Tensor)}
+    return found
+
+
+def _statistics_of(buckets: Sequence[Bucket]) -> dict[int, Tensor]:
+    """The rows of each parameter's chunks, by its index."""
+    found = {}
+    for bucket in buckets:
+        assert bucket.chunk_statistics is not None
+        at = 0
+        for entry in bucket.entries:
+            chunks = -(-entry.numel // ELEMENTS)
+            found[entry.index] = bucket.chunk_statistics[at : at + chunks]
+            at += chunks
+    return found
+
+
+def _with_step_on_device(library: ctypes.CDLL, launch: CudaLaunch) -> CudaLaunch:
+    """The launch as it is where the step's data does not fit the kernel's parameters."""
+    own = launch.parameters[library.step_at() :]
+    step = aligned(len(own), torch.uint8)
+    step.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+    # Where the header has the address is asked of one that has an unlikely one.
+    unlikely, message = 0x1122334455667788, ctypes.create_string_buffer(200)
+    library.begin(1, 0, 0, 0)
+    nothing, room = ctypes.c_void_p(None), ctypes.c_int64(len(message))
+    assert library.launch_step(nothing, ctypes.c_int64(16), ctypes.c_void_p(unlikely), 0, message, room) == 0
+    header = ctypes.string_at(library.launched_parameters(0), library.step_at())
+    at = header.index(struct.pack("<Q", unlikely))
+    address = struct.pack("<Q", step.data_ptr())
+    parameters = launch.parameters[:at] + address + launch.parameters[at + 8 : library.step_at()] + b"\xa5" * len(own)
+    return dataclasses.replace(launch, parameters=parameters, keep=(*launch.keep, step))
 
 
 def _cuda_launches(
@@ -414,10 +581,11 @@ def _cuda_launches(
         own = room.raw
     functors = [FUNCTORS[name].struct for name in _C.RULES]
     for index in range(library.launches()):
-        facts = (ctypes.c_int64 * 7)()
+        facts = (ctypes.c_int64 * 13)()
         assert library.launched_kernel(index, facts) == 0
-        functor, which, storage, grid, threads, dynamic_shared, parameter_bytes = facts
-        kernel = KernelName(functors[functor], THRESHOLD_PASSES[which], STORAGES[storage])
+        functor, which, storage, grid, threads, dynamic_shared, parameter_bytes, is_fixed, *numbers = facts
+        forms = forms_of(tuple(numbers)) if is_fixed else None
+        kernel = KernelName(functors[functor], THRESHOLD_PASSES[which], STORAGES[storage], forms)
         parameters = ctypes.string_at(library.launched_parameters(index), parameter_bytes)
         assert parameters[library.step_at() :].startswith(own), "the module writes other step data"
         yield CudaLaunch(kernel, grid, threads, dynamic_shared, parameters, keep)

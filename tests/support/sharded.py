@@ -506,6 +506,37 @@ def first_fsdp(confidence: str, original: bool) -> str | None:
     return None
 
 
+def first_fsdp_resumed(options: dict[str, Any], dtype: torch.dtype, original: bool) -> str | None:
+    """Goes on from FSDP.optim_state_dict: the error, or None where parameters have the bits of who went on unsaved."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def made() -> tuple[nn.Module, Any]:
+        torch.manual_seed(0)
+        layers = Model(dtype)
+        model = FullyShardedDataParallel(layers, use_orig_params=original, device_id=torch.device("cpu"))
+        return model, make("SignAdamPP", model.parameters(), {"lr": 0.01, **options})
+
+    def step(model: nn.Module, optimizer: Any, number: int) -> None:
+        optimizer.zero_grad()
+        model(batch(number, dist.get_rank(), dtype)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = made()
+    for number in range(2):
+        step(model, optimizer, number)
+    other, resumed = made()
+    other.load_state_dict(model.state_dict())
+    try:
+        saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+        resumed.load_state_dict(FullyShardedDataParallel.optim_state_dict_to_load(other, resumed, saved))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    step(model, optimizer, 2)
+    step(other, resumed, 2)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return None if all(same_bits(a.detach(), b.detach()) for a, b in pairs) else "another step than without saving"
+
+
 # Data parallelism
 
 
@@ -571,6 +602,29 @@ def step_without_rank_1(seconds: float) -> str:
         assert same_bits(param.detach().to_local(), before), "the parameter has changed"
         return str(error)
     return "no error"
+
+
+def under_way(by_python: bool = False) -> str | None:
+    """Whether a parameter whose part a collective still writes is stepped as one that is there."""
+    make_reader = gradients._shim
+    gradients._shim = (lambda: None) if by_python else make_reader
+    try:
+        mesh, shape = mesh_of((dist.get_world_size(),)), (8, 6)
+        value = whole_parameters([shape], torch.float32)[0]
+        cut = distribute_tensor(value, mesh, [Shard(0)])
+        param = nn.Parameter(cut.redistribute(mesh, [Replicate()], async_op=True))
+        alone = nn.Parameter(value.clone())
+        if not isinstance(param._local_tensor, AsyncCollectiveTensor):
+            return "the part was there already"
+        ours, theirs = make("SignAdamPP", [param], {"lr": 0.01}), make("SignAdamPP", [alone], {"lr": 0.01})
+        for step in range(3):
+            step_on([param], ours, whole_gradients([shape], step, torch.float32))
+            step_on([alone], theirs, whole_gradients([shape], step, torch.float32))
+            if (found := difference(ours, theirs)) is not None:
+                return f"after step {step + 1}: {found}"
+    finally:
+        gradients._shim = make_reader
+    return None
 
 
 # What a step leaves alone

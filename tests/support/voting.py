@@ -358,6 +358,38 @@ def distributed_steps(
     return wrong
 
 
+def notices_a_step(name: str, backend: str) -> bool:
+    """Whether autograd refuses what it has saved of a parameter before a step, and versions count each of two steps."""
+    param = nn.Parameter(torch.ones(40))
+    optimizer = getattr(distributed, name)([param], lr=0.01, backend=backend)
+    loss = param.square().sum()
+    versions = []
+    for _ in range(2):
+        param.grad = torch.ones(40)
+        optimizer.step()
+        versions.append((param._version, optimizer.state[param]["exp_avg"]._version))
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        moved = [later - earlier for earlier, later in zip(*versions, strict=True)]
+        return "modified by an inplace operation" in str(error) and moved == [1, 1]
+    return False
+
+
+def steps_in_inference_mode(name: str) -> bool:
+    """Whether steps of which the first is taken in inference mode are those that are not."""
+    ends = []
+    for in_mode in (False, True):
+        param = nn.Parameter(torch.linspace(-1, 1, 40))
+        optimizer = getattr(distributed, name)([param], lr=0.01)
+        for step in range(3):
+            param.grad = torch.linspace(1, -2, 40).sin() * (step + 1)
+            with torch.inference_mode(in_mode and step == 0):
+                optimizer.step()
+        ends.append(torch.cat([param.detach(), optimizer.state[param]["exp_avg"]]))
+    return torch.equal(*ends)
+
+
 def stays_equal(name: str, options: dict[str, Any], steps: int) -> tuple[bool, float, float]:
     """Whether all workers end with the same parameters after steps on their own data; and losses, first and last."""
     rank, workers = dist.get_rank(), dist.get_world_size()
@@ -424,6 +456,21 @@ def laid_out_anew() -> bool:
                 param.data = param.data.to(memory_format=torch.channels_last)
             param.grad = torch.randn(2, 3, 4, 5, generator=generator)
             optimizer.step()
+        ends.append(param.detach().clone())
+    return torch.equal(*ends)
+
+
+def compiled() -> bool:
+    """Whether steps that a compiled function takes are those of one that is not compiled."""
+    ends = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        param = nn.Parameter(torch.randn(7))
+        optimizer = distributed.DistributedLion([param], lr=0.01)
+        step = torch.compile(lambda optimizer=optimizer: optimizer.step(), backend="eager")
+        for number in range(3):
+            param.grad = torch.randn(7, generator=torch.Generator().manual_seed(10 * number + dist.get_rank()))
+            step() if compiles else optimizer.step()
         ends.append(param.detach().clone())
     return torch.equal(*ends)
 

@@ -1058,9 +1058,10 @@ def test_ddp_of_two_processes(tmp_path: Path) -> None:
             process.kill()
 
 
-def test_flat_parameters_are_refused() -> None:
+@pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened"])
+def test_flat_parameters_are_refused(mark: str) -> None:
     weight: Any = nn.Parameter(torch.ones(3))
-    weight._is_flat_param = True  # as FSDP marks its own
+    setattr(weight, mark, True)  # as FSDP marks its own, and parts of them
     with pytest.raises(RuntimeError, match="flat parameter: gradients of a model in FullyShardedDataParallel cannot"):
         release_gradients([weight], make(ROW, [weight]))
 
