@@ -84,7 +84,8 @@ void sum_columns(const Slice& slice, const Scalars& s, float alpha, double* firs
 }
 
 // The lanes of a full chunk, where the gradient counts without decay. False where this does not apply.
-__attribute__((noinline)) bool sum_lanes(const Slice& slice, const Scalars& s, float alpha, double* first, double* second) {
+__attribute__((noinline)) bool sum_lanes(const Slice& slice, const Scalars& s, float alpha, double* first,
+                                         double* second) {
   if (slice.count < chunk_size || s.coupled || !(alpha >= 0.0f)) return false;
   switch (slice.tensor.formats.grad) {
     case Format::fp32:
