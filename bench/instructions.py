@@ -1,9 +1,10 @@
-"""Instructions per element of the few-bit forms, counted by callgrind, which no other program disturbs:
+"""Instructions per element: of the few-bit forms on the CPU, and of the CUDA kernels for fixed formats.
 
 python -m bench.instructions --out bench/results/instructions/cpu-amd-epyc.json
+python -m bench.instructions --device cuda --check
 
-The AVX2 kernels of SignAdamPP over bf16 parameters and gradients: callgrind does not know AVX-512. Needs g++ and
-valgrind.
+On the CPU by callgrind, which no other program disturbs, of the AVX2 kernels of SignAdamPP over bf16 parameters and
+gradients: callgrind does not know AVX-512. Needs g++ and valgrind. Of CUDA's see bench/cuda_instructions.py.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import cuda_instructions
 from reporting import machine
 from reporting.files import write
 from signadam_ext.core.formats import BOUNDED, PARAM_STORAGES
@@ -46,8 +48,18 @@ def per_element(program: Path, *arguments: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="where the figures are written; with --device cpu they must be")
+    cuda = parser.add_argument_group("with --device cuda")
+    cuda.add_argument("--module", type=Path, action="append", help="libraries or cubins with the kernels (the module)")
+    cuda.add_argument("--emulator", type=Path, help="folder of a package sass that executes sm_90: counts what it does")
+    cuda.add_argument("--cases", default="*", help="what is executed: names with commas between, * stands for anything")
+    cuda.add_argument("--check", action="store_true", help="fail where a figure exceeds the committed one")
     options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        return cuda_instructions.run(options)
+    if options.out is None:
+        parser.error("--out is needed")
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
         bits = per_element(program, 1, 0, 0)

@@ -7,24 +7,63 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from signadam_ext.core.native import compiled as _C
+
 #: The enum classes of csrc/block/block.h, in order: a symbol has their numbers.
 THRESHOLD_PASSES = ("none", "same_pass", "pass_before")
 #: Tensors of a table: fp32 moments and parameters rounded to nearest, or any storage form; or that, with statistics().
 STORAGES = ("plain", "any", "with_statistics")
 
 
+class Forms(NamedTuple):
+    """Which dtypes and storage forms a kernel is compiled for, by their names."""
+
+    param: str
+    grad: str
+    exp_avg: str
+    exp_avg_sq: str
+    param_storage: str
+
+
 class KernelName(NamedTuple):
-    """Which of the kernels in csrc/cuda/step.cu: the functor of its rule, by its name in csrc/core/rules.h."""
+    """Which of the kernels in csrc/cuda/kernel.h: the functor of its rule, by its name in csrc/core/rules.h.
+
+    ``forms`` are those of a kernel for just these, from csrc/cuda/instances.h, and None of one for any.
+    """
 
     functor: str
     threshold_pass: str
     storage: str
+    forms: Forms | None = None
 
 
 def kernel_name(symbol: str) -> KernelName | None:
-    """What the mangled name of a kernel says, or None where it is no kernel of csrc/cuda/step.cu."""
-    found = re.search(r"6kernelINS_\d+(\w+?)ELNS_13ThresholdPassE(\d)ELNS_7StorageE(\d)E", symbol)
-    return None if found is None else KernelName(found[1], THRESHOLD_PASSES[int(found[2])], STORAGES[int(found[3])])
+    """What the mangled name of a kernel says, or None where it is no kernel of csrc/cuda/kernel.h."""
+    found = re.search(r"6kernelINS_\d+(\w+?)ELNS_13ThresholdPassE(\d)ELNS_7StorageE(\d)ENS_(\w+)", symbol)
+    if found is None:
+        return None
+    number = r"LS\w*?_(\d)E"  # of an enum that is named before it
+    fixed = rf"10FixedFormsILNS_6FormatE(\d)E{3 * number}LNS_12ParamStorageE(\d)E"
+    forms = re.match(fixed, found[4])
+    return KernelName(
+        *(found[1], THRESHOLD_PASSES[int(found[2])], STORAGES[int(found[3])]),
+        None if forms is None else forms_of(tuple(map(int, forms.groups()))),
+    )
+
+
+def kernel_label(kernel: KernelName) -> str:
+    """In words, with what goes without saying left out."""
+    words = [kernel.functor, *(word for word in kernel[1:3] if word not in ("none", "plain", "any"))]
+    if kernel.forms is not None:
+        param, _, *others = kernel.forms
+        words += [param, *(word for word in others if word not in ("fp32", "nearest"))]
+    return "-".join(words + ([] if kernel.forms else ["any"] * (kernel.storage != "plain")))
+
+
+def forms_of(numbers: tuple[int, ...]) -> Forms:
+    """By the numbers that csrc/core/formats.h gives them."""
+    formats, storages = tuple(_C.FORMATS), tuple(_C.PARAM_STORAGES)
+    return Forms(*(formats[number] for number in numbers[:-1]), storages[numbers[-1]])
 
 
 class VoteKernelName(NamedTuple):

@@ -5,6 +5,7 @@
 #include "../core/rules.h"
 #include "../core/step_statistics.h"
 #include "../core/threshold.h"
+#include "forms.h"
 #include "operand.h"
 #include "stored.h"
 
@@ -26,7 +27,25 @@ template <class Rule, ThresholdPass threshold_pass>
 constexpr int pieces_in_flight =
     Rule::moments > 1 || Rule::divides || threshold_pass == ThresholdPass::same_pass ? 1 : 2;
 
-// The elements of a piece in registers: summed into the thread's lanes, updated, or both.
+// The same of full chunks, whose pieces they divide. A gradient that is only summed takes few registers.
+template <class Rule, ThresholdPass threshold_pass, Storage storage>
+constexpr int pieces_in_flight_of_full = threshold_pass == ThresholdPass::pass_before ? 4
+                                         : storage == Storage::with_statistics ? 1
+                                                                               : pieces_in_flight<Rule, threshold_pass>;
+
+// Of a piece. What is uniform over the chunk is asked once, not for each element.
+SIGNADAM_HD void make_effective(const Scalars& s, const float* p, float* g) {
+  if (s.maximize) {
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) g[i] = -g[i];
+  }
+  if (s.coupled) {
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) g[i] = g[i] + s.weight_decay * p[i];
+  }
+}
+
+// The elements of a piece in registers, given the effective gradient: summed into the thread's lanes, updated, or both.
 template <class Rule, ThresholdPass threshold_pass>
 SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece, float* p, const float* g, float* m,
                               float* v, float* x, Sums* lanes) {
@@ -35,7 +54,7 @@ SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece,
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) {
         const int k = i - piece.offset;
-        if (k >= 0 && k < piece.count) add(lanes[i], steers, alpha, effective_gradient(s, p[i], g[i]));
+        if (k >= 0 && k < piece.count) add(lanes[i], steers, alpha, g[i]);
       }
     };
     if (s.steers)
@@ -45,7 +64,8 @@ SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece,
   }
   SIGNADAM_UNROLL
   for (int i = 0; i < piece_size; ++i) {
-    if constexpr (threshold_pass != ThresholdPass::pass_before) apply<Rule>(s, alpha, p[i], g[i], m[i], v[i], x[i]);
+    if constexpr (threshold_pass != ThresholdPass::pass_before)
+      apply_effective<Rule>(s, alpha, p[i], g[i], m[i], v[i], x[i]);
   }
 }
 
@@ -87,6 +107,7 @@ SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float al
       if (reads_param) param.unpack(raw_p[u], p);
       if constexpr (moments > 0) exp_avg.unpack(raw_m[u], m);
       if constexpr (moments > 1) exp_avg_sq.unpack(raw_v[u], v);
+      make_effective(s, p, g);
       update_piece<Rule, threshold_pass>(s, alpha, piece, p, g, m, v, none, lanes);
       if constexpr (updates) param.store(piece, p);
       if constexpr (moments > 0) exp_avg.store(piece, m);
@@ -95,24 +116,17 @@ SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float al
   }
 }
 
-// Null where no statistics are gathered.
-SIGNADAM_HD ChunkStatistics* share_of(ChunkStatistics* shares, int thread) {
-  return shares == nullptr ? nullptr : shares + thread;
-}
-
-// A thread's share of the statistics, piece by piece.
+// What a thread adds to the statistics of its piece.
 template <bool has_momentum>
 struct Observer {
-  ChunkStatistics found{};
   uint32_t negative = 0, positive = 0;  // entries of the momentum before the step, a bit each
 
-  SIGNADAM_HD void before(const Scalars& s, float alpha, const Piece& piece, const float* p, const float* g,
-                          const float* m) {
+  SIGNADAM_HD void before(float alpha, const Piece& piece, const float* g, const float* m, ChunkStatistics* found) {
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i) {
       const int k = i - piece.offset;
       if (k < 0 || k >= piece.count) continue;
-      observe_gradient(found, effective_gradient(s, p[i], g[i]), alpha);
+      observe_gradient(*found, g[i], alpha);
       if constexpr (has_momentum) {
         negative |= (m[i] < 0.0f ? 1u : 0u) << i;
         positive |= (m[i] > 0.0f ? 1u : 0u) << i;
@@ -120,22 +134,28 @@ struct Observer {
     }
   }
 
-  SIGNADAM_HD void after(const Piece& piece, const float* m, ChunkStatistics* own) {
+  SIGNADAM_HD void after(const Piece& piece, const float* m, ChunkStatistics* found) {
     if constexpr (has_momentum) {
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) {
         const int k = i - piece.offset;
         if (k < 0 || k >= piece.count) continue;
         const float before = (negative >> i & 1u) != 0 ? -1.0f : (positive >> i & 1u) != 0 ? 1.0f : 0.0f;
-        observe_momentum(found, before, m[i]);
+        observe_momentum(*found, before, m[i]);
       }
     }
-    add(*own, found);
   }
 };
 
+// A piece as its loads bring it.
+struct StoredRaw {
+  Raw grad;
+  ParamRaw param;
+  Raw exp_avg, exp_avg_sq, exp_third;
+};
+
 // The operands of a slice in any storage form. Forms are uniform over the chunk, so branches on them do not diverge.
-template <class Rule, ThresholdPass threshold_pass, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage, ChunkKind kind>
 struct StoredSlice {
   static constexpr bool updates = threshold_pass != ThresholdPass::pass_before;
   static constexpr bool sums = threshold_pass != ThresholdPass::none;
@@ -148,72 +168,115 @@ struct StoredSlice {
   StoredMoment exp_avg;
   WideMoment exp_avg_sq, exp_third;
   PieceBits rng_keys;
-  int count, head;
+  const Slice& slice;
+  bool reads_param;
 
-  SIGNADAM_HD static StoredSlice of(const Slice& slice) {
+  SIGNADAM_HD static StoredSlice of(const Slice& slice, const Scalars& s) {
     const TensorEntry& tensor = slice.tensor;
-    return {StoredParam::of(slice),
-            Operand::of(slice.grad, tensor.formats.grad, slice),
-            StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
-            WideMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
-            WideMoment::of(tensor.aux, tensor.formats.aux, slice),
-            PieceBits::of(slice),
-            slice.count,
-            tensor.head};
+    StoredSlice found{StoredParam::of(slice),
+                      Operand::of(slice.grad, tensor.formats.grad, slice),
+                      StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
+                      WideMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
+                      WideMoment::of(tensor.aux, tensor.formats.aux, slice),
+                      PieceBits::of(slice),
+                      slice,
+                      updates || (kind == ChunkKind::any && s.coupled)};
+    if constexpr (kind != ChunkKind::any) {
+      found.param.aligned = found.param.param.aligned = true;
+      found.exp_avg.wide.at.aligned = found.exp_avg_sq.at.aligned = true;
+      found.grad.aligned = kind == ChunkKind::full;
+    }
+    return found;
   }
 
-  SIGNADAM_HD Piece piece(int index) const { return piece_of(index, count, head); }
+  SIGNADAM_HD Piece piece(int index) const { return piece_of<kind>(index, slice); }
+
+  SIGNADAM_HD StoredRaw load(int index) const {
+    const Piece piece = this->piece(index);
+    StoredRaw raw;
+    raw.grad = grad.load(piece);
+    if (reads_param) raw.param = param.load(piece);
+    if constexpr (moments > 0) raw.exp_avg = exp_avg.load(piece, index);
+    if constexpr (moments > 1) raw.exp_avg_sq = exp_avg_sq.load(piece);
+    if constexpr (aux) raw.exp_third = exp_third.load(piece);
+    return raw;
+  }
 
   // `keep_m(m, r)` stores the new m or keeps it for later, with the random bits for it.
   template <class KeepM>
   SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, ChunkStatistics* own,
                           KeepM keep_m) const {
-    const Piece piece = this->piece(index);
-    const bool reads_param = updates || s.coupled;
     // Random bits are drawn before the loads and the parameter is stored before m, but beside the sums later and after
     // it: an order in which 128 registers suffice on every architecture.
-    RandomHalves r;
-    if constexpr (updates && !sums) r = rng_keys.at(piece);
-    const Raw raw_g = grad.load(piece);
-    ParamRaw raw_p;
-    Raw raw_m, raw_v, raw_x;
-    if (reads_param) raw_p = param.load(piece);
-    if constexpr (moments > 0) raw_m = exp_avg.load(piece, index);
-    if constexpr (moments > 1) raw_v = exp_avg_sq.load(piece);
-    if constexpr (aux) raw_x = exp_third.load(piece);
+    RandomHalves r{};
+    if constexpr (updates && !sums) r = rng_keys.at<kind>(piece(index));
+    const StoredRaw raw = load(index);
+    update_loaded(s, alpha, index, raw, r, lanes, own, keep_m);
+  }
+
+  template <class KeepM>
+  SIGNADAM_HD void update_loaded(const Scalars& s, float alpha, int index, const StoredRaw& raw, RandomHalves r,
+                                 Sums* lanes, ChunkStatistics* own, KeepM keep_m) const {
+    const Piece piece = this->piece(index);
     float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size], x[piece_size];
-    grad.unpack(raw_g, g);
-    if (reads_param) param.unpack(raw_p, p);
-    if constexpr (moments > 0) exp_avg.unpack(raw_m, m);
-    if constexpr (moments > 1) exp_avg_sq.unpack(raw_v, v);
-    if constexpr (aux) exp_third.unpack(raw_x, x);
+    grad.unpack(raw.grad, g);
+    if (reads_param) param.unpack(raw.param, p);
+    if constexpr (moments > 0) exp_avg.unpack(raw.exp_avg, m);
+    if constexpr (moments > 1) exp_avg_sq.unpack(raw.exp_avg_sq, v);
+    if constexpr (aux) exp_third.unpack(raw.exp_third, x);
+    if (reads_param || kind == ChunkKind::any)
+      make_effective(s, p, g);
+    else if (s.maximize)
+      for (float& each : g) each = -each;
     Observer<(moments > 0)> observer;
-    if constexpr (observes) observer.before(s, alpha, piece, p, g, m);
+    if constexpr (observes) observer.before(alpha, piece, g, m, own);
     update_piece<Rule, threshold_pass>(s, alpha, piece, p, g, m, v, x, lanes);
     if constexpr (observes) observer.after(piece, m, own);
     if constexpr (updates) {
-      if constexpr (sums) r = rng_keys.at(piece);
+      if constexpr (sums) r = rng_keys.at<kind>(piece);
       if constexpr (moments > 0 && sums) keep_m(m, r);
       param.store(piece, p, r);
       if constexpr (moments > 0 && !sums) keep_m(m, r);
-      if constexpr (moments > 1) exp_avg_sq.store(piece, v, [&](int i) { return bits_for_v(r.of(i)); });
+      if constexpr (moments > 1) exp_avg_sq.store(piece, v, [&](int i) { return r.for_m(i) ^ 0xffffu; });
       if constexpr (moments > 2) exp_third.store(piece, x, [&](int i) { return bits_for_aux(r.of(i)); });
     }
   }
 };
 
-template <class Rule, ThresholdPass threshold_pass, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage, ChunkKind kind>
 SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes,
                                    ChunkStatistics* own) {
-  const auto stored = StoredSlice<Rule, threshold_pass, storage>::of(slice);
-  const int pieces = pieces_of(slice.count, slice.tensor.head);
-  SIGNADAM_ROLLED
-  for (int index = thread; index < pieces; index += threads_per_block) {
-    const Piece piece = stored.piece(index);
-    if (piece.count == 0) continue;
-    stored.update(s, alpha, index, lanes, own, [&](const float* m, const RandomHalves& r) {
-      stored.exp_avg.store(piece, index, m, [&](int i) { return bits_for_m(r.of(i)); });
-    });
+  using Stored = StoredSlice<Rule, threshold_pass, storage, kind>;
+  const auto stored = Stored::of(slice, s);
+  const auto keep_m = [&](int index) {
+    return [&stored, index](const float* m, const RandomHalves& r) {
+      stored.exp_avg.store(stored.piece(index), index, m, [&](int i) { return r.for_m(i); });
+    };
+  };
+  if constexpr (kind == ChunkKind::any) {
+    const int pieces = pieces_of(slice.count, slice.tensor.head);
+    SIGNADAM_ROLLED
+    for (int index = thread; index < pieces; index += threads_per_block) {
+      if (stored.piece(index).count == 0) continue;
+      stored.update(s, alpha, index, lanes, own, keep_m(index));
+    }
+  } else {
+    constexpr int in_flight = pieces_in_flight_of_full<Rule, threshold_pass, storage>;
+    static_assert(row_count % in_flight == 0);
+    SIGNADAM_ROLLED
+    for (int row = 0; row < row_count; row += in_flight) {
+      const int first = row * threads_per_block + thread;
+      StoredRaw raw[in_flight];
+      SIGNADAM_UNROLL
+      for (int u = 0; u < in_flight; ++u) raw[u] = stored.load(first + u * threads_per_block);
+      SIGNADAM_UNROLL
+      for (int u = 0; u < in_flight; ++u) {
+        const int index = first + u * threads_per_block;
+        RandomHalves r{};
+        if constexpr (Stored::updates && !Stored::sums) r = stored.rng_keys.template at<kind>(stored.piece(index));
+        stored.update_loaded(s, alpha, index, raw[u], r, lanes, own, keep_m(index));
+      }
+    }
   }
 }
 
@@ -224,49 +287,84 @@ struct PendingMoment {
 };
 
 // Block-scaled moments: four neighbouring threads have the pieces of one exponent.
-template <class Rule, Storage storage, class Block>
+template <class Rule, Storage storage, ChunkKind kind, class Block>
 SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha,
-                                  ChunkStatistics* chunk_statistics) {
-  const auto stored = StoredSlice<Rule, ThresholdPass::none, storage>::of(slice);
-  const int pieces = pieces_of(slice.count, 0);
+                                  ChunkStatistics* shares) {
+  const auto stored = StoredSlice<Rule, ThresholdPass::none, storage, kind>::of(slice, s);
+  const int pieces = kind == ChunkKind::any ? pieces_of(slice.count, 0) : static_cast<int>(chunk_size) / piece_size;
+  if constexpr (storage == Storage::with_statistics)
+    block.each([=](int thread) { shares[thread] = ChunkStatistics{}; });
+  SIGNADAM_ROLLED
   for (int first = 0; first < pieces; first += threads_per_block)
     block.template in_fours<PendingMoment>(
         [&](int thread, PendingMoment& pending) {
           uint32_t largest = 0;
-          if (first + thread >= pieces) return largest;
-          stored.update(s, alpha, first + thread, nullptr, share_of(chunk_statistics, thread),
-                        [&](const float* m, const RandomHalves& r) {
-                          pending.r = r;
-                          SIGNADAM_UNROLL
-                          for (int i = 0; i < piece_size; ++i) {
-                            pending.m[i] = m[i];
-                            const uint32_t magnitude = finite_magnitude(m[i]);
-                            largest = magnitude > largest ? magnitude : largest;
-                          }
-                        });
+          if (kind == ChunkKind::any && first + thread >= pieces) return largest;
+          ChunkStatistics own{};
+          stored.update(s, alpha, first + thread, nullptr, &own, [&](const float* m, const RandomHalves& r) {
+            pending.r = r;
+            SIGNADAM_UNROLL
+            for (int i = 0; i < piece_size; ++i) {
+              pending.m[i] = m[i];
+              const uint32_t magnitude = finite_magnitude(m[i]);
+              largest = magnitude > largest ? magnitude : largest;
+            }
+          });
+          if constexpr (storage == Storage::with_statistics) add(shares[thread], own);
           return largest;
         },
         [&](int thread, const PendingMoment& pending, uint32_t largest) {
-          if (first + thread < pieces) stored.exp_avg.store_scaled(first + thread, pending.m, pending.r, largest);
+          if (kind != ChunkKind::any || first + thread < pieces)
+            stored.exp_avg.store_scaled(first + thread, pending.m, pending.r, largest);
         });
 }
 
-template <class Rule, ThresholdPass threshold_pass, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms, ChunkKind kind>
 SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes,
                             ChunkStatistics* own) {
-  if constexpr (storage == Storage::plain)
+  if constexpr (storage == Storage::plain && !Forms::fixed)
     run_thread_plain<Rule, threshold_pass>(slice, s, alpha, thread, lanes);
   else
-    run_thread_stored<Rule, threshold_pass, storage>(slice, s, alpha, thread, lanes, own);
+    run_thread_stored<Rule, threshold_pass, storage, kind>(slice, s, alpha, thread, lanes, own);
 }
 
-// lanes[0] becomes the sum of all lanes: x[:h] + x[h:] for h = 1024, 512, ..., 1.
+// Eight lanes that lie `apart`, halved until the first has their sum.
+SIGNADAM_HD void halve_eight(Sums* lanes, int apart) {
+  Sums own[8];
+  SIGNADAM_UNROLL
+  for (int i = 0; i < 8; ++i) own[i] = lanes[i * apart];
+  SIGNADAM_UNROLL
+  for (int h = 4; h >= 1; h /= 2) {
+    SIGNADAM_UNROLL
+    for (int i = 0; i < h; ++i) add(own[i], own[i + h]);
+  }
+  lanes[0] = own[0];
+}
+
+// The sum of all lanes, at their places: x[:h] + x[h:] for h = 1024, 512, ..., 1. A thread takes three turns at once,
+// of eight lanes that nobody else needs; the last five are left to `sum_of_halved`.
 template <class Block>
 SIGNADAM_HD void halve(Block& block, Sums* lanes) {
-  for (int h = lane_count / 2; h >= 1; h /= 2)
-    block.each([=](int thread) {
-      for (int i = thread; i < h; i += threads_per_block) add(lanes[i], lanes[i + h]);
-    });
+  static_assert(threads_per_block == 8 * 32 && piece_size == 8);
+  block.each([=](int thread) { halve_eight(lanes + thread / 32 * threads_per_block + thread % 32, 32); });
+  block.each([=](int thread) {
+    if (thread < 32) halve_eight(lanes + thread / 4 * threads_per_block + thread % 4, 4);
+  });
+}
+
+SIGNADAM_HD Sums sum_of_halved(const Sums* lanes) {
+  Sums own[piece_size];
+  SIGNADAM_UNROLL
+  for (int i = 0; i < piece_size; ++i) {
+    const Sums* const four = lanes + i * threads_per_block;
+    own[i] = four[0];
+    Sums odd = four[1];
+    add(own[i], four[2]);
+    add(odd, four[3]);
+    add(own[i], odd);
+  }
+  halve_eight(own, 1);
+  return own[0];
 }
 
 // The chunk sums of a tensor go through the chunk procedure until one is left, which moves the gate.
@@ -282,18 +380,18 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
       const int64_t left = count - k * chunk_size;
       const int64_t size = left < chunk_size ? left : chunk_size;
       block.each([=](int thread) {
-        for (int lane = thread; lane < lane_count; lane += threads_per_block) lanes[lane] = lane_of_sums(x, size, lane);
+        for (int lane = thread; lane < lane_count; lane += threads_per_block)
+          lanes[place_of(lane)] = lane_of_sums(x, size, lane);
       });
       halve(block, lanes);
       block.each([=](int thread) {
-        if (thread == 0) sums[k] = lanes[0];
+        if (thread == 0) sums[k] = sum_of_halved(lanes);
       });
     }
     count = next;
   }
-  block.each([=](int thread) {
-    if (thread == 0) *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, sums[0], tensor.numel, s);
-  });
+  block.alone(
+      [&] { *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, sums[0], tensor.numel, s); });
 }
 
 // The threads' shares of the statistics become the chunk's.
@@ -311,54 +409,99 @@ SIGNADAM_HD void finish_chunk_statistics(Block& block, ChunkStatistics* shares, 
   });
 }
 
+// Which kind the chunk is. Nothing depends on a thread.
+template <class Rule, ThresholdPass threshold_pass>
+SIGNADAM_HD ChunkKind kind_of(const Slice& slice, const Scalars& s) {
+  const auto place = [](const void* address) { return reinterpret_cast<uintptr_t>(address); };
+  const TensorEntry& tensor = slice.tensor;
+  // Chunks are as aligned as the tensor they are of.
+  uintptr_t others = 0;
+  bool usual = slice.count == chunk_size;
+  if constexpr (threshold_pass == ThresholdPass::pass_before) {
+    usual = usual && !s.coupled && tensor.head == 0;
+  } else {
+    others |= place(tensor.param) | place(tensor.residual);
+    if constexpr (Rule::moments > 0) others |= place(tensor.exp_avg);
+    if constexpr (Rule::moments > 1) others |= place(tensor.exp_avg_sq);
+    if (!tensor.formats.plain()) usual = usual && PieceBits::of(slice).even();
+  }
+  return !usual || others % 16 != 0    ? ChunkKind::any
+         : place(slice.grad) % 16 == 0 ? ChunkKind::full
+                                       : ChunkKind::full_but_gradient;
+}
+
 // The update of one chunk, without statistics for the gate.
-template <class Rule, Storage storage, class Block>
+template <class Rule, Storage storage, class Forms, ChunkKind kind, class Block>
 SIGNADAM_HD void update_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha,
                               ChunkStatistics* shares) {
   if constexpr (storage != Storage::plain && Rule::moments > 0 && !Rule::bounded)
     if (slice.tensor.formats.exp_avg == Format::block8)
-      return run_block_scaled<Rule, storage>(block, slice, s, alpha, shares);
+      return run_block_scaled<Rule, storage, kind>(block, slice, s, alpha, shares);
   block.each([&](int thread) {
-    run_thread<Rule, ThresholdPass::none, storage>(slice, s, alpha, thread, nullptr, share_of(shares, thread));
+    ChunkStatistics own{};
+    run_thread<Rule, ThresholdPass::none, storage, Forms, kind>(slice, s, alpha, thread, nullptr, &own);
+    if constexpr (storage == Storage::with_statistics) shares[thread] = own;
   });
 }
 
-template <class Rule, ThresholdPass threshold_pass, Storage storage, class Block>
+// The sums of one chunk's gradient, in the block's lanes, and its update.
+template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms, ChunkKind kind, class Block>
+SIGNADAM_HD void sum_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* shares) {
+  Sums* const lanes = block.lanes();
+  block.each([&](int thread) {
+    Sums own[piece_size] = {};
+    ChunkStatistics statistics{};
+    run_thread<Rule, threshold_pass, storage, Forms, kind>(slice, s, alpha, thread, own, &statistics);
+    if constexpr (storage == Storage::with_statistics) shares[thread] = statistics;
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) lanes[place_of(lane_of(thread, i))] = own[i];
+  });
+}
+
+template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms, ChunkKind kind, class Block>
+SIGNADAM_HD void run_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* shares) {
+  if constexpr (threshold_pass == ThresholdPass::none)
+    update_chunk<Rule, storage, Forms, kind>(block, slice, s, alpha, shares);
+  else
+    sum_chunk<Rule, threshold_pass, storage, Forms, kind>(block, slice, s, alpha, shares);
+}
+
+template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms, class Block>
 SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& step, uint32_t chunk) {
-  const Slice slice = slice_of(table, step, chunk);
+  Slice slice = slice_of(table, step, chunk);
   if (slice.grad == nullptr) return;
+  Forms::fix(slice.tensor.formats);
   const uint32_t index = table.tensor_of_chunk[chunk];
-  const Scalars& s = step.scalars[step.scalar_indices[index]];
+  const Scalars& kept = step.scalars[step.scalar_indices[index]];
+  // In registers: a scalar that is read where it lies is read again after every store.
+  const Scalars s = kept;
   const float alpha = threshold_pass == ThresholdPass::pass_before ? 0.0f : threshold(slice.tensor, s);
 
   ChunkStatistics* shares = nullptr;
-  if constexpr (storage == Storage::with_statistics) {
-    shares = block.chunk_statistics();
-    block.each([=](int thread) { shares[thread] = ChunkStatistics{}; });
-  }
-  if constexpr (threshold_pass == ThresholdPass::none) {
-    update_chunk<Rule, storage>(block, slice, s, alpha, shares);
-    if constexpr (storage == Storage::with_statistics)
-      finish_chunk_statistics(block, shares, alpha, table.chunk_statistics + chunk);
+  if constexpr (storage == Storage::with_statistics) shares = block.chunk_statistics();
+  if constexpr (Forms::fixed) {
+    const ChunkKind kind = kind_of<Rule, threshold_pass>(slice, s);
+    if (kind == ChunkKind::full)
+      run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::full>(block, slice, s, alpha, shares);
+    else if (kind == ChunkKind::full_but_gradient)
+      run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::full_but_gradient>(block, slice, s, alpha, shares);
+    else
+      run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::any>(block, slice, s, alpha, shares);
   } else {
-    Sums* const lanes = block.lanes();
-    block.each([&](int thread) {
-      Sums own[piece_size] = {};
-      run_thread<Rule, threshold_pass, storage>(slice, s, alpha, thread, own, share_of(shares, thread));
-      SIGNADAM_UNROLL
-      for (int i = 0; i < piece_size; ++i) lanes[lane_of(thread, i, slice.tensor.head)] = own[i];
-    });
-    halve(block, lanes);
-    block.each([&](int thread) {
-      if (thread == 0) table.sums[chunk] = lanes[0];
-    });
-    if constexpr (storage == Storage::with_statistics)
-      finish_chunk_statistics(block, shares, alpha, table.chunk_statistics + chunk);
+    run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::any>(block, slice, s, alpha, shares);
+  }
+  if constexpr (threshold_pass != ThresholdPass::none) {
+    halve(block, block.lanes());
+    block.alone([&] { table.sums[chunk] = sum_of_halved(block.lanes()); });
+  }
+  if constexpr (storage == Storage::with_statistics)
+    finish_chunk_statistics(block, shares, alpha, table.chunk_statistics + chunk);
+  if constexpr (threshold_pass != ThresholdPass::none) {
     // The last block of a tensor to finish has every other's threshold read behind it, so it may move the gate.
     // Read again: kept in registers over the update, it would be spilled.
     const TensorEntry& tensor = table.tensors[index];
     if (block.arrives_last(table.arrivals + index, static_cast<uint32_t>(chunks_of(tensor.numel))))
-      finish_statistics(block, table, tensor, s);
+      finish_statistics(block, table, tensor, kept);
   }
 }
 

@@ -87,11 +87,11 @@ struct Operand {
   SIGNADAM_HD void store(const Piece& piece, const float* x) const {
     Raw raw{};
     SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) {
+    for (int i = 0; i < piece_size; i += 2) {
       if (format == Format::fp32)
-        raw.word[i] = bits_of(x[i]);
+        raw.word[i] = bits_of(x[i]), raw.word[i + 1] = bits_of(x[i + 1]);
       else
-        raw.word[i / 2] |= static_cast<uint32_t>(narrow(format, x[i])) << (16 * (i % 2));
+        raw.word[i / 2] = narrow_two(format, x[i], x[i + 1]);
     }
     write(piece, raw);
   }

@@ -9,6 +9,15 @@ namespace signadam {
 struct RandomHalves {
   uint32_t word[piece_size / 2];
   SIGNADAM_HD uint32_t of(int i) const { return (word[i / 2] >> (16 * (i % 2))) & 0xffffu; }
+
+  // `bits_for_m`, on a GPU one instruction.
+  SIGNADAM_HD uint32_t for_m(int i) const {
+#if defined(__CUDA_ARCH__)
+    return __byte_perm(word[i / 2], 0, i % 2 == 0 ? 0x4401 : 0x4423);
+#else
+    return bits_for_m(of(i));
+#endif
+  }
 };
 
 struct PieceBits {
@@ -25,6 +34,23 @@ struct PieceBits {
     const auto high = static_cast<uint32_t>(pair >> 32);
     const bool usual = high == static_cast<uint32_t>(first >> 33);
     return random_word(usual ? keys : RngSubkey::of(rng_keys, high), static_cast<uint32_t>(pair));
+  }
+
+  // Whether the pieces of a full chunk without a head begin at multiples of their size, all under the same keys.
+  SIGNADAM_HD bool even() const { return first % piece_size == 0 && first >> 33 == (first + chunk_size - 1) >> 33; }
+
+  template <ChunkKind kind>
+  SIGNADAM_HD RandomHalves at(const Piece& piece) const {
+    if constexpr (kind == ChunkKind::any) {
+      return at(piece);
+    } else {
+      // A multiple of four, so that what is added to it may as well be a part of the key.
+      const uint32_t pair = static_cast<uint32_t>(first >> 1) + static_cast<uint32_t>(piece.begin) / 2;
+      RandomHalves r;
+      SIGNADAM_UNROLL
+      for (uint32_t j = 0; j < piece_size / 2; ++j) r.word[j] = random_word({keys.k0 ^ j, keys.k1}, pair);
+      return r;
+    }
   }
 
   SIGNADAM_HD RandomHalves at(const Piece& piece) const {
@@ -51,13 +77,14 @@ struct StoredParam {
   Operand param;
   unsigned char* residual;  // of the chunk
   ParamStorage param_storage;
+  bool aligned;  // whether whole pieces of what lies beside are on 8-byte boundaries
 
   SIGNADAM_HD static StoredParam of(const Slice& slice) {
     const Formats& formats = slice.tensor.formats;
     const int size = residual_size(formats.param_storage);
-    auto* residual = static_cast<unsigned char*>(slice.tensor.residual);
-    return {Operand::of(slice.tensor.param, formats.param, slice), size == 0 ? nullptr : residual + slice.begin * size,
-            formats.param_storage};
+    auto* residual = static_cast<unsigned char*>(slice.tensor.residual) + slice.begin * size;
+    const auto border = reinterpret_cast<uintptr_t>(residual) + slice.tensor.head * size;
+    return {Operand::of(slice.tensor.param, formats.param, slice), residual, formats.param_storage, border % 8 == 0};
   }
 
   SIGNADAM_HD static int residual_size(ParamStorage param_storage) {
@@ -74,7 +101,7 @@ struct StoredParam {
     const int size = residual_size(param_storage);
     if (size == 0) return raw;
     const unsigned char* at = residual + static_cast<int64_t>(piece.begin) * size;
-    if (piece.whole() && reinterpret_cast<uintptr_t>(at) % 8 == 0) {
+    if (piece.whole() && aligned) {
       SIGNADAM_UNROLL
       for (int w = 0; w < 4; ++w)
         if (w < size) {
@@ -116,30 +143,34 @@ struct StoredParam {
   SIGNADAM_HD void store(const Piece& piece, const float* p, const RandomHalves& r) const {
     if (param_storage == ParamStorage::nearest) return param.store(piece, p);
     ParamRaw raw{};
-    SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) {
-      uint32_t high = 0;
-      if (param_storage == ParamStorage::stochastic) {
-        high = narrow(param.format, p[i], r.of(i));
-      } else if (param_storage == ParamStorage::master) {
-        high = narrow(param.format, p[i]);
-        raw.residual.word[i] = bits_of(p[i]);
-      } else if (param_storage == ParamStorage::split16) {
-        const Split split = split16(p[i]);
-        high = split.high;
-        raw.residual.word[i / 2] |= (static_cast<uint32_t>(split.remainder) & 0xffffu) << (16 * (i % 2));
-      } else {
-        const Split split = split8(p[i], r.of(i) >> 8);
-        high = split.high;
-        raw.residual.word[i / 4] |= (static_cast<uint32_t>(split.remainder) & 0xffu) << (8 * (i % 4));
+    if (param_storage == ParamStorage::stochastic) {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; i += 2)
+        raw.param.word[i / 2] = narrow_two(param.format, p[i], p[i + 1], r.of(i), r.of(i + 1));
+      return param.write(piece, raw.param);
+    }
+    if (param_storage == ParamStorage::master) {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; i += 2) {
+        raw.param.word[i / 2] = narrow_two(param.format, p[i], p[i + 1]);
+        raw.residual.word[i] = bits_of(p[i]), raw.residual.word[i + 1] = bits_of(p[i + 1]);
       }
-      raw.param.word[i / 2] |= high << (16 * (i % 2));
+    } else {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; ++i) {
+        const bool wide = param_storage == ParamStorage::split16;
+        const Split split = wide ? split16(p[i]) : split8(p[i], r.of(i) >> 8);
+        raw.param.word[i / 2] |= static_cast<uint32_t>(split.high) << (16 * (i % 2));
+        if (wide)
+          raw.residual.word[i / 2] |= (static_cast<uint32_t>(split.remainder) & 0xffffu) << (16 * (i % 2));
+        else
+          raw.residual.word[i / 4] |= (static_cast<uint32_t>(split.remainder) & 0xffu) << (8 * (i % 4));
+      }
     }
     param.write(piece, raw.param);
     const int size = residual_size(param_storage);
-    if (size == 0) return;
     unsigned char* at = residual + static_cast<int64_t>(piece.begin) * size;
-    if (piece.whole() && reinterpret_cast<uintptr_t>(at) % 8 == 0) {
+    if (piece.whole() && aligned) {
       SIGNADAM_UNROLL
       for (int w = 0; w < 4; ++w)
         if (w < size)
@@ -178,8 +209,8 @@ struct WideMoment {
     if (at.format == Format::fp32) return at.store(piece, x);
     Raw raw{};
     SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i)
-      raw.word[i / 2] |= static_cast<uint32_t>(narrow_bf16(x[i], random(i))) << (16 * (i % 2));
+    for (int i = 0; i < piece_size; i += 2)
+      raw.word[i / 2] = narrow_two(Format::bf16, x[i], x[i + 1], random(i), random(i + 1));
     at.write(piece, raw);
   }
 };
@@ -234,24 +265,18 @@ struct StoredMoment {
   template <class Random>
   SIGNADAM_HD void store(const Piece& piece, int index, const float* x, Random random) const {
     if (!is_packed(format)) return wide.store(piece, x, random);
-    Raw raw{};
     const int bits = bits_of(format);
-    const uint32_t mask = (1u << bits) - 1;
+    uint32_t above[piece_size];
     SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) {
-      const uint32_t q = static_cast<uint32_t>(stochastic_integer(x[i], random(i))) & mask;
-      if (bits == 8)
-        raw.word[i / 4] |= q << (8 * (i % 4));
-      else
-        raw.word[0] |= q << (bits * i);
-    }
+    for (int i = 0; i < piece_size; ++i) above[i] = stochastic_integer_above(x[i], random(i));
+    const PackedCodes packed = pack_codes(bits, above);
     unsigned char* at = codes + index * bits;
     if (bits == 8)
-      store_one(reinterpret_cast<uint64_t*>(at), raw.word[0] | static_cast<uint64_t>(raw.word[1]) << 32);
+      store_one(reinterpret_cast<uint64_t*>(at), packed.low | static_cast<uint64_t>(packed.high) << 32);
     else if (bits == 4)
-      store_one(reinterpret_cast<uint32_t*>(at), raw.word[0]);
+      store_one(reinterpret_cast<uint32_t*>(at), packed.low);
     else
-      store_one(reinterpret_cast<uint16_t*>(at), static_cast<uint16_t>(raw.word[0]));
+      store_one(reinterpret_cast<uint16_t*>(at), static_cast<uint16_t>(packed.low));
   }
 
   // A piece as codes of the block whose largest finite magnitude has these bits, and the exponent by its first piece.
@@ -261,7 +286,7 @@ struct StoredMoment {
     uint32_t word[2] = {};
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i) {
-      const int32_t q = block_code(x[i], inverse, bits_for_m(r.of(i)));
+      const int32_t q = block_code(x[i], inverse, r.for_m(i));
       word[i / 4] |= (static_cast<uint32_t>(q) & 0xffu) << (8 * (i % 4));
     }
     store_one(reinterpret_cast<uint64_t*>(codes + index * piece_size), word[0] | static_cast<uint64_t>(word[1]) << 32);

@@ -31,11 +31,25 @@ SIGNADAM_HD Piece piece_of(int index, int chunk_count, int head) {
   return {begin, end > begin ? end - begin : 0, begin - border};
 }
 
-// The lane that entry `offset` of thread `thread`'s pieces belongs to.
-SIGNADAM_HD int lane_of(int thread, int offset, int head) {
-  return (thread * piece_size + offset + first_border(head) + static_cast<int>(lane_count)) %
-         static_cast<int>(lane_count);
+// What is known of a chunk when a kernel is compiled.
+enum class ChunkKind {
+  any,
+  full,               // `chunk_size` elements, all operands on 16-byte boundaries, no head
+  full_but_gradient,  // the same, but the gradient lies anywhere: FSDP2's gradients are slices of one buffer
+};
+
+template <ChunkKind kind>
+SIGNADAM_HD Piece piece_of(int index, const Slice& slice) {
+  if constexpr (kind == ChunkKind::any) return piece_of(index, slice.count, slice.tensor.head);
+  return {index * piece_size, piece_size, 0};
 }
+
+// The lane that entry `offset` of thread `thread`'s pieces belongs to, but for the head, by which all lanes are
+// rotated: halving them gives the same sums then.
+SIGNADAM_HD int lane_of(int thread, int offset) { return thread * piece_size + offset; }
+
+// Where a lane lies: neighbouring threads have neighbouring places for entries at one offset.
+SIGNADAM_HD int place_of(int lane) { return lane % piece_size * threads_per_block + lane / piece_size; }
 
 // Elements before `address` reaches a 16-byte boundary, at most 7. An address that is no multiple of the element's
 // size never reaches one: 0, and every access is narrow.

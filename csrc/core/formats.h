@@ -49,7 +49,7 @@ SIGNADAM_HD float widen_bf16(uint16_t x) { return float_of(static_cast<uint32_t>
 SIGNADAM_HD uint16_t narrow_bf16(float x) {
   const uint32_t bits = bits_of(x);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
 }
 
 SIGNADAM_HD float widen_fp16(uint16_t x) {
@@ -90,8 +90,7 @@ SIGNADAM_HD uint16_t narrow_fp16(float x) {
 
 // Stochastic rounding: up with the probability that is the fraction cut off. `r` is uniform in 16 bits.
 SIGNADAM_HD uint16_t narrow_bf16(float x, uint32_t r) {
-  const uint32_t bits = bits_of(x);
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (bits + r) >> 16);
+  return static_cast<uint16_t>(x != x ? 0x7fc0u : (bits_of(x) + r) >> 16);
 }
 
 // In units of the result's own last place; overflow gives infinity only above 65520.
@@ -109,9 +108,14 @@ SIGNADAM_HD uint16_t narrow_fp16(float x, uint32_t r) {
   return static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? large : finite));
 }
 
-// The integer next to x, up with the probability of the fraction; |x| at most 127 or a rounding more.
+// The integer next to x, up with the probability of the fraction; |x| at most 127 or a rounding more. In the upper half
+// of a word, above what is cut off.
+SIGNADAM_HD uint32_t stochastic_integer_above(float x, uint32_t r) {
+  return static_cast<uint32_t>(static_cast<int32_t>(x * 65536.0f)) + r;
+}
+
 SIGNADAM_HD int32_t stochastic_integer(float x, uint32_t r) {
-  return (static_cast<int32_t>(x * 65536.0f) + static_cast<int32_t>(r)) >> 16;
+  return static_cast<int32_t>(stochastic_integer_above(x, r)) >> 16;
 }
 
 // A bf16 parameter and what fp32 has beyond it.
@@ -123,7 +127,7 @@ struct Split {
 // Rounds half up: a tie to even would need a remainder of +0x8000, which does not fit.
 SIGNADAM_HD Split split16(float x) {
   const uint32_t bits = bits_of(x);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const bool nan = x != x;
   const uint32_t high = (bits + 0x8000u) >> 16;
   return {static_cast<uint16_t>(nan ? 0x7fc0u : high), nan ? 0 : static_cast<int32_t>(bits - (high << 16))};
 }
@@ -131,7 +135,7 @@ SIGNADAM_HD Split split16(float x) {
 // The same on 24 bits, to which x is rounded stochastically by 8 random bits.
 SIGNADAM_HD Split split8(float x, uint32_t r) {
   const uint32_t bits = bits_of(x);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const bool nan = x != x;
   const uint32_t kept = (bits + r) >> 8;
   const uint32_t high = (kept + 0x80u) >> 8;
   return {static_cast<uint16_t>(nan ? 0x7fc0u : high), nan ? 0 : static_cast<int32_t>(kept - (high << 8))};
@@ -140,9 +144,8 @@ SIGNADAM_HD Split split8(float x, uint32_t r) {
 // `remainder` in units of fp32's last place. A parameter set from outside may leave low bits behind that make a NaN of
 // a zero or an infinity: the parameter wins.
 SIGNADAM_HD float join(uint16_t high, int32_t remainder) {
-  const uint32_t bits = (static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(remainder);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return nan ? widen_bf16(high) : float_of(bits);
+  const float joined = float_of((static_cast<uint32_t>(high) << 16) + static_cast<uint32_t>(remainder));
+  return joined != joined ? widen_bf16(high) : joined;
 }
 
 // Block-scaled codes: the smallest e in [-126, 120] with 127 * 2^e at least the largest finite magnitude of the block.
@@ -185,6 +188,46 @@ SIGNADAM_HD uint16_t narrow(Format format, float x) { return format == Format::b
 
 SIGNADAM_HD uint16_t narrow(Format format, float x, uint32_t r) {
   return format == Format::bf16 ? narrow_bf16(x, r) : narrow_fp16(x, r);
+}
+
+// Two neighbours in a word, the first below.
+SIGNADAM_HD uint32_t narrow_two(Format format, float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  // One conversion of both. A NaN becomes 0x7fff.
+  uint32_t word;
+  if (format == Format::bf16)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  return narrow(format, low) | static_cast<uint32_t>(narrow(format, high)) << 16;
+#endif
+}
+
+// `r_low`, `r_high`: 16 random bits for each.
+SIGNADAM_HD uint32_t narrow_two(Format format, float low, float high, uint32_t r_low, uint32_t r_high) {
+  if (format == Format::fp16) return narrow_fp16(low, r_low) | static_cast<uint32_t>(narrow_fp16(high, r_high)) << 16;
+  const uint32_t sum_low = low != low ? 0x7fc00000u : bits_of(low) + r_low;
+  const uint32_t sum_high = high != high ? 0x7fc00000u : bits_of(high) + r_high;
+  return upper_halves(sum_low, sum_high);
+}
+
+// Eight codes of 8, 4 or 2 bits side by side, given in the upper halves of words.
+struct PackedCodes {
+  uint32_t low, high;  // `high` of 8 bits alone
+};
+
+SIGNADAM_HD PackedCodes pack_codes(int bits, const uint32_t* above) {
+  if (bits == 8)
+    return {lower_halves(third_bytes(above[0], above[1]), third_bytes(above[2], above[3])),
+            lower_halves(third_bytes(above[4], above[5]), third_bytes(above[6], above[7]))};
+  // Elements i and i + 4 in the halves of a word, those of the next i beside them.
+  const uint32_t mask = bits == 4 ? 0x000f000fu : 0x00030003u;
+  uint32_t packed = 0;
+  SIGNADAM_UNROLL
+  for (int i = 0; i < 4; ++i) packed |= (upper_halves(above[i], above[i + 4]) & mask) << (bits * i);
+  return {bits == 4 ? packed : (packed & 0xffu) | (packed >> 8 & 0xff00u), 0};
 }
 
 // A master copy counts only while the parameter is what it rounds to: a parameter set from outside wins.

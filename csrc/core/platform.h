@@ -38,4 +38,15 @@ SIGNADAM_HD float float_of(uint32_t bits) {
 #endif
 }
 
+// Bytes of two words, the first word's below. On a GPU each is one instruction.
+#if defined(__CUDA_ARCH__)
+SIGNADAM_HD uint32_t upper_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }
+SIGNADAM_HD uint32_t lower_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x5410); }
+SIGNADAM_HD uint32_t third_bytes(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x0062) & 0xffffu; }
+#else
+SIGNADAM_HD uint32_t upper_halves(uint32_t low, uint32_t high) { return (low >> 16) | (high & 0xffff0000u); }
+SIGNADAM_HD uint32_t lower_halves(uint32_t low, uint32_t high) { return (low & 0xffffu) | (high << 16); }
+SIGNADAM_HD uint32_t third_bytes(uint32_t low, uint32_t high) { return (low >> 16 & 0xffu) | (high >> 8 & 0xff00u); }
+#endif
+
 }  // namespace signadam

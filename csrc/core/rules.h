@@ -307,13 +307,18 @@ enum RuleIndex {
       rule_count
 };
 
-// The whole chain for one element: effective gradient, decoupled decay, rule. `decay` is 1 - lr * wd, and 1 where
-// there is none, which changes no bit of p.
+// Decoupled decay and the rule, given the effective gradient. `decay` is 1 - lr * wd, and 1 where there is none, which
+// changes no bit of p.
 template <class Rule, class F>
-SIGNADAM_HD void apply(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
-  g = effective_gradient(s, p, g);
+SIGNADAM_HD void apply_effective(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
   p = p * s.decay;
   Rule::update(s, alpha, p, g, m, v, x);
+}
+
+// The whole chain for one element.
+template <class Rule, class F>
+SIGNADAM_HD void apply(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
+  apply_effective<Rule>(s, alpha, p, effective_gradient(s, p, g), m, v, x);
 }
 
 }  // namespace signadam

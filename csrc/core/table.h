@@ -37,11 +37,16 @@ struct Formats {
   ParamStorage param_storage;
 
   // fp32 moments and a parameter rounded to nearest: no random bits, nothing packed, nothing beside the parameter.
-  SIGNADAM_HD bool plain() const {
+  SIGNADAM_HD constexpr bool plain() const {
     return exp_avg == Format::fp32 && exp_avg_sq == Format::fp32 && aux == Format::fp32 &&
            param_storage == ParamStorage::nearest;
   }
   SIGNADAM_HD bool packed() const { return is_packed(exp_avg) || is_packed(exp_avg_sq); }
+
+  bool operator==(const Formats& other) const {
+    return param == other.param && grad == other.grad && exp_avg == other.exp_avg && exp_avg_sq == other.exp_avg_sq &&
+           aux == other.aux && param_storage == other.param_storage;
+  }
 };
 
 // Where the elements of a part of a tensor lie in the whole, row by row: runs of elements side by side, `stride` apart,

@@ -61,16 +61,20 @@ class DeviceGuard {
 };
 
 // Launches `blocks` blocks of `threads_per_block` on `stream` of `device`, and nothing where there are none.
+inline void start(const void* kernel, int64_t blocks, void* arguments, int device, void* stream, const char* doing) {
+  if (blocks == 0) return;
+  const DeviceGuard guard(device);
+  void* parameters[] = {arguments};
+  // What it returns is of this launch; cudaGetLastError would also give an older error.
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads_per_block), parameters, 0,
+                         static_cast<cudaStream_t>(stream)),
+        doing);
+}
+
 template <class Arguments>
 void start(void (*kernel)(Arguments), int64_t blocks, Arguments& arguments, int device, void* stream,
            const char* doing) {
-  if (blocks == 0) return;
-  const DeviceGuard guard(device);
-  void* parameters[] = {&arguments};
-  // What it returns is of this launch; cudaGetLastError would also give an older error.
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                         dim3(threads_per_block), parameters, 0, static_cast<cudaStream_t>(stream)),
-        doing);
+  start(reinterpret_cast<const void*>(kernel), blocks, &arguments, device, stream, doing);
 }
 
 }  // namespace signadam::cuda

@@ -16,15 +16,23 @@ struct StepLayout {
   static StepLayout of(std::size_t scalar_sets, std::size_t tensors, std::size_t drawing);
 };
 
+// Which kernel serves a launch. `formats`: of all its tensors, or null where they differ.
+struct KernelChoice {
+  RuleIndex rule;
+  ThresholdPass threshold_pass;
+  Storage storage;
+  const Formats* formats;
+};
+
 // Bytes of step data that travel in the kernel's parameters; more goes by a copy.
-std::size_t inline_capacity();
+std::size_t inline_capacity(const KernelChoice& choice);
 
 // Launches on `stream` of `device`. The step data lies in device memory at `device_step`, which earlier work of the
 // stream has filled; where that is null, it lies on the host at `inline_step`, at most `inline_capacity()` bytes, and
 // is read before this returns. Never synchronizes; leaves the thread's current device as it was, and makes no context
 // but on `device`. Throws std::runtime_error with CUDA's own words where this launch fails.
-void launch(RuleIndex rule, ThresholdPass threshold_pass, Storage storage, const TableView& table, uint32_t chunks,
-            const StepLayout& layout, const void* inline_step, const void* device_step, int device, void* stream);
+void launch(const KernelChoice& choice, const TableView& table, uint32_t chunks, const StepLayout& layout,
+            const void* inline_step, const void* device_step, int device, void* stream);
 
 // Empty when this module can run on `device`, otherwise the reason. Starts no context before it is called.
 std::string unusable_reason(int device);

@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <limits>
 
 #include "../cpu/float_environment.h"
 #include "../cpu/kernels.h"
@@ -108,11 +110,28 @@ void write_cuda_step(const HostTable& table, const std::vector<ScalarSet>& sets,
               table.size() * sizeof(uint32_t));
 }
 
+// The kernels of a step, in the order of their launches.
+std::vector<cuda::KernelChoice> cuda_kernels(const HostTable& table, int rule_index, ThresholdPass threshold_pass,
+                                             bool with_statistics) {
+  const auto rule = static_cast<RuleIndex>(rule_index);
+  const Storage storage = with_statistics ? Storage::with_statistics : table.storage();
+  if (threshold_pass != ThresholdPass::pass_before) return {{rule, threshold_pass, storage, table.formats()}};
+  return {{rule, ThresholdPass::pass_before, table.storage(), table.formats()},
+          {rule, ThresholdPass::none, storage, table.formats()}};
+}
+
+std::size_t cuda_inline_capacity(const HostTable& table, int rule_index, ThresholdPass threshold_pass,
+                                 bool with_statistics) {
+  std::size_t least = std::numeric_limits<std::size_t>::max();
+  for (const auto& choice : cuda_kernels(table, rule_index, threshold_pass, with_statistics))
+    least = std::min(least, cuda::inline_capacity(choice));
+  return least;
+}
+
 // `device_step`: where the stream finds what `write_cuda_step` wrote; 0: it travels in the kernel's parameters.
 void launch_cuda(const HostTable& table, int rule_index, ThresholdPass threshold_pass,
                  const std::vector<ScalarSet>& sets, uintptr_t device_table, uintptr_t sums, uintptr_t arrivals,
                  uintptr_t chunk_statistics, uintptr_t device_step, int device, uintptr_t stream) {
-  const auto rule = static_cast<RuleIndex>(rule_index);
   const auto layout = cuda_layout(table, sets.size());
   std::vector<unsigned char> own;
   if (device_step == 0) {
@@ -122,17 +141,11 @@ void launch_cuda(const HostTable& table, int rule_index, ThresholdPass threshold
   const auto* entries = pointer<const TensorEntry>(device_table);
   const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
                        pointer<uint32_t>(arrivals), pointer<ChunkStatistics>(chunk_statistics)};
-  const Storage storage = chunk_statistics == 0 ? table.storage() : Storage::with_statistics;
+  const auto kernels = cuda_kernels(table, rule_index, threshold_pass, chunk_statistics != 0);
   py::gil_scoped_release release;
-  const auto launch = [&](ThresholdPass which, Storage stored) {
-    cuda::launch(rule, which, stored, view, table.chunks(), layout, own.data(), pointer<void>(device_step), device,
+  for (const auto& choice : kernels)
+    cuda::launch(choice, view, table.chunks(), layout, own.data(), pointer<void>(device_step), device,
                  pointer<void>(stream));
-  };
-  if (threshold_pass == ThresholdPass::pass_before) {
-    launch(ThresholdPass::pass_before, table.storage());
-    threshold_pass = ThresholdPass::none;
-  }
-  launch(threshold_pass, storage);
 }
 #endif
 
@@ -263,6 +276,8 @@ PYBIND11_MODULE(_C, m) {
       .def("write_step", &write_step, py::arg("scalars"), py::arg("address"))
 #if defined(SIGNADAM_CUDA)
       .def("cuda_step_bytes", &cuda_step_bytes, py::arg("scalar_sets"))
+      .def("cuda_inline_capacity", &cuda_inline_capacity, py::arg("rule"), py::arg("threshold_pass"),
+           py::arg("with_statistics"))
       .def("write_cuda_step", &write_cuda_step, py::arg("scalars"), py::arg("address"))
       .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("threshold_pass"), py::arg("scalars"), py::kw_only(),
            py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("chunk_statistics"),
@@ -287,7 +302,6 @@ PYBIND11_MODULE(_C, m) {
   add_votes(m);
 
 #if defined(SIGNADAM_CUDA)
-  m.def("cuda_inline_capacity", &cuda::inline_capacity);
   m.def("cuda_runtime_version", &cuda::runtime_version);
   m.def("cuda_unusable_reason", &cuda::unusable_reason, py::arg("device"));
   m.def("cuda_kernel_info", [](int device) {

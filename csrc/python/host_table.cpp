@@ -26,6 +26,7 @@ void HostTable::add(const TensorEntry& entry, StepCount step, uint32_t group, st
   indices_.push_back(index);
   seeds_.emplace_back(seed, param_id);
   plain_ = plain_ && entry.plain();
+  alike_ = alike_ && entry.formats == tensors_.front().formats;
 }
 
 void HostTable::finish(bool sums) {

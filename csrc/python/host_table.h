@@ -61,6 +61,8 @@ class HostTable {
   const std::vector<RngKey>& rng_keys() const { return rng_keys_; }  // empty when all tensors are plain
   Storage storage() const { return plain_ ? Storage::plain : Storage::any; }
   const std::vector<uint32_t>& scalar_indices() const { return scalar_indices_; }
+  // Of all tensors; null where they differ.
+  const Formats* formats() const { return alike_ && !tensors_.empty() ? &tensors_.front().formats : nullptr; }
 
   void run_cpu(RuleIndex rule, ThresholdPass threshold_pass, const std::vector<Scalars>& scalars, int threads,
                ChunkStatistics* chunk_statistics);
@@ -82,6 +84,7 @@ class HostTable {
   std::vector<const void*> grads_;
   std::vector<RngKey> rng_keys_;
   bool plain_ = true;
+  bool alike_ = true;
   std::vector<uint32_t> scalar_indices_;
   std::vector<Sums> sums_;
   std::vector<Sums> lanes_;  // room to add a tensor's chunks in: a step allocates nothing once it has begun to write

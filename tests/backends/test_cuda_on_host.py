@@ -18,9 +18,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.toolchain import QUICK, build, quick_rules, rules
+from support.toolchain import QUICK, build, fixed_kernels, quick_fixed_kernels, quick_rules, rules
 from torch import Tensor
 
+from reporting.machine_code import KernelName, kernel_label
 from signadam_ext import _C, backends
 from signadam_ext.backends import Bucket, Entry
 from signadam_ext.core import formats
@@ -38,6 +39,7 @@ from signadam_ext.core.shard_index import ShardIndex
 
 DTYPES = tuple(DTYPE_FORMATS)
 FUNCTORS = rules()
+FUNCTORS_BY_STRUCT = {rule.struct: rule for rule in FUNCTORS.values()}
 #: Every kernel; the exact form's first launch serves any gated rule.
 KERNELS = [
     *((rule, "NONE") for rule in _C.RULES),
@@ -145,6 +147,7 @@ class CudaOnHost:
                 *(ctypes.c_void_p(device_table.ctypes.data), ctypes.c_int64(device_table.size)),
                 ctypes.c_void_p(step.ctypes.data),
                 *((ctypes.c_int64 * 4)(*offsets), ctypes.c_int64(len(rows))),
+                None if bucket.chunk_statistics is None else ctypes.c_void_p(bucket.chunk_statistics.data_ptr()),
                 *(self.order, ctypes.c_uint32(self.seed)),
             )
             assert status == 0
@@ -389,9 +392,15 @@ def initial_state(case: TensorCase, rule: Rule, forms: tuple[Format, ...], gener
 
 
 def take_step(
-    backend: Preparer, rule: Rule, case: Case, own: list[dict[str, Any]], states: list[State], grads: list[Tensor]
-) -> None:
-    """One launch over all tensors, as a plan makes it."""
+    backend: Preparer,
+    rule: Rule,
+    case: Case,
+    own: list[dict[str, Any]],
+    states: list[State],
+    grads: list[Tensor],
+    observes: bool = False,
+) -> Tensor | None:
+    """One launch over all tensors, as a plan makes it. Returns the statistics of chunks, if they are asked for."""
     entries = [
         Entry(
             index=i,
@@ -412,7 +421,7 @@ def take_step(
         )
         for i, (tensor, state) in enumerate(zip(case.tensors, states, strict=True))
     ]
-    bucket = Bucket(rule, torch.device("cpu"), entries, observes=False)
+    bucket = Bucket(rule, torch.device("cpu"), entries, observes)
     launch = backend.prepare(bucket, grads.__getitem__)
     addresses = [
         (grad.data_ptr() or 1) if tensor.present else 0 for tensor, grad in zip(case.tensors, grads, strict=True)
@@ -423,9 +432,10 @@ def take_step(
         rows.append(tuple(scalars.get(name, 0.0) for name in _C.SCALARS))
     launch(rows)
     bucket.table.commit()
+    return bucket.chunk_statistics
 
 
-def check(library: ctypes.CDLL, name: str, threshold_pass: str, case: Case) -> None:
+def check(library: ctypes.CDLL, name: str, threshold_pass: str, case: Case, observes: bool = False) -> None:
     rule = rule_of(name, threshold_pass)
     generator = torch.Generator().manual_seed(case.seed)
     own = [{**case.groups[tensor.group], "state_dtype": tensor.state_dtype} for tensor in case.tensors]
@@ -444,11 +454,14 @@ def check(library: ctypes.CDLL, name: str, threshold_pass: str, case: Case) -> N
         untouched = [grad.clone() for grad in grads]
         views = [grad.view for grad in grads]
         take_step(backends.get("reference"), rule, case, own, expected, views)
+        statistics = []
         for backend, states in zip(tested, actual, strict=True):
-            take_step(backend, rule, case, own, states, views)
+            statistics.append(take_step(backend, rule, case, own, states, views, observes))
             for tensor, want, got, grad, before in zip(case.tensors, expected, states, grads, untouched, strict=True):
                 assert not got.differences(want), (backend.name, step, tensor)
                 assert grad.equals(before), (backend.name, step, tensor, "gradient")
+        if observes:
+            torch.testing.assert_close(*statistics, rtol=1e-12, atol=0, equal_nan=True)
 
 
 @each_kernel
@@ -526,6 +539,68 @@ def test_every_form_and_size_in_one_launch(
     library: ctypes.CDLL, rule: str, threshold_pass: str, thorough: bool
 ) -> None:
     check(library, rule, threshold_pass, Case(1, 2, 2, GROUPS, tuple(every_form(rule, thorough))))
+
+
+FIXED = fixed_kernels()
+#: Those of a quick library.
+QUICK_FIXED = quick_fixed_kernels()
+
+
+def fixed_case(kernel: KernelName, specials: bool, order: int) -> Case:
+    """Tensors with full chunks and without: aligned, with a gradient that is not, with a parameter that is not, with
+    random bits that begin within a word of them or change their keys."""
+    forms = kernel.forms
+    assert forms is not None
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[forms.param]
+    moments = FUNCTORS_BY_STRUCT[kernel.functor].moments
+    own = {"block8": "int8"}
+    state = tuple(own.get(form, form) for form in (forms.exp_avg, forms.exp_avg_sq)[:moments])
+    before = kernel.threshold_pass == "pass_before"
+    shapes = [
+        (16384 + 40, (0, 0, 0, 0), 0, 0),
+        (2 * 16384, (0, 1, 0, 0), 8, 1),
+        (16384, (0, 4, 0, 0), 2**33 - 8192, 1),
+        (16384 + 1, (3, 3, 0, 1), 5, 0),
+        (16384, (0, 0, 0, 0), 2**33 + 24, 1),
+        (77, (0, 0, 0, 0), 0, 1),
+        (16384, (0, 2, 0, 0), 16, 0),
+    ]
+    return Case(
+        *(order, order, 2, GROUPS),
+        tuple(
+            TensorCase(
+                size=size,
+                dtype=dtype,
+                grad_dtype=dtype,
+                state_dtype=("fp32",) * moments if before else state,
+                param_storage=forms.param_storage,
+                offsets=offsets,
+                specials=specials,
+                group=group,
+                seed=i,
+                param_id=i,
+                shard_offset=shard_offset,
+            )
+            for i, (size, offsets, shard_offset, group) in enumerate(shapes)
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(kernel, id=kernel_label(kernel), marks=() if kernel in QUICK_FIXED else pytest.mark.thorough)
+        for kernel in FIXED
+    ],
+)
+def test_kernels_for_fixed_forms(library: ctypes.CDLL, kernel: KernelName) -> None:
+    """Each full chunk, wherever its gradient lies, and what is left, as the reference and the CPU backend have it."""
+    name = next(name for name, rule in FUNCTORS.items() if rule.struct == kernel.functor)
+    for order in (1, 2):
+        before = library.fixed_launches_so_far()
+        case = fixed_case(kernel, order == 2, order)
+        check(library, name, kernel.threshold_pass.upper(), case, kernel.storage == "with_statistics")
+        assert library.fixed_launches_so_far() - before >= case.steps
 
 
 def test_deviation_of_many_chunks(library: ctypes.CDLL) -> None:
@@ -651,6 +726,6 @@ def test_there_is_no_kernel_for_what_no_rule_does(library: ctypes.CDLL) -> None:
         _C.RULES.index("signum"),
         _C.ThresholdPass.SAME_PASS.value,
         *(ctypes.c_int64(0), ctypes.c_int64(0), None, ctypes.c_int64(0), None),
-        *((ctypes.c_int64 * 4)(), ctypes.c_int64(0), 0, ctypes.c_uint32(0)),
+        *((ctypes.c_int64 * 4)(), ctypes.c_int64(0), None, 0, ctypes.c_uint32(0)),
     )
     assert status == 1

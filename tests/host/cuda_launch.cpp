@@ -1,17 +1,62 @@
 // The host side of csrc/cuda/step.cu over a runtime that is not there, as a library for ctypes.
 #include "../../csrc/core/rules.h"
+#include "../../csrc/cuda/instances.h"
 #if defined(SIGNADAM_QUICK)  // whichever kernel is launched, the host does the same
 #undef SIGNADAM_RULES
 #define SIGNADAM_RULES(X) X(SignSGD) X(SignAdamPP)
+#undef SIGNADAM_FIXED_PLAIN
+#define SIGNADAM_FIXED_PLAIN(X) X(SignSGD, none, plain, fp32, fp32, fp32, nearest)
+#undef SIGNADAM_FIXED_STORED
+#define SIGNADAM_FIXED_STORED(X) X(SignAdamPP, none, any, bf16, int8, fp32, stochastic)
+#undef SIGNADAM_FIXED_TWO_MOMENTS
+#define SIGNADAM_FIXED_TWO_MOMENTS(X)
+#undef SIGNADAM_FIXED_THRESHOLDS
+#define SIGNADAM_FIXED_THRESHOLDS(X)
 #endif
+#include "../../csrc/cuda/fixed_plain.cu"
+#include "../../csrc/cuda/fixed_stored.cu"
+#include "../../csrc/cuda/fixed_thresholds.cu"
+#include "../../csrc/cuda/fixed_two_moments.cu"
 #include "../../csrc/cuda/step.cu"
 
 using namespace signadam;
 using namespace signadam::cuda;
 
-std::size_t fake_parameter_bytes() { return sizeof(LaunchArguments); }
-
 namespace {
+
+constexpr std::size_t step_begins = offsetof(LaunchArguments<many_parameter_bytes>, step);
+
+// A kernel by its function.
+struct Known {
+  RuleIndex rule;
+  ThresholdPass threshold_pass;
+  Storage storage;
+  const Formats* formats;
+  std::size_t parameter_bytes;
+};
+
+bool find(const void* function, Known& known) {
+  bool found = false;
+  each_fixed([&](const FixedKernel& fixed) {
+    if (fixed.kernel.function != function) return;
+    found = true;
+    known = {fixed.rule, fixed.threshold_pass, fixed.storage, &fixed.formats, step_begins + fixed.kernel.inline_bytes};
+  });
+  // The gated rule before the others, which share its first pass.
+  std::vector<int> rules{rule_SignAdamPP};
+  for (int rule = 0; rule < rule_count; ++rule) rules.push_back(rule);
+  for (const auto which : {ThresholdPass::none, ThresholdPass::same_pass, ThresholdPass::pass_before})
+    for (const auto storage : {Storage::plain, Storage::any, Storage::with_statistics})
+      for (const int rule : rules) {
+        const Kernel kernel = kernel_of(static_cast<RuleIndex>(rule), which, storage);
+        if (found || kernel.function != function) continue;
+        found = true;
+        known = {static_cast<RuleIndex>(rule), which, storage, nullptr, step_begins + kernel.inline_bytes};
+      }
+  return found;
+}
+
+KernelChoice small_step() { return {rule_SignSGD, ThresholdPass::none, Storage::plain, nullptr}; }
 
 // What went wrong, or nothing.
 template <class Do>
@@ -26,6 +71,11 @@ int report(char* message, std::size_t room, Do action) {
 }
 
 }  // namespace
+
+std::size_t fake_parameter_bytes(const void* function) {
+  Known known{};
+  return find(function, known) ? known.parameter_bytes : 0;
+}
 
 extern "C" {
 
@@ -48,16 +98,14 @@ int selections() { return fake.selections; }
 int launches() { return static_cast<int>(fake.launches.size()); }
 int launched_on() { return fake.launched_on; }
 int last_error() { return fake.last_error; }
-int64_t capacity() { return static_cast<int64_t>(inline_capacity()); }
+int64_t capacity() { return static_cast<int64_t>(inline_capacity(small_step())); }
 
 // `size` bytes of step data, inline where `device_step` is null.
 int launch_step(const unsigned char* step, int64_t size, void* device_step, int device, char* message, int64_t room) {
   StepLayout layout{};
   layout.size = static_cast<std::size_t>(size);
-  return report(message, static_cast<std::size_t>(room), [&] {
-    launch(rule_SignSGD, ThresholdPass::none, Storage::plain, TableView{}, 3, layout, step, device_step, device,
-           nullptr);
-  });
+  return report(message, static_cast<std::size_t>(room),
+                [&] { launch(small_step(), TableView{}, 3, layout, step, device_step, device, nullptr); });
 }
 
 // What the kernel got: its header's address of the step data, and the bytes beside it.
@@ -66,9 +114,7 @@ void* launched_step() {
   std::memcpy(&header, fake.launches.back().parameters.data(), sizeof header);
   return const_cast<unsigned char*>(header.step);
 }
-const unsigned char* launched_bytes() {
-  return fake.launches.back().parameters.data() + offsetof(LaunchArguments, step);
-}
+const unsigned char* launched_bytes() { return fake.launches.back().parameters.data() + step_begins; }
 
 // Launches a step of all tensors as launch_cuda of csrc/python/bindings.cpp does. `table`: what the CUDA backend sends
 // to the device. `step`: the step's data with the places of gradients, keys, indices and scalars in it, as
@@ -95,11 +141,13 @@ int launch_table(int rule_index, int threshold_pass_index, int64_t tensors, int6
     const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + tensors), static_cast<Sums*>(sums),
                          static_cast<uint32_t*>(arrivals), static_cast<ChunkStatistics*>(chunk_statistics)};
     const Storage own_storage = plain ? Storage::plain : Storage::any;
+    const bool alike = std::all_of(entries, entries + tensors,
+                                   [entries](const TensorEntry& entry) { return entry.formats == entries->formats; });
     const auto run = [&](ThresholdPass which, Storage storage) {
-      launch(static_cast<RuleIndex>(rule_index), which, storage, view, static_cast<uint32_t>(chunks), layout,
-             own.data(), nullptr, 0, nullptr);
+      launch({static_cast<RuleIndex>(rule_index), which, storage, alike ? &entries->formats : nullptr}, view,
+             static_cast<uint32_t>(chunks), layout, own.data(), nullptr, 0, nullptr);
       auto& parameters = fake.launches.back().parameters;
-      const auto used = offsetof(LaunchArguments, step) + layout.size;
+      const auto used = step_begins + layout.size;
       std::fill(parameters.begin() + static_cast<std::ptrdiff_t>(used), parameters.end(), 0xa5);
     };
     auto threshold_pass = static_cast<ThresholdPass>(threshold_pass_index);
@@ -112,28 +160,31 @@ int launch_table(int rule_index, int threshold_pass_index, int64_t tensors, int6
 }
 
 // Where the step's data lies in a kernel's parameters.
-int64_t step_at() { return offsetof(LaunchArguments, step); }
+int64_t step_at() { return step_begins; }
 
 // Of a launch: its kernel as rule, threshold pass and storage, blocks, threads, bytes of dynamic shared memory and of
-// parameters. Returns 1 where the kernel is none of kernel_of's.
+// parameters, whether the kernel is one for fixed forms, and these: of parameter, gradient, the moments, and the
+// parameter's storage. Returns 1 where it is no kernel of the project.
 int launched_kernel(int index, int64_t* facts) {
   const FakeLaunch& launched = fake.launches[static_cast<std::size_t>(index)];
+  Known known{};
+  if (!find(launched.function, known)) return 1;
+  std::fill_n(facts, 13, -1);
+  facts[0] = known.rule;
+  facts[1] = static_cast<int64_t>(known.threshold_pass);
+  facts[2] = static_cast<int64_t>(known.storage);
   facts[3] = launched.blocks;
   facts[4] = launched.threads;
   facts[5] = static_cast<int64_t>(launched.dynamic_shared);
   facts[6] = static_cast<int64_t>(launched.parameters.size());
-  // The gated rule before the others, which share its first pass.
-  std::vector<int> rules{rule_SignAdamPP};
-  for (int rule = 0; rule < rule_count; ++rule) rules.push_back(rule);
-  for (const auto which : {ThresholdPass::none, ThresholdPass::same_pass, ThresholdPass::pass_before})
-    for (const auto storage : {Storage::plain, Storage::any, Storage::with_statistics})
-      for (const int rule : rules)
-        if (reinterpret_cast<const void*>(kernel_of(static_cast<RuleIndex>(rule), which, storage)) ==
-            launched.function) {
-          facts[0] = rule, facts[1] = static_cast<int64_t>(which), facts[2] = static_cast<int64_t>(storage);
-          return 0;
-        }
-  return 1;
+  facts[7] = known.formats != nullptr;
+  if (known.formats == nullptr) return 0;
+  facts[8] = static_cast<int64_t>(known.formats->param);
+  facts[9] = static_cast<int64_t>(known.formats->grad);
+  facts[10] = static_cast<int64_t>(known.formats->exp_avg);
+  facts[11] = static_cast<int64_t>(known.formats->exp_avg_sq);
+  facts[12] = static_cast<int64_t>(known.formats->param_storage);
+  return 0;
 }
 const unsigned char* launched_parameters(int index) {
   return fake.launches[static_cast<std::size_t>(index)].parameters.data();

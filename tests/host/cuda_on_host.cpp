@@ -1,5 +1,6 @@
 // The CUDA backend without a GPU, as a library for ctypes: the kernels of csrc/block/block.h over all blocks and
 // threads, in the launches that csrc/cuda/step.cu and csrc/python/bindings.cpp make of them.
+#include "../../csrc/cuda/instances.h"
 #include "host_block.h"
 
 using namespace signadam;
@@ -29,16 +30,63 @@ Launch launch_of(int rule, ThresholdPass threshold_pass) {
   }
 }
 
+// The kernels for fixed forms, but for those of rules that are left out.
+#if defined(SIGNADAM_QUICK)
+#define SIGNADAM_HOST_FIXED(X)                       \
+  X(SignSGD, none, plain, fp16, fp32, fp32, nearest) \
+  X(SignAdamPP, none, any, bf16, int8, fp32, stochastic)
+#else
+#define SIGNADAM_HOST_FIXED(X) \
+  SIGNADAM_FIXED_PLAIN(X) SIGNADAM_FIXED_STORED(X) SIGNADAM_FIXED_TWO_MOMENTS(X) SIGNADAM_FIXED_THRESHOLDS(X)
+#endif
+
+struct FixedLaunch {
+  int rule;
+  ThresholdPass threshold_pass;
+  Storage storage;
+  Formats formats;
+  Launch function;
+};
+
+const FixedLaunch fixed_launches[] = {
+#define SIGNADAM_FIXED(Rule, threshold_pass, storage, param, exp_avg, exp_avg_sq, param_storage)                   \
+  {rule_##Rule,                                                                                                    \
+   ThresholdPass::threshold_pass,                                                                                  \
+   Storage::storage,                                                                                               \
+   {Format::param, Format::param, Format::exp_avg, Format::exp_avg_sq, Format::fp32, ParamStorage::param_storage}, \
+   launch<                                                                                                         \
+       Rule, ThresholdPass::threshold_pass, Storage::storage,                                                      \
+       FixedForms<Format::param, Format::param, Format::exp_avg, Format::exp_avg_sq, ParamStorage::param_storage>>},
+    SIGNADAM_HOST_FIXED(SIGNADAM_FIXED)
+#undef SIGNADAM_FIXED
+};
+
+int64_t fixed_count = 0;
+
+// As kernel_of in csrc/cuda/step.cu.
+Launch fixed_launch_of(int rule, ThresholdPass threshold_pass, Storage storage, const Formats& formats) {
+  const bool before = threshold_pass == ThresholdPass::pass_before;
+  for (const FixedLaunch& fixed : fixed_launches)
+    if (fixed.threshold_pass == threshold_pass && fixed.formats == (before ? read_before(formats) : formats) &&
+        (before || (fixed.rule == rule && fixed.storage == storage)))
+      return fixed.function;
+  return nullptr;
+}
+
 }  // namespace
 
 extern "C" {
 
+// How often a kernel for fixed forms has run.
+int64_t fixed_launches_so_far() { return fixed_count; }
+
 // One step of all tensors. `table`: the bytes that the CUDA backend sends to the device. `step`: the step's data with
-// the places of gradients, keys, rows and scalars in it, as Table.write_step writes them. Returns 0, 1 when there is
-// no such kernel, 2 when a count of arrivals was left behind, 3 when the table was not built from these headers.
+// the places of gradients, keys, rows and scalars in it, as Table.write_step writes them. `chunk_statistics`: null, or
+// where they go, of kernels for fixed forms alone. Returns 0, 1 when there is no such kernel, 2 when a count of
+// arrivals was left behind, 3 when the table was not built from these headers.
 int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks, const unsigned char* table_bytes,
                  int64_t table_size, const unsigned char* step_bytes, const int64_t* offsets, int64_t scalar_sets,
-                 int order, uint32_t seed) {
+                 ChunkStatistics* chunk_statistics, int order, uint32_t seed) {
   auto threshold_pass = static_cast<ThresholdPass>(statistics_index);
   if (table_size != tensors * static_cast<int64_t>(sizeof(TensorEntry)) + chunks * 4) return 3;
   const auto* const entries = reinterpret_cast<const TensorEntry*>(table_bytes);
@@ -46,7 +94,8 @@ int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks
   const double nan = std::numeric_limits<double>::quiet_NaN();
   std::vector<Sums> sums(static_cast<std::size_t>(chunks), Sums{nan, nan});
   std::vector<uint32_t> arrivals(static_cast<std::size_t>(tensors), 0);
-  const TableView table{entries, reinterpret_cast<const uint32_t*>(entries + tensors), sums.data(), arrivals.data()};
+  const TableView table{entries, reinterpret_cast<const uint32_t*>(entries + tensors), sums.data(), arrivals.data(),
+                        chunk_statistics};
   std::vector<Scalars> scalars;
   const auto* const rows = reinterpret_cast<const double*>(step_bytes + offsets[3]);
   for (int64_t i = 0; i < scalar_sets; ++i) scalars.push_back(Scalars::from_set(rows + i * scalar_count));
@@ -55,8 +104,20 @@ int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks
                   plain ? nullptr : reinterpret_cast<const RngKey*>(step_bytes + offsets[1]),
                   reinterpret_cast<const uint32_t*>(step_bytes + offsets[2]), scalars.data()};
 
+  const bool alike = tensors > 0 && std::all_of(entries, entries + tensors, [entries](const TensorEntry& entry) {
+                       return entry.formats == entries->formats;
+                     });
+  const bool observes = chunk_statistics != nullptr;
   const auto run = [&](ThresholdPass which) {
-    const Launch function = plain ? launch_of<Storage::plain>(rule, which) : launch_of<Storage::any>(rule, which);
+    const Storage own = plain ? Storage::plain : Storage::any;
+    const Storage storage = observes && which != ThresholdPass::pass_before ? Storage::with_statistics : own;
+    Launch function = alike ? fixed_launch_of(rule, which, storage, entries->formats) : nullptr;
+    if (function != nullptr)
+      ++fixed_count;
+    else
+      function = storage == Storage::with_statistics ? nullptr
+                 : plain                             ? launch_of<Storage::plain>(rule, which)
+                                                     : launch_of<Storage::any>(rule, which);
     if (function != nullptr) function(table, step, static_cast<uint32_t>(chunks), static_cast<Order>(order), seed);
     // Without elements there is nothing to launch.
     return function != nullptr || (which == ThresholdPass::none && chunks == 0);

@@ -72,6 +72,12 @@ class HostBlock {
     }
   }
 
+  template <class Phase>
+  void alone(Phase phase) {
+    running_thread = 0;
+    phase();
+  }
+
   // Registers hold anything at first.
   template <class State, class First, class Second>
   void in_fours(First first, Second second) {
@@ -101,14 +107,14 @@ class HostBlock {
 };
 
 // One launch: every block of the grid, in any order.
-template <class Rule, ThresholdPass threshold_pass, Storage storage>
+template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms = AnyForms>
 void launch(const TableView& table, const Step& step, uint32_t chunks, Order order, uint32_t seed) {
   std::mt19937 random(seed);
   HostBlock block(order, seed + 1);
   for (const uint32_t chunk : ordered(chunks, order, random)) {
     running_chunk = chunk;
     block.start();
-    run_block<Rule, threshold_pass, storage>(block, table, step, chunk);
+    run_block<Rule, threshold_pass, storage, Forms>(block, table, step, chunk);
   }
 }
 

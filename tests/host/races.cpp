@@ -66,6 +66,11 @@ struct WorkerBlock {
     shared.barrier.wait();
   }
 
+  template <class Phase>
+  void alone(Phase phase) {
+    if (worker == 0) phase();
+  }
+
   // The four wait for each other and for nobody else. Chunks are apart by a barrier, so places serve one after another;
   // counts go on, for not every chunk comes here.
   template <class State, class First, class Second>
@@ -110,7 +115,8 @@ void concurrent_launch(const TableView& table, const Step& step, uint32_t chunks
         WorkerBlock block(shared[side], worker);
         for (uint32_t k = side; k < chunks; k += 2) {
           block.round = 0;
-          run_block<Rule, threshold_pass, storage>(block, table, step, side == 0 ? k / 2 : chunks - 1 - k / 2);
+          run_block<Rule, threshold_pass, storage, AnyForms>(block, table, step,
+                                                             side == 0 ? k / 2 : chunks - 1 - k / 2);
           // Blocks begin one after another; this is not a barrier of the block.
           shared[side].barrier.wait();
         }

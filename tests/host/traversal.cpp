@@ -349,7 +349,8 @@ void check_chunk(int count, int head) {
     REQUIRE(piece.whole() == (piece.count == piece_size), "count %d head %d piece %d", count, head, index);
     // The owner of the piece sums into lanes that no other thread has.
     for (int i : {piece.offset, piece.offset + piece.count - 1})
-      REQUIRE(lane_of(index % threads_per_block, i, head) == (piece.begin + i - piece.offset) % lane_count,
+      REQUIRE((lane_of(index % threads_per_block, i) + first_border(head) + lane_count) % lane_count ==
+                  (piece.begin + i - piece.offset) % lane_count,
               "count %d head %d piece %d", count, head, index);
     reached += piece.count;
   }
@@ -366,12 +367,17 @@ void arithmetic() {
     for (int count = 1; count <= 2 * lane_count + 20; ++count) check(count);
     for (int count = 2 * lane_count + 21; count < chunk_size - 20; count += 61) check(count);
     for (int count = chunk_size - 20; count <= chunk_size; ++count) check(count);
-    // Lanes are owned by one thread each.
-    std::vector<int> owners(lane_count, 0);
-    for (int thread = 0; thread < threads_per_block; ++thread)
-      for (int i = 0; i < piece_size; ++i) ++owners.at(static_cast<std::size_t>(lane_of(thread, i, head)));
-    for (const int count : owners) REQUIRE(count == 1, "head %d", head);
   }
+  // Lanes are owned by one thread each, and have a place each: neighbouring threads neighbouring ones.
+  std::vector<int> owners(lane_count, 0), places(lane_count, 0);
+  for (int thread = 0; thread < threads_per_block; ++thread)
+    for (int i = 0; i < piece_size; ++i) {
+      const int lane = lane_of(thread, i);
+      ++owners.at(static_cast<std::size_t>(lane)), ++places.at(static_cast<std::size_t>(place_of(lane)));
+      REQUIRE(place_of(lane) == place_of(lane_of(0, i)) + thread, "thread %d offset %d", thread, i);
+    }
+  for (const auto& counts : {owners, places})
+    for (const int count : counts) REQUIRE(count == 1, "lanes");
 
   for (const Format format : formats) {
     // All chunks of a tensor are aligned alike.

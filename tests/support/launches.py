@@ -28,7 +28,7 @@ from support.toolchain import TRITON_TENSORS, compile_triton, rules
 from torch import Tensor
 
 import signadam_ext
-from reporting.machine_code import STORAGES, THRESHOLD_PASSES, KernelName
+from reporting.machine_code import STORAGES, THRESHOLD_PASSES, KernelName, forms_of
 from signadam_ext import _C, backends
 from signadam_ext.backends import Bucket, ScalarSet
 from signadam_ext.backends import cuda as cuda_backend
@@ -471,8 +471,9 @@ class Step:
             patches.enter_context(mock.patch.object(cuda_backend, "StreamLaunch", OnNoDevice))
             patches.enter_context(mock.patch.object(_C.Table, "launch_cuda", launch_cuda, create=True))
             # A module that was built without CUDA lacks these.
-            for owner, name in ((_C, "cuda_inline_capacity"), (_C.Table, "write_cuda_step")):
-                patches.enter_context(mock.patch.object(owner, name, getattr(owner, name, lambda *_: 0), create=True))
+            for name, result in (("cuda_inline_capacity", 0), ("write_cuda_step", None)):
+                own = getattr(_C.Table, name, lambda *_, result=result: result)
+                patches.enter_context(mock.patch.object(_C.Table, name, own, create=True))
             self._take(recorder)
         return launches
 
@@ -580,10 +581,11 @@ def _cuda_launches(
         own = room.raw
     functors = [FUNCTORS[name].struct for name in _C.RULES]
     for index in range(library.launches()):
-        facts = (ctypes.c_int64 * 7)()
+        facts = (ctypes.c_int64 * 13)()
         assert library.launched_kernel(index, facts) == 0
-        functor, which, storage, grid, threads, dynamic_shared, parameter_bytes = facts
-        kernel = KernelName(functors[functor], THRESHOLD_PASSES[which], STORAGES[storage])
+        functor, which, storage, grid, threads, dynamic_shared, parameter_bytes, is_fixed, *numbers = facts
+        forms = forms_of(tuple(numbers)) if is_fixed else None
+        kernel = KernelName(functors[functor], THRESHOLD_PASSES[which], STORAGES[storage], forms)
         parameters = ctypes.string_at(library.launched_parameters(index), parameter_bytes)
         assert parameters[library.step_at() :].startswith(own), "the module writes other step data"
         yield CudaLaunch(kernel, grid, threads, dynamic_shared, parameters, keep)

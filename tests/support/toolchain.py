@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from reporting.machine_code import KernelName, VoteKernelName, find_cuobjdump, kernel_name, vote_kernel_name
+from reporting.machine_code import Forms, KernelName, VoteKernelName, find_cuobjdump, kernel_name, vote_kernel_name
 
 ROOT = Path(__file__).resolve().parents[2]
 #: The sources of the programs that tests compile.
@@ -254,6 +254,25 @@ def rules() -> dict[str, Rule]:
         flags = (own["bounded"] == "true", divides, roots, own["reads_variance"] == "true")
         found[own["name"]] = Rule(struct, int(own["moments"]), *flags)
     return found
+
+
+def fixed_kernels() -> list[KernelName]:
+    """Those that csrc/cuda/instances.h lists, in order."""
+    return _listed_kernels((ROOT / "csrc" / "cuda" / "instances.h").read_text(encoding="utf-8"))
+
+
+def _listed_kernels(text: str) -> list[KernelName]:
+    found = []
+    for words in re.findall(r"X\((\w+(?:, \w+){6})\)", re.sub(r"//.*", "", text)):
+        functor, threshold_pass, storage, dtype, *others = words.split(", ")
+        found.append(KernelName(functor, threshold_pass, storage, Forms(dtype, dtype, *others)))
+    return found
+
+
+def quick_fixed_kernels() -> list[KernelName]:
+    """Those that tests/host/cuda_on_host.cpp has when it is built with ``QUICK``."""
+    text = (HOST / "cuda_on_host.cpp").read_text(encoding="utf-8")
+    return _listed_kernels(text[text.index("SIGNADAM_HOST_FIXED(X)") :].partition("#else")[0])
 
 
 def quick_rules() -> set[str]:

@@ -128,12 +128,13 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** fou
   return cudaSuccess;
 }
 
-std::size_t fake_parameter_bytes();
+std::size_t fake_parameter_bytes(const void* function);
 inline cudaError_t cudaLaunchKernel(const void* function, dim3 blocks, dim3 threads, void** parameters,
                                     std::size_t dynamic_shared, cudaStream_t) {
   if (fake.launch_result != cudaSuccess) return fake.give(fake.launch_result);
   fake.launched_on = fake.current();
   const auto* bytes = static_cast<const unsigned char*>(parameters[0]);
-  fake.launches.push_back({function, blocks.x, threads.x, dynamic_shared, {bytes, bytes + fake_parameter_bytes()}});
+  fake.launches.push_back(
+      {function, blocks.x, threads.x, dynamic_shared, {bytes, bytes + fake_parameter_bytes(function)}});
   return cudaSuccess;
 }

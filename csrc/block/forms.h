@@ -1,0 +1,33 @@
+// Which dtypes and storage forms a kernel serves: all, tested where they matter, or one combination, known when it is
+// compiled. A test of a format for each element of an unrolled loop takes more than half of what a few-bit step
+// executes.
+#pragma once
+
+#include "../core/table.h"
+
+namespace signadam {
+
+struct AnyForms {
+  static constexpr bool fixed = false;
+  static SIGNADAM_HD void fix(Formats&) {}
+};
+
+// Of rules without an auxiliary operand.
+template <Format param, Format grad, Format exp_avg, Format exp_avg_sq, ParamStorage param_storage>
+struct FixedForms {
+  static constexpr bool fixed = true;
+  static constexpr Formats formats{param, grad, exp_avg, exp_avg_sq, Format::fp32, param_storage};
+  // What a table says already, so that the compiler knows it.
+  static SIGNADAM_HD void fix(Formats& of_tensor) {
+    of_tensor = {param, grad, exp_avg, exp_avg_sq, Format::fp32, param_storage};
+  }
+};
+
+// The sums of a gradient depend on nothing but what the effective gradient is made of.
+inline Formats read_before(const Formats& formats) {
+  const bool nothing_beside = formats.param_storage == ParamStorage::stochastic;
+  return {formats.param, formats.grad, Format::fp32,
+          Format::fp32,  Format::fp32, nothing_beside ? ParamStorage::nearest : formats.param_storage};
+}
+
+}  // namespace signadam
