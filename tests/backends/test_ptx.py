@@ -21,16 +21,16 @@ from support.launches import CASES, FUNCTORS, Case, Compiled, Given, Step, compi
 from support.paper_formulas import TABLE
 from support.ptx import SCHEDULES, Counts, Fault
 from support.ptx.steps import program, run_cuda, run_triton
-from support.toolchain import cuda_launch_library, ptx
+from support.toolchain import cuda_launch_library, fixed_kernels, ptx
 
-from reporting.machine_code import STORAGES, KernelName
+from reporting.machine_code import STORAGES, KernelName, kernel_label
 from signadam_ext import _C
 
 BUILT = _C.build_info()
 with_cuda = pytest.mark.skipif(BUILT["cuda"] is None, reason="the module was built without CUDA")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
-#: Every kernel of csrc/cuda/step.cu.
+#: Every kernel of csrc/cuda: those for any form, and those of csrc/cuda/instances.h.
 KERNELS = [
     KernelName(rule.struct, threshold_pass, storage)
     for storage in STORAGES
@@ -39,7 +39,7 @@ KERNELS = [
         *((FUNCTORS["sign_adam_pp"], threshold_pass) for threshold_pass in ("same_pass", "pass_before")),
     ]
     if not (storage == "plain" and rule.aux) and not (storage == "with_statistics" and threshold_pass == "pass_before")
-]
+] + fixed_kernels()
 ROWS = {row.id: row for row in TABLE}
 #: The rows of the gated rule that lead to each way to come by a threshold.
 BY_PASS = {"same_pass": "sign_adam_pp-delayed", "pass_before": "sign_adam_pp-adaptive"}
@@ -68,18 +68,29 @@ LARGE = (
 GROUPS: tuple[dict[str, Any], ...] = ({}, {"lr": 0.003}, {"lr": 0.1, "weight_decay": 0.0, "maximize": True})
 
 
-def case_of(kernel: KernelName) -> Case:
-    """A step that launches a kernel."""
+DTYPES = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
+
+
+def case_of(kernel: KernelName, given: tuple[Given, ...] = (Given(),)) -> Case:
+    """A step that launches a kernel: of one for any form by gradients of another dtype, which no other serves."""
     (name,) = (name for name, rule in FUNCTORS.items() if rule.struct == kernel.functor)
     row = ROWS[BY_PASS.get(kernel.threshold_pass, name)]
     own: dict[str, Any] = {**row.hyperparameters, "lr": 0.01, "weight_decay": 0.1}
-    dtype = FP32
+    observes = kernel.storage == "with_statistics"
+    if kernel.forms is not None:
+        dtype = DTYPES[kernel.forms.param]
+        own["param_storage"] = kernel.forms.param_storage
+        if row.state_dtypes:
+            own["state_dtype"] = kernel.forms.exp_avg.replace("block8", "int8")
+        return Case(kernel_label(kernel), row.optimizer, own, dtype, observes, given)
+    dtype, grad_dtype = FP32, BF16
     if kernel.storage == "any":
-        dtype = BF16
+        dtype, grad_dtype = BF16, FP32
         own["param_storage"] = "stochastic"
         if row.state_dtypes:
             own["state_dtype"] = "int8" if "int8" in row.state_dtypes else "bf16"
-    return Case("-".join(kernel[:3]), row.optimizer, own, dtype, kernel.storage == "with_statistics")
+    given = tuple(replace(each, grad_dtype=grad_dtype) for each in given)
+    return Case("-".join(kernel[:3]), row.optimizer, own, dtype, observes, given)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +120,8 @@ def test_every_instruction_is_known(texts: dict[Any, str]) -> None:
 
 
 def each(kernels: list[KernelName]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("kernel", kernels, ids=["-".join(kernel[:3]) for kernel in kernels])
+    ids = ["-".join([kernel_label(kernel), *kernel[1:3]]) for kernel in kernels]
+    return pytest.mark.parametrize("kernel", kernels, ids=ids)
 
 
 #: Sectors of 32 bytes that the accesses of a warp to a full, aligned chunk touch, over those that they need: by bytes
@@ -131,7 +143,7 @@ BANKS = {
 @pytest.mark.thorough
 @each(KERNELS)
 def test_cuda(kernel: KernelName, library: ctypes.CDLL, texts: dict[Any, str]) -> None:
-    case = replace(case_of(kernel), given=SMALL, groups=GROUPS[:2], on_device=KERNELS.index(kernel) % 2 == 1)
+    case = replace(case_of(kernel, SMALL), groups=GROUPS[:2], on_device=KERNELS.index(kernel) % 2 == 1)
     step = Step(case)
     launches = step.cuda(library)
     assert kernel in {launch.kernel for launch in launches}
@@ -331,7 +343,7 @@ def outcome(step: Step, run: Callable[[], None]) -> str:
 def test_mutations_are_found(name: str, library: ctypes.CDLL, texts: dict[Any, str]) -> None:
     """One of the first edits of each kind is."""
     kernel, edit, expected = MUTATIONS[name]
-    case = replace(case_of(kernel), given=(Given(), Given(33, offset=1, grad_offset=1), Given(16385)))
+    case = case_of(kernel, (Given(), Given(33, offset=1, grad_offset=1), Given(16385)))
     seen = set()
     for text in itertools.islice(edit(texts[kernel]), TRIES):
         step = Step(case)
