@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from bench import readme, scaling
+from bench import predicted, readme, scaling
 from bench.comm import pages as comm
 from bench.committed import (
     CONVERGENCE,
@@ -139,7 +139,7 @@ def memory(folder: Path = RESULTS / "memory") -> str:
 def instructions(folder: Path = RESULTS / "instructions") -> str:
     """Instructions of the few-bit forms, which bound them where memory does not."""
     parts = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("cpu-*.json")):
         report = json.loads(path.read_text())
         counts = [
             f"{row['per_16_elements']:.0f} for {row['state']} ({row['share_random_bits']:.0%} of them random bits)"
@@ -247,6 +247,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results.md": {
         "bench": block,
         "instructions": instructions,
+        "predicted": predicted.table,
         "memory": memory,
         "7b": large_model,
         "convergence": convergence,

@@ -3,8 +3,9 @@
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
 :class:`Lion`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
-:func:`release_gradients` updates inside backward, :func:`per_sample_variance` measures what the mini-batch forms of
-:class:`MSVAG` and :class:`AdamStar` read. ``python -m signadam_ext`` tells what was built and what is usable.
+:func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
+:func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
+``python -m signadam_ext`` tells what was built and what is usable.
 """
 
 from . import functional
@@ -12,6 +13,7 @@ from ._version import __version__
 from .optimizers import MSGD, MSVAG, SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum
 from .training.gradient_release import GradientRelease, release_gradients
 from .training.per_sample_variance import per_sample_variance
+from .training.replacement import from_optimizer
 
 __all__ = [
     "MSGD",
@@ -27,6 +29,7 @@ __all__ = [
     "SignSGD",
     "Signum",
     "__version__",
+    "from_optimizer",
     "functional",
     "per_sample_variance",
     "release_gradients",

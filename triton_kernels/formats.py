@@ -1,4 +1,4 @@
-"""Storage formats <-> fp32, by integer operations for bf16: the interpreter's own conversions truncate."""
+"""Storage formats <-> fp32. Interpreted, bf16 by integer operations: the interpreter's own conversions truncate."""
 
 import triton
 import triton.language as tl
@@ -29,6 +29,9 @@ def bits_of(x):
     return x.to(tl.uint32, bitcast=True)
 
 
+INTERPRETED = tl.constexpr(not isinstance(bits_of, triton.JITFunction))
+
+
 @triton.jit
 def float_of(bits):
     return bits.to(tl.float32, bitcast=True)
@@ -43,7 +46,10 @@ def is_nan(bits):
 def widen(x, FORMAT: tl.constexpr):
     """16-bit formats from their bits."""
     if FORMAT == BF16:
-        return float_of(x.to(tl.uint32) << 16)
+        if INTERPRETED:
+            return float_of(x.to(tl.uint32) << 16)
+        else:
+            return x.to(tl.bfloat16, bitcast=True).to(tl.float32)
     elif FORMAT == FP16:
         return x.to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -54,9 +60,12 @@ def widen(x, FORMAT: tl.constexpr):
 def narrow(x, FORMAT: tl.constexpr):
     """To nearest even."""
     if FORMAT == BF16:
-        bits = bits_of(x)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(is_nan(bits), 0x7FC0, rounded).to(tl.uint16)
+        if INTERPRETED:
+            bits = bits_of(x)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            return tl.where(is_nan(bits), 0x7FC0, rounded).to(tl.uint16)
+        else:
+            return x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
     elif FORMAT == FP16:
         return x.to(tl.float16).to(tl.uint16, bitcast=True)
     else:
@@ -65,10 +74,13 @@ def narrow(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def narrow_stochastic(x, r, FORMAT: tl.constexpr):
-    """Up with the probability that is the fraction cut off. ``r`` is uniform in 16 bits."""
+    """Up with the probability that is the fraction cut off. ``r`` is uniform in 16 bits.
+
+    A NaN must be the result of arithmetic, or come from FORMAT: then its upper half is one too.
+    """
     bits = bits_of(x)
     if FORMAT == BF16:
-        return tl.where(is_nan(bits), 0x7FC0, (bits + r) >> 16).to(tl.uint16)
+        return (tl.where(x == x, bits + r, bits) >> 16).to(tl.uint16)
     else:
         # In units of the result's own last place; overflow gives infinity only above 65520.
         magnitude = bits & 0x7FFFFFFF
@@ -95,8 +107,8 @@ def split16(x):
     fit."""
     bits = bits_of(x)
     high = (bits + 0x8000) >> 16
-    remainder = tl.where(is_nan(bits), 0, bits - (high << 16))
-    return tl.where(is_nan(bits), 0x7FC0, high).to(tl.uint16), remainder.to(tl.int16)
+    remainder = tl.where(x != x, 0, bits - (high << 16))
+    return tl.where(x != x, 0x7FC0, high).to(tl.uint16), remainder.to(tl.int16)
 
 
 @triton.jit
@@ -105,8 +117,8 @@ def split8(x, r):
     bits = bits_of(x)
     kept = (bits + r) >> 8
     high = (kept + 0x80) >> 8
-    remainder = tl.where(is_nan(bits), 0, kept - (high << 8))
-    return tl.where(is_nan(bits), 0x7FC0, high).to(tl.uint16), remainder.to(tl.int8)
+    remainder = tl.where(x != x, 0, kept - (high << 8))
+    return tl.where(x != x, 0x7FC0, high).to(tl.uint16), remainder.to(tl.int8)
 
 
 @triton.jit
@@ -129,26 +141,28 @@ def power_of_two(e):
 
 
 @triton.jit
-def finite_magnitude(x):
-    """Bits of |x|, or 0 where x is not finite."""
-    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    return tl.where(magnitude < 0x7F800000, magnitude, 0)
+def finite_order(x):
+    """A uint32 that grows with |x|, from 2^24 on; less where x is not finite: without its sign, it has wrapped."""
+    return (bits_of(x) << 1) + 0x1000000
 
 
 @triton.jit
 def block_exponent(largest):
-    """The smallest e in [-126, 120] with 127 * 2^e at least the largest finite magnitude of the block."""
-    e = ((largest + 0x1FFFF) >> 23) - 133
+    """The smallest e in [-126, 120] with 127 * 2^e at least the largest finite magnitude of the block.
+
+    Args:
+        largest: :func:`finite_order` of it.
+    """
+    magnitude = (tl.maximum(largest, 0x1000000) - 0x1000000) >> 1
+    e = ((magnitude.to(tl.int32, bitcast=True) + 0x1FFFF) >> 23) - 133
     return tl.minimum(tl.maximum(e, -126), 120)
 
 
 @triton.jit
 def block_code(x, inverse, r):
     """``inverse``: 2^-e. Infinities saturate."""
-    nan = x != x
-    scaled = tl.where(nan, 0.0, x * inverse)
-    scaled = tl.where(scaled > 127.0, 127.0, tl.where(scaled < -127.0, -127.0, scaled))
-    return tl.where(nan, NAN_CODE, stochastic_integer(scaled, r))
+    scaled = tl.minimum(tl.maximum(x * inverse, -127.0), 127.0)
+    return tl.where(x == x, stochastic_integer(scaled, r), NAN_CODE)
 
 
 @triton.jit

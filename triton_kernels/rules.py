@@ -1,4 +1,4 @@
-"""Every update rule's twin: fp32 tensors ``p, g, m, v, x``, and ``s``, the address of the group's row of scalars.
+"""Every update rule's twin: fp32 tensors ``p, g, m, v, x``, and ``s``, of :func:`scalars_at`.
 
 As in csrc/core/rules.h: each operation rounds once, in the order written. ``tl.div_rn`` and ``tl.sqrt_rn``, because
 ``/`` and ``tl.sqrt`` compile to approximations; ``g * -1.0``, because ``-g`` compiles to ``0 - g`` and loses the sign
@@ -36,10 +36,32 @@ QUANTILE = tl.constexpr(SCALARS.index("quantile"))
 SCALAR_COUNT = tl.constexpr(len(SCALARS))
 
 
+# Triton 3.2 hands no tuple to a function: it reads scalars in every row instead.
+KNOWS_TUPLES = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3))
+
+
+@triton.jit
+def scalars_at(address):
+    """A group's scalars from its row: each rounded to fp32 once, where it meets a tensor, and before any loop.
+
+    No compiler may move a load out of a loop that stores. Those that a kernel does not use are left out by it.
+    """
+    if KNOWS_TUPLES:
+        s = (tl.load(address).to(tl.float32),)
+        for i in tl.static_range(1, SCALAR_COUNT):
+            s += (tl.load(address + i).to(tl.float32),)
+        return s
+    else:
+        return address
+
+
 @triton.jit
 def scalar(s, INDEX: tl.constexpr):
-    """A scalar where it meets a tensor: rounded to fp32 once."""
-    return tl.load(s + INDEX).to(tl.float32)
+    """One of what :func:`scalars_at` has made."""
+    if KNOWS_TUPLES:
+        return s[INDEX]
+    else:
+        return tl.load(s + INDEX).to(tl.float32)
 
 
 @triton.jit
@@ -72,10 +94,12 @@ def zero_where_zero(denominator, x):
 
 @triton.jit
 def effective_gradient(s, p, g):
-    if tl.load(s + MAXIMIZE) != 0.0:
-        g = g * -1.0
-    if tl.load(s + COUPLED) != 0.0:
-        g = g + scalar(s, WEIGHT_DECAY) * p
+    # One jump over both: by themselves each would be executed, switched off by a predicate, for every element.
+    if (scalar(s, MAXIMIZE) != 0.0) | (scalar(s, COUPLED) != 0.0):
+        if scalar(s, MAXIMIZE) != 0.0:
+            g = g * -1.0
+        if scalar(s, COUPLED) != 0.0:
+            g = g + scalar(s, WEIGHT_DECAY) * p
     return g
 
 

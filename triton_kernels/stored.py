@@ -19,7 +19,7 @@ from .formats import (
     STOCHASTIC,
     block_code,
     block_exponent,
-    finite_magnitude,
+    finite_order,
     from_block_code,
     from_master,
     join,
@@ -163,7 +163,7 @@ def store_moment(moment, exponents, row, x, r, count, FORMAT: tl.constexpr, WIDE
         store(moment, index, stochastic_integer(x, r).to(tl.int8), count, WIDE)
     elif FORMAT == BLOCK8:
         runs = tl.reshape(x, [RUNS, RUN])
-        e = block_exponent(tl.max(finite_magnitude(runs), axis=1))
+        e = block_exponent(tl.max(finite_order(runs), axis=1))
         q = block_code(runs, power_of_two(-e)[:, None], tl.reshape(r, [RUNS, RUN]))
         store(moment, index, tl.reshape(q.to(tl.int8), [LANES]), count, WIDE)
         store(exponents, tl.arange(0, RUNS) + row * RUNS, e.to(tl.int8), (count + RUN - 1) // RUN, WIDE)

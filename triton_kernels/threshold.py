@@ -35,8 +35,13 @@ def exponential(x):
 
 
 @triton.jit
-def finish(sums, count, numel, threshold_state, s):
-    """The chunk sums at ``sums`` go through the chunk procedure until one is left, which moves the gate."""
+def finish(sums, count, numel, a, threshold_state, s):
+    """The chunk sums at ``sums`` go through the chunk procedure until one is left, which moves the gate from ``a``.
+
+    Args:
+        threshold_state: address of the gate.
+        s: address of the group's scalars.
+    """
     lanes = tl.arange(0, LANES)
     while count > 1:
         following = (count + CHUNK - 1) // CHUNK
@@ -59,7 +64,6 @@ def finish(sums, count, numel, threshold_state, s):
     second_sum = tl.load(sums + 1, cache_modifier=".cg")
     if is_finite(first_sum) and is_finite(second_sum):
         n = numel.to(tl.float64)
-        a = tl.load(threshold_state)
         if tl.load(s + STEERS) != 0.0:
             if second_sum != 0.0:
                 size = tl.sqrt(second_sum / n)

@@ -7,7 +7,7 @@ from signadam_ext.core.native import compiled as _C
 
 from .formats import FP32, SPLIT8, STOCHASTIC, widen
 from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, place_of, random_halves, random_halves_at
-from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, sign
+from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, scalars_at
 from .stored import RUN, load, load_moment, load_param, operand, pointer_to, residual_operand, store_moment, store_param
 from .threshold import CHUNK, LANES, ROWS, finish, halve
 
@@ -56,6 +56,8 @@ def run_rows(
     entry,
     grad,
     rng_keys,
+    numel,
+    shard_offset,
     begin,
     count,
     s,
@@ -75,32 +77,31 @@ def run_rows(
     CONFIDENCE: tl.constexpr,
     OBSERVES: tl.constexpr,
     RUNS: tl.constexpr,
+    STEERS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The rows of one chunk. ``WIDE``: every operand lies on a 16-byte boundary, the chunk is full, and, where random
-    bits are drawn, it has whole words."""
+    """The rows of one chunk. ``STEERS``: what passes is counted, in place of a sum. ``WIDE``: every operand lies on a
+    16-byte boundary, the chunk is full, and, where random bits are drawn, it has whole words."""
     param = operand(tl.load(entry + PARAM_AT), begin, PARAM, WIDE)
     residual = residual_operand(tl.load(entry + RESIDUAL_AT), begin, PARAM_STORAGE, WIDE)
     g_from = operand(grad, begin, GRAD, WIDE)
-    exp_avg = operand(tl.load(entry + EXP_AVG_AT), begin, EXP_AVG, WIDE)
+    exp_avg_at = tl.load(entry + EXP_AVG_AT)
+    exp_avg = operand(exp_avg_at, begin, EXP_AVG, WIDE)
     exp_avg_sq = operand(tl.load(entry + EXP_AVG_SQ_AT), begin, EXP_AVG_SQ, WIDE)
     aux = operand(tl.load(entry + AUX_AT), begin, AUX, WIDE)
     # Those of block8 follow the codes.
-    codes = (tl.load(entry + NUMEL_AT) + RUN - 1) // RUN * RUN
-    exponents = pointer_to(tl.load(entry + EXP_AVG_AT) + codes, begin // RUN, tl.int8, WIDE)
+    codes = (numel + RUN - 1) // RUN * RUN
+    exponents = pointer_to(exp_avg_at + codes, begin // RUN, tl.int8, WIDE)
     h0 = tl.load(rng_keys).to(tl.uint32, bitcast=True)
     h1 = tl.load(rng_keys + 1).to(tl.uint32, bitcast=True)
-    first_element = tl.load(entry + SHARD_OFFSET_AT) + begin
     first = tl.zeros([LANES], tl.float64)
     second = tl.zeros([LANES], tl.float64)
-    steers = tl.load(s + STEERS) != 0.0
     lanes = tl.arange(0, LANES)
-    decay = scalar(s, DECAY)
     if OBSERVES:
-        passed = tl.zeros([LANES], tl.float64)
+        passed = tl.zeros([LANES], tl.int32)
         squares = tl.zeros([LANES], tl.float64)
         passed_squares = tl.zeros([LANES], tl.float64)
-        flips = tl.zeros([LANES], tl.float64)
+        flips = tl.zeros([LANES], tl.int32)
         magnitude = tl.zeros([LANES], tl.float64)
     # Rows beyond the end would add +0 to lanes that are never -0.
     row_count = ROWS if WIDE else (count + LANES - 1) // LANES
@@ -122,24 +123,24 @@ def run_rows(
             # Padding is +0 whatever the parameter beside it.
             inside = tl.where(index < count, g, 0.0)
             wide_g = inside.to(tl.float64)
-            first += tl.where(steers, passes(inside, alpha).to(tl.float64), wide_g)
+            first += passes(inside, alpha).to(tl.float64) if STEERS else wide_g
             second += wide_g * wide_g
         if THRESHOLD_PASS != PASS_BEFORE:
             if OBSERVES:
                 inside = tl.where(index < count, g, 0.0)
                 square = inside.to(tl.float64) * inside.to(tl.float64)
                 through = passes(inside, alpha)
-                before = sign(m)
-                passed += through.to(tl.float64)
+                before = m
+                passed += through.to(tl.int32)
                 squares += square
                 passed_squares += tl.where(through, square, 0.0)
             if CONFIDENCE is not None:
                 g = CONFIDENCE(g, alpha)
-            p, m, v, x = RULE(s, alpha, p * decay, g, m, v, x)
+            p, m, v, x = RULE(s, alpha, p * scalar(s, DECAY), g, m, v, x)
             if OBSERVES:
                 if MOMENTS > 0:
                     after = tl.where(index < count, m, 0.0)
-                    flips += tl.where(before * sign(after) < 0.0, 1.0, 0.0).to(tl.float64)
+                    flips += (((before > 0.0) & (after < 0.0)) | ((before < 0.0) & (after > 0.0))).to(tl.int32)
                     magnitude += tl.abs(after).to(tl.float64)
             r = lanes
             if DRAWS:
@@ -152,9 +153,9 @@ def run_rows(
                         tl.load(entry + SHARD_COUNT_AT),
                         tl.load(entry + SHARD_OUTER_STRIDE_AT),
                     )
-                    r = random_halves_at(h0, h1, tl.load(entry + SHARD_OFFSET_AT) + place)
+                    r = random_halves_at(h0, h1, shard_offset + place)
                 else:
-                    r = random_halves(h0, h1, first_element, row, WIDE)
+                    r = random_halves(h0, h1, shard_offset + begin, row, WIDE)
             store_param(param, residual, index, p, r, count, PARAM, PARAM_STORAGE, WIDE)
             if MOMENTS > 0:
                 store_moment(exp_avg, exponents, row, m, bits_for_m(r), count, EXP_AVG, WIDE)
@@ -163,10 +164,10 @@ def run_rows(
             if MOMENTS > 2:
                 store_moment(aux, exponents, row, x, bits_for_aux(r), count, AUX, WIDE)
     if OBSERVES:
-        tl.store(chunk_statistics, tl.sum(passed, axis=0))
+        tl.store(chunk_statistics, tl.sum(passed.to(tl.float64), axis=0))
         tl.store(chunk_statistics + 1, tl.sum(squares, axis=0))
         tl.store(chunk_statistics + 2, tl.sum(passed_squares, axis=0))
-        tl.store(chunk_statistics + 3, tl.sum(flips, axis=0))
+        tl.store(chunk_statistics + 3, tl.sum(flips.to(tl.float64), axis=0))
         tl.store(chunk_statistics + 4, tl.sum(magnitude, axis=0))
         tl.store(chunk_statistics + 5, alpha.to(tl.float64))
     return first, second
@@ -223,15 +224,22 @@ def update(
     grad = tl.load(grads + tensor)
     if grad != 0:
         entry = entries + tensor * COLUMN_COUNT
-        s = scalars + tl.load(scalar_indices + tensor) * SCALAR_COUNT
+        scalar_set = scalars + tl.load(scalar_indices + tensor) * SCALAR_COUNT
+        s = scalars_at(scalar_set)
         numel = tl.load(entry + NUMEL_AT)
         begin = (chunk - tl.load(entry + FIRST_CHUNK_AT)).to(tl.int64) * CHUNK
         count = tl.minimum(numel - begin, CHUNK).to(tl.int32)
-        deviation = tl.load(entry + THRESHOLD_STATE_AT)
+        threshold_state = tl.load(entry + THRESHOLD_STATE_AT)
+        # Read once, before anyone may replace it.
+        deviation = tl.full((), 0.0, tl.float64)
+        if threshold_state != 0:
+            deviation = tl.load(threshold_state.to(tl.pointer_type(tl.float64)))
         alpha = scalar(s, ALPHA)
-        if THRESHOLD_PASS != PASS_BEFORE:
-            if deviation != 0:
-                alpha = (tl.load(s + ALPHA) * tl.load(deviation.to(tl.pointer_type(tl.float64)))).to(tl.float32)
+        if THRESHOLD_PASS == PASS_BEFORE:
+            alpha = alpha * 0.0
+        elif threshold_state != 0:
+            alpha = (tl.load(scalar_set + ALPHA) * deviation).to(tl.float32)
+        shard_offset = tl.load(entry + SHARD_OFFSET_AT)
         first = tl.zeros([LANES], tl.float64)
         second = tl.zeros([LANES], tl.float64)
         wide = (count == CHUNK) & (tl.load(entry + ALIGNED_AT) != 0) & (grad % 16 == 0)
@@ -243,14 +251,16 @@ def update(
             | (AUX != FP32)
         )
         if DRAWS & (THRESHOLD_PASS != PASS_BEFORE) & (not RUNS):
-            wide = wide & has_whole_words(tl.load(entry + SHARD_OFFSET_AT) + begin)
-        # Compiled twice, of which a chunk takes one.
-        for WIDE in tl.static_range(2):
-            if wide == (WIDE == 1):
+            wide = wide & has_whole_words(shard_offset + begin)
+        # Compiled twice, or four times where gradients are summed; a chunk takes one of them.
+        for VARIANT in tl.static_range(2 if THRESHOLD_PASS == NONE else 4):
+            steers = scalar(s, STEERS) != 0.0 if THRESHOLD_PASS != NONE else False
+            if (wide == (VARIANT % 2 == 1)) & (steers == (VARIANT >= 2)):
                 first, second = run_rows(
-                    entry, grad, rng_keys + 2 * tensor, begin, count, s, alpha, chunk_statistics + 6 * chunk,
+                    entry, grad, rng_keys + 2 * tensor, numel, shard_offset, begin, count, s, alpha,
+                    chunk_statistics + 6 * chunk,
                     RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
-                    PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, RUNS, WIDE == 1,
+                    PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, RUNS, VARIANT >= 2, VARIANT % 2 == 1,
                 )  # fmt: skip
         if THRESHOLD_PASS != NONE:
             tl.store(sums + 2 * chunk, halve(first))
@@ -262,7 +272,8 @@ def update(
             if arrived == chunks - 1:
                 tl.store(arrivals + tensor, 0)
                 own = sums + 2 * tl.load(entry + FIRST_CHUNK_AT)
-                finish(own, chunks.to(tl.int64), numel, deviation.to(tl.pointer_type(tl.float64)), s)
+                at = threshold_state.to(tl.pointer_type(tl.float64))
+                finish(own, chunks.to(tl.int64), numel, deviation, at, scalar_set)
 
 
 @triton.jit

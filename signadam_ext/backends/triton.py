@@ -22,14 +22,24 @@ if TYPE_CHECKING:
 def launch_options(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]:
     """How a kernel with these constants is compiled."""
     options: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
-    # What ptxas takes by itself would leave some of the large ones one block for each multiprocessor.
-    is_stored = any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "AUX", "PARAM_STORAGE"))
-    if constants["OBSERVES"]:
-        return options  # more registers than that
-    is_large = constants["THRESHOLD_PASS"] == _C.ThresholdPass.SAME_PASS.value or constants["MOMENTS"] > 1
-    if nvidia and is_stored and is_large:
-        options["maxnreg"] = 128
+    # What ptxas takes by itself would leave some one block for each multiprocessor, and others two where three fit.
+    if nvidia:
+        registers = _registers(constants)
+        if registers is not None:
+            options["maxnreg"] = registers
     return options
+
+
+def _registers(constants: dict[str, Any]) -> int | None:
+    """At most so many of each thread, where ptxas would take more, and nothing is spilled if it may not."""
+    threshold_pass = constants["THRESHOLD_PASS"]
+    is_large = threshold_pass == _C.ThresholdPass.SAME_PASS.value or constants["MOMENTS"] > 1
+    if constants["OBSERVES"]:
+        return None if is_large else 128
+    if not any(constants[name] for name in ("EXP_AVG", "EXP_AVG_SQ", "AUX", "PARAM_STORAGE")):
+        return None
+    has_residual = constants["PARAM_STORAGE"] > PARAM_STORAGES["stochastic"]
+    return 128 if is_large or has_residual or constants["RUNS"] else 80
 
 
 class TritonBackend:
