@@ -186,6 +186,9 @@ def _readable(symbol: str) -> str:
     kernel = kernel_name(symbol)
     if kernel is None:
         return symbol
+    if kernel.forms is not None:
+        param, _, *others = kernel.forms
+        return " ".join([*kernel[:3], param, *others])
     rule = {name.replace("_", ""): name for name in _C.RULES}[kernel.functor.lower()]
     name = {"none": rule, "same_pass": f"{rule}+same_pass"}.get(kernel.threshold_pass, "pass_before")
     return name + {"plain": "", "any": "+stored", "with_statistics": "+step_statistics"}[kernel.storage]

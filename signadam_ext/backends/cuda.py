@@ -1,4 +1,4 @@
-"""The CUDA kernels: one launch per step over a table that stays on the device."""
+"""The CUDA kernels: one launch per step and combination of dtypes and storage forms, over a table on the device."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ class SignOptimizer(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes one step: every parameter with a gradient, in one launch per device and rule.
+        """Takes one step: every parameter with a gradient, in one launch per device, rule and, on a GPU, storage form.
 
         Args:
             closure: evaluates the model again and returns the loss.

@@ -31,9 +31,9 @@ from support.launches import (
     bits,
     compile_launches,
 )
-from support.toolchain import TRITON_TENSORS, cuda_launch_library, listing, ptx, symbols
+from support.toolchain import TRITON_TENSORS, cuda_launch_library, fixed_kernels, listing, ptx, symbols
 
-from reporting.machine_code import STORAGES, THRESHOLD_PASSES, KernelName, kernel_name
+from reporting.machine_code import STORAGES, THRESHOLD_PASSES, kernel_name
 from signadam_ext import _C
 from signadam_ext.core.formats import PARAM_STORAGES
 from signadam_ext.core.rule import rule_of
@@ -143,7 +143,7 @@ def test_cuda_launches(library: ctypes.CDLL) -> None:
         assert launch.kernel.functor == "SignAdamPP" or launch.kernel.threshold_pass == "none"
     kernels = {launch.kernel for launch in launches}
     assert {kernel.functor for kernel in kernels} == {rule.struct for rule in FUNCTORS.values()}
-    gated = {kernel[1:] for kernel in kernels if kernel.functor == "SignAdamPP"}
+    gated = {kernel[1:3] for kernel in kernels if kernel.functor == "SignAdamPP"}
     every = {(threshold_pass, storage) for threshold_pass in THRESHOLD_PASSES for storage in STORAGES}
     assert gated == every - {("pass_before", "with_statistics")}
 
@@ -156,9 +156,26 @@ def test_two_launches_where_the_threshold_comes_first(library: ctypes.CDLL) -> N
         "sign_adam_pp-adaptive-bf16-split16-int4": ("any", "any"),
         "sign_adam_pp-adaptive-fp32-observed": ("plain", "with_statistics"),
     }.items():
-        made = [launch.kernel for launch in Step(CASES[name]).cuda(library)]
+        made = [launch.kernel[:3] for launch in Step(CASES[name]).cuda(library)]
         passes = ("pass_before", "none")
-        assert made == [KernelName("SignAdamPP", *each) for each in zip(passes, storage, strict=True)]
+        assert made == [("SignAdamPP", *each) for each in zip(passes, storage, strict=True)]
+
+
+@pytest.mark.thorough
+def test_kernels_for_fixed_forms_are_taken(library: ctypes.CDLL) -> None:
+    """A table whose tensors are alike gets the kernel for their forms where csrc/cuda/instances.h has it, otherwise
+    the general one; the sums of a gradient do not ask for the moments."""
+    plain, packed = ("fp32", "fp32", "fp32", "fp32", "nearest"), ("bf16", "bf16", "int8", "fp32", "stochastic")
+    for name, forms in {
+        "sign_adam_pp-fp32": [plain],
+        "sign_adam_pp-bf16-stochastic-int8": [packed],
+        "sign_adam_pp-adaptive-fp32": [plain, plain],
+        "sign_adam_pp-adaptive-bf16-split16-int4": [None, ("bf16", "bf16", "int4", "fp32", "split16")],
+        "msvag-fp32": [None],
+    }.items():
+        assert [launch.kernel.forms for launch in Step(CASES[name]).cuda(library)] == forms
+    listed = set(fixed_kernels())
+    assert all(launch.kernel in listed for launch in all_cuda(library) if launch.kernel.forms is not None)
 
 
 def test_names_of_passes_are_the_modules() -> None:
@@ -195,7 +212,8 @@ def test_kernels_are_in_the_module(library: ctypes.CDLL) -> None:
 @pytest.mark.thorough
 @with_cuda
 def test_parameters_are_as_many_bytes_as_kernels_declare(library: ctypes.CDLL) -> None:
-    if _C.cuda_inline_capacity() != library.capacity():
+    rule, no_sums = _C.RULES.index("sign_sgd"), _C.ThresholdPass.NONE
+    if _C.Table(scalars_by_step=False).cuda_inline_capacity(rule, no_sums, False) != library.capacity():
         pytest.skip("the module was built with CUDA before 12.1, whose kernels take fewer bytes of parameters")
     for launch in all_cuda(library):
         for architecture, entries in ptx(_C.__file__).items():

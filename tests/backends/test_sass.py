@@ -18,6 +18,7 @@ from support.toolchain import (
     Instruction,
     any_kernel_name,
     exact_ptx,
+    fixed_kernels,
     instruction,
     listing,
     ptx,
@@ -25,7 +26,7 @@ from support.toolchain import (
     rules,
 )
 
-from reporting.machine_code import STORAGES, KernelName, VoteKernelName
+from reporting.machine_code import STORAGES, KernelName, VoteKernelName, kernel_label
 from signadam_ext import _C
 
 BUILT = _C.build_info()
@@ -46,6 +47,8 @@ KERNELS = [
     if not (storage == "plain" and RULES[rule].aux)
     and not (storage == "with_statistics" and threshold_pass == "pass_before")
 ]
+#: The kernels for fixed forms.
+FIXED = fixed_kernels()
 WIDE_FORMAT = _C.FORMATS["fp32"][0]
 FORMATS = [_C.FORMATS[name][0] for name in ("fp32", "bf16", "fp16")]
 MEMORIES = [memory.value for memory in _C.VoteMemory.__members__.values()]
@@ -128,9 +131,10 @@ def kernel_of(architecture: str, rule: str, threshold_pass: str, storage: str) -
 def test_architectures_and_kernels(thorough: bool) -> None:
     """What the build says it holds, and nothing else: no stub for another architecture, no kernel left out."""
     assert ARCHITECTURES
-    expected = {(RULES[rule].struct, threshold_pass, storage) for rule, threshold_pass, storage in KERNELS}
-    assert len(expected) == len(KERNELS)
-    expected |= set(VOTE_KERNELS)
+    general = {KernelName(RULES[rule].struct, threshold_pass, storage) for rule, threshold_pass, storage in KERNELS}
+    assert len(general) == len(KERNELS)
+    assert len(set(FIXED)) == len(FIXED) <= 80
+    expected = {*general, *FIXED, *VOTE_KERNELS}
     assert set(RULES) == set(_C.RULES)
     assert set(kernels_without_code()) == set(ARCHITECTURES)
     for architecture, found in kernels_without_code().items():
@@ -222,6 +226,51 @@ def test_ptx_rounds_every_operation(architecture: str, rule: str, threshold_pass
     assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic
     assert ("div.rn.f32" in arithmetic) == (RULES[rule].divides and threshold_pass != "pass_before")
     assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (threshold_pass != "none")
+    assert not re.search(r"\.(approx|ftz|full)\b", entry)
+
+
+#: Streamed accesses of 16 bytes and of 8 for eight elements of a tensor in a format or of a parameter's low bits.
+SIXTEEN = {"fp32": 2, "bf16": 1, "fp16": 1}
+EIGHT = {"int8": 1, "block8": 1, "split8": 1, "split16": 2, "master": 4}
+
+
+@each_architecture
+@pytest.mark.parametrize("name", FIXED, ids=map(kernel_label, FIXED))
+def test_kernels_for_fixed_forms(architecture: str, name: KernelName) -> None:
+    """Two blocks fit, nothing spills or is contracted, and whole pieces move by the widest accesses there are."""
+    kernel, forms = kernels(architecture)[name], name.forms
+    rule = next(rule for rule in RULES.values() if rule.struct == name.functor)
+    assert forms is not None
+    assert 0 < kernel.registers <= 128 and kernel.stack == kernel.local == 0
+    assert not kernel.of("LDL") and not kernel.of("STL")
+    assert len(kernel.of("SHFL")) == (6 if forms.exp_avg == "block8" else 0)
+    updates = name.threshold_pass != "pass_before"
+    written = [forms.param, *(forms.exp_avg, forms.exp_avg_sq)[: rule.moments], forms.param_storage] if updates else []
+    wide = kernel.wide()
+    for operation, tensors in (("LDG", [forms.grad, *written]), ("STG", written)):
+        for bits, per_piece in ((128, SIXTEEN), (64, EIGHT)):
+            least = sum(per_piece.get(tensor, 0) for tensor in tensors)
+            # Chunks that are full and aligned, those but for the gradient, and all others have code of their own.
+            apart = per_piece.get(forms.grad, 0) if operation == "LDG" else 0
+            found = wide[f"{operation}.E.EF.{bits}"]
+            assert found >= 3 * least - apart if least else found == 0, (operation, bits, found, least)
+    fused = kernel.of("FFMA2?")
+    assert kernel.of("FADD2?") and kernel.of("FMUL2?")
+    if name.threshold_pass == "none" and not rule.divides:
+        assert not fused and not kernel.of("DFMA") and not kernel.of("MUFU")
+    elif name.threshold_pass != "none":
+        assert all(x.operands[1] == "RZ" for x in fused), fused
+
+
+@pytest.mark.parametrize("architecture", VIRTUAL)
+@pytest.mark.parametrize("name", FIXED, ids=map(kernel_label, FIXED))
+def test_ptx_of_kernels_for_fixed_forms(architecture: str, name: KernelName) -> None:
+    entry = ptx(_C.__file__)[architecture][name]
+    rule = next(rule for rule in RULES.values() if rule.struct == name.functor)
+    arithmetic = set(PTX_ARITHMETIC.findall(entry))
+    assert arithmetic <= exact_ptx("f32") | exact_ptx("f64")
+    assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic
+    assert ("div.rn.f32" in arithmetic) == (rule.divides and name.threshold_pass != "pass_before")
     assert not re.search(r"\.(approx|ftz|full)\b", entry)
 
 

@@ -10,6 +10,12 @@ namespace {
 
 using Launch = void (*)(const TableView&, const Step&, uint32_t, Order, uint32_t);
 
+#if defined(SIGNADAM_FIXED)
+template <Storage>
+Launch launch_of(int, ThresholdPass) {
+  return nullptr;
+}
+#else
 // As kernel_of in csrc/cuda/step.cu.
 template <Storage storage>
 Launch launch_of(int rule, ThresholdPass threshold_pass) {
@@ -29,12 +35,22 @@ Launch launch_of(int rule, ThresholdPass threshold_pass) {
       return nullptr;
   }
 }
+#endif
 
-// The kernels for fixed forms, but for those of rules that are left out.
-#if defined(SIGNADAM_QUICK)
-#define SIGNADAM_HOST_FIXED(X)                       \
-  X(SignSGD, none, plain, fp16, fp32, fp32, nearest) \
-  X(SignAdamPP, none, any, bf16, int8, fp32, stochastic)
+// With SIGNADAM_FIXED there are the kernels for fixed forms and no others.
+#if !defined(SIGNADAM_FIXED)
+#define SIGNADAM_HOST_FIXED(X)
+#elif defined(SIGNADAM_QUICK)
+#define SIGNADAM_HOST_FIXED(X)                                    \
+  X(SignSGD, none, plain, fp16, fp32, fp32, nearest)              \
+  X(SignAdamPP, none, plain, fp32, fp32, fp32, nearest)           \
+  X(SignAdamPP, none, any, bf16, int8, fp32, stochastic)          \
+  X(SignAdamPP, none, any, bf16, int4, fp32, split8)              \
+  X(SignAdamPP, pass_before, plain, fp32, fp32, fp32, nearest)    \
+  X(SignAdamPP, same_pass, any, bf16, int2, fp32, stochastic)     \
+  X(SignAdamPP, none, with_statistics, bf16, fp32, fp32, nearest) \
+  X(Signum, none, any, bf16, block8, fp32, stochastic)            \
+  X(SignAdam, none, any, bf16, bf16, bf16, stochastic)
 #else
 #define SIGNADAM_HOST_FIXED(X) \
   SIGNADAM_FIXED_PLAIN(X) SIGNADAM_FIXED_STORED(X) SIGNADAM_FIXED_TWO_MOMENTS(X) SIGNADAM_FIXED_THRESHOLDS(X)
@@ -48,8 +64,8 @@ struct FixedLaunch {
   Launch function;
 };
 
-const FixedLaunch fixed_launches[] = {
-#define SIGNADAM_FIXED(Rule, threshold_pass, storage, param, exp_avg, exp_avg_sq, param_storage)                   \
+const std::vector<FixedLaunch> fixed_launches = {
+#define SIGNADAM_ADD(Rule, threshold_pass, storage, param, exp_avg, exp_avg_sq, param_storage)                     \
   {rule_##Rule,                                                                                                    \
    ThresholdPass::threshold_pass,                                                                                  \
    Storage::storage,                                                                                               \
@@ -57,8 +73,8 @@ const FixedLaunch fixed_launches[] = {
    launch<                                                                                                         \
        Rule, ThresholdPass::threshold_pass, Storage::storage,                                                      \
        FixedForms<Format::param, Format::param, Format::exp_avg, Format::exp_avg_sq, ParamStorage::param_storage>>},
-    SIGNADAM_HOST_FIXED(SIGNADAM_FIXED)
-#undef SIGNADAM_FIXED
+    SIGNADAM_HOST_FIXED(SIGNADAM_ADD)
+#undef SIGNADAM_ADD
 };
 
 int64_t fixed_count = 0;

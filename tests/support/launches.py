@@ -154,7 +154,7 @@ class Region:
 
 @dataclass(frozen=True)
 class CudaLaunch:
-    """One launch of a kernel of csrc/cuda/step.cu.
+    """One launch of a kernel of csrc/cuda/kernel.h.
 
     Attributes:
         kernel: which of them; ``support.toolchain.symbols`` has its mangled name in a built module.
