@@ -60,7 +60,7 @@
   X(SignAdam, none, any, bf16, int8, bf16, stochastic) \
   X(SignAdam, none, any, bf16, int4, bf16, split8)     \
   X(Adam, none, any, fp32, bf16, bf16, nearest)        \
-  X(Adam, none, any, fp32, block8, fp32, nearest)      \
+  X(Adam, none, any, fp32, block8, bf16, nearest)      \
   X(Adam, none, any, bf16, bf16, bf16, stochastic)     \
   X(Adam, none, any, bf16, block8, bf16, stochastic)   \
   X(Adam, none, any, bf16, bf16, bf16, split16)
