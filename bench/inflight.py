@@ -8,9 +8,12 @@ Needs cuobjdump (the toolkit's, or the one in Triton's wheel), no GPU.
 
 import importlib.util
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -161,6 +164,10 @@ def bytes_before_use(code: list[Instruction]) -> tuple[int, bool]:
     return most, not todo
 
 
+def _walked(sass: str) -> tuple[int, bool]:
+    return bytes_before_use(parse(sass))
+
+
 def _cuobjdump() -> str:
     if found := find_cuobjdump():
         return found
@@ -191,6 +198,9 @@ def _readable(symbol: str) -> str:
         return " ".join([*kernel[:3], param, *others])
     rule = {name.replace("_", ""): name for name in _C.RULES}[kernel.functor.lower()]
     name = {"none": rule, "same_pass": f"{rule}+same_pass"}.get(kernel.threshold_pass, "pass_before")
+    # A kernel for certain forms alone is told from the one for any by them.
+    if forms := getattr(kernel, "forms", None):
+        return f"{name} {'-'.join(forms)}"
     return name + {"plain": "", "any": "+stored", "with_statistics": "+step_statistics"}[kernel.storage]
 
 
@@ -253,15 +263,16 @@ def in_flight() -> dict[str, Any]:
     target = _target(built)
     resources = _resources(target.arch)
     kernels = []
-    for symbol, sass in _functions(target.arch):
-        if symbol not in resources:
-            continue
+    functions = [(symbol, sass) for symbol, sass in _functions(target.arch) if symbol in resources]
+    # New processes: one that has touched a device cannot be forked and go on.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        walked = list(pool.map(_walked, [sass for _, sass in functions], chunksize=4))
+    for (symbol, _), (per_thread, exact) in zip(functions, walked, strict=True):
         use, name = resources[symbol], _readable(symbol)
         if name in target.resident_blocks:
             warps, source = target.resident_blocks[name] * use.threads // _WARP, "CUDA"
         else:
             warps, source = resident_warps(use, target.limit), "computed"
-        per_thread, exact = bytes_before_use(parse(sass))
         per_multiprocessor = warps * _WARP * per_thread
         kernels.append(
             {

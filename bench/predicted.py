@@ -15,7 +15,7 @@ def _steps(path: Path) -> dict[str, list[present.Row]]:
     """The launches of a step of each case."""
     steps: dict[str, list[present.Row]] = {}
     if path.exists():
-        for row in json.loads(path.read_text())["rows"]:
+        for row in json.loads(path.read_text())["executed"]:
             steps.setdefault(row["case"], []).append(row)
     return steps
 

@@ -1,6 +1,7 @@
 """Instructions an element of the Triton kernels, from their machine code for sm_90, without a GPU:
 
 SIGNADAM_EMULATOR=FOLDER python -m bench.triton_instructions --out bench/results/instructions/triton-sm_90.json
+SIGNADAM_EMULATOR=FOLDER python -m bench.triton_instructions --check
 
 FOLDER holds a package ``sass`` whose ``sass.emulator`` executes that machine code, and whose ``sass.timing`` says how
 many blocks fit a multiprocessor. A step of each case of tests/support/launches.py is executed on a full, aligned chunk,
@@ -28,6 +29,7 @@ from reporting.files import write
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = "sm_90"
+FIGURES = ROOT / "bench" / "results" / "instructions" / f"triton-{TARGET}.json"
 #: The forms that people use, a rule of each kind, and every way to come by a threshold.
 SHOWN = (
     "sign_adam_pp-fp32",
@@ -114,10 +116,22 @@ def label(constants: dict[str, Any]) -> str:
     return "+".join([constants["RULE"], threshold_pass, *["with_statistics"] * constants["OBSERVES"]])
 
 
+def exceeding(rows: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) -> list[str]:
+    """What has more instructions than its committed figure, or has none."""
+    figures = {(row["case"], row["kernel"]): row["instructions"] for row in committed}
+    found = []
+    for row in rows:
+        figure = figures.get((row["case"], row["kernel"]))
+        if figure is None or row["instructions"] > figure:
+            found.append(f"{row['case']}, {row['kernel']}: {row['instructions']}, committed {figure}")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON; without it rows are only printed")
     parser.add_argument("--cases", default=",".join(SHOWN), help="names with commas between; * stands for anything")
+    parser.add_argument("--check", action="store_true", help="fail where a figure exceeds the committed one")
     options = parser.parse_args(arguments)
     emulator = os.environ.get("SIGNADAM_EMULATOR")
     if emulator is None:
@@ -131,13 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in executed.rows(names):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    wrong = [row for row in rows if row.get("unequal")]
+    wrong = [f"{row['case']}: {', '.join(row['unequal'])} not as on the CPU" for row in rows if row.get("unequal")]
+    if options.check:
+        wrong += exceeding(rows, json.loads(FIGURES.read_text())["executed"])
+    print(*wrong, sep="\n", end="\n" * bool(wrong))
     if options.out is not None and not wrong:
         report = {
             **machine.facts(),
             "command": machine.command("bench.triton_instructions", ["--out", str(options.out)]),
             "target": TARGET,
-            "rows": rows,
+            "executed": rows,
         }
         write(options.out, json.dumps(report, indent=1) + "\n")
     return int(bool(wrong))

@@ -5,6 +5,8 @@
 
 import argparse
 import functools
+import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -57,12 +59,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=("cpu", "cuda", "triton"), default="cpu")
     parser.add_argument("--few", action="store_true", help="each optimizer with one dtype, in turn")
+    parser.add_argument("--only", action="append", metavar="OPTIMIZER", help="this one, by its label; repeatable")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin none after these")
     options = parser.parse_args(arguments)
     backend, dtypes = options.backend, (torch.float32, torch.bfloat16, torch.float16)
-    for number, candidate in enumerate([*ours(backend), *field(backend), *stored(backend)]):
+    candidates = [*ours(backend), *field(backend), *stored(backend)]
+    if unknown := {*(options.only or ())} - {candidate.optimizer for candidate in candidates}:
+        parser.error(f"no optimizer {', '.join(sorted(unknown))}")
+    deadline, equal, left = time.monotonic() + options.seconds, 0, 0
+    for number, candidate in enumerate(candidates):
+        if options.only and candidate.optimizer not in options.only:
+            continue
         for dtype in dtypes[number % 3 :][:1] if options.few else dtypes:
+            if time.monotonic() > deadline:
+                left += 1
+                continue
             verify(candidate.optimizer, backend, dtype)
+            equal += 1
             print(f"{candidate.optimizer} {backend} {dtype}: equal", flush=True)
+    print(f"{equal} equal to the reference" + f", {left} left out after {options.seconds:.0f} s" * (left > 0))
 
 
 if __name__ == "__main__":

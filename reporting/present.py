@@ -282,6 +282,52 @@ def _in_flight(found: dict[str, Any] | None) -> str:
     return f"{source}\n\n{markdown(header, lines)}"
 
 
+def _host(rows: Sequence[Row]) -> str:
+    """What a step costs beside the memory that it moves."""
+    lines = [
+        [
+            row["backend"],
+            str(row["tensors"]),
+            duration(row["first_seconds"]),
+            f"{duration(row['host_seconds']['median'])} "
+            f"({duration(row['host_seconds']['low'])} to {duration(row['host_seconds']['high'])})",
+            "" if row["kernel_seconds"] is None else duration(row["kernel_seconds"]),
+            "" if row["step_bytes"] is None else f"{row['step_bytes']:,}",
+            {True: "in the kernel's parameters", False: "by a copy", None: ""}[row["in_parameters"]],
+        ]
+        for row in rows
+    ]
+    header = ["backend", "tensors", "first step", "host", "kernels", "bytes of step data", "which travel"]
+    return (
+        "Steps of SignAdamPP over tensors of 64 elements: the first with all that is loaded, compiled and planned (the "
+        "first row of a backend has most of it); the host's time of a call that waits for no device (median, "
+        f"quartiles); the kernels' own time by the profiler.\n\n{markdown(header, lines)}"
+    )
+
+
+def _executed(found: dict[str, Row]) -> str:
+    """Predicted beside executed instructions, by backend."""
+    parts = []
+    for backend, told in found.items():
+        if "rows" not in told:
+            parts.append(f"{backend}: {NOT_MEASURED}, {told['not_measured']}.")
+            continue
+        lines = [
+            [
+                f"`{row['case']}`",
+                row["kernel"],
+                f"{row['predicted']:.1f}",
+                f"{row['executed']:.1f}",
+                f"{row['bytes']:.2f}",
+                duration(row["seconds"]),
+            ]
+            for row in told["rows"]
+        ]
+        header = ["step", "kernel", "predicted", "executed", "bytes of DRAM", "took"]
+        parts.append(f"{backend}, an element:\n\n{markdown(header, lines)}")
+    return "\n\n".join(parts)
+
+
 def page(report: Report, picture: str | None = None) -> str:
     parts = [f"# Benchmark: {report['name']}", _machine(report)]
     if stages := report.get("stages"):
@@ -314,6 +360,10 @@ def page(report: Report, picture: str | None = None) -> str:
             for row in failed
         ]
         parts.append("## Without a result\n\n" + markdown(["candidate", "why"], lines))
+    if rows := report.get("host"):
+        parts.append(f"## Host time, kernels and first steps\n\n{_host(rows)}")
+    if executed := report.get("executed"):
+        parts.append(f"## Instructions, predicted and executed\n\n{_executed(executed)}")
     if "in_flight" in report:
         parts.append("## Bytes in flight\n\n" + _in_flight(report["in_flight"]))
     return "\n\n".join(parts) + "\n"

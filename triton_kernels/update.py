@@ -97,6 +97,9 @@ def run_rows(
     first = tl.zeros([LANES], tl.float64)
     second = tl.zeros([LANES], tl.float64)
     lanes = tl.arange(0, LANES)
+    if RUNS:
+        run, stride = tl.load(entry + SHARD_RUN_AT), tl.load(entry + SHARD_STRIDE_AT)
+        run_count, outer_stride = tl.load(entry + SHARD_COUNT_AT), tl.load(entry + SHARD_OUTER_STRIDE_AT)
     if OBSERVES:
         passed = tl.zeros([LANES], tl.int32)
         squares = tl.zeros([LANES], tl.float64)
@@ -145,14 +148,7 @@ def run_rows(
             r = lanes
             if DRAWS:
                 if RUNS:
-                    place = place_of(
-                        begin + row * LANES,
-                        lanes,
-                        tl.load(entry + SHARD_RUN_AT),
-                        tl.load(entry + SHARD_STRIDE_AT),
-                        tl.load(entry + SHARD_COUNT_AT),
-                        tl.load(entry + SHARD_OUTER_STRIDE_AT),
-                    )
+                    place = place_of(begin + row * LANES, lanes, run, stride, run_count, outer_stride)
                     r = random_halves_at(h0, h1, shard_offset + place)
                 else:
                     r = random_halves(h0, h1, shard_offset + begin, row, WIDE)

@@ -6,6 +6,7 @@ kind, some with the others; on a GPU some of them. The quick run interprets some
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import subprocess
@@ -16,14 +17,16 @@ from typing import Any
 
 import pytest
 import torch
-from support.paper_formulas import OF_A_KIND, TABLE, Row
+from support.paper_formulas import OF_A_KIND, TABLE, Row, sign_adam_pp
 from support.strategies import DTYPES, SPECIALS, same_bits
 from torch import Tensor
 
+from signadam_ext import SignAdamPP
 from signadam_ext.core import formats
 from signadam_ext.core.rule import rule_of
 from signadam_ext.core.shard_index import ShardIndex
 from signadam_ext.engine.plan import Plan
+from signadam_ext.optimizers import stepping
 from signadam_ext.optimizers.stepping import make_item
 
 pytest.importorskip("triton")
@@ -246,3 +249,19 @@ def test_shards_of_several_runs(rule: str, combination: Combination, device: str
     other, _ = train(ROWS[rule], combination, [(300, 0, 3)], "triton", device, steps=2)
     ours, _ = train(ROWS[rule], combination, [(300, 0, RUNS[2][1])], "triton", device, steps=2)
     assert not same_bits(ours[0], other[0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_share_counted_before_the_step_has_no_threshold(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No optimizer steers by this step's own gradient, but kernels and reference agree on what that would be."""
+
+    def before(optimizer: type, group: dict[str, Any]) -> Any:
+        return dataclasses.replace(rule_of(optimizer, group), threshold_pass="PASS_BEFORE")
+
+    monkeypatch.setattr(stepping, "rule_of", before)
+    steered = {"confidence": "sparsity", "target": 0.25, "gain": 0.5, "lr": 0.01}
+    row = Row("sign_adam_pp-steered", SignAdamPP, steered, sign_adam_pp)
+    for decoupled in (True, False):
+        options = {"weight_decay": 0.1, "decoupled_weight_decay": decoupled, "maximize": True}
+        form = Combination(("fp32",), "nearest", torch.float32)
+        assert_parity(row, form, [(33, 0, 0), (16384, 0, 0)], device, steps=3, **options)

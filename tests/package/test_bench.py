@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from bench import scaling, sharded_step, summary, throughput
+from bench import predicted, scaling, sharded_step, summary, throughput, triton_instructions
 from bench.candidates import REFERENCES
 from bench.harness import ADAMW, STREAM, Candidate, Case, Samples, Traffic, Trial, Workload, row, spread
 from reporting import machine
@@ -87,6 +87,29 @@ def test_host_time_of_sharded_steps_is_told_from_a_run(tmp_path: Path) -> None:
     assert row["to_plain"]["low"] <= row["to_plain"]["median"] <= row["to_plain"]["high"]
     assert f"{row['to_plain']['median']:.2f}" in scaling.host_time(tmp_path)
     assert f"{row['tensors']} tensors of {row['size']}" in scaling.host_time(tmp_path)
+
+
+def test_predicted_instructions_name_the_backend_that_is_ahead(tmp_path: Path) -> None:
+    assert "not measured" in predicted.table(tmp_path)
+
+    def rows(**instructions: float) -> list[dict[str, object]]:
+        own = {"kernel": "k", "registers": 64, "blocks": 4}
+        return [{"case": case, "instructions": figure, **own} for case, figure in instructions.items()]
+
+    triton, cuda = rows(few=40.0, plain=13.0, two=15.0), rows(few=46.0, plain=13.5, two=9.0)
+    # Of a step that has two launches all instructions count.
+    cuda += rows(two=3.0)
+    for backend, found in (("triton", triton), ("cuda", cuda)):
+        (tmp_path / f"{backend}-sm_90.json").write_text(json.dumps({"executed": found}))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in predicted.table(tmp_path).splitlines()[4:]]
+    assert lines == [
+        ["`few`", "46.0 (64, 4)", "40.0 (64, 4)", "triton"],
+        ["`plain`", "13.5 (64, 4)", "13.0 (64, 4)", "either"],
+        ["`two`", "9.0 (64, 4) + 3.0 (64, 4)", "15.0 (64, 4)", "cuda"],
+    ]
+    assert triton_instructions.exceeding(rows(few=40.0, plain=12.0), triton) == []
+    assert triton_instructions.exceeding(rows(few=40.1), triton) == ["few, k: 40.1, committed 40.0"]
+    assert triton_instructions.exceeding(rows(new=1.0), triton) == ["new, k: 1.0, committed None"]
 
 
 @pytest.mark.skipif(not summary.RESULTS.is_dir(), reason="the source distribution holds no results")
