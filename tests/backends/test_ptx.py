@@ -127,15 +127,14 @@ def each(kernels: list[KernelName]) -> pytest.MarkDecorator:
 #: Sectors of 32 bytes that the accesses of a warp to a full, aligned chunk touch, over those that they need: by bytes
 #: of an element, or by what lies beside a parameter. A piece of 8 fp32 is read and written in two accesses of
 #: 16 bytes, so that those of a warp have every other half of a sector.
-SECTORS: dict[int | str, float] = {4: 2.0, 2: 1.0, 1: 1.0, "residual": 1.0}
-#: Turns that the accesses of a block to banks of shared memory take, over those without conflicts: the lanes of
-#: a threshold lie 128 bytes apart from thread to thread, and the statistics are structures.
+SECTORS: dict[int | str, float] = {4: 2.0, 2: 1.0, 1: 1.0, "split8": 1.0, "split16": 2.0, "master": 4.0}
+#: Turns that the accesses of a block to banks of shared memory take, over those without conflicts.
 BANKS = {
     ("none", False): (0, 0),
-    ("none", True): (3268, 1667),
-    ("same_pass", False): (5646, 1044),
-    ("same_pass", True): (8914, 2711),
-    ("pass_before", False): (5646, 1044),
+    ("none", True): (708, 387),
+    ("same_pass", False): (1296, 644),
+    ("same_pass", True): (2004, 1031),
+    ("pass_before", False): (1296, 644),
 }
 
 
@@ -158,7 +157,8 @@ def test_cuda(kernel: KernelName, library: ctypes.CDLL, texts: dict[Any, str]) -
         if not name[0].isdigit()
     }
     assert coalescing == {
-        (name, way): SECTORS["residual" if name == "residual" else sizes[name]] for name, way in coalescing
+        (name, way): SECTORS[case.hyperparameters["param_storage"] if name == "residual" else sizes[name]]
+        for name, way in coalescing
     }
 
 
