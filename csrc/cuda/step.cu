@@ -49,8 +49,8 @@ Kernel kernel_of(RuleIndex rule, ThresholdPass threshold_pass, Storage storage) 
 
 template <class Use>
 void each_fixed(Use use) {
-  for (const auto& unit : {fixed_plain(), fixed_stored(), fixed_two_moments(), fixed_thresholds()})
-    for (const FixedKernel& fixed : unit) use(fixed);
+  for (const auto* unit : {&fixed_plain(), &fixed_stored(), &fixed_two_moments(), &fixed_thresholds()})
+    for (const FixedKernel& fixed : *unit) use(fixed);
 }
 
 // The kernel for just these forms where there is one, otherwise the general one.

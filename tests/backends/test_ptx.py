@@ -21,16 +21,16 @@ from support.launches import CASES, FUNCTORS, Case, Compiled, Given, Step, compi
 from support.paper_formulas import TABLE
 from support.ptx import SCHEDULES, Counts, Fault
 from support.ptx.steps import program, run_cuda, run_triton
-from support.toolchain import cuda_launch_library, ptx
+from support.toolchain import cuda_launch_library, fixed_kernels, ptx
 
-from reporting.machine_code import STORAGES, KernelName
+from reporting.machine_code import STORAGES, KernelName, kernel_label
 from signadam_ext import _C
 
 BUILT = _C.build_info()
 with_cuda = pytest.mark.skipif(BUILT["cuda"] is None, reason="the module was built without CUDA")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
-#: Every kernel of csrc/cuda/step.cu.
+#: Every kernel of csrc/cuda: those for any form, and those of csrc/cuda/instances.h.
 KERNELS = [
     KernelName(rule.struct, threshold_pass, storage)
     for storage in STORAGES
@@ -39,7 +39,7 @@ KERNELS = [
         *((FUNCTORS["sign_adam_pp"], threshold_pass) for threshold_pass in ("same_pass", "pass_before")),
     ]
     if not (storage == "plain" and rule.aux) and not (storage == "with_statistics" and threshold_pass == "pass_before")
-]
+] + fixed_kernels()
 ROWS = {row.id: row for row in TABLE}
 #: The rows of the gated rule that lead to each way to come by a threshold.
 BY_PASS = {"same_pass": "sign_adam_pp-delayed", "pass_before": "sign_adam_pp-adaptive"}
@@ -68,18 +68,29 @@ LARGE = (
 GROUPS: tuple[dict[str, Any], ...] = ({}, {"lr": 0.003}, {"lr": 0.1, "weight_decay": 0.0, "maximize": True})
 
 
-def case_of(kernel: KernelName) -> Case:
-    """A step that launches a kernel."""
+DTYPES = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
+
+
+def case_of(kernel: KernelName, given: tuple[Given, ...] = (Given(),)) -> Case:
+    """A step that launches a kernel: of one for any form by gradients of another dtype, which no other serves."""
     (name,) = (name for name, rule in FUNCTORS.items() if rule.struct == kernel.functor)
     row = ROWS[BY_PASS.get(kernel.threshold_pass, name)]
     own: dict[str, Any] = {**row.hyperparameters, "lr": 0.01, "weight_decay": 0.1}
-    dtype = FP32
+    observes = kernel.storage == "with_statistics"
+    if kernel.forms is not None:
+        dtype = DTYPES[kernel.forms.param]
+        own["param_storage"] = kernel.forms.param_storage
+        if row.state_dtypes:
+            own["state_dtype"] = kernel.forms.exp_avg.replace("block8", "int8")
+        return Case(kernel_label(kernel), row.optimizer, own, dtype, observes, given)
+    dtype, grad_dtype = FP32, BF16
     if kernel.storage == "any":
-        dtype = BF16
+        dtype, grad_dtype = BF16, FP32
         own["param_storage"] = "stochastic"
         if row.state_dtypes:
             own["state_dtype"] = "int8" if "int8" in row.state_dtypes else "bf16"
-    return Case("-".join(kernel[:3]), row.optimizer, own, dtype, kernel.storage == "with_statistics")
+    given = tuple(replace(each, grad_dtype=grad_dtype) for each in given)
+    return Case("-".join(kernel[:3]), row.optimizer, own, dtype, observes, given)
 
 
 @pytest.fixture(scope="module")
@@ -105,25 +116,25 @@ def test_kernels_are_all(texts: dict[Any, str]) -> None:
 def test_every_instruction_is_known(texts: dict[Any, str]) -> None:
     """Of all kernels and all their basic blocks, whether executed or not; of votes too."""
     for text in texts.values():
-        program(text, 256).translate()
+        program(text, 256).check()
 
 
 def each(kernels: list[KernelName]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("kernel", kernels, ids=["-".join(kernel[:3]) for kernel in kernels])
+    ids = ["-".join([kernel_label(kernel), *kernel[1:3]]) for kernel in kernels]
+    return pytest.mark.parametrize("kernel", kernels, ids=ids)
 
 
 #: Sectors of 32 bytes that the accesses of a warp to a full, aligned chunk touch, over those that they need: by bytes
 #: of an element, or by what lies beside a parameter. A piece of 8 fp32 is read and written in two accesses of
 #: 16 bytes, so that those of a warp have every other half of a sector.
-SECTORS: dict[int | str, float] = {4: 2.0, 2: 1.0, 1: 1.0, "residual": 1.0}
-#: Turns that the accesses of a block to banks of shared memory take, over those without conflicts: the lanes of
-#: a threshold lie 128 bytes apart from thread to thread, and the statistics are structures.
+SECTORS: dict[int | str, float] = {4: 2.0, 2: 1.0, 1: 1.0, "split8": 1.0, "split16": 2.0, "master": 4.0}
+#: Turns that the accesses of a block to banks of shared memory take, over those without conflicts.
 BANKS = {
     ("none", False): (0, 0),
-    ("none", True): (3268, 1667),
-    ("same_pass", False): (5646, 1044),
-    ("same_pass", True): (8914, 2711),
-    ("pass_before", False): (5646, 1044),
+    ("none", True): (708, 387),
+    ("same_pass", False): (1296, 644),
+    ("same_pass", True): (2004, 1031),
+    ("pass_before", False): (1296, 644),
 }
 
 
@@ -131,7 +142,7 @@ BANKS = {
 @pytest.mark.thorough
 @each(KERNELS)
 def test_cuda(kernel: KernelName, library: ctypes.CDLL, texts: dict[Any, str]) -> None:
-    case = replace(case_of(kernel), given=SMALL, groups=GROUPS[:2], on_device=KERNELS.index(kernel) % 2 == 1)
+    case = replace(case_of(kernel, SMALL), groups=GROUPS[:2], on_device=KERNELS.index(kernel) % 2 == 1)
     step = Step(case)
     launches = step.cuda(library)
     assert kernel in {launch.kernel for launch in launches}
@@ -146,7 +157,8 @@ def test_cuda(kernel: KernelName, library: ctypes.CDLL, texts: dict[Any, str]) -
         if not name[0].isdigit()
     }
     assert coalescing == {
-        (name, way): SECTORS["residual" if name == "residual" else sizes[name]] for name, way in coalescing
+        (name, way): SECTORS[case.hyperparameters["param_storage"] if name == "residual" else sizes[name]]
+        for name, way in coalescing
     }
 
 
@@ -281,7 +293,7 @@ MUTATIONS: dict[str, tuple[KernelName, Callable[[str], Iterator[str]], str]] = {
         edits(r"^(shfl\.sync\.bfly\.b32\s+[^,]+,[^,]+, )[^,]+,", r"\g<1>4,"),
         UNEQUAL,
     ),
-    "a missing barrier": (GATHERING, edits(r"^bar\.sync\s+0;", ""), "a race at byte .* of shared memory"),
+    "a missing barrier": (GATHERING, edits(r"^bar\.(?:warp\.)?sync\s+\S+;", ""), "a race at byte .* of shared memory"),
     "a missing fence": (GATHERING, edits(r"^membar\.gl;|^fence\.acq_rel\.gpu;", ""), "a race at byte .* of sums"),
     "a store left out in shared memory": (
         GATHERING,
@@ -331,7 +343,7 @@ def outcome(step: Step, run: Callable[[], None]) -> str:
 def test_mutations_are_found(name: str, library: ctypes.CDLL, texts: dict[Any, str]) -> None:
     """One of the first edits of each kind is."""
     kernel, edit, expected = MUTATIONS[name]
-    case = replace(case_of(kernel), given=(Given(), Given(33, offset=1, grad_offset=1), Given(16385)))
+    case = case_of(kernel, (Given(), Given(33, offset=1, grad_offset=1), Given(16385)))
     seen = set()
     for text in itertools.islice(edit(texts[kernel]), TRIES):
         step = Step(case)

@@ -262,6 +262,7 @@ class _Recorder:
     buckets: list[Bucket] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     launching: int = 0
+    arrivals: list[Tensor] = field(default_factory=list)
     name: str = "recorder"
 
     def unusable(self, device: torch.device | None) -> None:
@@ -303,6 +304,8 @@ class _Recorder:
         """Adds the memory of tensors to what may be touched, but not of those that share it with an earlier one."""
         for name, tensor in tensors.items():
             if tensor is not None and tensor.numel() > 0:
+                if name.startswith("arrivals"):
+                    self.arrivals.append(tensor)
                 size = tensor.numel() * tensor.element_size()
                 if all(tensor.data_ptr() != region.address for region in self.regions):
                     facts = (streamed, tensor.element_size(), writable, defined)
@@ -344,6 +347,7 @@ class Step:
         self.case = case
         self.regions: list[Region] = []
         self._buckets: list[Bucket] | None = None
+        self._arrivals: list[Tensor] = []
         pairs = [pair(given) for given in case.given]
         optimizers = []
         for own in zip(*pairs, strict=True):
@@ -381,7 +385,7 @@ class Step:
         return _tensors(self._expected_params, self._expected_optimizer)
 
     def unequal(self) -> list[str]:
-        """Names of those that are not, bit for bit, as the CPU backend has left them.
+        """Names of those that are not, bit for bit, as the CPU backend has left them; "arrivals" where a count is left.
 
         "chunk_statistics" are sums of doubles in an order of the kernel's own, and may be off by 1e-12 of their value.
         """
@@ -396,6 +400,7 @@ class Step:
             if not same_bits(ours[name], theirs[name], nan):
                 found.append(name)
         assert self._buckets is not None
+        found += ["arrivals"] * any(bool(counts.any()) for counts in self._arrivals)
         if self.case.observes:
             expected = [bucket for bucket, _ in self._expected_optimizer.runtime.plan.launches]
             by_entry = [_statistics_of(buckets) for buckets in (self._buckets, expected)]
@@ -415,7 +420,7 @@ class Step:
             for group in self.optimizer.param_groups:
                 group["backend"] = "auto"
             self.optimizer.step()
-        self.regions, self._buckets = recorder.regions, recorder.buckets
+        self.regions, self._buckets, self._arrivals = recorder.regions, recorder.buckets, recorder.arrivals
 
     def cuda(self, library: ctypes.CDLL) -> list[CudaLaunch]:
         """What the CUDA backend launches.

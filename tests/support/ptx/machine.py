@@ -11,7 +11,7 @@ import numpy as np
 
 from .memory import SHARED_BASE, Fault, Memory, Region
 from .parser import Unknown, parse
-from .races import Order
+from .races import MOST_BLOCKS, Order
 from .translate import Translator
 
 Array = np.ndarray
@@ -98,14 +98,14 @@ class Program:
             found = self._functions[number] = self._translator.translate(self.kernel.blocks[number])
         return found
 
-    def translate(self) -> None:
-        """Translates all of the kernel, of which a launch needs a part.
+    def check(self) -> None:
+        """Looks at all of the kernel, of which a launch needs a part.
 
         Raises:
             Unknown: an instruction of the kernel is.
         """
-        for number in range(len(self.kernel.blocks)):
-            self.function(number)
+        for block in self.kernel.blocks:
+            self._translator.source(block)
 
     def line(self, site: int) -> str:
         instruction = self._translator.instructions[site]
@@ -133,6 +133,8 @@ class Program:
             Fault: the launch does what none may do.
             Unknown: it needs what the emulator lacks.
         """
+        if races and grid > MOST_BLOCKS:
+            raise Unknown(f"races among {grid} blocks")
         if len(parameters) != len(self.parameters):
             raise Fault(f"{self.kernel.name} takes {len(self.parameters)} bytes of parameters, not {len(parameters)}")
         self.parameters[:] = np.frombuffer(parameters, np.uint8)

@@ -29,6 +29,8 @@ RELEASE_AT = THREAD_BITS
 WARP_AT = RELEASE_AT + RELEASE_BITS
 PHASE_AT = WARP_AT + WARP_BITS
 BLOCK_AT = PHASE_AT + PHASE_BITS
+#: Of a grid, so that stamps can tell them apart.
+MOST_BLOCKS = (1 << (64 - BLOCK_AT)) - 2
 MANY_OF_WARP, MANY = 2048, 4095
 #: The bits of the thread; all set they are MANY.
 _THREAD = U64(MANY)

@@ -78,8 +78,14 @@ class Translator:
             self.space[name].flags.writeable = False
         return self.constants[key]
 
+    def source(self, block: BasicBlock) -> str:
+        """The function of a basic block as text."""
+        return _Writer(self, block).source()
+
     def translate(self, block: BasicBlock) -> Callable[..., Any]:
-        return _Writer(self, block).function()
+        exec(compile(self.source(block), f"<{self.kernel.name[-60:]}>", "exec"), self.space)
+        made: Callable[..., Any] = self.space["f"]
+        return made
 
 
 def _names(operand: str | tuple[str, ...]) -> list[str]:
@@ -136,7 +142,7 @@ class _Writer:
         self.changed: set[str] = set()
         self.count = 0
 
-    def function(self) -> Callable[..., Any]:
+    def source(self) -> str:
         for instruction in self.block.instructions:
             self.instruction(instruction)
         result = "None"
@@ -155,11 +161,7 @@ class _Writer:
             self.lines.append("else:")
             self.lines += [f"    R[{place}] = where(m, {value}, R[{place}])" for place, value in values.items()]
         body = "\n".join(f"    {line}" for line in [*self.lines, f"return {result}"])
-        source = f"def f(T, R, m):\n{body}\n"
-        space = self.t.space
-        exec(compile(source, f"<{self.t.kernel.name[-60:]}>", "exec"), space)
-        made: Callable[..., Any] = space["f"]
-        return made
+        return f"def f(T, R, m):\n{body}\n"
 
     # Values.
 
