@@ -126,12 +126,28 @@ def launch_library(folder: Path) -> ctypes.CDLL:
     return found
 
 
+def teach_bf16(emulator: Any) -> None:
+    """What packs two floats as bf16, to nearest even, in an emulator that knows of fp16 alone."""
+    _, packs_fp16 = emulator.OPERATIONS["F2FP"]
+
+    def narrow(bits: int) -> int:
+        return 0x7FFF if bits & 0x7FFFFFFF > 0x7F800000 else (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+    def packs(d: Any) -> Any:
+        if not d.has("BF16"):
+            return packs_fp16(d)
+        return d.result(d.register(0), lambda high, low: narrow(high) << 16 | narrow(low), d.float(1), d.float(2))
+
+    emulator.operation("ALU", "F2FP")(packs)
+
+
 class Executor:
     """Runs the launches of cases through ``sass.emulator`` in a folder."""
 
     def __init__(self, modules: Sequence[Path], emulator: Path, folder: Path) -> None:
         sys.path[:0] = [str(emulator), str(ROOT / "tests")]
         self.emulator = importlib.import_module("sass.emulator")
+        teach_bf16(self.emulator)
         self.timing = importlib.import_module("sass.timing")
         self.launches = importlib.import_module("support.launches")
         self.library = launch_library(folder)
@@ -221,7 +237,10 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None:
         report = {
             **machine.facts(),
-            "command": machine.command("bench.instructions", ["--device", "cuda", "--out", str(options.out)]),
+            "command": machine.command(
+                "bench.instructions",
+                ["--device", "cuda", "--emulator", str(options.emulator), "--out", str(options.out)],
+            ),
             "target": TARGET,
             **made,
         }

@@ -33,11 +33,8 @@ int main(int, char** arguments) {
     slice.rng_keys = RngKey::of(0, 0, static_cast<uint64_t>(t) + 1);
     if (draws_only) {
       U seen{};
-      const RngSubkey keys = RngSubkey::of(slice.rng_keys, 0);
-      for (int i = 0; i < chunk_size; i += group) {
-        const GroupBits r = GroupBits::of(keys, static_cast<uint32_t>(i) / 2);
-        seen ^= r.word[0] ^ r.word[1];
-      }
+      PairBits bits(RngSubkey::of(slice.rng_keys, 0), 0);
+      for (int i = 0; i < chunk_size; i += 2 * width) seen ^= bits.next();
       sum ^= seen[0];
     } else {
       update_chunk<SignAdamPP>(slice, s, 0.0f, nullptr);

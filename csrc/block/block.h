@@ -2,6 +2,8 @@
 // waits for them, so the very text that a GPU executes also runs on the host, thread by thread, under sanitizers.
 #pragma once
 
+#include <type_traits>
+
 #include "../core/rules.h"
 #include "../core/step_statistics.h"
 #include "../core/threshold.h"
@@ -45,16 +47,18 @@ SIGNADAM_HD void make_effective(const Scalars& s, const float* p, float* g) {
   }
 }
 
-// The elements of a piece in registers, given the effective gradient: summed into the thread's lanes, updated, or both.
-template <class Rule, ThresholdPass threshold_pass>
+// The elements of a piece in registers: summed into the thread's lanes, updated, or both. `is_effective`: whether the
+// gradient is what `make_effective` leaves; otherwise each element's is made where it is used, in fewer registers.
+template <class Rule, ThresholdPass threshold_pass, bool is_effective>
 SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece, float* p, const float* g, float* m,
                               float* v, float* x, Sums* lanes) {
+  const auto effective = [&](int i) { return is_effective ? g[i] : effective_gradient(s, p[i], g[i]); };
   if constexpr (threshold_pass != ThresholdPass::none) {
     const auto sum = [&](bool steers) {
       SIGNADAM_UNROLL
       for (int i = 0; i < piece_size; ++i) {
         const int k = i - piece.offset;
-        if (k >= 0 && k < piece.count) add(lanes[i], steers, alpha, g[i]);
+        if (k >= 0 && k < piece.count) add(lanes[i], steers, alpha, effective(i));
       }
     };
     if (s.steers)
@@ -65,7 +69,7 @@ SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece,
   SIGNADAM_UNROLL
   for (int i = 0; i < piece_size; ++i) {
     if constexpr (threshold_pass != ThresholdPass::pass_before)
-      apply_effective<Rule>(s, alpha, p[i], g[i], m[i], v[i], x[i]);
+      apply_effective<Rule>(s, alpha, p[i], effective(i), m[i], v[i], x[i]);
   }
 }
 
@@ -74,7 +78,8 @@ template <class Rule, ThresholdPass threshold_pass>
 SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
   constexpr bool updates = threshold_pass != ThresholdPass::pass_before;
   constexpr int moments = updates ? Rule::moments : 0;
-  constexpr int in_flight = pieces_in_flight<Rule, threshold_pass>;
+  // With a momentum in any dtype two would spill on sm_80 and sm_90.
+  constexpr int in_flight = moments > 0 ? 1 : pieces_in_flight<Rule, threshold_pass>;
 
   const int head = slice.tensor.head;
   const int pieces = pieces_of(slice.count, head);
@@ -107,8 +112,7 @@ SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float al
       if (reads_param) param.unpack(raw_p[u], p);
       if constexpr (moments > 0) exp_avg.unpack(raw_m[u], m);
       if constexpr (moments > 1) exp_avg_sq.unpack(raw_v[u], v);
-      make_effective(s, p, g);
-      update_piece<Rule, threshold_pass>(s, alpha, piece, p, g, m, v, none, lanes);
+      update_piece<Rule, threshold_pass, false>(s, alpha, piece, p, g, m, v, none, lanes);
       if constexpr (updates) param.store(piece, p);
       if constexpr (moments > 0) exp_avg.store(piece, m);
       if constexpr (moments > 1) exp_avg_sq.store(piece, v);
@@ -224,13 +228,14 @@ struct StoredSlice {
     if constexpr (moments > 0) exp_avg.unpack(raw.exp_avg, m);
     if constexpr (moments > 1) exp_avg_sq.unpack(raw.exp_avg_sq, v);
     if constexpr (aux) exp_third.unpack(raw.exp_third, x);
-    if (reads_param || kind == ChunkKind::any)
-      make_effective(s, p, g);
-    else if (s.maximize)
-      for (float& each : g) each = -each;
+    constexpr bool is_effective = kind != ChunkKind::any || observes;
+    if constexpr (is_effective && updates) make_effective(s, p, g);
+    if constexpr (is_effective && !updates)  // of full chunks, where decay is not coupled
+      if (s.maximize)
+        for (float& each : g) each = -each;
     Observer<(moments > 0)> observer;
     if constexpr (observes) observer.before(alpha, piece, g, m, own);
-    update_piece<Rule, threshold_pass>(s, alpha, piece, p, g, m, v, x, lanes);
+    update_piece<Rule, threshold_pass, is_effective>(s, alpha, piece, p, g, m, v, x, lanes);
     if constexpr (observes) observer.after(piece, m, own);
     if constexpr (updates) {
       if constexpr (sums) r = rng_keys.at<kind>(piece);
@@ -473,8 +478,9 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
   Forms::fix(slice.tensor.formats);
   const uint32_t index = table.tensor_of_chunk[chunk];
   const Scalars& kept = step.scalars[step.scalar_indices[index]];
-  // In registers: a scalar that is read where it lies is read again after every store.
-  const Scalars s = kept;
+  // Where they lie, scalars are read again after every store; in registers there is room for them in a kernel for fixed
+  // forms only.
+  std::conditional_t<Forms::fixed, const Scalars, const Scalars&> s = kept;
   const float alpha = threshold_pass == ThresholdPass::pass_before ? 0.0f : threshold(slice.tensor, s);
 
   ChunkStatistics* shares = nullptr;

@@ -30,6 +30,12 @@ SIGNADAM_HD F gated_sign(F g, float alpha) {
   return (g > alpha ? 1.0f : 0.0f) - (g < -alpha ? 1.0f : 0.0f);
 }
 
+// size * gated_sign(g, alpha), size finite and not negative. Vectors of a processor may have a shorter way.
+template <class F>
+struct GatedStep {
+  static SIGNADAM_HD F of(float size, F g, float alpha) { return size * gated_sign(g, alpha); }
+};
+
 // Correctly rounded on both sides: -prec-sqrt and -prec-div are nvcc's defaults, IEEE the host's.
 template <class F>
 SIGNADAM_HD F square_root(F x) {
@@ -82,7 +88,7 @@ struct SignSGD : Traits {
   static constexpr int moments = 0;
   template <class F>
   static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F&, F&, F&) {
-    p = p - s.lr * gated_sign(g, alpha);
+    p = p - GatedStep<F>::of(s.lr, g, alpha);
   }
 };
 
@@ -92,7 +98,7 @@ struct Signum : Traits {
   template <class F>
   static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
     m = s.beta1 * m + s.one_minus_beta1 * g;
-    p = p - s.lr * sign(m);
+    p = p - GatedStep<F>::of(s.lr, m, 0.0f);
   }
 };
 
@@ -118,7 +124,7 @@ struct SignAdamAnalytic : Traits {
   static constexpr bool divides = true;
   template <class F>
   static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
-    m = s.beta1 * m + s.one_minus_beta1 * sign(g);
+    m = s.beta1 * m + GatedStep<F>::of(s.one_minus_beta1, g, 0.0f);
     p = p - s.lr * m / s.denominator;
   }
 };
@@ -129,7 +135,7 @@ struct SignAdamPP : Traits {
   static constexpr bool bounded = true;
   template <class F>
   static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F& m, F&, F&) {
-    m = s.beta1 * m + s.one_minus_beta1 * gated_sign(g, alpha);
+    m = s.beta1 * m + GatedStep<F>::of(s.one_minus_beta1, g, alpha);
     p = p - s.lr * m;
   }
 };
@@ -277,7 +283,7 @@ struct Lion : Traits {
   template <class F>
   static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
     const F u = s.beta1 * m + s.one_minus_beta1 * g;
-    p = p - s.lr * sign(u);
+    p = p - GatedStep<F>::of(s.lr, u, 0.0f);
     m = s.beta2 * m + s.one_minus_beta2 * g;
   }
 };

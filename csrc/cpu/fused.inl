@@ -161,6 +161,34 @@ SIGNADAM_HD U swap_bytes(U x) {
 
 #endif
 
+}  // namespace
+}  // namespace signadam::cpu::SIGNADAM_ISA
+
+namespace signadam {
+
+// The size with the gradient's sign, or 0: no product, and one comparison.
+template <>
+struct GatedStep<cpu::SIGNADAM_ISA::V> {
+  using V = cpu::SIGNADAM_ISA::V;
+  using U = cpu::SIGNADAM_ISA::U;
+  static SIGNADAM_HD V of(float size, V g, float alpha) {
+    const U bits = cpu::SIGNADAM_ISA::as<U>(g), sizes = cpu::SIGNADAM_ISA::as<U>(V{} + size);
+    const V magnitude = cpu::SIGNADAM_ISA::as<V>(bits & 0x7fffffffu);
+#if defined(__AVX512BW__)
+    const __mmask16 passes = _mm512_cmp_ps_mask(magnitude, V{} + alpha, _CMP_GT_OQ);
+    return cpu::SIGNADAM_ISA::as<V>(_mm512_maskz_ternarylogic_epi32(
+        passes, reinterpret_cast<__m512i>(bits), _mm512_set1_epi32(INT32_MAX), reinterpret_cast<__m512i>(sizes), 0x9a));
+#else
+    return cpu::SIGNADAM_ISA::as<V>(cpu::SIGNADAM_ISA::as<U>(magnitude > alpha) & ((bits & ~0x7fffffffu) ^ sizes));
+#endif
+  }
+};
+
+}  // namespace signadam
+
+namespace signadam::cpu::SIGNADAM_ISA {
+namespace {
+
 // The random halves of a group: two vectors of words, each the 16 bits of 2 * width elements in order.
 struct GroupBits {
   U word[2];
@@ -185,14 +213,16 @@ struct GroupBits {
   SIGNADAM_HD GroupBits complement() const { return {{~word[0], ~word[1]}}; }
 };
 
+SIGNADAM_HD V load_vector(const void* base, Format format, int64_t index) {
+  if (format == Format::fp32) return *reinterpret_cast<const Loose*>(static_cast<const float*>(base) + index);
+  return as<V>(widen_halves(load_half(static_cast<const uint16_t*>(base) + index)) << 16);
+}
+
 SIGNADAM_HD void load_group(const void* base, Format format, int64_t index, V* x) {
-  if (format == Format::fp32) {
-    const float* from = static_cast<const float*>(base) + index;
-    for (int k = 0; k < 4; ++k) x[k] = *reinterpret_cast<const Loose*>(from + k * width);
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(base) + index;
-    for (int k = 0; k < 4; ++k) x[k] = as<V>(widen_halves(load_half(from + k * width)) << 16);
-  }
+  if (format == Format::fp32)
+    for (int k = 0; k < 4; ++k) x[k] = load_vector(base, Format::fp32, index + k * width);
+  else
+    for (int k = 0; k < 4; ++k) x[k] = load_vector(base, Format::bf16, index + k * width);
 }
 
 SIGNADAM_HD void store_fp32(void* base, int64_t index, const V* x) {
@@ -249,6 +279,12 @@ SIGNADAM_HD void store_moment_group(void* base, Format format, int64_t index, co
     pack_int2(to, bytes);
 }
 
+// Whether GatedStep takes these: every lr, beta and threshold that an optimizer lets through.
+SIGNADAM_HD bool takes(const Scalars& s, float alpha) {
+  constexpr float largest = 0x1p+100f;
+  return s.lr >= 0.0f && s.lr < largest && s.one_minus_beta1 >= 0.0f && s.one_minus_beta1 < largest && alpha >= 0.0f;
+}
+
 // Whether every operand has a form that goes by groups, and one pair of keys serves the chunk, which is one run.
 SIGNADAM_HD bool goes_by_groups(const Slice& slice, int moments) {
   const auto wide = [](Format format) { return format == Format::fp32 || format == Format::bf16; };
@@ -264,7 +300,7 @@ SIGNADAM_HD bool goes_by_groups(const Slice& slice, int moments) {
 template <class Rule>
 int update_groups(const Slice& slice, const Scalars& scalars, float alpha) {
   static_assert(!has_third<Rule>);
-  if (!goes_by_groups(slice, Rule::moments)) return 0;
+  if (!goes_by_groups(slice, Rule::moments) || !takes(scalars, alpha)) return 0;
   // Local copies cannot alias the tensors, so they stay in registers.
   const Scalars s = scalars;
   const TensorEntry tensor = slice.tensor;

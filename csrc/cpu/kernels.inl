@@ -7,6 +7,7 @@
 // GCC's own header leaves the lanes that AVX-512's unmasked forms do not use undefined, and warns of it.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -87,33 +88,49 @@ const float* widened(const void* base, Format format, int64_t index, float* scra
   return scratch;
 }
 
+// Sums of every 16th element, of the statistics of a block.
+constexpr int observed_lanes = 16;
+struct ObservedLanes {
+  double passed[observed_lanes], squares[observed_lanes], passed_squares[observed_lanes], flips[observed_lanes],
+      magnitudes[observed_lanes];
+};
+
 #include "stored.inl"
 #if defined(__AVX2__)
+// Each uses what comes before it.
+
 #include "fused.inl"
+
+#include "pairs.inl"
+
+#include "doubles.inl"
 #endif
 
 // The statistics of a block: the gradient as the gate sees it, and the momentum before and after the step. Sums of
 // every 16th element are independent, so that compilers make vectors of them.
 void observe_block(const float* SIGNADAM_RESTRICT g, float alpha, const float* SIGNADAM_RESTRICT before,
                    const float* SIGNADAM_RESTRICT after, int count, ChunkStatistics& to) {
-  constexpr int lanes = 16;
-  double passed[lanes] = {}, squares[lanes] = {}, passed_squares[lanes] = {}, flips[lanes] = {}, magnitudes[lanes] = {};
+  ObservedLanes lanes{};
   const auto observe = [&](int i, int lane) {
     ChunkStatistics one{};
     observe_gradient(one, g[i], alpha);
     if (after != nullptr) observe_momentum(one, before[i], after[i]);
-    passed[lane] += one.passed;
-    squares[lane] += one.squares;
-    passed_squares[lane] += one.passed_squares;
-    flips[lane] += one.flips;
-    magnitudes[lane] += one.magnitude;
+    lanes.passed[lane] += one.passed;
+    lanes.squares[lane] += one.squares;
+    lanes.passed_squares[lane] += one.passed_squares;
+    lanes.flips[lane] += one.flips;
+    lanes.magnitudes[lane] += one.magnitude;
   };
   int i = 0;
-  for (; i + lanes <= count; i += lanes)
-    for (int lane = 0; lane < lanes; ++lane) observe(i + lane, lane);
+#if defined(__AVX2__)
+  i = observe_rows(g, alpha, before, after, count, lanes);
+#endif
+  for (; i + observed_lanes <= count; i += observed_lanes)
+    for (int lane = 0; lane < observed_lanes; ++lane) observe(i + lane, lane);
   for (; i < count; ++i) observe(i, 0);
-  for (int lane = 0; lane < lanes; ++lane)
-    add(to, ChunkStatistics{passed[lane], squares[lane], passed_squares[lane], flips[lane], magnitudes[lane], 0.0});
+  for (int lane = 0; lane < observed_lanes; ++lane)
+    add(to, ChunkStatistics{lanes.passed[lane], lanes.squares[lane], lanes.passed_squares[lane], lanes.flips[lane],
+                            lanes.magnitudes[lane], 0.0});
 }
 
 // Elements of a full chunk that are updated in one half before the other has its turn.
@@ -156,9 +173,13 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, 
     arrays.m = load(tensor.exp_avg, formats.exp_avg, scratch_m, Rule::moments > 0);
     arrays.v = load(tensor.exp_avg_sq, formats.exp_avg_sq, scratch_v, Rule::moments > 1);
     arrays.x = load(tensor.aux, formats.aux, scratch_x, has_third<Rule>);
-    alignas(64) float effective[block_size], before[block_size];
+    alignas(64) float scratch_effective[block_size], before[block_size];
+    const float* effective = arrays.g;
     if (chunk_statistics != nullptr) {
-      for (int i = 0; i < count; ++i) effective[i] = effective_gradient(s, arrays.p[i], arrays.g[i]);
+      if (s.coupled || s.maximize) {
+        for (int i = 0; i < count; ++i) scratch_effective[i] = effective_gradient(s, arrays.p[i], arrays.g[i]);
+        effective = scratch_effective;
+      }
       if (Rule::moments > 0) std::memcpy(before, arrays.m, sizeof(float) * static_cast<std::size_t>(count));
     }
     update_block<Rule>(s, alpha, arrays, count);
@@ -185,7 +206,10 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, Chunk
     return update_fp32<Rule>(slice, s, alpha);
   int done = 0;
 #if defined(__AVX2__)
-  if constexpr (!has_third<Rule>) done = update_groups<Rule>(slice, s, alpha);
+  if constexpr (!has_third<Rule>) {
+    done = update_pairs<Rule>(slice, s, alpha);
+    if (done == 0) done = update_groups<Rule>(slice, s, alpha);
+  }
 #endif
   update_blocks<Rule>(slice, s, alpha, done, nullptr);
 }
@@ -207,6 +231,9 @@ Sums sum_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
   const TensorEntry& tensor = slice.tensor;
   const Format grad_format = tensor.formats.grad;
   alignas(64) double first[lane_count], second[lane_count];
+#if defined(__AVX2__)
+  if (sum_lanes(slice, s, alpha, first, second)) return {halve(first, lane_count), halve(second, lane_count)};
+#endif
   // Lanes that no element reaches are +0, and halving them away changes nothing.
   int lanes = lanes_together;
   while (lanes < lane_count && lanes < slice.count) lanes *= 2;

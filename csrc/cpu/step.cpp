@@ -35,12 +35,18 @@ const Kernels& choose() {
   throw std::runtime_error("SIGNADAM_CPU_CAPABILITY=" + std::string(wanted) + ": this processor runs " + names);
 }
 
-// Elements in a unit: worth waking a thread for; as long a run of memory as may be, for short ones cost bandwidth; and
-// few enough that the last unit does not keep the others waiting.
+// What a tensor costs besides its elements, in elements.
+constexpr int64_t tensor_cost = 128;
+
+// Elements in a unit: worth waking a thread for, which has gone to sleep while gradients were read and takes a tenth of
+// a millisecond or two; as long a run of memory as may be, for short ones cost bandwidth; and few enough that the last
+// unit does not keep the others waiting. All units are about as large: a small one at the end would wake a thread too.
 int64_t unit_size_for(int64_t elements) {
-  constexpr int64_t least = 32768, most = 524288, units = 64;
-  const int64_t size = elements / units;
-  return size < least ? least : size > most ? most : size;
+  constexpr int64_t least = 131072, most = 524288, units = 64;
+  int64_t size = elements / units;
+  size = size < least ? least : size > most ? most : size;
+  const int64_t count = elements / size;
+  return count <= 1 ? elements : (elements + count - 1) / count;
 }
 
 // The first lines of a chunk, for the sake of small tensors: they lie apart, and end before the processor's own
@@ -93,12 +99,13 @@ const Kernels& kernels() {
 
 std::vector<uint32_t> make_units(const TableView& table, uint32_t tensors, uint32_t chunks) {
   int64_t total = 0;
-  for (uint32_t i = 0; i < tensors; ++i) total += table.tensors[i].numel;
+  for (uint32_t i = 0; i < tensors; ++i) total += table.tensors[i].numel + tensor_cost;
   const int64_t unit_size = unit_size_for(total);
   std::vector<uint32_t> units{0};
   int64_t elements = 0;
   for (uint32_t i = 0; i < tensors; ++i) {
     const TensorEntry& tensor = table.tensors[i];
+    elements += tensor_cost;
     for (int64_t begin = 0; begin < tensor.numel; begin += chunk_size) {
       const int64_t left = tensor.numel - begin;
       elements += left < chunk_size ? left : chunk_size;

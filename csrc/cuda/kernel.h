@@ -73,19 +73,20 @@ struct DeviceBlock {
   }
 };
 
-// Blocks on a multiprocessor at a time. In any form, two moments beside an exponent that four threads share, and the
-// statistics, do not fit 128 registers: one block without spills.
-template <class Rule, Storage storage, class Forms>
-constexpr int blocks_at_once = !Forms::fixed && (storage == Storage::with_statistics ||
-                                                 (storage == Storage::any && Rule::moments > 1 && !Rule::bounded))
-                                   ? 1
-                                   : 2;
+// Blocks on a multiprocessor at a time. In any form, two moments, sums beside an update, and the statistics do not fit
+// 128 registers on every architecture: one block without spills.
+template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms>
+constexpr int blocks_at_once =
+    !Forms::fixed && (storage == Storage::with_statistics || threshold_pass == ThresholdPass::same_pass ||
+                      (storage == Storage::any && Rule::moments > 1))
+        ? 1
+        : 2;
 
 template <class Forms>
 using ArgumentsOf = LaunchArguments<Forms::fixed ? few_parameter_bytes : many_parameter_bytes>;
 
 template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms>
-__global__ void __launch_bounds__(threads_per_block, blocks_at_once<Rule, storage, Forms>)
+__global__ void __launch_bounds__(threads_per_block, blocks_at_once<Rule, threshold_pass, storage, Forms>)
     kernel(const __grid_constant__ ArgumentsOf<Forms> arguments) {
   const LaunchHeader& header = arguments.header;
   const unsigned char* bytes = header.step == nullptr ? arguments.step : header.step;

@@ -340,8 +340,13 @@ py::object GradientReader::read(const py::object& param_groups, const py::object
     grads_[i] = address_of(parameter);
   }
   std::unordered_set<PyObject*> negated;
-  for (PyObject* object : std::exchange(unsure_, {}))  // which may run Python code
-    if (is_negated(object)) negated.insert(object);
+  try {
+    for (PyObject* object : std::exchange(unsure_, {}))  // which may run Python code
+      if (is_negated(object)) negated.insert(object);
+  } catch (py::error_already_set&) {
+    forget_traces();
+    throw;
+  }
   const auto is_any = [&negated](const py::object& tensor) { return negated.count(tensor.ptr()) != 0; };
   if (!negated.empty()) {
     for (const auto* tensors : {&params_, &parts_, &state_tensors_})
@@ -359,6 +364,24 @@ py::object GradientReader::read(const py::object& param_groups, const py::object
 }
 
 bool GradientReader::unchanged() {
+  const bool is_unchanged = all_as_read();
+  bool negates = false;
+  try {
+    for (PyObject* object : std::exchange(unsure_, {})) negates = negates || is_negated(object);
+  } catch (py::error_already_set&) {
+    negates = true;
+  }
+  // Traces stand for tensors that are not negated: what was seen on the way is asked again.
+  if (!is_unchanged || negates) forget_traces();
+  return is_unchanged && !negates;
+}
+
+void GradientReader::forget_traces() {
+  for (Parameter& parameter : parameters_) parameter.param.trace = parameter.grad_trace = {};
+  for (StateEntry& entry : entries_) entry.tensor.trace = {};
+}
+
+bool GradientReader::all_as_read() {
   for (std::size_t i = 0; i < params_.size(); ++i) {
     if (!grad_objects_[i]) continue;
     Parameter& parameter = parameters_[i];
@@ -370,7 +393,6 @@ bool GradientReader::unchanged() {
     for (std::size_t e = parameter.first_entry; e < parameter.end_entry && e < state_tensors_.size(); ++e)
       if (!same(state_tensors_[e].ptr(), entries_[e].tensor)) return false;
   }
-  unsure_.clear();
   return true;
 }
 

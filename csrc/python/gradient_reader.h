@@ -124,6 +124,9 @@ class GradientReader {
   // Whether a tensor is as noted, and a gradient may be read where it lies: it is looked at where it has changed.
   bool same(PyObject* object, Noted& noted);
   bool usable(PyObject* grad, Parameter& parameter);
+  bool all_as_read();
+  // The next look at each tensor asks torch.
+  void forget_traces();
   bool find_parameters(const py::object& param_groups);
   bool find_states(PyObject* state);
   static PyObject* find(PyObject* own, StateEntry& entry);

@@ -1,7 +1,9 @@
 #include "torch_objects.h"
 
 #include <algorithm>
+#include <map>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -137,28 +139,29 @@ void TorchObjects::find_versions(const py::list& samples) {
   }
 }
 
-// Of two views of a sample, one of them lazily negated, one word differs by one bit, the same for all samples.
+// Of two views of a sample, one of them lazily negated, one word differs by one bit, the same for all samples. Of two
+// that are not negated it is the same, unlike addresses; all views stay, so that no address comes twice.
 void TorchObjects::find_negation(const py::list& samples) {
   const py::object negated_view = py::module_::import("torch").attr("_neg_view");
-  std::vector<std::vector<uint64_t>> differences;
+  std::vector<py::object> views;
+  std::map<std::size_t, uint64_t> bits;  // by place
   for (const auto& tensor : samples) {
-    const py::object same = tensor.attr("detach")(), negated = negated_view(same);
-    std::vector<uint64_t> words;
-    for (std::size_t at = storage_at_; at + sizeof(uint64_t) <= storage_at_ + tensor_bytes_; at += sizeof(uint64_t))
-      words.push_back(word_at<uint64_t>(Sample::object_of(same), at) ^
-                      word_at<uint64_t>(Sample::object_of(negated), at));
-    differences.push_back(std::move(words));
+    const py::object one = tensor.attr("detach")(), other = tensor.attr("detach")(), negated = negated_view(one);
+    const bool is_first = views.empty();
+    views.insert(views.end(), {one, other, negated});
+    std::map<std::size_t, uint64_t> found;
+    for (std::size_t at = storage_at_; at + sizeof(uint64_t) <= storage_at_ + tensor_bytes_; at += sizeof(uint64_t)) {
+      const auto word = [at](const py::object& view) { return word_at<uint64_t>(Sample::object_of(view), at); };
+      const uint64_t difference = word(one) ^ word(negated);
+      const bool is_one_bit = difference != 0 && (difference & (difference - 1)) == 0;
+      if (is_one_bit && word(one) == word(other) && (is_first || (bits.count(at) != 0 && bits.at(at) == difference)))
+        found[at] = difference;
+    }
+    bits = std::move(found);
   }
-  std::vector<std::size_t> found;
-  for (std::size_t i = 0; i < differences[0].size(); ++i) {
-    const uint64_t bit = differences[0][i];
-    const auto is_same = [&](const std::vector<uint64_t>& words) { return words[i] == bit; };
-    if (bit != 0 && (bit & (bit - 1)) == 0 && std::all_of(differences.begin(), differences.end(), is_same))
-      found.push_back(i);
-  }
-  if (found.size() != 1) return;
-  negation_at_ = storage_at_ + found[0] * sizeof(uint64_t);
-  negation_ = differences[0][found[0]];
+  if (bits.size() != 1) return;
+  negation_at_ = bits.begin()->first;
+  negation_ = bits.begin()->second;
 }
 
 Trace TorchObjects::trace(PyObject* tensor, int64_t dim) const {

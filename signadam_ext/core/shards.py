@@ -67,10 +67,13 @@ def local(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
+        # What a collective still writes is a tensor of torch's own class, to be waited for. The one that it wraps takes
+        # its place, so that a step finds the part of a parameter where it lay when the plan was made.
+        wait = getattr(tensor._local_tensor, "wait", None)  # type: ignore[attr-defined]
+        if wait is not None:
+            tensor._local_tensor = wait()  # type: ignore[attr-defined]
         part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    # What a collective still writes is a tensor of torch's own class, to be waited for.
-    wait = getattr(part, "wait", None)
-    return part if wait is None else wait()
+    return part
 
 
 def is_flattened(param: Tensor) -> bool:

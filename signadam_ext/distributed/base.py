@@ -16,6 +16,7 @@ from ..backends import votes
 from ..backends.votes import Casting, VoteKernels, VoteTable, words_of
 from ..core import checks, hyperparameters, shards, tensors
 from ..core.dynamo import untraced
+from ..core.formats import outside_inference_mode
 from ..core.memory_order import is_dense, order_of, restrided, same_strides
 from ..core.options import BACKENDS
 from ..core.random_bits import tensor_keys
@@ -229,11 +230,12 @@ class DistributedOptimizer(Optimizer):
 
     def _state_of(self, voter: _Voter) -> dict[str, Any]:
         state = self.state[voter.param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float64)
-            state["exp_avg"] = torch.zeros_like(voter.param, dtype=torch.float32)
-        elif not same_strides(state["exp_avg"], voter.param.stride()):
-            state["exp_avg"] = restrided(state["exp_avg"], voter.param)  # the parameter has been laid out anew
+        with outside_inference_mode():  # which later steps may be
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float64)
+                state["exp_avg"] = torch.zeros_like(voter.param, dtype=torch.float32)
+            elif not same_strides(state["exp_avg"], voter.param.stride()):
+                state["exp_avg"] = restrided(state["exp_avg"], voter.param)  # the parameter has been laid out anew
         return state
 
     def _laid_out(self, voters: Sequence[_Voter]) -> tuple[list[int], int]:
@@ -287,11 +289,13 @@ class DistributedOptimizer(Optimizer):
                 tensors.moment(f"parameter {number}", "exp_avg", saved[number].get("exp_avg"), param.cpu())
                 checks.steps_taken(f"parameter {number}", saved[number].get("step"))
         super().load_state_dict(state_dict)
-        for param, number in pairs:
-            if number in saved:
-                momentum = torch.zeros_like(param, dtype=torch.float32)
-                self.state[param]["exp_avg"] = momentum.copy_(saved[number]["exp_avg"])
-                self.state[param]["step"] = torch.as_tensor(saved[number]["step"], dtype=torch.float64).cpu().clone()
+        with outside_inference_mode():
+            for param, number in pairs:
+                if number in saved:
+                    own = saved[number]
+                    momentum = torch.zeros_like(param, dtype=torch.float32)
+                    self.state[param]["exp_avg"] = momentum.copy_(own["exp_avg"])
+                    self.state[param]["step"] = torch.as_tensor(own["step"], dtype=torch.float64).cpu().clone()
         self._begin()  # which compares workers again
 
     def __getstate__(self) -> dict[str, Any]:

@@ -272,9 +272,14 @@ class PythonReader(Addresses):
         self._known_memory = {}
 
 
-@functools.cache
 def _shim() -> Any | None:
     """torch's C shim, or None where this torch does not have what is needed of it."""
+    # Inside a transform of torch.func samples would be its own tensors. No step is taken there.
+    return None if torch._C._functorch.peek_interpreter_stack() is not None else _shim_of_torch()
+
+
+@functools.cache
+def _shim_of_torch() -> Any | None:
     name = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     path = os.path.join(os.path.dirname(torch.__file__), "lib", name)
     # Real ones, whatever modes their user is in, of sizes and versions by which they are told apart.

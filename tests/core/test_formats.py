@@ -279,6 +279,30 @@ def test_block_scaled_momentum_keeps_tiny_values():
         assert back.abs().amax() > 0
 
 
+#: The largest magnitude of a block: where codes saturate, where exponents end, and what is no number.
+EDGES = (0.0, 1e-45, 1e-39, 2.0**-126, 1e-20, 1.0, 127.0, 127.5, 2.0**125, 2.0**126, 3e38, math.inf, math.nan)
+
+
+@pytest.mark.parametrize("options", [{}, {"maximize": True}, {"weight_decay": 0.5, "decoupled_weight_decay": False}])
+def test_blocks_of_any_size_have_the_bits_of_the_reference(options):
+    """Blocks of each edge beside each other, which the kernels take two at a time."""
+    pairs = [edge for two in product(EDGES, repeat=2) for edge in two]
+    sizes = torch.tensor(pairs)[:, None].expand(-1, formats.RUN).reshape(-1)
+    grad = (torch.rand(sizes.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1) * sizes
+    after = []
+    for backend in BACKENDS:
+        p = parameter(sizes.shape)
+        optimizer = signadam_ext.Signum(
+            [p], lr=1e-2, beta=0.5, state_dtype="int8", param_storage="stochastic", backend=backend, **options
+        )
+        for turn in range(3):
+            p.grad = grad.roll(turn * formats.RUN).to(p.dtype)
+            optimizer.step()
+        after.append((p.detach(), optimizer.state[p]))
+    assert same_bits(after[0][0], after[1][0])
+    assert equal_states(after[0][1], after[1][1])
+
+
 @pytest.mark.parametrize("param_storage", SPLITS)
 def test_split_weights_are_put_together_again(param_storage):
     generator = torch.Generator().manual_seed(0)

@@ -52,6 +52,16 @@ def test_parameters_stay_equal_on_all_workers_over_hundreds_of_steps(ranks, name
         assert equal and last < first / 10
 
 
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
+@pytest.mark.parametrize("name", ("DistributedLion", "DistributedSignAdamPP"))
+def test_autograd_notices_that_a_step_has_written(ranks, name, backend):
+    assert ranks(2).run(voting.notices_a_step, name, backend) == [True, True]
+
+
+def test_a_first_step_in_inference_mode_leaves_state_for_later_ones(ranks):
+    assert ranks(2).run(voting.steps_in_inference_mode, "DistributedLion") == [True, True]
+
+
 @pytest.mark.parametrize("name", ("DistributedLion", "DistributedSignum", "DistributedSignAdamPP"))
 def test_a_resumed_run_ends_where_an_undisturbed_one_ends(ranks, name):
     options = {"lr": 0.01, "param_storage": "stochastic"}

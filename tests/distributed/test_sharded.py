@@ -274,6 +274,11 @@ def test_a_step_beside_frozen_dtensors_and_a_parameter_without_dimensions(ranks)
     assert ranks(2).run(sharded.step_beside_others) == [None] * 2
 
 
+@pytest.mark.parametrize("by_python", (False, True))
+def test_a_parameter_whose_part_is_still_under_way(ranks, by_python):
+    assert ranks(2).run(sharded.under_way, by_python) == [None] * 2
+
+
 @pytest.mark.thorough
 def test_triton_interpreted(tmp_path):
     """Launches that are no operations of a commit: thresholds are agreed on before all of them, and parts that are one

@@ -16,7 +16,7 @@ from support.optimizer_contract import ROWS, assert_same, copies, each_row, grad
 from signadam_ext import SignAdamPP
 
 #: Several chunks and units of work each, and many small tensors besides.
-SHAPES = ((70_001,), (300, 200), *[(64,)] * 50)
+SHAPES = ((140_001,), (400, 300), *[(64,)] * 50)
 
 
 def gradients_of(optimizer, steps):
@@ -67,7 +67,7 @@ def test_optimizers_on_several_threads(kernel_threads, torch_settings):
     """One optimizer for each row, all stepping at once, as if one after the other."""
     torch.set_num_threads(kernel_threads)
     serial, parallel = ([make(row, parameters(*SHAPES)) for row in ROWS.values()] for _ in range(2))
-    gradients = gradients_of(serial[0], range(20))
+    gradients = gradients_of(serial[0], range(10))
     for optimizer in serial:
         train_on(optimizer, gradients)
     start = threading.Barrier(len(parallel))

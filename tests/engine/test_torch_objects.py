@@ -36,6 +36,38 @@ def test_torch_s_objects_are_known():
     assert "tensors, versions, lazy negation" in gradients.kind()
 
 
+IN_A_TRANSFORM = """
+import torch
+from signadam_ext import SignAdamPP
+from signadam_ext.engine import gradients
+
+param = torch.nn.Parameter(torch.ones(3))
+optimizer = SignAdamPP([param], lr=0.125)
+param.grad = torch.ones(3)
+
+
+def refused(x):
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "inside a transform of torch.func" in str(error)
+        return x.sum()
+
+
+torch.func.TRANSFORM(refused)(torch.ones(3))
+optimizer.step()
+print(gradients.kind())
+"""
+
+
+@linux
+@pytest.mark.parametrize("transform", ["grad", pytest.param("functionalize", marks=pytest.mark.thorough)])
+def test_a_first_step_that_is_refused_inside_a_transform_costs_the_others_nothing(transform):
+    code = IN_A_TRANSFORM.replace("TRANSFORM", transform)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert "C++ (torch's C shim; knows torch's objects for tensors, versions" in done.stdout, done.stderr
+
+
 class Own(nn.Parameter):
     """A subclass, as users have them."""
 
@@ -126,3 +158,16 @@ def test_a_gradient_lazily_negated_is_taken_at_its_value(known, monkeypatch):
         optimizer.step()
         other.step()
         assert torch.equal(param, twin)
+
+
+@linux
+def test_torch_s_objects_are_known_wherever_they_lie():
+    """Addresses that come twice, or differ by one bit, are not taken for what they are not."""
+    kept = []
+    for attempt in range(300):
+        gradients._shim_of_torch.cache_clear()
+        shim = gradients._shim()
+        assert shim is not None and shim.recognises and shim.counts_versions and shim.knows_negation
+        kept.append(torch.empty(7 + attempt % 50))
+        if attempt % 3 == 0:
+            kept = kept[len(kept) // 2 :]

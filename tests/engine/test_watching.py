@@ -292,7 +292,7 @@ def test_overlapping_parameters_on_the_reference_and_cpu():
 # What code of the user's, or of somebody else's, does between the look and the write
 
 
-@pytest.mark.parametrize("what", ["freed", "moved", "reshaped"])
+@pytest.mark.parametrize("what", ["freed", "moved", "reshaped", "negated"])
 @pytest.mark.parametrize("of", ["parameter", "gradient", "moment"])
 def test_a_confidence_function_that_changes_the_tensors_of_its_step_is_refused(backend, what, of):
     """It runs after all have been looked at, and before any is written."""
@@ -306,6 +306,8 @@ def test_a_confidence_function_that_changes_the_tensors_of_its_step_is_refused(b
                 tensor.untyped_storage().resize_(0)
             elif what == "moved":
                 tensor.data = tensor.detach().clone()
+            elif what == "negated":
+                tensor.data = torch._neg_view(tensor.detach())
             else:
                 tensor.data = tensor.detach().view(1000, 2)
         return g.sign()
@@ -322,6 +324,24 @@ def test_a_confidence_function_that_changes_the_tensors_of_its_step_is_refused(b
     assert torch.equal(first, kept[0])
     assert (int(optimizer.state[first]["step"]), first._version) == kept[1:]
     assert int(optimizer.state[second]["step"]) == 2
+    if what == "negated":  # and nobody takes it for what it was from then on
+        meddles.clear()
+        if of == "parameter":
+            with pytest.raises(TypeError, match="is the negative of what its memory holds"):
+                optimizer.step()
+        else:
+            values = second.grad.clone(), optimizer.state[second]["exp_avg"].clone()
+            twin = nn.Parameter(second.detach().clone())
+            other = SignAdamPP([twin], lr=0.125)
+            twin.grad = values[0]
+            other.state[twin] = {
+                **optimizer.state[second],
+                "exp_avg": values[1],
+                "step": optimizer.state[second]["step"].clone(),
+            }
+            optimizer.step()
+            other.step()
+            assert torch.equal(second, twin)
 
 
 def test_memory_that_is_to_be_copied_on_write_is(backend):

@@ -107,7 +107,8 @@ uint64_t steps(RuleIndex rule, bool third_is_moment, bool has_third, const Form&
   slice.tensor.aux = has_third ? third.data() : nullptr;
   slice.tensor.residual = size == 0 ? nullptr : residual.data();
   slice.tensor.numel = count;
-  slice.tensor.shard_offset = 1;
+  // Pairs of elements that share a random word begin with the first element, or with the second.
+  slice.tensor.shard_offset = count % 2;
   slice.tensor.formats = {form.param, form.grad, form.exp_avg, form.exp_avg_sq, Format::fp32, form.param_storage};
   slice.count = count;
   Scalars s{};
@@ -116,11 +117,11 @@ uint64_t steps(RuleIndex rule, bool third_is_moment, bool has_third, const Form&
   s.rho = 0.3f, s.one_minus_rho = 0.7f;
   Digest digest;
   ChunkStatistics statistics{};
-  for (uint64_t step = 1; step <= 2; ++step) {
+  for (uint64_t step = 1; step <= 4; ++step) {
     const auto grad = wide(numbers, form.grad, count, false, true);
     slice.grad = grad.data();
     slice.rng_keys = RngKey::of(7, 3, step);
-    s.coupled = step == 2;
+    s.coupled = step == 2, s.maximize = step == 3, s.steers = step == 4;
     SIGNADAM_TABLE.update[rule](slice, s, 0.125f, observes ? &statistics : nullptr);
     if (observes) {
       digest.add(statistics.squares);
@@ -143,7 +144,7 @@ uint64_t steps(RuleIndex rule, bool third_is_moment, bool has_third, const Form&
 template <class Rule>
 void all_of(RuleIndex rule) {
   const auto print = [&](const Form& form, bool observes) {
-    for (const int count : {1, 63, 2084}) {
+    for (const int count : {1, 63, 2084, static_cast<int>(chunk_size)}) {
       const uint64_t found = steps(rule, Rule::moments > 2, has_third<Rule>, form, count, observes);
       std::printf("%s %d%d%d%d%d%s %d: %016" PRIx64 "\n", Rule::name, static_cast<int>(form.param),
                   static_cast<int>(form.grad), static_cast<int>(form.exp_avg), static_cast<int>(form.exp_avg_sq),

@@ -604,6 +604,29 @@ def step_without_rank_1(seconds: float) -> str:
     return "no error"
 
 
+def under_way(by_python: bool = False) -> str | None:
+    """Whether a parameter whose part a collective still writes is stepped as one that is there."""
+    make_reader = gradients._shim
+    gradients._shim = (lambda: None) if by_python else make_reader
+    try:
+        mesh, shape = mesh_of((dist.get_world_size(),)), (8, 6)
+        value = whole_parameters([shape], torch.float32)[0]
+        cut = distribute_tensor(value, mesh, [Shard(0)])
+        param = nn.Parameter(cut.redistribute(mesh, [Replicate()], async_op=True))
+        alone = nn.Parameter(value.clone())
+        if not isinstance(param._local_tensor, AsyncCollectiveTensor):
+            return "the part was there already"
+        ours, theirs = make("SignAdamPP", [param], {"lr": 0.01}), make("SignAdamPP", [alone], {"lr": 0.01})
+        for step in range(3):
+            step_on([param], ours, whole_gradients([shape], step, torch.float32))
+            step_on([alone], theirs, whole_gradients([shape], step, torch.float32))
+            if (found := difference(ours, theirs)) is not None:
+                return f"after step {step + 1}: {found}"
+    finally:
+        gradients._shim = make_reader
+    return None
+
+
 # What a step leaves alone
 
 

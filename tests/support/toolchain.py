@@ -137,7 +137,7 @@ def ptx(module: str) -> dict[str, dict[AnyKernelName, str]]:
     for image in listing("-ptx", module).split("Fatbin ptx code:")[1:]:
         architecture = re.search(r"^arch = sm_(\w+)", image, re.MULTILINE)
         assert architecture is not None
-        for entry in re.split(r"^(?:\.visible |\.weak )?\.entry ", image, flags=re.MULTILINE)[1:]:
+        for entry in re.split(r"^(?:\.(?:visible|weak) )?\.entry ", image, flags=re.MULTILINE)[1:]:
             found[f"compute_{architecture[1]}"][any_kernel_name(entry)] = entry
     return dict(found)
 

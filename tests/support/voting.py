@@ -358,6 +358,38 @@ def distributed_steps(
     return wrong
 
 
+def notices_a_step(name: str, backend: str) -> bool:
+    """Whether autograd refuses what it has saved of a parameter before a step, and versions count each of two steps."""
+    param = nn.Parameter(torch.ones(40))
+    optimizer = getattr(distributed, name)([param], lr=0.01, backend=backend)
+    loss = param.square().sum()
+    versions = []
+    for _ in range(2):
+        param.grad = torch.ones(40)
+        optimizer.step()
+        versions.append((param._version, optimizer.state[param]["exp_avg"]._version))
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        moved = [later - earlier for earlier, later in zip(*versions, strict=True)]
+        return "modified by an inplace operation" in str(error) and moved == [1, 1]
+    return False
+
+
+def steps_in_inference_mode(name: str) -> bool:
+    """Whether steps of which the first is taken in inference mode are those that are not."""
+    ends = []
+    for in_mode in (False, True):
+        param = nn.Parameter(torch.linspace(-1, 1, 40))
+        optimizer = getattr(distributed, name)([param], lr=0.01)
+        for step in range(3):
+            param.grad = torch.linspace(1, -2, 40).sin() * (step + 1)
+            with torch.inference_mode(in_mode and step == 0):
+                optimizer.step()
+        ends.append(torch.cat([param.detach(), optimizer.state[param]["exp_avg"]]))
+    return torch.equal(*ends)
+
+
 def stays_equal(name: str, options: dict[str, Any], steps: int) -> tuple[bool, float, float]:
     """Whether all workers end with the same parameters after steps on their own data; and losses, first and last."""
     rank, workers = dist.get_rank(), dist.get_world_size()

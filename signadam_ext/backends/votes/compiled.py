@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core.native import compiled as _C
-from .table import Casting, VoteTable
+from .table import Casting, VoteTable, count_writes
 
 
 class CompiledVotes:
@@ -37,6 +37,8 @@ class CompiledVotes:
             abstains=casting.abstains,
             codes=codes.data_ptr(),
         )
+        count_writes(table.momenta)
+        count_writes(table.residuals)
 
     def count(self, codes: Tensor, bits: int, majority: bool, result: Tensor) -> None:
         workers, words = codes.shape
@@ -66,6 +68,7 @@ class CompiledVotes:
             divisor=divisor,
             result=result.data_ptr(),
         )
+        count_writes(table.values)
 
 
 def _of(table: VoteTable, scalars: Tensor) -> dict[str, int]:

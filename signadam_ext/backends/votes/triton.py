@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.formats import DTYPE_FORMATS
 from ...core.native import compiled as _C
 from ..device import is_current
-from .table import Casting, VoteTable
+from .table import Casting, VoteTable, count_writes
 
 #: How the kernels are compiled.
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
@@ -32,6 +32,8 @@ class TritonVotes:
                 **casting_constants(table.format, casting),
                 **LAUNCH_OPTIONS,
             )
+        count_writes(table.momenta)
+        count_writes(table.residuals)
 
     def count(self, codes: Tensor, bits: int, majority: bool, result: Tensor) -> None:
         from ...triton_kernels.vote import COUNTED_WORDS, count_votes
@@ -62,6 +64,7 @@ class TritonVotes:
                 **reading_constants(table.format, use, bits),
                 **LAUNCH_OPTIONS,
             )
+        count_writes(table.values)
 
 
 def casting_constants(number: int, casting: Casting) -> dict[str, Any]:
