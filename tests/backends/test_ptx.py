@@ -246,17 +246,13 @@ def compiled(request: pytest.FixtureRequest, built_once: Callable[..., Path]) ->
     return compile_launches(launches, "sm_90", folder)
 
 
-def triton_marks(name: str, case: Case) -> list[pytest.MarkDecorator]:
-    marks = [] if name in SOME_TRITON else [pytest.mark.nightly]
-    if case.hyperparameters.get("confidence", "fixed") != "fixed":
-        reason = "in `finish` all threads load the gate while the first overwrites it: harmless, and a race"
-        marks.append(pytest.mark.xfail(reason=reason, raises=Fault, strict=False))
-    return marks
-
-
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name, marks=triton_marks(name, case)) for name, case in CASES.items()]
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in SOME_TRITON else pytest.mark.nightly)
+        for name, case in CASES.items()
+    ],
 )
 def test_triton(case: Case, compiled: dict[str, Compiled]) -> None:
     step = Step(replace(case, given=(*SMALL, Given(16385, group=1)), groups=GROUPS[:2]))
