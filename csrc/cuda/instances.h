@@ -2,7 +2,7 @@
 // rules that are new, are served by the general kernels of step.cu.
 //
 // X(rule, threshold pass, storage, dtype of parameter and gradient, exp_avg, exp_avg_sq, the parameter's storage): what
-// a rule does not have is fp32. At most 80 in all: docs/building.md says what they cost.
+// a rule does not have is fp32. At most 80 in all: each is compiled for every architecture.
 #pragma once
 
 // fp32 moments, and parameters rounded to nearest.
