@@ -55,3 +55,41 @@ def table(folder: Path = INSTRUCTIONS) -> str:
         f'{AHEAD - 1:.0%} fewer it is named. `backend="auto"` prefers `cuda` for every form, until a GPU has '
         f"confirmed that another is faster.\n\n{present.markdown(header, lines)}"
     )
+
+
+#: Instructions an element that the CUDA kernels were to come down to, set beforehand: of a case's first launch.
+AIMS = {
+    "sign_adam_pp-fp32": 18,
+    "sign_adam_pp-bf16": 27,
+    "sign_sgd-bf16": 22,
+    "adam-fp32": 50,
+    "sign_adam-fp32": 48,
+    "sign_adam_pp-bf16-stochastic-bf16": 44,
+    "sign_adam_pp-bf16-stochastic-int8": 45,
+    "sign_adam_pp-bf16-stochastic-int4": 46,
+    "sign_adam_pp-bf16-stochastic-int2": 46,
+    "sign_sgd-bf16-stochastic": 30,
+    "signum-bf16-stochastic-int8": 66,
+    "adam-bf16-stochastic-bf16": 86,
+    "sign_adam_pp-delayed-fp32": 45,
+    "sign_adam_pp-adaptive-fp32": 28,
+    "sign_adam_pp-fp32-observed": 48,
+}
+
+
+def aims(folder: Path = INSTRUCTIONS) -> str:
+    """The aims of the CUDA kernels beside what the committed figures say."""
+    path = folder / "cuda-sm_90.json"
+    if not path.exists():
+        return f"Aims of the CUDA kernels: {present.NOT_MEASURED}."
+    steps, report = _steps(path), json.loads(path.read_text())
+    lines = []
+    for case, aim in AIMS.items():
+        first = steps[case][0]
+        reached = "yes" if first["instructions"] <= aim else "no"
+        lines.append([f"`{case}`", str(aim), f"{first['instructions']:.1f}", str(first["blocks"]), reached])
+    header = ["instructions an element, cuda", "aim", "executed", "blocks", "reached"]
+    return (
+        "Aims of the CUDA kernels that were set beforehand; of a case of two launches, the first. Module of commit "
+        f"{present.built_at(report)}.\n\n{present.markdown(header, lines)}"
+    )

@@ -248,6 +248,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "bench": block,
         "instructions": instructions,
         "predicted": predicted.table,
+        "cuda_aims": predicted.aims,
         "memory": memory,
         "7b": large_model,
         "convergence": convergence,

@@ -112,6 +112,20 @@ def test_predicted_instructions_name_the_backend_that_is_ahead(tmp_path: Path) -
     assert triton_instructions.exceeding(rows(new=1.0), triton) == ["new, k: 1.0, committed None"]
 
 
+def test_aims_of_cuda_kernels_stand_beside_what_was_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "not measured" in predicted.aims(tmp_path)
+    monkeypatch.setattr(predicted, "AIMS", {"plain": 18, "two": 28})
+    own = {"kernel": "k", "registers": 64, "blocks": 4}
+    found = [("plain", 18.0), ("two", 28.1), ("two", 3.0)]
+    report = {
+        "versions": {"signadam_ext": {"commit": "0123456789ab"}},
+        "executed": [{"case": case, "instructions": figure, **own} for case, figure in found],
+    }
+    (tmp_path / "cuda-sm_90.json").write_text(json.dumps(report))
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in predicted.aims(tmp_path).splitlines()[4:]]
+    assert lines == [["`plain`", "18", "18.0", "4", "yes"], ["`two`", "28", "28.1", "4", "no"]]
+
+
 @pytest.mark.skipif(not summary.RESULTS.is_dir(), reason="the source distribution holds no results")
 def test_trainings_of_an_unknown_module_are_refused_and_their_page_is_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     report = summary.training("gpt")
