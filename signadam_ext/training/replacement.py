@@ -62,6 +62,15 @@ def from_optimizer(
     Returns:
         The new optimizer. Every scheduler of torch that held the old one holds it now, its base rates translated.
 
+    Example:
+        >>> import torch
+        >>> from signadam_ext import SignAdamPP, from_optimizer
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        >>> optimizer = from_optimizer(optimizer, SignAdamPP, log=lambda line: None, state_dtype="int2")
+        >>> f"{optimizer.param_groups[0]['lr']:.4f}"
+        '0.0006'
+
     Raises:
         TypeError: ``old`` is no optimizer, or ``cls`` none of this package's.
         ValueError: no rule of thumb leads from one to the other, and ``changes`` have no ``lr``; or hyperparameters
@@ -152,9 +161,9 @@ def _changed(group: Mapping[str, Any], translated: Mapping[str, Any]) -> dict[st
 def _schedulers_of(optimizer: Optimizer) -> list[Any]:
     """Schedulers of torch that hold it. An optimizer does not know them."""
     kinds = (LRScheduler, ReduceLROnPlateau)
-    return [
-        found for found in gc.get_objects() if isinstance(found, kinds) and vars(found).get("optimizer") is optimizer
-    ]
+    # By their types: a proxy of something that is gone raises where it is asked for its class.
+    found = [each for each in gc.get_objects() if issubclass(type(each), kinds)]
+    return [scheduler for scheduler in found if vars(scheduler).get("optimizer") is optimizer]
 
 
 def _attach(scheduler: Any, optimizer: SignOptimizer, share: float) -> None:

@@ -13,7 +13,7 @@ std::size_t parameter_size;
 
 }  // namespace
 
-std::size_t fake_parameter_bytes() { return parameter_size; }
+std::size_t fake_parameter_bytes(const void*) { return parameter_size; }
 
 namespace {
 

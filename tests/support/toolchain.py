@@ -87,7 +87,7 @@ def cuobjdump() -> str:
 
 def listing(*arguments: str) -> str:
     """What cuobjdump prints."""
-    return subprocess.run([cuobjdump(), *arguments], capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run([cuobjdump(), *arguments], capture_output=True, text=True, check=True, timeout=600).stdout
 
 
 class Instruction(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -113,6 +114,17 @@ def test_adamw_s_state_goes_over(cls: type) -> None:
         for param, same in zip(group["params"], other["params"], strict=True):
             assert torch.allclose(param, same, rtol=1e-6)
             assert int(new.state[param]["step"]) == 4
+
+
+def test_proxies_of_what_is_gone_are_not_asked() -> None:
+    class Gone:
+        pass
+
+    dead = weakref.proxy(Gone())
+    scheduler = SCHEDULERS["cosine"](old := torch.optim.AdamW(groups()))
+    assert scheduler.optimizer is not from_optimizer(torch.optim.AdamW(groups()), log=lambda line: None)
+    assert scheduler.optimizer is old
+    del dead
 
 
 def test_the_learning_rate_can_be_said() -> None:
