@@ -6,7 +6,7 @@ import functools
 import gc
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch.optim import Optimizer
@@ -16,24 +16,9 @@ from ..core import options
 from ..optimizers import Adam, AdamW, Lion, SignAdam, SignAdamPP, Signum
 from ..optimizers.base import SignOptimizer
 
-
-class LearningRate(NamedTuple):
-    """What the searched learning rate of a method is of AdamW's, over the problems of docs/results.md."""
-
-    share: float
-    least: float
-    most: float
-
-
-#: Medians over the problems that each was searched on (150 and 1,200 steps of a GPT, digits), and the extremes.
-SHARES: dict[type, LearningRate] = {
-    Adam: LearningRate(1.0, 1.0, 1.0),
-    AdamW: LearningRate(1.0, 1.0, 1.0),
-    SignAdamPP: LearningRate(0.6, 0.2, 1.7),
-    Signum: LearningRate(0.2, 0.2, 0.5),
-    Lion: LearningRate(0.2, 0.06, 1.0),
-    SignAdam: LearningRate(0.2, 0.1, 0.3),
-}
+#: What the searched learning rate of a method is of AdamW's: medians over the problems of docs/results.md that each was
+#: searched on (150 and 1,200 steps of a GPT, digits).
+SHARES: dict[type, float] = {Adam: 1.0, AdamW: 1.0, SignAdamPP: 0.6, Signum: 0.2, Lion: 0.2, SignAdam: 0.2}
 #: torch's that take AdamW's learning rates.
 _AS_ADAMW = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
 #: Keys of a group that are learning rates: its own, and those that schedulers keep there.
@@ -124,7 +109,7 @@ def _share(old: Optimizer, cls: type, changes: Mapping[str, Any]) -> float:
             f"no rule of thumb leads from the learning rates of {type(old).__name__} to those of {cls.__name__}: pass "
             "lr="
         )
-    return wanted.share / known.share
+    return wanted / known
 
 
 def _translated(

@@ -20,7 +20,7 @@ def train(model: nn.Module, optimizer: Any, begin: int, end: int) -> None:
         optimizer.step()
 
 
-def resumed(make: Callable[[nn.Module], Any], before_load: Callable[[Any], Any] = lambda optimizer: None) -> None:
+def resumed(make: Callable[[nn.Module], Any]) -> None:
     """A wrapped optimizer goes on from its state dict as it would have gone on by itself."""
     model = network()
     optimizer = make(model)
@@ -28,7 +28,6 @@ def resumed(make: Callable[[nn.Module], Any], before_load: Callable[[Any], Any] 
     twin = network()
     twin.load_state_dict(model.state_dict())
     other = make(twin)
-    before_load(other)
     other.load_state_dict(optimizer.state_dict())
     train(model, optimizer, 3, 6)
     train(twin, other, 3, 6)
