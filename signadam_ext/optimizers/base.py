@@ -171,6 +171,12 @@ class SignOptimizer(Optimizer):
             step_all(self)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim``'s. Gradients that :func:`signadam_ext.offload` has moved to the host are dropped, too."""
+        if self.runtime.driver is not None:
+            self.runtime.driver.zero_grad()
+        super().zero_grad(set_to_none)
+
     def observe(self, enabled: bool = True) -> None:
         """Turns on, or off, what :meth:`statistics` needs: every step gathers it in the pass that updates.
 

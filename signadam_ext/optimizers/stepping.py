@@ -160,7 +160,7 @@ def make_item(
         seed=group["seed"],
         param_id=param_id,
         shard=layout.shard,
-        sharded=layout.sharded,
+        owner=layout.owner,
         sharding=layout.sharding,
         # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.
         at_rest=not own and group["lr"] == 0,

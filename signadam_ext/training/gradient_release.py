@@ -139,7 +139,10 @@ def release_gradients(
     # A trainer may have wrapped it in an object that poses as its class.
     optimizer = cast(SignOptimizer, optimizer.runtime.owner() or optimizer)
     if optimizer.runtime.driver is not None:
-        raise RuntimeError("this optimizer's gradients are released already: call remove() of that release first")
+        how = (
+            "gradients are released" if isinstance(optimizer.runtime.driver, GradientRelease) else "steps are offloaded"
+        )
+        raise RuntimeError(f"this optimizer's {how} already: call remove() of what has done that first")
     params = _parameters_of(model_or_params)
     if isinstance(model_or_params, nn.Module):
         for name, module in model_or_params.named_modules():
@@ -308,6 +311,13 @@ class GradientRelease:
         self._window += 1
         self._step_called = True
         return loss
+
+    def zero_grad(self) -> None:
+        """Gradients that wait for a step are in ``param.grad``: there is nothing else to drop."""
+
+    def updated(self, param: Tensor) -> Tensor:
+        """The tensor that steps update: the parameter, or its part on this rank."""
+        return shards.local(param)
 
     def extend(self, params: Iterable[Tensor]) -> None:
         """Releases parameters that have come to the optimizer, if all it had before are released."""
