@@ -225,11 +225,11 @@ def is_computable(tensor: Tensor) -> bool:
         and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         and not hasattr(tensor, "__tensor_flatten__")
         and tensor.layout == torch.strided
-        and not _is_simulated(tensor)
+        and not is_simulated(tensor)
     )
 
 
-def _is_simulated(tensor: Tensor) -> bool:
+def is_simulated(tensor: Tensor) -> bool:
     """Whether a tensor has no elements, whatever device it says: a fake one, a copy of which is not written."""
     try:
         return tensor.untyped_storage().device.type == "meta"

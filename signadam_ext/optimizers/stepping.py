@@ -17,6 +17,7 @@ from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from . import ranks
 from .groups import GroupedOptimizer, label, layout_of
+from .simulated import is_simulated, simulate
 
 #: How often a step is planned where another thread gives or drops gradients meanwhile.
 PLANNING_ATTEMPTS = 3
@@ -36,6 +37,9 @@ def step_all(optimizer: GroupedOptimizer) -> None:
             if plan is None or key != runtime.plan_key or not plan.read(optimizer.param_groups, optimizer.state):
                 # The old one lets go of what it has read before the new one takes it.
                 runtime.plan = None
+                if is_simulated(groups):
+                    simulate(optimizer, groups)
+                    return
                 plan = make_plan(optimizer, groups)
             plan.run(groups, runtime.lock)
             runtime.plan, runtime.plan_key = plan, key
@@ -70,6 +74,9 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
     try:
         if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
             runtime.plans_alone.pop(id(param), None)
+            if is_simulated(alone):
+                simulate(optimizer, alone)
+                return True
             item = make_item(optimizer, label(group, index, i), param, group, 0, param_id)
             plan = _plan_of(optimizer, [item], alone)
         plan.run(alone, runtime.lock)

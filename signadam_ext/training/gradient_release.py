@@ -23,7 +23,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ..core import shards
+from ..core import shards, tensors
 from ..core.dynamo import untraced
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
@@ -230,8 +230,9 @@ class GradientRelease:
                     f"{_name(optimizer, param)} is a DTensor, of which a sum of gradients that is dropped leaves no "
                     "trace: take accumulation_steps=1; fully_shard's set_requires_gradient_sync(False) accumulates"
                 )
-        # Lazy parameters have no memory yet.
+        # Lazy and fake parameters have no memory.
         placed = [shards.local(param) if param.requires_grad and not is_lazy(param) else None for param in own]
+        placed = [None if param is None or tensors.is_simulated(param) else param for param in placed]
         if any(overlap_levels(placed)):
             raise ValueError(
                 "parameters of the optimizer share memory: in backward they would be updated in another order than by "

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import signadam_ext
 from signadam_ext import AdamW, SignAdamPP, SignSGD, offload, release_gradients
+from signadam_ext.optimizers.groups import layouts_of
 from signadam_ext.training import offload as module
 
 ROW = ROWS["sign_adam_pp"]
@@ -145,6 +146,7 @@ def test_same_bits(row: Any, release: bool, overlap: bool) -> None:
         assert not release or all(param.grad is None for param in params_of(pair.optimizers[0]))
         ours, expected = (optimizer.statistics() for optimizer in pair.optimizers)
         assert repr(ours) == repr(expected)
+        assert not any(vars(host.copy) for host in pair.offload._host_params.values())  # variances are let go
 
 
 FORMS = [
@@ -307,24 +309,41 @@ def test_changed_gradients_count(change: Callable[[Any], Any]) -> None:
         pair.check()
 
 
-def test_a_gradient_where_another_was() -> None:
-    """The same address, shape and version as of the one that has gone down."""
-    model = model_of(torch.float32)
-    optimizer = SignSGD(model.parameters())
-    offload(optimizer, device="cpu")
-    loss_of(model, 0).backward()
-    for param in model.parameters():
-        version, address = param.grad._version, param.grad.data_ptr()
-        storage = param.grad.untyped_storage()
-        grad = torch.empty(0).set_(storage, 0, param.shape, param.grad.stride())
-        grad.data.fill_(1.0)
-        while grad._version < version:
-            torch._C._increment_version([grad])
-        param.grad = grad
-        assert param.grad.data_ptr() == address
-    before = [param.detach().clone() for param in model.parameters()]
-    optimizer.step()
-    assert all((param < old).all() for param, old in zip(model.parameters(), before, strict=True))
+def test_what_has_been_seen_is_told_from_what_has_its_place() -> None:
+    """The same memory and version in another tensor, and the same address in other memory."""
+    tensor = torch.ones(3)
+    seen, seen_storage = (module._Seen(tensor, by_object=by_object) for by_object in (True, False))
+    assert seen.is_still(tensor) and seen_storage.is_still(tensor)
+    assert tensor.data._version == tensor._version
+    assert not seen.is_still(tensor.data) and seen_storage.is_still(tensor.data)
+    known = weakref.ref(tensor)
+    del tensor
+    assert known() is None
+    again = [torch.ones(3) for _ in range(8)]
+    assert not any(seen.is_still(other) or seen_storage.is_still(other) for other in again)
+    with torch.inference_mode():
+        tensor = torch.ones(3)
+    assert not module._Seen(tensor, by_object=True).is_still(tensor)
+
+
+def test_state_lies_beside_the_copy_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another device would show: whose device state is made on, and when it is moved."""
+    model = model_of()
+    optimizer = AdamW(model.parameters())
+    ordinary(model, optimizer, 0)
+    moves: list[torch.device] = []
+    real = module._moved
+    monkeypatch.setattr(module, "_moved", lambda state, device: moves.append(device) or real(state, device))
+    made = offload(optimizer, device="cpu")
+    assert moves == [torch.device("cpu")] * 5
+    hosts = [made._host_params[id(param)] for param in model.parameters()]
+    assert all(layout.param is host.copy for (_, layout), host in zip(layouts_of(optimizer), hosts, strict=True))
+    made.remove()
+    assert moves == [torch.device("cpu")] * 10
+    param = next(model.parameters())
+    assert all(layout.param is param for _, layout in layouts_of(optimizer)[:1])
+    moved = real({"exp_avg": torch.ones(2), "exp_avg_kind": 3, "step": torch.ones(())}, torch.device("meta"))
+    assert moved["exp_avg"].is_meta and moved["exp_avg_kind"] == 3 and moved["step"].device.type == "cpu"
 
 
 @pytest.mark.parametrize("sets", ["in place", "inference", "data", "loaded", "two tensors", "written through data"])
