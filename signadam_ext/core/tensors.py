@@ -58,6 +58,13 @@ def gradient(label: str, grad: Tensor, param: Tensor) -> None:
         aligned(f"the gradient of {label}", grad)
 
 
+def give_gradient(param: Tensor, grad: Tensor) -> None:
+    """Makes ``grad``, which has been checked, the gradient of ``param``, whatever their dtypes."""
+    if grad.dtype != param.dtype:
+        param.grad_dtype = None  # of which earlier versions of torch have nothing, and refuse the next line
+    param.grad = grad
+
+
 def state_tensor(
     label: str,
     value: Any,

@@ -109,3 +109,10 @@ def warn_of_variance(optimizer: GroupedOptimizer, group: Group) -> None:
             f"{form.kind} momentum with beta = {group['betas'][0]}: the longer a momentum remembers, the more "
             f"variance rounding adds to it; beyond {limit} take more bits, or a smaller beta"
         )
+
+
+def posing_as(optimizer: GroupedOptimizer, **attributes: Any) -> GroupedOptimizer:
+    """An object that a step takes for the optimizer, with other groups or state; all else it has in common."""
+    twin: GroupedOptimizer = object.__new__(type(optimizer))
+    vars(twin).update({**vars(optimizer), **attributes})
+    return twin

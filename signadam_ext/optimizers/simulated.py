@@ -17,7 +17,7 @@ from ..state.schema import fit
 from .groups import GroupedOptimizer, label, layout_of
 
 
-def is_simulated(groups: Sequence[Group]) -> bool:
+def is_simulation(groups: Sequence[Group]) -> bool:
     """Whether there is a parameter with a gradient, and all such parameters are fake tensors."""
     params = [param for group in groups for param in group["params"] if param.grad is not None]
     return len(params) > 0 and all(_mode_of(param) is not None for param in params)

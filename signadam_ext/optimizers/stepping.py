@@ -17,7 +17,7 @@ from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from . import ranks
 from .groups import GroupedOptimizer, label, layout_of
-from .simulated import is_simulated, simulate
+from .simulated import is_simulation, simulate
 
 #: How often a step is planned where another thread gives or drops gradients meanwhile.
 PLANNING_ATTEMPTS = 3
@@ -37,7 +37,7 @@ def step_all(optimizer: GroupedOptimizer) -> None:
             if plan is None or key != runtime.plan_key or not plan.read(optimizer.param_groups, optimizer.state):
                 # The old one lets go of what it has read before the new one takes it.
                 runtime.plan = None
-                if is_simulated(groups):
+                if is_simulation(groups):
                     simulate(optimizer, groups)
                     return
                 plan = make_plan(optimizer, groups)
@@ -74,7 +74,7 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
     try:
         if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
             runtime.plans_alone.pop(id(param), None)
-            if is_simulated(alone):
+            if is_simulation(alone):
                 simulate(optimizer, alone)
                 return True
             item = make_item(optimizer, label(group, index, i), param, group, 0, param_id)

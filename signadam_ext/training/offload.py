@@ -26,7 +26,7 @@ from ..core.formats import outside_inference_mode
 from ..core.rule import rule_of
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
-from ..optimizers.groups import label
+from ..optimizers.groups import label, posing_as
 from ..optimizers.stepping import step_all
 
 #: Host memory is taken in pieces of so many bytes at most, unless a tensor is larger: torch rounds what it pins up to a
@@ -539,8 +539,8 @@ class Offload:
         groups, state, made = self._groups(optimizer, taken)
         try:
             for host in taken.values():
-                _give(host.copy, host.gradients)
-            step_all(_posing_as(optimizer, groups, state))
+                tensors.give_gradient(host.copy, host.gradients)
+            step_all(posing_as(optimizer, param_groups=groups, state=state))
             for host in taken.values():
                 self._note_taken(host)
         finally:
@@ -687,20 +687,6 @@ def _moved(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         name: value.to(device) if isinstance(value, Tensor) and name != "step" else value
         for name, value in state.items()
     }
-
-
-def _give(copy: Tensor, gradient: Tensor) -> None:
-    """Makes a tensor the gradient of another, of whatever dtype."""
-    if gradient.dtype != copy.dtype:
-        copy.grad_dtype = None
-    copy.grad = gradient
-
-
-def _posing_as(optimizer: SignOptimizer, groups: list[dict[str, Any]], state: dict[Tensor, Any]) -> SignOptimizer:
-    """The optimizer with other groups and state, for the time of a step; all else it has in common."""
-    twin = object.__new__(type(optimizer))
-    vars(twin).update({**vars(optimizer), "param_groups": groups, "state": state})
-    return twin
 
 
 def _several_processes() -> bool:

@@ -338,8 +338,10 @@ def test_state_lies_beside_the_copy_on_the_host(monkeypatch: pytest.MonkeyPatch)
     assert moves == [torch.device("cpu")] * 5
     hosts = [made._host_params[id(param)] for param in model.parameters()]
     assert all(layout.param is host.copy for (_, layout), host in zip(layouts_of(optimizer), hosts, strict=True))
+    before = list(optimizer.state.values())
     made.remove()
     assert moves == [torch.device("cpu")] * 10
+    assert not any(old is new for old, new in zip(before, optimizer.state.values(), strict=True))
     param = next(model.parameters())
     assert all(layout.param is param for _, layout in layouts_of(optimizer)[:1])
     moved = real({"exp_avg": torch.ones(2), "exp_avg_kind": 3, "step": torch.ones(())}, torch.device("meta"))
@@ -543,6 +545,41 @@ def test_removed_with_gradients_on_the_host() -> None:
     pair.each(lambda model, optimizer: loss_of(model, 1).backward())
     pair.each(lambda model, optimizer: optimizer.step())
     pair.check()
+
+
+@pytest.mark.parametrize("removes", [False, True])
+def test_gradients_on_the_host_and_by_hand_are_added_up(removes: bool) -> None:
+    pair = Pair(release=True)
+
+    def step(model: nn.Module, optimizer: Any) -> None:
+        loss_of(model, 0).backward()
+        for param in model.parameters():
+            more = torch.full_like(param, 0.01)
+            param.grad = more if param.grad is None else param.grad.add_(more)
+        if removes:
+            pair.offload.remove()
+        optimizer.step()
+
+    pair.each(step)
+    pair.check()
+
+
+def test_a_frozen_parameter_that_is_trained_later(lane: LateLane) -> None:
+    model = model_of()
+    first = next(model.parameters()).requires_grad_(False)
+    optimizer = AdamW(model.parameters())
+    made = offload(optimizer, device="cpu")
+    assert id(first) not in made._host_params
+    first.grad = torch.ones_like(first)
+    ordinary(model, optimizer, 0)  # which drops that gradient
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    first.requires_grad_(True)
+    loss_of(model, 1).backward()
+    optimizer.step()
+    nbytes = bytes_of(lane, model)
+    loss_of(model, 2).backward()
+    assert lane.moved() == (nbytes, 0)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
