@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 from signadam_ext import AdamW, SignAdam, SignAdamPP, SignSGD, Signum
+from signadam_ext.core import shards
 from signadam_ext.functional import FunctionalOptimizer
 
 SHAPES = ((5, 7), (3,), (), (0, 2), (4,))
@@ -25,6 +27,10 @@ FORMS = [
     (SignAdam, {"state_dtype": ("int8", "bf16"), "param_storage": "split16"}),
     (Signum, {"state_dtype": "int8", "param_storage": "split8"}),
 ]
+
+
+class Sharded(Tensor):
+    """Stands for a DTensor."""
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -119,7 +125,7 @@ def test_parameters_that_require_gradients_go_on_requiring_them() -> None:
         (found,) = torch.autograd.grad(functional_call(model, params, (torch.ones(1, 3),)).sum(), [params["weight"]])
         params, state = functional.step(params, {"weight": found, "bias": None}, state)
         assert params["weight"].requires_grad and params["weight"].is_leaf and not params["bias"].requires_grad
-        assert params["weight"].grad is None
+        assert params["weight"].grad is None and not vars(params["weight"])
     assert same_bits(params["weight"].detach(), model.weight.detach() - 0.5 - 0.5)
 
 
@@ -270,6 +276,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "no tensor": (lambda f, s: f.step({"a": 1.0, "b": P["b"]}, P, s), "params has a float at 'a'"),
     "int": (lambda f, s: f.init({"a": torch.ones(3, dtype=torch.int32)}), r"parameter 'a' has dtype torch\.int32"),
     "lr": (lambda f, s: f.step(P, P, s, lr=-1.0), "lr=-1"),
+    "betas": (lambda f, s: f.step(P, P, s, betas=(0.1, 0.2)), "betas"),
+    "a DTensor": (lambda f, s: f.init(Sharded()), "parameter 'params' is a DTensor"),
     "name": (lambda f, s: f.step(P, P, s, weight_decya=0.1), "'weight_decya'; did you mean 'weight_decay'"),
     "storage": (lambda f, s: f.step(P, P, s, state_dtype="int2"), "'exp_avg' of parameter 'a'"),
     "moment": (
@@ -282,13 +290,23 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("call, message", BAD.values(), ids=BAD.keys())
-def test_refused(call: Any, message: str) -> None:
+def test_refused(call: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "is_sharded", lambda tensor: isinstance(tensor, Sharded))
     functional = FunctionalOptimizer(SignAdamPP)
     state = functional.init(P)
     before = [tensor.clone() for tensor in tensors_in((P, state))]
     with pytest.raises((TypeError, ValueError), match=message):
         call(functional, state)
     assert all(map(same_bits, before, tensors_in((P, state))))
+
+
+def test_other_betas_of_a_step_and_a_warning_that_comes_once() -> None:
+    with pytest.warns(UserWarning, match="int2 momentum with beta"):
+        functional = FunctionalOptimizer(SignAdamPP, lr=1.0, beta=0.99, state_dtype="int2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        params, _ = functional.step(torch.zeros(3), torch.ones(3), functional.init(torch.zeros(3)), beta=0.0)
+    assert params.tolist() == [-1.0] * 3
 
 
 def test_it_says_what_it_is() -> None:
