@@ -36,11 +36,14 @@ constexpr int pieces_in_flight_of_full = threshold_pass == ThresholdPass::pass_b
                                                                                : pieces_in_flight<Rule, threshold_pass>;
 
 // Of a piece. What is uniform over the chunk is asked once, not for each element.
+SIGNADAM_HD void scale_gradient(const Scalars& s, float* g) {
+  if (s.gradient_scale == 1.0f) return;
+  SIGNADAM_UNROLL
+  for (int i = 0; i < piece_size; ++i) g[i] = g[i] * s.gradient_scale;
+}
+
 SIGNADAM_HD void make_effective(const Scalars& s, const float* p, float* g) {
-  if (s.maximize) {
-    SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) g[i] = -g[i];
-  }
+  scale_gradient(s, g);
   if (s.coupled) {
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i) g[i] = g[i] + s.weight_decay * p[i];
@@ -230,9 +233,7 @@ struct StoredSlice {
     if constexpr (aux) exp_third.unpack(raw.exp_third, x);
     constexpr bool is_effective = kind != ChunkKind::any || observes;
     if constexpr (is_effective && updates) make_effective(s, p, g);
-    if constexpr (is_effective && !updates)  // of full chunks, where decay is not coupled
-      if (s.maximize)
-        for (float& each : g) each = -each;
+    if constexpr (is_effective && !updates) scale_gradient(s, g);  // of full chunks, where decay is not coupled
     Observer<(moments > 0)> observer;
     if constexpr (observes) observer.before(alpha, piece, g, m, own);
     update_piece<Rule, threshold_pass, is_effective>(s, alpha, piece, p, g, m, v, x, lanes);

@@ -88,12 +88,15 @@ class Rule:
             )
         return allowed[checks.one_of("state_dtype", dtype, formats.BOUNDED)]
 
-    def scalar_set(self, group: Group, t: int) -> Scalars:
+    def scalar_set(self, group: Group, t: int, gradient_factor: float = 1.0) -> Scalars:
         """All scalars of a group at step ``t``: those every rule takes, and the rule's own.
+
+        Gradients count ``gradient_factor`` times: what clipping, and a loss that was scaled, make of them.
 
         A bounded moment in codes is ``m * L`` to the rule, which then takes ``lr / L`` and ``(1 - beta1) * L``.
         """
         scalars = {**common_scalars(group), **self.scalars(group, t)}
+        scalars["gradient_scale"] *= gradient_factor
         levels = self._levels(group)
         if levels is not None:
             scalars["lr"] /= levels
@@ -149,16 +152,16 @@ def _named(dtype: Any) -> Any:
 
 
 def common_scalars(group: Group) -> Scalars:
-    """Learning rate, direction and weight decay. Without decay ``decay`` is 1, which changes no bit of a parameter."""
+    """Direction, learning rate and weight decay. Without decay ``decay`` is 1, which changes no bit of a parameter."""
     lr = float(group["lr"])
     weight_decay = float(group["weight_decay"])
     decoupled = group["decoupled_weight_decay"]
     return {
+        "gradient_scale": -1.0 if group["maximize"] else 1.0,
         "lr": lr,
         "weight_decay": weight_decay,
         "decay": 1 - lr * weight_decay if decoupled and weight_decay != 0 else 1.0,
         "coupled": float(weight_decay != 0 and not decoupled),
-        "maximize": float(bool(group["maximize"])),
     }
 
 
