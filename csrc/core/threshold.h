@@ -6,14 +6,6 @@
 
 namespace signadam {
 
-SIGNADAM_HD double double_root(double x) {
-#if defined(__CUDA_ARCH__)
-  return __dsqrt_rn(x);
-#else
-  return __builtin_sqrt(x);
-#endif
-}
-
 SIGNADAM_HD bool is_finite(double x) { return x - x == 0.0; }
 
 SIGNADAM_HD void add(Sums& to, const Sums& x) {
