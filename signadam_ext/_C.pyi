@@ -12,6 +12,9 @@ from torch import Tensor
 RULES: tuple[str, ...]
 SCALARS: tuple[str, ...]
 CHUNK_STATISTICS: tuple[str, ...]
+#: Operations of a program that makes scalars, in the order of their numbers, and the registers of one.
+OPERATIONS: tuple[str, ...]
+PROGRAM_REGISTERS: int
 #: (number in tables and kernels, bits of an element) of each format.
 FORMATS: dict[str, tuple[int, int]]
 #: Number in kernels of each way to store a parameter.

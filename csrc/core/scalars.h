@@ -59,7 +59,9 @@ struct Scalars {
   SIGNADAM_FLAGS(SIGNADAM_FIELD)
 #undef SIGNADAM_FIELD
 
-  static Scalars from_set(const double* set) {
+  // `set[index]`: the unrounded ones.
+  template <class Set>
+  SIGNADAM_HD static Scalars from_set(const Set& set) {
     Scalars s{};
     s.adaptive_alpha = set[index_alpha];
 #define SIGNADAM_SET(name) s.name = set[index_##name];

@@ -6,6 +6,7 @@
 #include <array>
 #include <limits>
 
+#include "../core/program.h"
 #include "../cpu/float_environment.h"
 #include "../cpu/kernels.h"
 #include "../cpu/pages.h"
@@ -173,6 +174,12 @@ PYBIND11_MODULE(_C, m) {
   SIGNADAM_SCALARS(SIGNADAM_APPEND)
 #undef SIGNADAM_APPEND
   m.attr("SCALARS") = py::tuple(scalars);
+  py::list operations;
+#define SIGNADAM_APPEND(name) operations.append(#name);
+  SIGNADAM_OPERATIONS(SIGNADAM_APPEND)
+#undef SIGNADAM_APPEND
+  m.attr("OPERATIONS") = py::tuple(operations);
+  m.attr("PROGRAM_REGISTERS") = program_registers;
   py::list rules;
 #define SIGNADAM_APPEND(Rule) rules.append(Rule::name);
   SIGNADAM_RULES(SIGNADAM_APPEND)

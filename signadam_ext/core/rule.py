@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from . import checks, formats
+from .symbols import is_nonzero, number
 
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
@@ -30,7 +31,8 @@ class Rule:
         name: name of the rule on every backend.
         moments: names of the state tensors, in the order of the kernels' ``m``, ``v`` and ``x``.
         bounded: whether ``|m| <= 1`` always, so that few bits hold it without a scale.
-        scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles.
+        scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles; of numbers or of
+            symbols, see :mod:`signadam_ext.core.symbols`.
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
@@ -153,15 +155,15 @@ def _named(dtype: Any) -> Any:
 
 def common_scalars(group: Group) -> Scalars:
     """Direction, learning rate and weight decay. Without decay ``decay`` is 1, which changes no bit of a parameter."""
-    lr = float(group["lr"])
-    weight_decay = float(group["weight_decay"])
+    lr = number(group["lr"])
+    weight_decay = number(group["weight_decay"])
     decoupled = group["decoupled_weight_decay"]
     return {
         "gradient_scale": -1.0 if group["maximize"] else 1.0,
         "lr": lr,
         "weight_decay": weight_decay,
-        "decay": 1 - lr * weight_decay if decoupled and weight_decay != 0 else 1.0,
-        "coupled": float(weight_decay != 0 and not decoupled),
+        "decay": 1 - lr * weight_decay if decoupled else 1.0,
+        "coupled": 0.0 if decoupled else is_nonzero(weight_decay),
     }
 
 
@@ -178,14 +180,3 @@ def decays(group: Group, count: int) -> Scalars:
     for (name, rest), beta in zip(_DECAYS, betas, strict=False):
         scalars[name], scalars[rest] = beta, 1 - beta
     return scalars
-
-
-def power(base: float, exponent: int) -> float:
-    """``base ** exponent`` by repeated squaring in double: the same bits on every platform, unlike libm's ``pow``."""
-    result = 1.0
-    while exponent > 0:
-        if exponent & 1:
-            result *= base
-        base *= base
-        exponent >>= 1
-    return result

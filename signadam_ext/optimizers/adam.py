@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +10,8 @@ from typing_extensions import Unpack
 
 from ..core.hyperparameters import FLAG, LEARNING_RATE, TWO_BETAS, Checks, Number
 from ..core.options import StateDtype, TorchOptions
-from ..core.rule import Group, Rule, Scalars, decays, power, rule_by
+from ..core.rule import Group, Rule, Scalars, decays, rule_by
+from ..core.symbols import number, power, square_root
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -19,10 +19,10 @@ from .step_lists import step_lists
 def _scalars(group: Group, t: int) -> Scalars:
     beta1, beta2 = group["betas"]
     return {
-        "lr": float(group["lr"]) / (1 - power(beta1, t)),
+        "lr": number(group["lr"]) / (1 - power(beta1, t)),
         **decays(group, 2),
-        "bias_correction": math.sqrt(1 - power(beta2, t)),
-        "eps": float(group["eps"]),
+        "bias_correction": square_root(1 - power(beta2, t)),
+        "eps": number(group["eps"]),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,18 +10,19 @@ from typing_extensions import Unpack
 
 from ..core.hyperparameters import LEARNING_RATE, TWO_BETAS, Checks, Choice, Number
 from ..core.options import StateDtype, TorchOptions
-from ..core.rule import Group, Rule, Scalars, decays, power, rule_by
+from ..core.rule import Group, Rule, Scalars, decays, rule_by
+from ..core.symbols import number, power, square_root
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
 
 def _exact_scalars(group: Group, t: int) -> Scalars:
-    return {**decays(group, 2), "eps": float(group["eps"])}
+    return {**decays(group, 2), "eps": number(group["eps"])}
 
 
 def _analytic_scalars(group: Group, t: int) -> Scalars:
     _, beta2 = group["betas"]
-    return {**decays(group, 2), "denominator": math.sqrt(1 - power(beta2, t)) + group["eps"]}
+    return {**decays(group, 2), "denominator": square_root(1 - power(beta2, t)) + group["eps"]}
 
 
 RULES = {

@@ -15,6 +15,7 @@ from ..core import checks
 from ..core.hyperparameters import BETA, LEARNING_RATE, ONE_BETA, SHARE, Checks, Number, Optional
 from ..core.options import StateDtype, TorchOptions
 from ..core.rule import Group, Rule, RuleChoice, Scalars, decays
+from ..core.symbols import made_by_host, number
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -29,10 +30,15 @@ def _scalars(group: Group, t: int) -> Scalars:
         alpha = 0.0 if callable(confidence) else DEFAULT_ALPHA[confidence]
     return {
         **decays(group, 1),
-        "alpha": float(alpha),
+        "alpha": number(alpha),
         "confidence_beta": confidence_beta,
         "one_minus_confidence_beta": 1 - confidence_beta,
     }
+
+
+def _quantile(target: float) -> float:
+    """Of a normal distribution of deviation 1, the magnitude that a share ``target`` exceeds."""
+    return -NormalDist().inv_cdf(target / 2 or target)
 
 
 def _sparsity_scalars(group: Group, t: int) -> Scalars:
@@ -42,9 +48,8 @@ def _sparsity_scalars(group: Group, t: int) -> Scalars:
         "alpha": 1.0,  # of what is steered, which is the threshold itself
         "steers": 1.0,
         "target": target,
-        "gain": float(group["gain"]),
-        # Of a normal distribution of deviation 1, the magnitude that a share `target` exceeds.
-        "quantile": -NormalDist().inv_cdf(target / 2 or target),
+        "gain": number(group["gain"]),
+        "quantile": made_by_host(_quantile, target),
     }
 
 

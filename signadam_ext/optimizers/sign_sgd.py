@@ -11,10 +11,11 @@ from typing_extensions import Unpack
 from ..core.hyperparameters import LEARNING_RATE, Checks, Number
 from ..core.options import COMMON, TorchOptions
 from ..core.rule import Rule
+from ..core.symbols import number
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
-RULE = Rule("sign_sgd", moments=(), scalars=lambda group, t: {"alpha": float(group["alpha"])})
+RULE = Rule("sign_sgd", moments=(), scalars=lambda group, t: {"alpha": number(group["alpha"])})
 
 
 class SignSGD(SignOptimizer):

@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 from ..core import checks
 from ..core.hyperparameters import FLAG, LEARNING_RATE, ONE_BETA, Checks, Choice
 from ..core.options import StateDtype, TorchOptions
-from ..core.rule import Group, Rule, RuleChoice, Scalars, decays, power, rule_by
+from ..core.rule import Group, Rule, RuleChoice, Scalars, decays, rule_by
+from ..core.symbols import at_least, power
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -33,7 +34,7 @@ def _scalars(group: Group, t: int) -> Scalars:
         "bias_correction": 1 - power(beta, t),
         "rho": rho,
         # The draft's estimate is not divided; 0 stands for a variance of 0.
-        "one_minus_rho": max(1 - rho, 0.0) if group["bias_correct_variance"] else 1.0,
+        "one_minus_rho": at_least(1 - rho, 0.0) if group["bias_correct_variance"] else 1.0,
     }
 
 
