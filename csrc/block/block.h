@@ -335,8 +335,9 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
 }
 
 // Eight lanes that lie `apart`, halved until the first has their sum.
-SIGNADAM_HD void halve_eight(Sums* lanes, int apart) {
-  Sums own[8];
+template <class Sum>
+SIGNADAM_HD void halve_eight(Sum* lanes, int apart) {
+  Sum own[8];
   SIGNADAM_UNROLL
   for (int i = 0; i < 8; ++i) own[i] = lanes[i * apart];
   SIGNADAM_UNROLL
@@ -349,8 +350,8 @@ SIGNADAM_HD void halve_eight(Sums* lanes, int apart) {
 
 // The sum of all lanes, at their places: x[:h] + x[h:] for h = 1024, 512, ..., 1. A thread takes three turns at once,
 // of eight lanes that nobody else needs; the last five are left to `sum_of_halved`.
-template <class Block>
-SIGNADAM_HD void halve(Block& block, Sums* lanes) {
+template <class Sum, class Block>
+SIGNADAM_HD void halve(Block& block, Sum* lanes) {
   static_assert(threads_per_block == 8 * 32 && piece_size == 8);
   block.each([=](int thread) { halve_eight(lanes + thread / 32 * threads_per_block + thread % 32, 32); });
   block.each([=](int thread) {
@@ -358,13 +359,14 @@ SIGNADAM_HD void halve(Block& block, Sums* lanes) {
   });
 }
 
-SIGNADAM_HD Sums sum_of_halved(const Sums* lanes) {
-  Sums own[piece_size];
+template <class Sum>
+SIGNADAM_HD Sum sum_of_halved(const Sum* lanes) {
+  Sum own[piece_size];
   SIGNADAM_UNROLL
   for (int i = 0; i < piece_size; ++i) {
-    const Sums* const four = lanes + i * threads_per_block;
+    const Sum* const four = lanes + i * threads_per_block;
     own[i] = four[0];
-    Sums odd = four[1];
+    Sum odd = four[1];
     add(own[i], four[2]);
     add(odd, four[3]);
     add(own[i], odd);
@@ -373,16 +375,13 @@ SIGNADAM_HD Sums sum_of_halved(const Sums* lanes) {
   return own[0];
 }
 
-// The chunk sums of a tensor go through the chunk procedure until one is left, which moves the gate.
-template <class Block>
-SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const TensorEntry& tensor, const Scalars& s) {
-  Sums* const sums = table.sums + tensor.first_chunk;
-  Sums* const lanes = block.lanes();
-  int64_t count = chunks_of(tensor.numel);
+// The sums of a tensor's `count` chunks go through the chunk procedure until the first is that of the tensor.
+template <class Sum, class Block>
+SIGNADAM_HD void sum_chunks(Block& block, Sum* lanes, Sum* sums, int64_t count) {
   while (count > 1) {
     const int64_t next = chunks_of(count);
     for (int64_t k = 0; k < next; ++k) {
-      const Sums* const x = sums + k * chunk_size;
+      const Sum* const x = sums + k * chunk_size;
       const int64_t left = count - k * chunk_size;
       const int64_t size = left < chunk_size ? left : chunk_size;
       block.each([=](int thread) {
@@ -396,6 +395,13 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
     }
     count = next;
   }
+}
+
+// The sums of a tensor move its threshold.
+template <class Block>
+SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const TensorEntry& tensor, const Scalars& s) {
+  Sums* const sums = table.sums + tensor.first_chunk;
+  sum_chunks(block, block.lanes(), sums, chunks_of(tensor.numel));
   block.alone(
       [&] { *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, sums[0], tensor.numel, s); });
 }

@@ -59,25 +59,21 @@ struct Scalars {
   SIGNADAM_FLAGS(SIGNADAM_FIELD)
 #undef SIGNADAM_FIELD
 
-  // `scalar(index)` gives the unrounded ones.
-  template <class Scalar>
-  SIGNADAM_HD static Scalars of(Scalar scalar) {
+  // `set[index]`: the unrounded ones.
+  template <class Set>
+  SIGNADAM_HD static Scalars from_set(const Set& set) {
     Scalars s{};
-    s.adaptive_alpha = scalar(index_alpha);
-#define SIGNADAM_SET(name) s.name = scalar(index_##name);
+    s.adaptive_alpha = set[index_alpha];
+#define SIGNADAM_SET(name) s.name = set[index_##name];
     SIGNADAM_DOUBLES(SIGNADAM_SET)
 #undef SIGNADAM_SET
-#define SIGNADAM_SET(name) s.name = static_cast<float>(scalar(index_##name));
+#define SIGNADAM_SET(name) s.name = static_cast<float>(set[index_##name]);
     SIGNADAM_FLOATS(SIGNADAM_SET)
 #undef SIGNADAM_SET
-#define SIGNADAM_SET(name) s.name = scalar(index_##name) != 0;
+#define SIGNADAM_SET(name) s.name = set[index_##name] != 0;
     SIGNADAM_FLAGS(SIGNADAM_SET)
 #undef SIGNADAM_SET
     return s;
-  }
-
-  static Scalars from_set(const double* set) {
-    return of([set](int index) { return set[index]; });
   }
 };
 

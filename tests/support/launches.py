@@ -2,7 +2,7 @@
 
 :class:`Step` takes a step of one optimizer on the CPU, of one tensor of one full, aligned chunk unless its case says
 otherwise, but for its launches: those it hands out, and what executes them must leave what the CPU backend leaves. What
-a launch consists of is asked of the package itself: of the backends, which prepare it; of csrc/cuda/step.cu, compiled
+a launch consists of is asked of the package itself: of the backends, which prepare it; of csrc/cuda, compiled
 for the host, which makes the parameters of a kernel; and of the compiled module, which writes tables and step data.
 """
 
@@ -334,6 +334,7 @@ class Step:
     :meth:`unequal` compares with the same step of the CPU backend.
 
     Attributes:
+        optimizers: that of the CPU backend, and ours.
         params: the parameters; ``param`` is the first of them.
         regions: all memory that the launches may touch, once they are made.
     """
@@ -389,7 +390,7 @@ class Step:
                 optimizer.step()
         self._expected_params, self.params = ([own[i] for own in pairs] for i in range(2))
         self.param = self.params[0]
-        self._expected_optimizer, self.optimizer = optimizers
+        self.optimizers = self._expected_optimizer, self.optimizer = tuple(optimizers)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and the tensors of their state, by name; of all but the first with a number before it."""
@@ -429,6 +430,17 @@ class Step:
                 ):
                     found.append(f"{index}.chunk_statistics" if index else "chunk_statistics")
         return found
+
+    def begun_by_device(self) -> list[Bucket]:
+        """The buckets of the steps before, where neither the optimizer nor a backend takes the step."""
+        self._buckets = [bucket for bucket, _ in self.optimizer.runtime.plan.launches]
+        return self._buckets
+
+    def expected_step(self, grads: Sequence[Tensor | None]) -> None:
+        """Another step of the CPU backend, with these gradients in the place of the parameters' own."""
+        for param, grad in zip(self._expected_params, grads, strict=True):
+            param.grad = grad
+        self._expected_optimizer.step()
 
     def _take(self, recorder: _Recorder) -> None:
         assert self._buckets is None, "the step has been taken"
@@ -472,7 +484,7 @@ class Step:
             for name, address in addresses.items():
                 facts = {"writable": name != "device_table", "defined": name != "sums"}
                 recorder.add({f"{name}{number}": named.get(address)}, **facts)
-            made = list(_cuda_launches(library, table, rule, threshold_pass, scalar_sets, addresses, tuple(kept)))
+            made = list(cuda_launches(library, table, rule, threshold_pass, scalar_sets, addresses, tuple(kept)))
             if on_device:
                 made = [_with_step_on_device(library, launch) for launch in made]
                 for launch in made:
@@ -568,32 +580,35 @@ def _with_step_on_device(library: ctypes.CDLL, launch: CudaLaunch) -> CudaLaunch
     return dataclasses.replace(launch, parameters=parameters, keep=(*launch.keep, step))
 
 
-def _cuda_launches(
+def cuda_launches(
     library: ctypes.CDLL,
     table: Any,
     rule: int,
     threshold_pass: Any,
-    scalar_sets: Sequence[ScalarSet],
+    scalar_sets: Sequence[ScalarSet] | None,
     addresses: dict[str, int],
     keep: tuple[Tensor, ...],
+    device_step: int = 0,
 ) -> Iterator[CudaLaunch]:
     """What csrc/cuda/step.cu hands to the runtime, given what the backend hands to the module."""
-    *offsets, size = _C.step_layout(tensors=len(table), scalar_sets=len(scalar_sets))
+    count = len(table) if scalar_sets is None else len(scalar_sets)
+    *offsets, size = _C.step_layout(tensors=len(table), scalar_sets=count)
     step = ctypes.create_string_buffer(size)
-    table.write_step(scalars=scalar_sets, address=ctypes.addressof(step))
+    if scalar_sets is not None:
+        table.write_step(scalars=scalar_sets, address=ctypes.addressof(step))
     message = ctypes.create_string_buffer(200)
     library.begin(1, 0, 0, 0)
     failed = library.launch_table(
         *(rule, threshold_pass.value, ctypes.c_int64(len(table)), ctypes.c_int64(table.chunks)),
         *(ctypes.c_void_p(addresses["device_table"]), ctypes.c_int64(len(table.device_bytes()))),
-        *(step, (ctypes.c_int64 * 4)(*offsets), ctypes.c_int64(len(scalar_sets))),
+        *(step, (ctypes.c_int64 * 4)(*offsets), ctypes.c_int64(count)),
         *(ctypes.c_void_p(addresses[name]) for name in ("sums", "arrivals", "chunk_statistics")),
-        *(message, ctypes.c_int64(len(message))),
+        *(ctypes.c_void_p(device_step), message, ctypes.c_int64(len(message))),
     )
     if failed:
         raise RuntimeError(message.value.decode())
     own = b""
-    if _C.build_info()["cuda"] is not None:
+    if scalar_sets is not None and _C.build_info()["cuda"] is not None:
         room = ctypes.create_string_buffer(table.cuda_step_bytes(scalar_sets=len(scalar_sets)))
         table.write_cuda_step(scalars=scalar_sets, address=ctypes.addressof(room))
         own = room.raw

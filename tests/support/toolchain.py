@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from reporting.machine_code import Forms, KernelName, VoteKernelName, find_cuobjdump, kernel_name, vote_kernel_name
+from reporting.machine_code import (
+    BeginKernelName,
+    Forms,
+    KernelName,
+    VoteKernelName,
+    begin_kernel_name,
+    find_cuobjdump,
+    kernel_name,
+    vote_kernel_name,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 #: The sources of the programs that tests compile.
@@ -59,7 +68,7 @@ def build_traced(source: str, target: Path, *flags: str) -> Path:
 
 
 def cuda_launch_library(built_once: Callable[..., Path], *flags: str) -> ctypes.CDLL:
-    """tests/host/cuda_launch.cpp: the host side of csrc/cuda/step.cu, which launches on a runtime that takes notes."""
+    """tests/host/cuda_launch.cpp: the host side of csrc/cuda, which launches on a runtime that takes notes."""
     flags = ("-O0", "-shared", "-fPIC", "-Wno-unused-function", "-Wno-unused-but-set-variable", *flags)
     flags += (f"-I{HOST / 'fake_cuda'}",)
     folder = built_once("cuda_launch", lambda folder: build("cuda_launch.cpp", folder / "library.so", *flags))
@@ -117,12 +126,12 @@ def exact_ptx(size: str) -> set[str]:
     return {f"{name}.rn.{size}" for name in ("add", "sub", "mul", "div", "sqrt")}
 
 
-AnyKernelName = KernelName | VoteKernelName
+AnyKernelName = KernelName | VoteKernelName | BeginKernelName
 
 
 def any_kernel_name(symbol: str) -> AnyKernelName:
     """Which kernel of csrc/cuda has that symbol."""
-    name = kernel_name(symbol) or vote_kernel_name(symbol)
+    name = kernel_name(symbol) or vote_kernel_name(symbol) or begin_kernel_name(symbol)
     assert name is not None, symbol[:200]
     return name
 
