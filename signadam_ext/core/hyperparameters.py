@@ -206,7 +206,7 @@ def stays_on_device(name: str, value: Any) -> bool:
         ValueError: of more than one element, or no floating-point number.
     """
     if isinstance(value, (tuple, list)):
-        return any([stays_on_device(name, item) for item in value])
+        return any(stays_on_device(name, item) for item in value)
     if not isinstance(value, Tensor) or value.device.type in ("cpu", "meta"):
         return False
     if value.numel() != 1 or not value.is_floating_point():

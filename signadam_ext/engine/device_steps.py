@@ -9,11 +9,12 @@ Where a step is skipped, that list is empty, and the kernels that update find no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backends import DeviceKernels
 from ..backends.bucket import Bucket
 from ..backends.device import StreamGuarded, is_capturing, is_current, to_device
 from ..backends.reference import rules
@@ -22,22 +23,6 @@ from ..core.rule import Group
 from ..core.shards import Sharding
 from .agreement import Sharers, added_up, group_of
 from .decision import CLIP_EPS, Conditions
-
-
-class DeviceKernels(Protocol):
-    """The kernels of a bucket, each started on the stream that is current on its device.
-
-    Attributes:
-        buffers: what they use beside their arguments and what belongs to the user.
-    """
-
-    buffers: tuple[Tensor, ...]
-
-    def norm(self, grads: Tensor, totals: Tensor, places: Tensor) -> None: ...
-    def begin(
-        self, entries: Tensor, operations: Tensor, results: Tensor, values: Tensor, control: Tensor, grads: Tensor
-    ) -> None: ...
-    def update(self) -> None: ...
 
 
 class DeviceBucket:
@@ -54,6 +39,8 @@ class DeviceBucket:
         self._groups = sorted({entry.group for entry in bucket.entries})
         self._grads = _Upload(torch.zeros(len(bucket.entries), dtype=torch.int64, device=device))
         self._places = to_device(torch.tensor([e.index for e in bucket.entries], dtype=torch.int32), device)
+        # An entry lets its tensors go between steps; a plan holds as long as they stay where they are.
+        self._steps = [0 if entry.step is None else entry.step.data_ptr() for entry in bucket.entries]
         self._formulas: Any = None
         self._done: torch.cuda.Event | None = None
 
@@ -104,7 +91,9 @@ class DeviceBucket:
     def _trace(self, groups: Sequence[Group]) -> None:
         """Makes programs of the groups' formulas."""
         if self.bucket.device.type == "cuda" and is_capturing():
-            raise RuntimeError("a hyperparameter that chooses formulas has changed: take a step outside the graph first")
+            raise RuntimeError(
+                "a hyperparameter that chooses formulas has changed: take a step outside the graph first"
+            )
         device = self.bucket.device
         self._programs: list[Program] = [program_of(self.bucket.rule, groups[index]) for index in self._groups]
         distinct = list(dict.fromkeys(self._programs))
@@ -115,12 +104,11 @@ class DeviceBucket:
         self._values = _Upload(torch.zeros(shape, dtype=torch.float64, device=device))
         rows = {index: row for row, index in enumerate(self._groups)}
         entries = []
-        for entry in self.bucket.entries:
-            assert entry.step is not None
+        for entry, step in zip(self.bucket.entries, self._steps, strict=True):
             row = rows[entry.group]
             seed = entry.seed - (1 << 64) if entry.seed >> 63 else entry.seed
             number = distinct.index(self._programs[row])
-            entries.append([entry.step.data_ptr(), seed, entry.param_id, number, row])
+            entries.append([step, seed, entry.param_id, number, row])
         self._entries = to_device(torch.tensor(entries, dtype=torch.int64), device)
         self._guard = StreamGuarded(
             device,
@@ -155,9 +143,7 @@ class DeviceSteps:
         devices = list(dict.fromkeys(bucket.device for bucket, _ in buckets))
         self._device = devices[0]
         self._totals = {device: torch.zeros(params, dtype=torch.float64, device=device) for device in devices}
-        self._controls = {
-            device: torch.tensor([1.0, 0.0], dtype=torch.float64).to(device) for device in devices
-        }
+        self._controls = {device: torch.tensor([1.0, 0.0], dtype=torch.float64).to(device) for device in devices}
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
         self.norm = torch.zeros((), dtype=torch.float64, device=self._device)
         # Those of one mesh, by where they lie.

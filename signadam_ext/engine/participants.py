@@ -97,7 +97,7 @@ def can_begin_on_device(chosen: Sequence[Participant]) -> bool:
     """
     return (
         bool(chosen)
-        and all(found.backend.name in ("cuda", "triton") and found.fitted.step is not None for found in chosen)
+        and all(isinstance(found.backend, backends.DeviceBackend) and found.fitted.step is not None for found in chosen)
         and not any(needs_agreement(found.item.rule, found.item.sharding) for found in chosen)
         and not any(overlap_levels([found.item.param for found in chosen]))
     )

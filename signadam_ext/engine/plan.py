@@ -22,7 +22,7 @@ from ..core.rule import Group, Rule
 from ..core.shards import Sharding
 from .agreement import Agreement, Sharers, agree, group_of, needs_agreement
 from .decision import Conditions, Decision, decide
-from .device_steps import DeviceKernels, DeviceSteps
+from .device_steps import DeviceSteps
 from .gradients import GradientReader, ListReader, make_reader
 from .overlap import overlap_levels
 from .participants import Item, Participant, can_begin_on_device, choose, entry_of, is_readable
@@ -145,13 +145,13 @@ class Plan:
             agreeing = group_of(sharding) if sharding is not None and needs_agreement(rule, sharding) else None
             key = (level, found.backend, entry.param.device, rule, own, agreeing)
             buckets.setdefault(key, []).append((entry, sharding))
-        begun_there: list[tuple[Bucket, DeviceKernels]] = []
+        begun_there: list[tuple[Bucket, backends.DeviceKernels]] = []
         for key in sorted(buckets, key=lambda key: key[0]):
             _, backend, device, rule, _, agreeing = key
             entries = [entry for entry, _ in buckets[key]]
             agreement = None if agreeing is None else Agreement(rule, agreeing, [one for _, one in buckets[key]])
             bucket = Bucket(rule if agreement is None else agreement.rule, device, entries, observes)
-            if on_device:
+            if on_device and isinstance(backend, backends.DeviceBackend):
                 begun_there.append((bucket, backend.device_step(bucket)))
             else:
                 self.launches.append((bucket, backend.prepare(bucket, self.grad)))
@@ -330,6 +330,7 @@ class Plan:
         operations: list[Any] = []
         for bucket, launch, scalar_sets in prepared:
             if isinstance(launch, backends.HostLaunch):
+                refuse_capture((bucket.device,))
                 before, after = agreed.get(id(bucket), ([], []))
                 operations += before
                 if bucket.rule.confidence is None or lock is None:

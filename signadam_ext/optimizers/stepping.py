@@ -174,9 +174,7 @@ def _plan_of(optimizer: GroupedOptimizer, items: list[Item], groups: Sequence[di
     # State outlives this step, so it must not be made of inference tensors.
     for _ in range(PLANNING_ATTEMPTS):
         with outside_inference_mode(), torch.no_grad():
-            plan = Plan(
-                items, state=optimizer.state, observes=runtime.observes, on_device=runtime.begins_on_device
-            )
+            plan = Plan(items, state=optimizer.state, observes=runtime.observes, on_device=runtime.begins_on_device)
         if plan.read(groups, optimizer.state):
             runtime.coded.update(
                 (id(items[entry.index].key), (entry.param.shape, tuple(x.data_ptr() for x in entry.moments)))
