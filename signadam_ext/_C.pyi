@@ -12,6 +12,9 @@ from torch import Tensor
 RULES: tuple[str, ...]
 SCALARS: tuple[str, ...]
 CHUNK_STATISTICS: tuple[str, ...]
+#: Operations of a program that makes scalars, in the order of their numbers, and the registers of one.
+OPERATIONS: tuple[str, ...]
+PROGRAM_REGISTERS: int
 #: (number in tables and kernels, bits of an element) of each format.
 FORMATS: dict[str, tuple[int, int]]
 #: Number in kernels of each way to store a parameter.
@@ -77,6 +80,8 @@ class GradientReader:
     def addresses(self) -> list[int]: ...
     def release(self) -> None: ...
 
+def ordered_sum(x: Sequence[float]) -> float: ...
+
 class CpuLaunch:
     """A step of a table on the CPU, as an operation of :func:`commit`."""
 
@@ -120,6 +125,7 @@ class Table:
     def commit(self) -> None: ...
     def grads(self) -> list[bool]: ...
     def scalar_indices(self) -> list[int]: ...
+    def squares(self, threads: int) -> list[float]: ...
     def chunk_bytes(self) -> bytes: ...
     def device_bytes(self) -> bytes: ...
     def write_step(self, scalars: Sequence[Sequence[float]], address: int) -> None: ...
@@ -139,13 +145,41 @@ class Table:
         self,
         rule: int,
         threshold_pass: ThresholdPass,
-        scalars: Sequence[Sequence[float]],
+        scalars: Sequence[Sequence[float]] | None,
         *,
         device_table: int,
         sums: int,
         arrivals: int,
         chunk_statistics: int,
         device_step: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def cuda_device_step_bytes(self) -> int: ...
+    def launch_cuda_norm(
+        self,
+        *,
+        device_table: int,
+        grads: int,
+        sums: int,
+        arrivals: int,
+        totals: int,
+        places: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def launch_cuda_begin(
+        self,
+        *,
+        entries: int,
+        programs: int,
+        results: int,
+        values: int,
+        control: int,
+        grads: int,
+        step: int,
+        program_length: int,
+        row_length: int,
         device: int,
         stream: int,
     ) -> None: ...

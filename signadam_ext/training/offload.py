@@ -93,6 +93,9 @@ def offload(
         RuntimeError: the optimizer is offloaded already or its gradients are released, or ``release`` on several
             processes.
 
+    ``max_grad_norm`` of the optimizer clips on the host, with ``release`` too; ``GradScaler`` needs gradients on the
+    device, and a step with ``release`` refuses it.
+
     Example:
         >>> model = torch.nn.Linear(10, 1)
         >>> optimizer = SignAdamPP(model.parameters(), state_dtype="int2")
@@ -345,6 +348,11 @@ class Offload:
         """``optimizer.step()`` while it is offloaded."""
         optimizer = self.optimizer()
         assert optimizer is not None  # it is the caller
+        scaled = [name for name in ("grad_scale", "found_inf") if name in vars(optimizer)]
+        if scaled and self.release:
+            for name in scaled:
+                delattr(optimizer, name)  # as GradScaler would after the step
+            raise RuntimeError(_NO_SCALER)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -697,4 +705,8 @@ def _several_processes() -> bool:
 _NO_RELEASE = (
     "release=True drops a gradient as soon as this process has it, before DistributedDataParallel averages it over the "
     "processes: take release=False"
+)
+_NO_SCALER = (
+    "GradScaler looks for the gradients on the device, where release=True leaves none: take release=False, or train in "
+    "bfloat16, which needs no scaler"
 )

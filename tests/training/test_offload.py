@@ -272,6 +272,40 @@ def test_scaled_gradients() -> None:
     assert float(pair.optimizers[0].state[next(pair.models[0].parameters())]["step"]) == 3
 
 
+def test_a_scaler_finds_no_gradients_that_were_released() -> None:
+    pair = Pair(dtype=torch.float32, release=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(loss_of(pair.models[0], 0)).backward()
+    pair.optimizers[0].grad_scale, pair.optimizers[0].found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    before = snapshot(pair.optimizers[0])
+    with pytest.raises(RuntimeError, match="release=True leaves none"):
+        pair.optimizers[0].step()
+    assert_unchanged(pair.optimizers[0], before)
+    assert not {"grad_scale", "found_inf"} & vars(pair.optimizers[0]).keys()
+
+
+@each_release
+def test_clipped_by_the_optimizer(release: bool, lane: LateLane) -> None:
+    """By the norm of all gradients, on the host; a step that is skipped brings nothing up."""
+    pair = Pair(release=release, max_grad_norm=0.05)
+    pair.train(0, 1)
+    pair.check()
+    norms = [optimizer.last_grad_norm for optimizer in pair.optimizers]
+    assert norms[0] is not None and torch.equal(norms[0], norms[1])
+    bytes_of(lane, pair.models[0])
+
+    def step(model: nn.Module, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        (loss_of(model, 2) * torch.inf).backward()
+        optimizer.step()
+
+    pair.each(step)
+    assert lane.moved()[1] == 0
+    pair.train(3)
+    pair.check()
+    assert [int(optimizer.skipped_steps) for optimizer in pair.optimizers] == [1, 1]
+
+
 # --- gradients and parameters that are not what backward has left
 
 
