@@ -22,7 +22,7 @@ from support.strategies import same_bits
 from torch import Tensor, nn
 
 import signadam_ext
-from signadam_ext import AdamW, SignAdamPP, SignSGD, offload, release_gradients
+from signadam_ext import AdamW, SignAdamPP, SignSGD, memory, offload, release_gradients
 from signadam_ext.optimizers.groups import layouts_of
 from signadam_ext.training import offload as module
 
@@ -845,6 +845,20 @@ def test_host_memory_is_one_piece() -> None:
     for host in hosts:
         for tensor in (host.copy, host.gradients):
             assert tensor.data_ptr() % module.ALIGNMENT == 0 and tensor.dtype == torch.bfloat16
+
+
+def test_the_host_keeps_what_the_calculator_says() -> None:
+    """What a GPU would without offload: a copy of the parameters, room for the gradients, and the state."""
+    options = {"state_dtype": "int2", "param_storage": "split8"}
+    model = model_of()
+    optimizer = SignAdamPP(model.parameters(), **options)
+    made = offload(optimizer, device="cpu")
+    ordinary(model, optimizer, 0)
+    kept = [tensor for host in made._host_params.values() for tensor in (host.copy, host.gradients)]
+    kept += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    shapes = [param.shape for param in model.parameters()]
+    expected = memory.estimate(shapes, SignAdamPP, param_dtype="bf16", **options)
+    assert sum(tensor.nbytes for tensor in kept) == expected.total
 
 
 def test_pieces_of_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
