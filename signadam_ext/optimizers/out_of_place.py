@@ -17,7 +17,7 @@ from ..core.formats import outside_inference_mode
 from ..engine.runtime import Runtime
 from ..state.schema import fit
 from .base import SignOptimizer
-from .groups import GroupedOptimizer, has_one_beta, layouts_of, posing_as
+from .groups import GroupedOptimizer, layouts_of, posing_as
 from .stepping import step_all
 
 
@@ -162,13 +162,11 @@ class FunctionalOptimizer:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise TypeError(f"unknown hyperparameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        hyperparameters.check_beta_names(self.cls, changes)
         group = {**template.param_groups[0], **changes}
-        hyperparameters.fold(group, has_one_beta(template.defaults))
         group["params"] = [param for _, param in named]
         group["param_names"] = [name for name, _ in named]
         made = posing_as(template, param_groups=[group], state={})
-        made.runtime = Runtime(weakref.ref(cast(Any, made)), hyperparameters.Hyperparameters(self.cls), has_warned=True)
+        made.runtime = Runtime(weakref.ref(cast(Any, made)), hyperparameters.Hyperparameters(self.cls))
         return made
 
 

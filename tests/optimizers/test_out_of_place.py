@@ -228,6 +228,7 @@ def test_compiled_around_it() -> None:
 # --- refused
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # jvp's own
 def test_inside_a_transform() -> None:
     functional = FunctionalOptimizer(SignSGD, lr=1.0)
     params = torch.ones(3)
