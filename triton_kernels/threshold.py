@@ -35,33 +35,36 @@ def exponential(x):
 
 
 @triton.jit
-def finish(sums, count, numel, a, threshold_state, s):
-    """The chunk sums at ``sums`` go through the chunk procedure until one is left, which moves the gate from ``a``.
-
-    Args:
-        threshold_state: address of the gate.
-        s: address of the group's scalars.
-    """
+def add_up(sums, count, STRIDE: tl.constexpr):
+    """The sum of ``count`` sums of chunks, ``STRIDE`` apart: they go through the chunk procedure until one is left."""
     lanes = tl.arange(0, LANES)
     while count > 1:
         following = (count + CHUNK - 1) // CHUNK
         k = count * 0
         while k < following:
-            first = tl.zeros([LANES], tl.float64)
-            second = tl.zeros([LANES], tl.float64)
+            total = tl.zeros([LANES], tl.float64)
             for row in range(ROWS):
                 index = k * CHUNK + row * LANES + lanes
-                first += tl.load(sums + 2 * index, mask=index < count, other=0.0, cache_modifier=".cg")
-                second += tl.load(sums + 2 * index + 1, mask=index < count, other=0.0, cache_modifier=".cg")
-            first_sum, second_sum = halve(first), halve(second)
+                total += tl.load(sums + STRIDE * index, mask=index < count, other=0.0, cache_modifier=".cg")
+            chunk_sum = halve(total)
             tl.debug_barrier()
-            tl.store(sums + 2 * k, first_sum)
-            tl.store(sums + 2 * k + 1, second_sum)
+            tl.store(sums + STRIDE * k, chunk_sum)
             tl.debug_barrier()
             k += 1
         count = following
-    first_sum = tl.load(sums, cache_modifier=".cg")
-    second_sum = tl.load(sums + 1, cache_modifier=".cg")
+    return tl.load(sums, cache_modifier=".cg")
+
+
+@triton.jit
+def finish(sums, count, numel, a, threshold_state, s):
+    """Moves the gate from ``a`` by a tensor's chunk sums, S1 and S2 of each at ``sums``.
+
+    Args:
+        threshold_state: address of the gate.
+        s: address of the group's scalars.
+    """
+    first_sum = add_up(sums, count, 2)
+    second_sum = add_up(sums + 1, count, 2)
     if is_finite(first_sum) and is_finite(second_sum):
         n = numel.to(tl.float64)
         if tl.load(s + STEERS) != 0.0:

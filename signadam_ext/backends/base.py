@@ -81,3 +81,6 @@ class Backend(Protocol):
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
         """Does what can be done before the first step; ``grad`` gives the tensor of a gradient, by ``Entry.index``."""
+
+    def device_step(self, bucket: Bucket) -> Any:
+        """The kernels of a bucket whose steps begin on its device, as engine/device_steps.py uses them."""

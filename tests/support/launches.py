@@ -174,24 +174,26 @@ class CudaLaunch:
 
 @dataclass(frozen=True)
 class TritonLaunch:
-    """One launch of triton_kernels.update.
+    """One launch of triton_kernels.
 
     Attributes:
         constants: of the kernel, the rule by its name.
         options: what the kernel is compiled with, beside them.
         grid: programs, in one dimension.
-        arguments: the tensors that it gets, in order.
+        arguments: the tensors that it gets, in order, and after them numbers of 32 bits.
+        name: of the kernel.
     """
 
     constants: dict[str, Any]
     options: dict[str, Any]
     grid: int
-    arguments: tuple[Tensor, ...]
+    arguments: tuple[Tensor | int, ...]
+    name: str = "update"
 
     @property
     def kernel(self) -> str:
         """What machine code depends on: launches of one kernel have the same."""
-        return json.dumps(self.constants)
+        return json.dumps([self.constants, self.name])
 
 
 @dataclass(frozen=True)
@@ -205,16 +207,29 @@ class Compiled:
     parameter_count: int
 
     def parameters(self, launch: TritonLaunch) -> bytes:
-        """The kernel's parameters: the addresses of the tensors, then null for scratch memory that it does not use."""
-        addresses = [tensor.data_ptr() for tensor in launch.arguments]
-        unused = self.parameter_count - len(addresses)
-        return struct.pack(f"<{self.parameter_count}Q", *addresses, *[0] * unused)
+        """The kernel's parameters: addresses of tensors, and numbers, then null for scratch memory that is not used."""
+        own = [x.data_ptr() if isinstance(x, Tensor) else x for x in launch.arguments]
+        types = "".join("Q" if isinstance(x, Tensor) else "i" for x in launch.arguments)
+        unused = self.parameter_count - len(own)
+        return struct.pack(f"@{types}{unused}Q", *own, *[0] * unused)
+
+
+def noted(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Tensor | int, ...], given: dict[str, Any]
+) -> TritonLaunch:
+    """The launch of a kernel, with what it is given by name."""
+    constants = {name: value for name, value in given.items() if name in kernel.arg_names}
+    if "RULE" in constants:
+        constants["RULE"] = constants["RULE"].__name__
+    options = {name: value for name, value in given.items() if name not in kernel.arg_names}
+    (programs,) = grid
+    return TritonLaunch(constants, options, programs, arguments, kernel.fn.__name__)
 
 
 def compile_launches(launches: Sequence[TritonLaunch], target: str, folder: Path) -> dict[str, Compiled]:
     """Machine code of their kernels for NVIDIA's ``target`` ("sm_90"), by ``TritonLaunch.kernel``."""
     kernels = list(dict.fromkeys(launch.kernel for launch in launches))
-    made = compile_triton([(target, json.loads(kernel)) for kernel in kernels], folder)
+    made = compile_triton([(target, *json.loads(kernel)) for kernel in kernels], folder)
     found = {}
     for kernel, path in zip(kernels, made, strict=True):
         told = json.loads(path.with_suffix(".json").read_text())
@@ -504,23 +519,19 @@ class Step:
         launches: list[TritonLaunch] = []
         backend = TritonBackend()
         recorder = _Recorder(backend.prepare, backend.splits_formats)
-        names = kernels.update.arg_names
+        kernel = kernels.update
 
         class Notes:
             """In place of the kernel."""
 
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
                 def run(*arguments: Tensor, **given: Any) -> None:
-                    constants = {name: value for name, value in given.items() if name in names}
-                    constants["RULE"] = constants["RULE"].__name__
-                    options = {name: value for name, value in given.items() if name not in names}
                     number = recorder.numbers()
                     for name, tensor in zip(TRITON_TENSORS, arguments, strict=True):
                         is_written = name in ("sums", "arrivals", "chunk_statistics")
                         facts = {"writable": is_written, "defined": name != "sums"}
                         recorder.add({f"{name}{number}": tensor}, **facts)
-                    (programs,) = grid
-                    launches.append(TritonLaunch(constants, options, programs, arguments))
+                    launches.append(noted(kernel, grid, arguments, given))
 
                 return run
 

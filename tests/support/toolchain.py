@@ -177,6 +177,31 @@ TRITON_TENSORS = {
     "chunk_statistics": "*fp64",
 }
 
+#: The arguments of the kernels of a step that begins on the device, each in a module of its name.
+TRITON_STEP_ARGUMENTS = {
+    "norm": {
+        "entries": "*i64",
+        "tensor_of_chunk": "*i32",
+        "grads": "*i64",
+        "sums": "*fp64",
+        "arrivals": "*i32",
+        "totals": "*fp64",
+        "places": "*i32",
+    },
+    "begin": {
+        "entries": "*i64",
+        "operations": "*i32",
+        "results": "*i32",
+        "values": "*fp64",
+        "control": "*fp64",
+        "grads": "*i64",
+        "out_grads": "*i64",
+        "out_rng_keys": "*i32",
+        "out_scalars": "*fp64",
+        "length": "i32",
+        "width": "i32",
+    },
+}
 
 #: The arguments of the kernels in triton_kernels.vote; ``result`` of reading is of 16 bits where an entry is.
 TRITON_VOTE_ARGUMENTS = {
@@ -201,8 +226,8 @@ def compile_triton(
     """Compiles Triton kernels without a device, in a process of its own.
 
     Args:
-        jobs: of each a target ("sm_90", "gfx942") and the kernel's constants, the rule by its name; of votes also which
-            kernel of triton_kernels.vote it is.
+        jobs: of each a target ("sm_90", "gfx942") and the kernel's constants, the rule by its name; also which kernel it
+            is, where it is not triton_kernels.update.
         folder: where what Triton makes is written.
         before: folders that are searched for modules first, for another Triton than that of the tests.
 
