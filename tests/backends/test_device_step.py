@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,6 +114,22 @@ def test_norm_reads_once(library: ctypes.CDLL, texts: dict[Any, str], dtype: tor
     assert access.sectors == sectors * access.needed
     # A warp's eight rows of a chunk, each element in one of the requests.
     assert access.needed * 32 == 16384 * torch.empty((), dtype=dtype).element_size()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        (r"(?:membar\.gl|fence\.acq_rel\.gpu);", "a race at byte .* of square_sums"),
+        (r"bar\.sync\s+\S+;", "a race at byte .* of shared memory"),
+    ],
+    ids=["fence", "barrier"],
+)
+def test_norm_that_does_not_wait_is_found(
+    library: ctypes.CDLL, texts: dict[Any, str], pattern: str, found: str
+) -> None:
+    _, step = begun(library, replace(SQUARED, given=(Given(16385),)))
+    with pytest.raises(Fault, match=found):
+        execute(step.norm(), {NORM: re.sub(pattern, "", texts[NORM])}, step.memory())
 
 
 # The step's data.

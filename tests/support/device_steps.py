@@ -98,7 +98,8 @@ class DeviceBegun:
         return [checked(type(self.source.optimizer), group) for group in self.source.optimizer.param_groups]
 
     def point_at_gradients(self) -> None:
-        addresses = [0 if param.grad is None else param.grad.data_ptr() for param in self.params]
+        # Of a gradient without elements torch says 0; the reader gives it an address, which nobody follows.
+        addresses = [0 if param.grad is None else param.grad.data_ptr() or 1 for param in self.params]
         self.grads.copy_(torch.tensor(addresses, dtype=torch.int64))
 
     def fill_values(self) -> None:
