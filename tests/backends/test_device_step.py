@@ -266,6 +266,7 @@ def test_replayed_steps(library: ctypes.CDLL, texts: dict[Any, str], name: str) 
         step.expected_step(grads)
         replay(factor)
         assert step.unequal() == []
+    assert not own.arrivals.any() and not own.square_arrivals.any()
 
 
 def test_update_reads_nothing_that_was_not_begun(library: ctypes.CDLL, texts: dict[Any, str]) -> None:

@@ -119,7 +119,12 @@ class DeviceBegun:
         read = ("table", "operations", "results", "values", "entries", "control", "grads", "places")
         add({name: getattr(self, name) for name in read}, writable=False)
         add({name: getattr(self, name) for name in ("totals", "square_arrivals", "arrivals")})
-        add({name: getattr(self, name) for name in ("step", "square_sums", "sums")}, defined=False)
+        add({name: getattr(self, name) for name in ("square_sums", "sums")}, defined=False)
+        # Keys are read of tensors without a gradient as well, and not used.
+        keys = len(self.params) * (self.scalars_size + 8)
+        indices = keys + self.drawing * 8
+        add({"step": self.step[:keys], "scalar indices of step": self.step[indices:]}, defined=False)
+        add({"keys of step": self.step[keys:indices]})
         state = self.source.optimizer.state
         for index, param in enumerate(self.params):
             if self.grads[index] == 0:
