@@ -58,6 +58,13 @@ def gradient(label: str, grad: Tensor, param: Tensor) -> None:
         aligned(f"the gradient of {label}", grad)
 
 
+def give_gradient(param: Tensor, grad: Tensor) -> None:
+    """Makes ``grad``, which has been checked, the gradient of ``param``, whatever their dtypes."""
+    if grad.dtype != param.dtype:
+        param.grad_dtype = None  # of which earlier versions of torch have nothing, and refuse the next line
+    param.grad = grad
+
+
 def state_tensor(
     label: str,
     value: Any,
@@ -225,11 +232,11 @@ def is_computable(tensor: Tensor) -> bool:
         and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         and not hasattr(tensor, "__tensor_flatten__")
         and tensor.layout == torch.strided
-        and not _is_simulated(tensor)
+        and not is_simulated(tensor)
     )
 
 
-def _is_simulated(tensor: Tensor) -> bool:
+def is_simulated(tensor: Tensor) -> bool:
     """Whether a tensor has no elements, whatever device it says: a fake one, a copy of which is not written."""
     try:
         return tensor.untyped_storage().device.type == "meta"

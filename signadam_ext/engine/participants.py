@@ -33,7 +33,8 @@ class Item:
         own_state: its state in the optimizer, or None.
         state_names: of the entries of ``fit``, as the state holds them.
         at_rest: whether this is a first step without a learning rate, which needs no variance.
-        sharded, sharding: the DTensor of which ``param`` is this rank's part, and how it is spread over ranks, or None.
+        owner: the parameter as the optimizer has it, where ``param`` is another tensor: its part on this rank.
+        sharding: how it is spread over ranks, or None.
     """
 
     label: str
@@ -52,13 +53,13 @@ class Item:
     param_id: int = 0
     shard: ShardIndex = WHOLE
     at_rest: bool = False
-    sharded: Tensor | None = None
+    owner: Tensor | None = None
     sharding: Sharding | None = None
 
     @property
     def key(self) -> Tensor:
         """The parameter as the optimizer has it."""
-        return self.param if self.sharded is None else self.sharded
+        return self.param if self.owner is None else self.owner
 
     def grad_variance(self) -> Any:
         """The variance of its gradient: as it was handed over, or as the parameter has it; None without either."""

@@ -26,8 +26,14 @@ class StepDriver(Protocol):
     def step(self, closure: Callable[[], float] | None) -> float | None:
         """What ``optimizer.step()`` does while this drives it."""
 
+    def zero_grad(self) -> None:
+        """What ``optimizer.zero_grad()`` does beside what it does to ``param.grad``."""
+
     def extend(self, params: Sequence[Tensor]) -> None:
         """Takes in the parameters of a new group."""
+
+    def updated(self, param: Tensor) -> Tensor:
+        """The tensor that steps update for a parameter, beside which its state lies."""
 
 
 @dataclass(eq=False)

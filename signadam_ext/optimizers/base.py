@@ -186,6 +186,12 @@ class SignOptimizer(Optimizer):
             step_all(self)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim``'s. Gradients that :func:`signadam_ext.offload` has moved to the host are dropped, too."""
+        if self.runtime.driver is not None:
+            self.runtime.driver.zero_grad()
+        super().zero_grad(set_to_none)
+
     @property
     def last_grad_norm(self) -> Tensor | None:
         """The norm of all gradients at the last step, before clipping, 0-dim float64; None without max_grad_norm.

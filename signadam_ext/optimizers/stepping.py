@@ -18,6 +18,7 @@ from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from . import ranks
 from .groups import GroupedOptimizer, label, layout_of
+from .simulated import is_simulation, simulate
 
 #: Why a parameter by itself cannot be stepped.
 NO_NORM = (
@@ -44,6 +45,9 @@ def step_all(optimizer: GroupedOptimizer) -> None:
             if plan is None or key != runtime.plan_key or not plan.read(optimizer.param_groups, optimizer.state):
                 # The old one lets go of what it has read before the new one takes it.
                 runtime.plan = None
+                if is_simulation(groups):
+                    simulate(optimizer, groups)
+                    return
                 plan = make_plan(optimizer, groups)
             decision = plan.run(groups, runtime.lock, conditions)
             runtime.plan, runtime.plan_key = plan, key
@@ -90,6 +94,9 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
     try:
         if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
             runtime.plans_alone.pop(id(param), None)
+            if is_simulation(alone):
+                simulate(optimizer, alone)
+                return True
             item = make_item(optimizer, label(group, index, i), param, group, 0, param_id)
             plan = _plan_of(optimizer, [item], alone)
         plan.run(alone, runtime.lock)
@@ -206,7 +213,7 @@ def make_item(
         seed=group["seed"],
         param_id=param_id,
         shard=layout.shard,
-        sharded=layout.sharded,
+        owner=layout.owner,
         sharding=layout.sharding,
         # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.
         at_rest=not own and not isinstance(group["lr"], Tensor) and group["lr"] == 0,

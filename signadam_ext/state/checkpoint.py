@@ -43,14 +43,14 @@ class Layout:
 
     Attributes:
         label: what errors call the parameter.
-        param: the parameter, or its part on this rank.
+        param: the parameter, its part on this rank, or its copy on the host.
         moments: form of each moment, by name.
         param_storage: how the parameter is stored, as :func:`formats.effective_param_storage` gives it.
         threshold_state: name of what the threshold is made of, or None.
         bounded: whether no entry of the first moment exceeds 1.
         uses_step: whether the rule computes with the number of steps.
-        sharded: the DTensor of which ``param`` is this rank's part, or None.
-        sharding: how that is spread over ranks, or None.
+        owner: the parameter as the optimizer has it, where ``param`` is another tensor, or None.
+        sharding: how it is spread over ranks, or None.
     """
 
     label: str
@@ -60,13 +60,13 @@ class Layout:
     threshold_state: str | None
     bounded: bool = False
     uses_step: bool = False
-    sharded: Tensor | None = None
+    owner: Tensor | None = None
     sharding: Sharding | None = None
 
     @property
     def key(self) -> Tensor:
         """The parameter as the optimizer has it."""
-        return self.param if self.sharded is None else self.sharded
+        return self.param if self.owner is None else self.owner
 
     @property
     def shard(self) -> ShardIndex:

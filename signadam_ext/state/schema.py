@@ -248,6 +248,6 @@ class _Fitting:
 
 
 def _huge_pages(moment: Tensor) -> Tensor:
-    if moment.device.type == "cpu":
+    if moment.device.type == "cpu" and not tensors.is_simulated(moment):
         _C.advise_huge_pages(moment.data_ptr(), moment.nbytes)
     return moment
