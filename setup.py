@@ -71,9 +71,9 @@ def scm_version(found: ScmVersion) -> str:
 
 
 def commit() -> str:
-    """The commit this tree is at; unknown in an sdist."""
+    """The commit this tree is at. An sdist knows none: .ci/wheels tells it by SIGNADAM_COMMIT."""
     if not (ROOT / ".git").exists():
-        return "unknown"
+        return os.environ.get("SIGNADAM_COMMIT", "unknown")
     changed = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no").strip() else ""
     return (output("git", "rev-parse", "--short=12", "HEAD").strip() or "unknown") + changed
 
