@@ -27,7 +27,7 @@ int main(int, char** arguments) {
   slice.grad = grad.data();
   slice.count = chunk_size;
   Scalars s{};
-  s.lr = 1e-3f, s.decay = 1.0f, s.beta1 = 0.9f, s.one_minus_beta1 = 0.1f;
+  s.gradient_scale = 1.0f, s.lr = 1e-3f, s.decay = 1.0f, s.beta1 = 0.9f, s.one_minus_beta1 = 0.1f;
   uint32_t sum = 0;
   for (int t = 0; t < times; ++t) {
     slice.rng_keys = RngKey::of(0, 0, static_cast<uint64_t>(t) + 1);

@@ -16,7 +16,7 @@ LR = tl.constexpr(SCALARS.index("lr"))
 WEIGHT_DECAY = tl.constexpr(SCALARS.index("weight_decay"))
 DECAY = tl.constexpr(SCALARS.index("decay"))
 COUPLED = tl.constexpr(SCALARS.index("coupled"))
-MAXIMIZE = tl.constexpr(SCALARS.index("maximize"))
+GRADIENT_SCALE = tl.constexpr(SCALARS.index("gradient_scale"))
 ALPHA = tl.constexpr(SCALARS.index("alpha"))
 BETA1 = tl.constexpr(SCALARS.index("beta1"))
 ONE_MINUS_BETA1 = tl.constexpr(SCALARS.index("one_minus_beta1"))
@@ -95,9 +95,8 @@ def zero_where_zero(denominator, x):
 @triton.jit
 def effective_gradient(s, p, g):
     # One jump over both: by themselves each would be executed, switched off by a predicate, for every element.
-    if (scalar(s, MAXIMIZE) != 0.0) | (scalar(s, COUPLED) != 0.0):
-        if scalar(s, MAXIMIZE) != 0.0:
-            g = g * -1.0
+    if (scalar(s, GRADIENT_SCALE) != 1.0) | (scalar(s, COUPLED) != 0.0):
+        g = g * scalar(s, GRADIENT_SCALE)
         if scalar(s, COUPLED) != 0.0:
             g = g + scalar(s, WEIGHT_DECAY) * p
     return g

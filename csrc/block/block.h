@@ -36,11 +36,14 @@ constexpr int pieces_in_flight_of_full = threshold_pass == ThresholdPass::pass_b
                                                                                : pieces_in_flight<Rule, threshold_pass>;
 
 // Of a piece. What is uniform over the chunk is asked once, not for each element.
+SIGNADAM_HD void scale_gradient(const Scalars& s, float* g) {
+  if (s.gradient_scale == 1.0f) return;
+  SIGNADAM_UNROLL
+  for (int i = 0; i < piece_size; ++i) g[i] = g[i] * s.gradient_scale;
+}
+
 SIGNADAM_HD void make_effective(const Scalars& s, const float* p, float* g) {
-  if (s.maximize) {
-    SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) g[i] = -g[i];
-  }
+  scale_gradient(s, g);
   if (s.coupled) {
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i) g[i] = g[i] + s.weight_decay * p[i];
@@ -230,9 +233,7 @@ struct StoredSlice {
     if constexpr (aux) exp_third.unpack(raw.exp_third, x);
     constexpr bool is_effective = kind != ChunkKind::any || observes;
     if constexpr (is_effective && updates) make_effective(s, p, g);
-    if constexpr (is_effective && !updates)  // of full chunks, where decay is not coupled
-      if (s.maximize)
-        for (float& each : g) each = -each;
+    if constexpr (is_effective && !updates) scale_gradient(s, g);  // of full chunks, where decay is not coupled
     Observer<(moments > 0)> observer;
     if constexpr (observes) observer.before(alpha, piece, g, m, own);
     update_piece<Rule, threshold_pass, is_effective>(s, alpha, piece, p, g, m, v, x, lanes);
@@ -334,8 +335,9 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
 }
 
 // Eight lanes that lie `apart`, halved until the first has their sum.
-SIGNADAM_HD void halve_eight(Sums* lanes, int apart) {
-  Sums own[8];
+template <class Sum>
+SIGNADAM_HD void halve_eight(Sum* lanes, int apart) {
+  Sum own[8];
   SIGNADAM_UNROLL
   for (int i = 0; i < 8; ++i) own[i] = lanes[i * apart];
   SIGNADAM_UNROLL
@@ -348,8 +350,8 @@ SIGNADAM_HD void halve_eight(Sums* lanes, int apart) {
 
 // The sum of all lanes, at their places: x[:h] + x[h:] for h = 1024, 512, ..., 1. A thread takes three turns at once,
 // of eight lanes that nobody else needs; the last five are left to `sum_of_halved`.
-template <class Block>
-SIGNADAM_HD void halve(Block& block, Sums* lanes) {
+template <class Sum, class Block>
+SIGNADAM_HD void halve(Block& block, Sum* lanes) {
   static_assert(threads_per_block == 8 * 32 && piece_size == 8);
   block.each([=](int thread) { halve_eight(lanes + thread / 32 * threads_per_block + thread % 32, 32); });
   block.each([=](int thread) {
@@ -357,13 +359,14 @@ SIGNADAM_HD void halve(Block& block, Sums* lanes) {
   });
 }
 
-SIGNADAM_HD Sums sum_of_halved(const Sums* lanes) {
-  Sums own[piece_size];
+template <class Sum>
+SIGNADAM_HD Sum sum_of_halved(const Sum* lanes) {
+  Sum own[piece_size];
   SIGNADAM_UNROLL
   for (int i = 0; i < piece_size; ++i) {
-    const Sums* const four = lanes + i * threads_per_block;
+    const Sum* const four = lanes + i * threads_per_block;
     own[i] = four[0];
-    Sums odd = four[1];
+    Sum odd = four[1];
     add(own[i], four[2]);
     add(odd, four[3]);
     add(own[i], odd);
@@ -372,16 +375,13 @@ SIGNADAM_HD Sums sum_of_halved(const Sums* lanes) {
   return own[0];
 }
 
-// The chunk sums of a tensor go through the chunk procedure until one is left, which moves the gate.
-template <class Block>
-SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const TensorEntry& tensor, const Scalars& s) {
-  Sums* const sums = table.sums + tensor.first_chunk;
-  Sums* const lanes = block.lanes();
-  int64_t count = chunks_of(tensor.numel);
+// The sums of a tensor's `count` chunks go through the chunk procedure until the first is that of the tensor.
+template <class Sum, class Block>
+SIGNADAM_HD void sum_chunks(Block& block, Sum* lanes, Sum* sums, int64_t count) {
   while (count > 1) {
     const int64_t next = chunks_of(count);
     for (int64_t k = 0; k < next; ++k) {
-      const Sums* const x = sums + k * chunk_size;
+      const Sum* const x = sums + k * chunk_size;
       const int64_t left = count - k * chunk_size;
       const int64_t size = left < chunk_size ? left : chunk_size;
       block.each([=](int thread) {
@@ -395,6 +395,13 @@ SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const T
     }
     count = next;
   }
+}
+
+// The sums of a tensor move its threshold.
+template <class Block>
+SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const TensorEntry& tensor, const Scalars& s) {
+  Sums* const sums = table.sums + tensor.first_chunk;
+  sum_chunks(block, block.lanes(), sums, chunks_of(tensor.numel));
   block.alone(
       [&] { *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, sums[0], tensor.numel, s); });
 }

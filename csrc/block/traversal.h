@@ -53,7 +53,7 @@ SIGNADAM_HD int place_of(int lane) { return lane % piece_size * threads_per_bloc
 
 // Elements before `address` reaches a 16-byte boundary, at most 7. An address that is no multiple of the element's
 // size never reaches one: 0, and every access is narrow.
-inline uint8_t head_of(const void* address, Format format) {
+SIGNADAM_HD uint8_t head_of(const void* address, Format format) {
   const auto size = static_cast<uintptr_t>(size_of(format));
   const auto misaligned = reinterpret_cast<uintptr_t>(address) % 16;
   return static_cast<uint8_t>(misaligned % size != 0 ? 0 : (16 - misaligned) % 16 / size);

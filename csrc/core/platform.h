@@ -38,6 +38,14 @@ SIGNADAM_HD float float_of(uint32_t bits) {
 #endif
 }
 
+SIGNADAM_HD double double_root(double x) {
+#if defined(__CUDA_ARCH__)
+  return __dsqrt_rn(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
 // Bytes of two words, the first word's below. On a GPU each is one instruction.
 #if defined(__CUDA_ARCH__)
 SIGNADAM_HD uint32_t upper_halves(uint32_t low, uint32_t high) { return __byte_perm(low, high, 0x7632); }

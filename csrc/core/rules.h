@@ -51,11 +51,12 @@ SIGNADAM_HD F square_root(F x) {
 #endif
 }
 
-// The gradient as every rule and the confidence statistics see it. Without coupled decay p is not touched, so an
-// infinite p meets no 0 * p.
+// The gradient as every rule and the confidence statistics see it. `gradient_scale` is 1, which changes no bit, or -1
+// where the objective is maximized, times what clipping and a loss scale leave. Without coupled decay p is not touched,
+// so an infinite p meets no 0 * p.
 template <class F>
 SIGNADAM_HD F effective_gradient(const Scalars& s, F p, F g) {
-  g = s.maximize ? -g : g;
+  g = g * s.gradient_scale;
   return s.coupled ? g + s.weight_decay * p : g;
 }
 

@@ -8,6 +8,7 @@ namespace signadam {
 // Every scalar crosses the binding as a double, unrounded, in this order; Python packs a set by these names. Most meet
 // tensors, and are rounded to fp32 for it.
 #define SIGNADAM_FLOATS(X) \
+  X(gradient_scale)        \
   X(lr)                    \
   X(weight_decay)          \
   X(decay)                 \
@@ -32,7 +33,6 @@ namespace signadam {
 
 #define SIGNADAM_FLAGS(X) \
   X(coupled)              \
-  X(maximize)             \
   X(steers)
 
 #define SIGNADAM_SCALARS(X) \
@@ -59,7 +59,9 @@ struct Scalars {
   SIGNADAM_FLAGS(SIGNADAM_FIELD)
 #undef SIGNADAM_FIELD
 
-  static Scalars from_set(const double* set) {
+  // `set[index]`: the unrounded ones.
+  template <class Set>
+  SIGNADAM_HD static Scalars from_set(const Set& set) {
     Scalars s{};
     s.adaptive_alpha = set[index_alpha];
 #define SIGNADAM_SET(name) s.name = set[index_##name];

@@ -6,20 +6,14 @@
 
 namespace signadam {
 
-SIGNADAM_HD double double_root(double x) {
-#if defined(__CUDA_ARCH__)
-  return __dsqrt_rn(x);
-#else
-  return __builtin_sqrt(x);
-#endif
-}
-
 SIGNADAM_HD bool is_finite(double x) { return x - x == 0.0; }
 
 SIGNADAM_HD void add(Sums& to, const Sums& x) {
   to.first += x.first;
   to.second += x.second;
 }
+
+SIGNADAM_HD void add(double& to, double x) { to += x; }
 
 // Products of two fp32 are exact in double.
 SIGNADAM_HD void add(Sums& to, bool steers, float alpha, float g) {
@@ -30,8 +24,9 @@ SIGNADAM_HD void add(Sums& to, bool steers, float alpha, float g) {
 }
 
 // One lane of a chunk whose elements are sums of an earlier level. Padding adds +0, which changes no sum.
-SIGNADAM_HD Sums lane_of_sums(const Sums* x, int64_t count, int64_t lane) {
-  Sums sum{0.0, 0.0};
+template <class Sum>
+SIGNADAM_HD Sum lane_of_sums(const Sum* x, int64_t count, int64_t lane) {
+  Sum sum{};
   for (int64_t i = lane; i < count; i += lane_count) add(sum, x[i]);
   return sum;
 }

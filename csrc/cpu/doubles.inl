@@ -48,7 +48,7 @@ constexpr int column = width == 16 ? 64 : 16;
 
 template <bool steers, Format format>
 void sum_columns(const Slice& slice, const Scalars& s, float alpha, double* first, double* second) {
-  const bool maximize = s.maximize != 0;
+  const float scale = s.gradient_scale;
   const void* const grad = slice.grad;
   const int64_t begin = slice.begin;
   constexpr int vectors = column / width, ahead = 256 / size_of(format);
@@ -61,8 +61,7 @@ void sum_columns(const Slice& slice, const Scalars& s, float alpha, double* firs
       for (int64_t byte = 0; byte < bytes_before(format, column); byte += 64)
         __builtin_prefetch(static_cast<const char*>(grad) + bytes_before(format, index + ahead) + byte);
       for (int k = 0; k < vectors; ++k) {
-        V g = load_vector(grad, format, index + k * width);
-        if (maximize) g = -g;
+        const V g = load_vector(grad, format, index + k * width) * scale;
         const D low = low_doubles(g), high = high_doubles(g);
         if constexpr (steers) {
           add_count(passed[k], passes(g, alpha));

@@ -176,7 +176,7 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, 
     alignas(64) float scratch_effective[block_size], before[block_size];
     const float* effective = arrays.g;
     if (chunk_statistics != nullptr) {
-      if (s.coupled || s.maximize) {
+      if (s.coupled || s.gradient_scale != 1.0f) {
         for (int i = 0; i < count; ++i) scratch_effective[i] = effective_gradient(s, arrays.p[i], arrays.g[i]);
         effective = scratch_effective;
       }

@@ -318,7 +318,7 @@ SIGNADAM_HD bool scales_exactly(const Scalars& s) {
   return exact(s.lr) && exact(s.beta1) && exact(s.one_minus_beta1);
 }
 
-// The whole groups of a chunk. `as_it_is`: the gradient counts as it is, neither negated nor with decay added. Returns
+// The whole groups of a chunk. `as_it_is`: the gradient counts as it is, neither scaled nor with decay added. Returns
 // how many elements that were.
 template <class Rule, Format moment, bool as_it_is>
 int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
@@ -330,7 +330,7 @@ int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
     s.beta1 *= fixed_point / top;
     s.one_minus_beta1 *= fixed_point;
   }
-  if constexpr (as_it_is) s.coupled = s.maximize = 0;
+  if constexpr (as_it_is) s.coupled = 0, s.gradient_scale = 1.0f;
   const TensorEntry tensor = slice.tensor;
   const void* const grad = slice.grad;
   const bool stochastic = tensor.formats.param_storage == ParamStorage::stochastic;
@@ -390,7 +390,7 @@ int update_pairs(const Slice& slice, const Scalars& s, float alpha) {
       !goes_by_groups(slice, 0) || !takes(s, alpha))
     return 0;
 #define SIGNADAM_PAIRS(moment)                                                                \
-  return s.coupled || s.maximize ? update_pairs<Rule, Format::moment, false>(slice, s, alpha) \
+  return s.coupled || s.gradient_scale != 1.0f ? update_pairs<Rule, Format::moment, false>(slice, s, alpha) \
                                  : update_pairs<Rule, Format::moment, true>(slice, s, alpha)
   if constexpr (Rule::moments == 0) {
     SIGNADAM_PAIRS(fp32);

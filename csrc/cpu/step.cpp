@@ -74,9 +74,9 @@ uint32_t tensor_of(const TensorEntry* begin, const TensorEntry* end, uint32_t ch
   return static_cast<uint32_t>(std::upper_bound(begin, end, chunk, after) - begin) - 1;
 }
 
-void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s, Sums* lanes) {
-  Sums* const sums = table.sums + tensor.first_chunk;
-  for (int64_t count = chunks_of(tensor.numel); count > 1; count = chunks_of(count)) {
+// The sum of `count` sums, which it overwrites: they go through the chunk procedure until one is left.
+Sums total_of(Sums* sums, int64_t count, Sums* lanes) {
+  for (; count > 1; count = chunks_of(count)) {
     for (int64_t k = 0; k < chunks_of(count); ++k) {
       const int64_t left = count - k * chunk_size;
       const int64_t width = lanes_for(count);
@@ -87,7 +87,30 @@ void finish_statistics(const TableView& table, const TensorEntry& tensor, const 
       sums[k] = lanes[0];
     }
   }
-  *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, sums[0], tensor.numel, s);
+  return sums[0];
+}
+
+void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s, Sums* lanes) {
+  const Sums total = total_of(table.sums + tensor.first_chunk, chunks_of(tensor.numel), lanes);
+  *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, total, tensor.numel, s);
+}
+
+// `body(chunk, slice, index)` for the chunks of every tensor, the index-th, that has a gradient.
+template <class Body>
+void for_chunks(const TableView& table, uint32_t tensors, const Step& step, const std::vector<uint32_t>& units,
+                int threads, Body body) {
+  parallel_for(static_cast<int64_t>(units.size()) - 1, threads, [&](int64_t unit) {
+    const TensorEntry* const end = table.tensors + tensors;
+    uint32_t index = tensor_of(table.tensors, end, units[unit]);
+    for (uint32_t chunk = units[unit]; chunk < units[unit + 1]; ++chunk) {
+      uint32_t next = index;
+      while (next + 1 < tensors && table.tensors[next + 1].first_chunk <= chunk + 1) ++next;
+      if (chunk + 1 < units[unit + 1]) fetch_ahead(slice_of(table, step, chunk + 1, next));
+      const Slice slice = slice_of(table, step, chunk, index);
+      if (slice.grad != nullptr) body(chunk, slice, index);
+      index = next;
+    }
+  });
 }
 
 }  // namespace
@@ -122,18 +145,9 @@ std::vector<uint32_t> make_units(const TableView& table, uint32_t tensors, uint3
 void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, uint32_t tensors, const Step& step,
          const std::vector<uint32_t>& units, int threads, Sums* lanes) {
   const Kernels& isa = kernels();
-  const auto for_chunks = [&](auto&& body) {
-    parallel_for(static_cast<int64_t>(units.size()) - 1, threads, [&](int64_t unit) {
-      const TensorEntry* const end = table.tensors + tensors;
-      uint32_t index = tensor_of(table.tensors, end, units[unit]);
-      for (uint32_t chunk = units[unit]; chunk < units[unit + 1]; ++chunk) {
-        uint32_t next = index;
-        while (next + 1 < tensors && table.tensors[next + 1].first_chunk <= chunk + 1) ++next;
-        if (chunk + 1 < units[unit + 1]) fetch_ahead(slice_of(table, step, chunk + 1, next));
-        const Slice slice = slice_of(table, step, chunk, index);
-        if (slice.grad != nullptr) body(chunk, slice, step.scalars[step.scalar_indices[index]]);
-        index = next;
-      }
+  const auto each_chunk = [&](auto&& body) {
+    for_chunks(table, tensors, step, units, threads, [&](uint32_t chunk, const Slice& slice, uint32_t index) {
+      body(chunk, slice, step.scalars[step.scalar_indices[index]]);
     });
   };
   const auto finish = [&] {
@@ -145,17 +159,38 @@ void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, u
   };
 
   if (threshold_pass == ThresholdPass::pass_before) {
-    for_chunks(
+    each_chunk(
         [&](uint32_t chunk, const Slice& slice, const Scalars& s) { table.sums[chunk] = isa.sum(slice, s, 0.0f); });
     finish();
   }
-  for_chunks([&](uint32_t chunk, const Slice& slice, const Scalars& s) {
+  each_chunk([&](uint32_t chunk, const Slice& slice, const Scalars& s) {
     // The sums come first: they need the old parameter, and leave the chunk in the cache for the update.
     const float alpha = threshold(slice.tensor, s);
     if (threshold_pass == ThresholdPass::same_pass) table.sums[chunk] = isa.sum(slice, s, alpha);
     isa.update[rule](slice, s, alpha, table.chunk_statistics == nullptr ? nullptr : table.chunk_statistics + chunk);
   });
   if (threshold_pass == ThresholdPass::same_pass) finish();
+}
+
+std::vector<double> squares(const TableView& table, uint32_t tensors, uint32_t chunks, const void* const* grads,
+                            const std::vector<uint32_t>& units, int threads) {
+  const Kernels& isa = kernels();
+  Scalars as_it_is{};
+  as_it_is.gradient_scale = 1.0f;
+  std::vector<Sums> sums(chunks), lanes(lane_count);
+  for_chunks(table, tensors, {grads, nullptr, nullptr, nullptr}, units, threads,
+             [&](uint32_t chunk, const Slice& slice, uint32_t) { sums[chunk] = isa.sum(slice, as_it_is, 0.0f); });
+  std::vector<double> found(tensors);
+  for (uint32_t i = 0; i < tensors; ++i)
+    if (const int64_t count = chunks_of(table.tensors[i].numel); grads[i] != nullptr && count > 0)
+      found[i] = total_of(sums.data() + table.tensors[i].first_chunk, count, lanes.data()).second;
+  return found;
+}
+
+double ordered_sum(const std::vector<double>& x) {
+  std::vector<Sums> sums, lanes(lane_count);
+  for (const double each : x) sums.push_back({0.0, each});
+  return sums.empty() ? 0.0 : total_of(sums.data(), static_cast<int64_t>(sums.size()), lanes.data()).second;
 }
 
 }  // namespace signadam::cpu

@@ -17,4 +17,12 @@ std::vector<uint32_t> make_units(const TableView& table, uint32_t tensors, uint3
 void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, uint32_t tensors, const Step& step,
          const std::vector<uint32_t>& units, int threads, Sums* lanes);
 
+// The sum of squares of each tensor's gradient as it is, in double, in the order of the sums for a threshold; 0 where
+// there is none.
+std::vector<double> squares(const TableView& table, uint32_t tensors, uint32_t chunks, const void* const* grads,
+                            const std::vector<uint32_t>& units, int threads);
+
+// The sum of the elements of a vector in the order in which a tensor's are added.
+double ordered_sum(const std::vector<double>& x);
+
 }  // namespace signadam::cpu

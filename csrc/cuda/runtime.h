@@ -60,21 +60,22 @@ class DeviceGuard {
   void* before_ = nullptr;  // the context that was current, or none
 };
 
-// Launches `blocks` blocks of `threads_per_block` on `stream` of `device`, and nothing where there are none.
-inline void start(const void* kernel, int64_t blocks, void* arguments, int device, void* stream, const char* doing) {
+// Launches `blocks` blocks of so many threads on `stream` of `device`, and nothing where there are none.
+inline void start(const void* kernel, int64_t blocks, void* arguments, int device, void* stream, const char* doing,
+                  int threads = threads_per_block) {
   if (blocks == 0) return;
   const DeviceGuard guard(device);
   void* parameters[] = {arguments};
   // What it returns is of this launch; cudaGetLastError would also give an older error.
-  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads_per_block), parameters, 0,
-                         static_cast<cudaStream_t>(stream)),
+  check(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), parameters,
+                         0, static_cast<cudaStream_t>(stream)),
         doing);
 }
 
 template <class Arguments>
-void start(void (*kernel)(Arguments), int64_t blocks, Arguments& arguments, int device, void* stream,
-           const char* doing) {
-  start(reinterpret_cast<const void*>(kernel), blocks, &arguments, device, stream, doing);
+void start(void (*kernel)(Arguments), int64_t blocks, Arguments& arguments, int device, void* stream, const char* doing,
+           int threads = threads_per_block) {
+  start(reinterpret_cast<const void*>(kernel), blocks, &arguments, device, stream, doing, threads);
 }
 
 }  // namespace signadam::cuda

@@ -6,9 +6,11 @@
 #include <array>
 #include <limits>
 
+#include "../core/program.h"
 #include "../cpu/float_environment.h"
 #include "../cpu/kernels.h"
 #include "../cpu/pages.h"
+#include "../cpu/step.h"
 #include "commit.h"
 #include "gradient_reader.h"
 #include "host_table.h"
@@ -172,6 +174,12 @@ PYBIND11_MODULE(_C, m) {
   SIGNADAM_SCALARS(SIGNADAM_APPEND)
 #undef SIGNADAM_APPEND
   m.attr("SCALARS") = py::tuple(scalars);
+  py::list operations;
+#define SIGNADAM_APPEND(name) operations.append(#name);
+  SIGNADAM_OPERATIONS(SIGNADAM_APPEND)
+#undef SIGNADAM_APPEND
+  m.attr("OPERATIONS") = py::tuple(operations);
+  m.attr("PROGRAM_REGISTERS") = program_registers;
   py::list rules;
 #define SIGNADAM_APPEND(Rule) rules.append(Rule::name);
   SIGNADAM_RULES(SIGNADAM_APPEND)
@@ -226,6 +234,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("commit", &commit, py::arg("operations"), py::arg("tables"), py::arg("states"), py::arg("written"),
         py::arg("increment_version"), py::arg("guards"));
 
+  m.def("ordered_sum", &cpu::ordered_sum, py::arg("x"));
+
   py::class_<HostTable>(m, "Table")
       .def(py::init<bool>(), py::arg("scalars_by_step"))
       .def(
@@ -268,6 +278,7 @@ PYBIND11_MODULE(_C, m) {
              return present;
            })
       .def("scalar_indices", &HostTable::scalar_indices)
+      .def("squares", &HostTable::squares, py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def("__len__", &HostTable::size)
       .def_property_readonly("chunks", &HostTable::chunks)
       .def("chunk_bytes", [](const HostTable& table) { return bytes_of(table.tensor_of_chunk()); })

@@ -95,4 +95,8 @@ void HostTable::run_cpu(RuleIndex rule, ThresholdPass threshold_pass, const std:
            threads, lanes_.data());
 }
 
+std::vector<double> HostTable::squares(int threads) {
+  return cpu::squares(view(nullptr), static_cast<uint32_t>(tensors_.size()), chunks_, grads_.data(), units_, threads);
+}
+
 }  // namespace signadam

@@ -67,6 +67,9 @@ class HostTable {
   void run_cpu(RuleIndex rule, ThresholdPass threshold_pass, const std::vector<Scalars>& scalars, int threads,
                ChunkStatistics* chunk_statistics);
 
+  // The sum of squares of each tensor's gradient of the step that has begun.
+  std::vector<double> squares(int threads);
+
  private:
   TableView view(ChunkStatistics* chunk_statistics) {
     return {tensors_.data(), nullptr, sums_.data(), nullptr, chunk_statistics};

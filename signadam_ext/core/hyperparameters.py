@@ -90,6 +90,7 @@ COMMON: Checks = {
     "weight_decay": Number(),
     "decoupled_weight_decay": FLAG,
     "maximize": FLAG,
+    "max_grad_norm": checks.max_grad_norm,
     "state_dtype": _state_dtype,
     "param_storage": Choice(tuple(PARAM_STORAGES)),
     "seed": checks.seed,

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from . import checks, formats
+from .symbols import is_nonzero, number
 
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
@@ -30,7 +31,8 @@ class Rule:
         name: name of the rule on every backend.
         moments: names of the state tensors, in the order of the kernels' ``m``, ``v`` and ``x``.
         bounded: whether ``|m| <= 1`` always, so that few bits hold it without a scale.
-        scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles.
+        scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles; of numbers or of
+            symbols, see :mod:`signadam_ext.core.symbols`.
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
@@ -88,12 +90,15 @@ class Rule:
             )
         return allowed[checks.one_of("state_dtype", dtype, formats.BOUNDED)]
 
-    def scalar_set(self, group: Group, t: int) -> Scalars:
+    def scalar_set(self, group: Group, t: int, gradient_factor: float = 1.0) -> Scalars:
         """All scalars of a group at step ``t``: those every rule takes, and the rule's own.
+
+        Gradients count ``gradient_factor`` times: what clipping, and a loss that was scaled, make of them.
 
         A bounded moment in codes is ``m * L`` to the rule, which then takes ``lr / L`` and ``(1 - beta1) * L``.
         """
         scalars = {**common_scalars(group), **self.scalars(group, t)}
+        scalars["gradient_scale"] *= gradient_factor
         levels = self._levels(group)
         if levels is not None:
             scalars["lr"] /= levels
@@ -149,16 +154,16 @@ def _named(dtype: Any) -> Any:
 
 
 def common_scalars(group: Group) -> Scalars:
-    """Learning rate, direction and weight decay. Without decay ``decay`` is 1, which changes no bit of a parameter."""
-    lr = float(group["lr"])
-    weight_decay = float(group["weight_decay"])
+    """Direction, learning rate and weight decay. Without decay ``decay`` is 1, which changes no bit of a parameter."""
+    lr = number(group["lr"])
+    weight_decay = number(group["weight_decay"])
     decoupled = group["decoupled_weight_decay"]
     return {
+        "gradient_scale": -1.0 if group["maximize"] else 1.0,
         "lr": lr,
         "weight_decay": weight_decay,
-        "decay": 1 - lr * weight_decay if decoupled and weight_decay != 0 else 1.0,
-        "coupled": float(weight_decay != 0 and not decoupled),
-        "maximize": float(bool(group["maximize"])),
+        "decay": 1 - lr * weight_decay if decoupled else 1.0,
+        "coupled": 0.0 if decoupled else is_nonzero(weight_decay),
     }
 
 
@@ -175,14 +180,3 @@ def decays(group: Group, count: int) -> Scalars:
     for (name, rest), beta in zip(_DECAYS, betas, strict=False):
         scalars[name], scalars[rest] = beta, 1 - beta
     return scalars
-
-
-def power(base: float, exponent: int) -> float:
-    """``base ** exponent`` by repeated squaring in double: the same bits on every platform, unlike libm's ``pow``."""
-    result = 1.0
-    while exponent > 0:
-        if exponent & 1:
-            result *= base
-        base *= base
-        exponent >>= 1
-    return result

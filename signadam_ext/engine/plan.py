@@ -21,6 +21,7 @@ from ..core.native import compiled as _C
 from ..core.rule import Group, Rule
 from ..core.shards import Sharding
 from .agreement import Agreement, Sharers, agree, group_of, needs_agreement
+from .decision import Conditions, Decision, decide
 from .gradients import GradientReader, ListReader, make_reader
 from .overlap import overlap_levels
 from .participants import Item, Participant, choose, entry_of, is_readable
@@ -28,6 +29,7 @@ from .step_lock import StepLock
 
 #: A set of scalars of which a rule reads none, in the order of kernels.
 _NO_SCALARS = dict.fromkeys(_C.SCALARS, 0.0)
+_TAKEN = Decision()
 
 
 class Plan:
@@ -53,7 +55,6 @@ class Plan:
         "_given_variances",
         "_grad_dtypes",
         "_holds_all",
-        "_is_first",
         "_pending",
         "_reader",
         "_shardings",
@@ -62,6 +63,7 @@ class Plan:
         "_variances",
         "_writes_by_torch",
         "entries",
+        "is_first",
         "labels",
         "launches",
         "owns",
@@ -82,7 +84,7 @@ class Plan:
         self.launches: list[tuple[Bucket, backends.Launch]] = []
         self._agreements: dict[int, Agreement] = {}  # by id of the bucket
         self._copies: dict[int, Tensor] = {}
-        self._is_first = True
+        self.is_first = True  # whether it has taken no step
         self._holds_all = True  # until the first release: new entries refer to all their tensors
         self._strides: list[tuple[int, ...]] = [()] * len(items)
         self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
@@ -202,7 +204,7 @@ class Plan:
             for buffers in self._buffers:
                 buffers.use()
             self._copies.clear()
-            needs_copy = self._reader.read(param_groups, None if self._is_first else state)
+            needs_copy = self._reader.read(param_groups, None if self.is_first else state)
             if needs_copy or (needs_copy is not None and self._variances):
                 # Both may run code of the user's, which may change what has been read.
                 holds = (
@@ -226,7 +228,7 @@ class Plan:
             if gradients[entry.index]:
                 param = self._reader.held(entry.index)[0]
                 variance = self._variance(entry.index, param)
-                if variance is None and entry.index in self._at_rest and self._is_first:
+                if variance is None and entry.index in self._at_rest and self.is_first:
                     continue
                 tensors.variance(self.labels[entry.index], variance, param)
                 assert variance is not None
@@ -269,7 +271,9 @@ class Plan:
             self._reader.replace(index, grad.data_ptr() or 1)  # without elements it has no address, but takes part
         return True
 
-    def run(self, groups: Sequence[Group], lock: StepLock | None = None) -> None:
+    def run(
+        self, groups: Sequence[Group], lock: StepLock | None = None, conditions: Conditions | None = None
+    ) -> Decision:
         """Takes the step whose gradients :meth:`read` has found, as a whole or not at all.
 
         On a GPU there is a window: between the launch and the commit of counts and versions, which follows it at once,
@@ -278,22 +282,32 @@ class Plan:
         Args:
             groups: the parameter groups, in plain numbers.
             lock: of the optimizer, to be told while functions of its user run.
+            conditions: under which the step is taken; None: in any case.
+
+        Returns:
+            What became of it. A plan whose first step is skipped holds no longer.
         """
         try:
             if self._writes_by_torch:
                 with torch.no_grad():
-                    self._run(groups, lock)
-            else:
-                self._run(groups, lock)
+                    return self._run(groups, lock, conditions)
+            return self._run(groups, lock, conditions)
         finally:
             self.release()
 
-    def _run(self, groups: Sequence[Group], lock: StepLock | None) -> None:
+    def _run(self, groups: Sequence[Group], lock: StepLock | None, conditions: Conditions | None) -> Decision:
+        begun = [(bucket, launch, sets) for bucket, launch in self.launches if (sets := self._begin(bucket))]
+        decision = _TAKEN
+        if conditions is not None:
+            launches = [(bucket, launch) for bucket, launch, _ in begun]
+            decision = decide(conditions, launches, self.grad, len(self.labels), self._shardings)
+            if decision.skips:
+                return decision
         self.round = 0  # until it is taken
-        prepared = []
-        for bucket, launch in self.launches:
-            if scalar_sets := self._scalar_sets(bucket, groups):
-                prepared.append((bucket, launch, scalar_sets))
+        prepared = [
+            (bucket, launch, [_scalar_set(bucket.rule, groups[group], t, decision.factor) for group, t in sets])
+            for bucket, launch, sets in begun
+        ]
         self._bind()
         agreed = self._agree(prepared) if self._agreements else {}
         operations: list[Any] = []
@@ -329,7 +343,8 @@ class Plan:
         tables = [bucket.table for bucket, _, _ in prepared]
         backends.commit(operations, tables, self._pending, self._written())
         self._pending = []
-        self._is_first = False
+        self.is_first = False
+        return decision
 
     def _agree(
         self, prepared: Sequence[tuple[Bucket, backends.Launch, Sequence[backends.ScalarSet]]]
@@ -360,21 +375,21 @@ class Plan:
         others = [(*entry.moments, entry.threshold_state) for entry in self.entries if present[entry.index]]
         return [*written, *(tensor for own in others for tensor in own if tensor is not None)]
 
-    def _scalar_sets(self, bucket: Bucket, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-        """Begins a bucket's step: a set of scalars for each group and step count that take part.
+    def _begin(self, bucket: Bucket) -> list[tuple[int, int]]:
+        """Begins a bucket's step: each group and step count that take part, for a set of scalars.
 
         Raises:
             ValueError: a step count that no training reaches.
         """
         try:
-            begun = bucket.table.begin(self._reader.source)
+            begun: list[tuple[int, int]] = bucket.table.begin(self._reader.source)
         except ValueError as error:
             index, count = error.args
             raise ValueError(
                 f"state 'step' of {self.labels[index]} is {count!r}: must be the number of steps taken, a whole number "
                 "in [0, 2^53), or in [0, 2^24) where it is kept in fp32"
             ) from None
-        return [_scalar_set(bucket.rule, groups[group], t) for group, t in begun]
+        return begun
 
     def _bind(self) -> None:
         """Sets parameter and state of the entries whose backend works on tensors to those of this step."""
@@ -382,7 +397,7 @@ class Plan:
             return
         present = self._reader.addresses()
         bound = [entry for entry in self._bound if present[entry.index]]
-        if not self._is_first:
+        if not self.is_first:
             for entry in bound:
                 entry.bind(*self._reader.held(entry.index))
         _give_images([entry for entry in self._sharing if present[entry.index]])
@@ -397,8 +412,8 @@ class Plan:
         self.owns = False
 
 
-def _scalar_set(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
-    return tuple({**_NO_SCALARS, **rule.scalar_set(group, t)}.values())
+def _scalar_set(rule: Rule, group: Group, t: int, gradient_factor: float) -> tuple[float, ...]:
+    return tuple({**_NO_SCALARS, **rule.scalar_set(group, t, gradient_factor)}.values())
 
 
 def _give_images(entries: Sequence[Entry]) -> None:

@@ -52,6 +52,7 @@ class Runtime:
         has_warned: whether the variance of few bits has been warned of.
         has_compared: whether ranks have been found to have the same optimizer, as far as they share parameters.
         has_shards: whether a parameter is a DTensor.
+        skipped_steps, last_grad_norm: what the optimizer tells under these names, as numbers.
         number: by which a compiled graph knows it; no other has had it in this process.
     """
 
@@ -69,6 +70,8 @@ class Runtime:
     has_warned: bool = False
     has_compared: bool = False
     has_shards: bool = False
+    skipped_steps: int = 0
+    last_grad_norm: float | None = None
     number: int = field(default_factory=itertools.count().__next__)
 
     def __post_init__(self) -> None:

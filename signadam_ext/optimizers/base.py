@@ -84,8 +84,8 @@ class SignOptimizer(Optimizer):
     def __init__(self, params: Params, given: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         hyperparameters.check_beta_names(type(self), others)
         defaults = hyperparameters.kept(options.completed(type(self).__name__, given, others))
-        for name in checks.TORCH_OPTIONS:
-            checks.torch_option(name, defaults.pop(name))
+        asked = {name: checks.torch_option(name, defaults.pop(name)) for name in checks.TORCH_OPTIONS}
+        self._ask(asked)
         self.runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))
         # Schedulers change numbers, but no seed.
         defaults["seed"] = hyperparameters.checked(type(self), defaults)["seed"]
@@ -93,11 +93,24 @@ class SignOptimizer(Optimizer):
         defaults["method"] = method_of(type(self))
         super().__init__(params, defaults)
 
+    def _ask(self, options: dict[str, bool]) -> None:
+        """Takes what was asked for of :data:`checks.TORCH_OPTIONS`."""
+        self._asked = options
+        if options.get("fused"):
+            # As in torch.optim: a GradScaler leaves it to the step to scale gradients back and to skip it.
+            self._step_supports_amp_scaling = True
+
     @classmethod
     def check_relations(cls, group: Group) -> None:
         """Raises on hyperparameters that make no sense together. Each by itself has been checked."""
         backends.check_usable(group["backend"])
-        rule_of(cls, group).forms(group)
+        rule = rule_of(cls, group)
+        rule.forms(group)
+        if rule.reads_variance and group["max_grad_norm"] is not None:
+            raise ValueError(
+                f"max_grad_norm={group['max_grad_norm']!r} with a rule that reads param.grad_variance, which would "
+                "have to be scaled as well: clip before the variance is taken"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; hyperparameters it does not name take the optimizer's defaults.
@@ -170,6 +183,17 @@ class SignOptimizer(Optimizer):
         else:
             step_all(self)
         return loss
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The norm of all gradients at the last step, before clipping, 0-dim float64; None without max_grad_norm."""
+        norm = self.runtime.last_grad_norm
+        return None if norm is None else torch.tensor(norm, dtype=torch.float64)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped since this optimizer was made, 0-dim int64: gradients were not finite."""
+        return torch.tensor(self.runtime.skipped_steps)
 
     def observe(self, enabled: bool = True) -> None:
         """Turns on, or off, what :meth:`statistics` needs: every step gathers it in the pass that updates.
@@ -286,6 +310,10 @@ class SignOptimizer(Optimizer):
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along."""
+        return {**super().__getstate__(), "_asked": self._asked}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes what a copy, a pickle or a checkpoint holds. All of it is put in place by one assignment."""
         taken = dict(state)
@@ -302,4 +330,5 @@ class SignOptimizer(Optimizer):
         runtime.forget_plans()
         # torch's own begins by updating the attributes' dict, at once.
         super().__setstate__(taken)
+        self._ask(vars(self).get("_asked", {}))  # none in a pickle of an earlier version
         runtime.has_shards = any(shards.is_sharded(param) for group in self.param_groups for param in group["params"])

@@ -15,6 +15,7 @@ from ..core import checks
 from ..core.hyperparameters import BETA, LEARNING_RATE, ONE_BETA, SHARE, Checks, Number, Optional
 from ..core.options import StateDtype, TorchOptions
 from ..core.rule import Group, Rule, RuleChoice, Scalars, decays
+from ..core.symbols import made_by_host, number
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -29,10 +30,15 @@ def _scalars(group: Group, t: int) -> Scalars:
         alpha = 0.0 if callable(confidence) else DEFAULT_ALPHA[confidence]
     return {
         **decays(group, 1),
-        "alpha": float(alpha),
+        "alpha": number(alpha),
         "confidence_beta": confidence_beta,
         "one_minus_confidence_beta": 1 - confidence_beta,
     }
+
+
+def _quantile(target: float) -> float:
+    """Of a normal distribution of deviation 1, the magnitude that a share ``target`` exceeds."""
+    return -NormalDist().inv_cdf(target / 2 or target)
 
 
 def _sparsity_scalars(group: Group, t: int) -> Scalars:
@@ -42,9 +48,8 @@ def _sparsity_scalars(group: Group, t: int) -> Scalars:
         "alpha": 1.0,  # of what is steered, which is the threshold itself
         "steers": 1.0,
         "target": target,
-        "gain": float(group["gain"]),
-        # Of a normal distribution of deviation 1, the magnitude that a share `target` exceeds.
-        "quantile": -NormalDist().inv_cdf(target / 2 or target),
+        "gain": number(group["gain"]),
+        "quantile": made_by_host(_quantile, target),
     }
 
 
@@ -93,6 +98,9 @@ class SignAdamPP(SignOptimizer):
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        max_grad_norm: largest norm of all groups' gradients together. A longer gradient counts as if it were scaled to
+            this norm, and a step whose norm is not finite is skipped; see ``last_grad_norm`` and ``skipped_steps``. The
+            same in all groups; infinite: only the latter. Default: None, nobody looks at the norm.
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", "int4" or "int2", which keep the
             momentum in 8, 4 or 2 bits and other moments in bf16. ``torch.bfloat16`` is the same as "bf16"; a tuple
             gives each moment its own. Default: "fp32".
@@ -103,8 +111,9 @@ class SignAdamPP(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
-            the last two may not be True.
+        foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
+            for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
+            differentiable may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -183,6 +192,7 @@ class SignAdamPP(SignOptimizer):
         weight_decay: float | Tensor = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        max_grad_norm: float | None = None,
         state_dtype: StateDtype = "fp32",
         param_storage: str = "nearest",
         seed: int = 0,
@@ -205,6 +215,7 @@ class SignAdamPP(SignOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
             "state_dtype": state_dtype,
             "param_storage": param_storage,
             "seed": seed,

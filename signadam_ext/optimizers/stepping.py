@@ -11,6 +11,7 @@ from torch import Tensor
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
 from ..core.rule import rule_of
+from ..engine.decision import Conditions
 from ..engine.participants import Item
 from ..engine.plan import Plan
 from ..state.checkpoint import Layout
@@ -18,6 +19,11 @@ from ..state.schema import Fitted, entry_names, fit
 from . import ranks
 from .groups import GroupedOptimizer, label, layout_of
 
+#: Why a parameter by itself cannot be stepped.
+NO_NORM = (
+    "max_grad_norm while gradients are released: their norm is known when the last of them is complete, and by then "
+    "the others are applied and gone; set it to None, or do not release gradients"
+)
 #: How often a step is planned where another thread gives or drops gradients meanwhile.
 PLANNING_ATTEMPTS = 3
 
@@ -37,10 +43,16 @@ def step_all(optimizer: GroupedOptimizer) -> None:
                 # The old one lets go of what it has read before the new one takes it.
                 runtime.plan = None
                 plan = make_plan(optimizer, groups)
-            plan.run(groups, runtime.lock)
+            decision = plan.run(groups, runtime.lock, _conditions(optimizer, groups))
             runtime.plan, runtime.plan_key = plan, key
-            runtime.round += 1
-            plan.round = runtime.round
+            runtime.last_grad_norm = decision.norm
+            if decision.skips:
+                runtime.skipped_steps += 1
+                if plan.is_first:
+                    runtime.plan = None
+            else:
+                runtime.round += 1
+                plan.round = runtime.round
     except BaseException:
         # A signal handler may have raised just before the plan lets go of what it has read.
         if runtime.plan is not None and runtime.plan.owns:
@@ -61,6 +73,8 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
         return False
     index, i = runtime.places[id(param)]
     group = runtime.hyperparameters.read(index, optimizer.param_groups[index], optimizer.defaults)
+    if group["max_grad_norm"] is not None:
+        raise RuntimeError(NO_NORM)
     param_id = i + sum(len(other["params"]) for other in optimizer.param_groups[:index])
     key = (_plan_key(optimizer, group), param_id)
     # To its plan the parameter is the only one of the only group, so that reading takes no look at the others.
@@ -101,6 +115,32 @@ def _read_groups(optimizer: GroupedOptimizer) -> list[dict[str, Any]]:
     """The groups with the hyperparameters that hold for this step, checked, as Python numbers."""
     read, defaults = optimizer.runtime.hyperparameters.read, optimizer.defaults
     return [read(index, group, defaults) for index, group in enumerate(optimizer.param_groups)]
+
+
+def _conditions(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> Conditions | None:
+    """Under which the step is taken.
+
+    Raises:
+        ValueError: groups do not agree on the norm.
+        RuntimeError: a loss that was scaled, for a rule that reads a variance, which was not scaled back.
+    """
+    own = vars(optimizer)
+    scale, found_inf = own.get("grad_scale"), own.get("found_inf")
+    norms = {group["max_grad_norm"] for group in groups}
+    if norms <= {None} and scale is None and found_inf is None:
+        return None
+    if len(norms) > 1:
+        raise ValueError(
+            f"max_grad_norm is {' and '.join(map(str, norms))} in groups of one optimizer: must be the same in all, "
+            "since it bounds the norm of all gradients together"
+        )
+    if scale is not None and any(rule_of(type(optimizer), group).reads_variance for group in groups):
+        raise RuntimeError(
+            "grad_scale with a rule that reads param.grad_variance: the variance would have to be scaled back as well; "
+            "unscale the gradients before the step"
+        )
+    (max_norm,) = norms or {None}
+    return Conditions(max_norm, scale, found_inf)
 
 
 def _plan_key(optimizer: GroupedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:

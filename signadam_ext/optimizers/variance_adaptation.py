@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 from ..core import checks
 from ..core.hyperparameters import FLAG, LEARNING_RATE, ONE_BETA, Checks, Choice
 from ..core.options import StateDtype, TorchOptions
-from ..core.rule import Group, Rule, RuleChoice, Scalars, decays, power, rule_by
+from ..core.rule import Group, Rule, RuleChoice, Scalars, decays, rule_by
+from ..core.symbols import at_least, power
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -33,7 +34,7 @@ def _scalars(group: Group, t: int) -> Scalars:
         "bias_correction": 1 - power(beta, t),
         "rho": rho,
         # The draft's estimate is not divided; 0 stands for a variance of 0.
-        "one_minus_rho": max(1 - rho, 0.0) if group["bias_correct_variance"] else 1.0,
+        "one_minus_rho": at_least(1 - rho, 0.0) if group["bias_correct_variance"] else 1.0,
     }
 
 
@@ -70,6 +71,9 @@ class SVAG(SignOptimizer):
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        max_grad_norm: largest norm of all groups' gradients together. A longer gradient counts as if it were scaled to
+            this norm, and a step whose norm is not finite is skipped; see ``last_grad_norm`` and ``skipped_steps``. The
+            same in all groups; infinite: only the latter. Default: None, nobody looks at the norm.
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
             bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
             "bf16"; a tuple gives each moment its own. Default: "fp32".
@@ -80,8 +84,9 @@ class SVAG(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
-            the last two may not be True.
+        foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
+            for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
+            differentiable may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -130,6 +135,7 @@ class SVAG(SignOptimizer):
         weight_decay: float | Tensor = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        max_grad_norm: float | None = None,
         state_dtype: StateDtype = "fp32",
         param_storage: str = "nearest",
         seed: int = 0,
@@ -143,6 +149,7 @@ class SVAG(SignOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
             "state_dtype": state_dtype,
             "param_storage": param_storage,
             "seed": seed,
@@ -168,6 +175,9 @@ class MSVAG(SignOptimizer):
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        max_grad_norm: largest norm of all groups' gradients together. A longer gradient counts as if it were scaled to
+            this norm, and a step whose norm is not finite is skipped; see ``last_grad_norm`` and ``skipped_steps``. The
+            same in all groups; infinite: only the latter. Default: None, nobody looks at the norm.
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
             bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
             "bf16"; a tuple gives each moment its own. Default: "fp32".
@@ -178,8 +188,9 @@ class MSVAG(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
-            the last two may not be True.
+        foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
+            for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
+            differentiable may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -238,6 +249,7 @@ class MSVAG(SignOptimizer):
         weight_decay: float | Tensor = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        max_grad_norm: float | None = None,
         state_dtype: StateDtype = "fp32",
         param_storage: str = "nearest",
         seed: int = 0,
@@ -252,6 +264,7 @@ class MSVAG(SignOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
             "state_dtype": state_dtype,
             "param_storage": param_storage,
             "seed": seed,
@@ -289,6 +302,9 @@ class AdamStar(SignOptimizer):
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        max_grad_norm: largest norm of all groups' gradients together. A longer gradient counts as if it were scaled to
+            this norm, and a step whose norm is not finite is skipped; see ``last_grad_norm`` and ``skipped_steps``. The
+            same in all groups; infinite: only the latter. Default: None, nobody looks at the norm.
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
             bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
             "bf16"; a tuple gives each moment its own. Default: "fp32".
@@ -299,8 +315,9 @@ class AdamStar(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
-            the last two may not be True.
+        foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
+            for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
+            differentiable may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -354,6 +371,7 @@ class AdamStar(SignOptimizer):
         weight_decay: float | Tensor = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        max_grad_norm: float | None = None,
         state_dtype: StateDtype = "fp32",
         param_storage: str = "nearest",
         seed: int = 0,
@@ -369,6 +387,7 @@ class AdamStar(SignOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
             "state_dtype": state_dtype,
             "param_storage": param_storage,
             "seed": seed,

@@ -28,7 +28,7 @@ from ..core.dynamo import untraced
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
 from ..optimizers.groups import label
-from ..optimizers.stepping import parameter_of_id, step_all, step_parameter
+from ..optimizers.stepping import NO_NORM, parameter_of_id, step_all, step_parameter
 
 
 def release_gradients(
@@ -88,7 +88,7 @@ def release_gradients(
     - Clipping by the norm of all gradients, which is known only when the last of them is complete and the others are
       gone. This **goes unnoticed**: ``clip_grad_norm_`` finds no gradient, returns 0 and changes nothing. Give the
       loop's ``max_norm`` here to have it refused. Where only signs count (SignAdam, and ``alpha=0`` but for Signum) it
-      would change nothing anyway.
+      would change nothing anyway. The optimizer's own ``max_grad_norm`` is refused.
 
     Args:
         model_or_params: a module, or parameters in any form that optimizers take. Those that are not the optimizer's
@@ -140,6 +140,8 @@ def release_gradients(
     optimizer = cast(SignOptimizer, optimizer.runtime.owner() or optimizer)
     if optimizer.runtime.driver is not None:
         raise RuntimeError("this optimizer's gradients are released already: call remove() of that release first")
+    if any(group.get("max_grad_norm") is not None for group in optimizer.param_groups):
+        raise ValueError(NO_NORM)
     params = _parameters_of(model_or_params)
     if isinstance(model_or_params, nn.Module):
         for name, module in model_or_params.named_modules():
@@ -243,7 +245,7 @@ class GradientRelease:
             raise
         # Makes GradScaler call step(), which can say what is wrong, instead of failing an assertion about nothing.
         self._scaling = vars(optimizer).get("_step_supports_amp_scaling")
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = True
 
     def remove(self) -> None:
         """Ends the release: from now on gradients stay and ``step()`` takes the step. Gradients summed up so far stay.
@@ -259,9 +261,9 @@ class GradientRelease:
             return
         optimizer.runtime.driver = None
         if self._scaling is None:
-            del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
+            del optimizer._step_supports_amp_scaling
         else:
-            optimizer._step_supports_amp_scaling = self._scaling  # type: ignore[attr-defined]
+            optimizer._step_supports_amp_scaling = self._scaling
 
     def __enter__(self) -> GradientRelease:
         return self

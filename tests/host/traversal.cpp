@@ -606,7 +606,7 @@ Scalars scalars_of(bool coupled, bool maximize, double alpha) {
   row[index_weight_decay] = weight_decay;
   row[index_decay] = coupled ? 1.0 : 1 - lr * weight_decay;
   row[index_coupled] = coupled;
-  row[index_maximize] = maximize;
+  row[index_gradient_scale] = maximize ? -1.0 : 1.0;
   row[index_alpha] = alpha;
   row[index_beta1] = 0.9, row[index_one_minus_beta1] = 1 - 0.9;
   row[index_beta2] = 0.999, row[index_one_minus_beta2] = 1 - 0.999;

@@ -10,7 +10,7 @@ import torch
 from support.paper_formulas import TABLE, Bounded, Row
 
 from signadam_ext import SignAdam, SignAdamPP, SignSGD, Signum
-from signadam_ext.core.rule import power
+from signadam_ext.core.symbols import power
 
 STEPS = 40
 

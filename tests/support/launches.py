@@ -405,9 +405,11 @@ class Step:
             expected = [bucket for bucket, _ in self._expected_optimizer.runtime.plan.launches]
             by_entry = [_statistics_of(buckets) for buckets in (self._buckets, expected)]
             assert by_entry[0].keys() == by_entry[1].keys()
+            # An optimizer numbers parameters group by group.
+            given = sorted(self.case.given, key=lambda given: given.group)
             for index, rows in by_entry[0].items():
                 # Of those without a gradient they are what they were before.
-                if not self.case.given[index].absent and not torch.allclose(
+                if not given[index].absent and not torch.allclose(
                     rows, by_entry[1][index], rtol=1e-12, atol=0, equal_nan=True
                 ):
                     found.append(f"{index}.chunk_statistics" if index else "chunk_statistics")

@@ -179,8 +179,8 @@ def as_fp32(value: float, device: torch.device) -> Tensor:
 
 def effective_gradient(scalars: Scalars, p: Tensor, g: Tensor) -> Tensor:
     """The gradient as rules, gates and statistics see it."""
-    if scalars["maximize"]:
-        g = -g
+    if scalars["gradient_scale"] != 1.0:
+        g = g * as_fp32(scalars["gradient_scale"], p.device)
     if scalars["coupled"]:
         g = g + as_fp32(scalars["weight_decay"], p.device) * p
     return g
