@@ -29,11 +29,11 @@ VERSION = 0
 #: The one variant there is: kernels in Triton serve every device that torch and Triton do.
 VARIANT = "torch-universal"
 
-CORE = ("__init__", "checks", "formats", "memory_order", "random_bits", "rule", "shard_index")
+CORE = ("__init__", "checks", "formats", "memory_order", "random_bits", "rule", "shard_index", "symbols")
 METHODS = ("adam", "lion", "msgd", "sign_adam", "sign_adam_pp", "sign_sgd", "signum")
 KERNELS = ("formats", "random", "rules", "stored", "threshold", "update")
 #: What modules above name besides Python's and torch's.
-KNOWN = {"..core", "..core.rule"}
+KNOWN = {"..core", "..core.rule", "..core.symbols"}
 
 IMPORT = "from signadam_ext.core.native import compiled as _C"
 
