@@ -203,7 +203,7 @@ class Side:
         params: the parameters, in the order of their names.
         counts: steps that each must have taken.
         points: places where the last step could have been interrupted; allocations: what it allocated.
-        has_compiled: whether torch.compile has seen the parameters, and keeps weak references, so that torch swaps none.
+        has_compiled: whether torch.compile keeps weak references to the parameters, so that torch swaps none.
     """
 
     name: str

@@ -160,6 +160,7 @@ def _readable(label: str, value: Any) -> bytes:
     content = io.BytesIO()
     try:
         torch.save(value, content)
+        _check_content(label, content.getvalue())
         content.seek(0)
         torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.PickleError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -213,7 +214,7 @@ def read_entries(archive: zipfile.ZipFile, members: Iterable[Member]) -> dict[An
     return {member.name: _read(archive, member.member) for member in members}
 
 
-def _listed(shown: str, each: Any) -> Member:
+def _listed(shown: str | None, each: Any) -> Member:
     """A member as a head lists it.
 
     Raises:

@@ -354,7 +354,7 @@ def check_codes(label: str, name: str, source: Format, saved: Mapping[str, Any])
             raise ValueError(f"{label} has infinite entries: its exponents are corrupted")
         return
     levels = saved.get(levels_key(name), source.levels)
-    if levels != source.levels:
+    if (isinstance(levels, Tensor) and levels.numel() != 1) or levels != source.levels:
         raise ValueError(f"{levels_key(name)} of {label} is {levels!r}: must be {source.levels} for {source.kind}")
     if value.numel():
         low, high = value.aminmax()

@@ -1,4 +1,4 @@
-"""What a pickle would do, read before it is done: torch.load runs no code of a file's, but it trusts sizes and depths."""
+"""What a pickle would do, read before it is done: torch.load runs none of its code, but trusts its sizes and depths."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check(pickle: bytes) -> None:
 
 
 def _depth(pickle: bytes) -> int:
-    """How deep tuples lie in tuples; at once where it is more than :data:`DEEPEST`."""
+    """How deep tuples lie in tuples; at once where it is more than :data:`DEEPEST`. torch.load knows protocol 2 alone."""
     deepest = 0
     stack: list[int] = []  # of each object the depth, 0 for everything but tuples
     memo: dict[Any, int] = {}
@@ -56,10 +56,10 @@ def _depth(pickle: bytes) -> int:
 
     for opcode, argument, _ in pickletools.genops(pickle):
         name = opcode.name
-        if name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else int(argument)] = stack[-1] if stack else 0
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo.get(int(argument), 0))
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1] if stack else 0
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo.get(argument, 0))
         elif name == "MARK":
             stack.append(_MARK)
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):

@@ -116,11 +116,12 @@ def fuzz(folder: Path, seconds: int) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES, used + ADDRESSES))
     began = time.time()
+    head = json.loads((folder / "spell.json").read_text())["commit"]
 
     def one(data: bytes) -> None:
         watched(data)
         if watched.inputs % 1000 == 0 or time.time() - began > seconds - 2:
-            summary = {"seconds": round(time.time() - began, 1), **watched.summary()}
+            summary = {"commit": head, "seconds": round(time.time() - began, 1), **watched.summary()}
             (folder / "spell.json").write_text(json.dumps(summary))
 
     options = [f"-max_total_time={seconds}", f"-timeout={HANGS_AFTER}", "-rss_limit_mb=0", f"-max_len={LONGEST}"]
@@ -131,36 +132,38 @@ def fuzz(folder: Path, seconds: int) -> None:
 
 def run(folder: Path, minutes: float) -> dict[str, Any]:
     """Process after process until the minutes are over; what was done before counts."""
-    log_file = folder / "log.json"
+    from reporting.machine import commit
+
+    log_file, spell_file = folder / "log.json", folder / "spell.json"
     log: dict[str, Any] = json.loads(log_file.read_text()) if log_file.exists() else {"spells": []}
     (folder / "corpus").mkdir(parents=True, exist_ok=True)
     if not any((folder / "corpus").iterdir()):
         write_seeds(folder / "corpus")
-    while (left := minutes * 60 - sum(spell["seconds"] for spell in log["spells"])) > 1:
-        (folder / "spell.json").unlink(missing_ok=True)
-        began = time.time()
-        with (folder / "output.txt").open("w") as output:
-            command = [sys.executable, __file__, "--folder", str(folder), "--spell", str(int(min(left, SPELL)) or 1)]
-            status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+
+    def note(status: int | str) -> None:
+        """Adds what the last process has said of itself to the log."""
         said = (folder / "output.txt").read_text(errors="replace")
         covered = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)/", said)
-        executed = re.findall(r"stat::number_of_executed_units:\s*(\d+)|^#(\d+)\s", said, re.MULTILINE)
-        spell = {
-            "seconds": round(time.time() - began, 1),
-            "status": status,
-            "executed": max((int(a or b) for a, b in executed), default=0),
-            "coverage": dict(zip(("edges", "features", "inputs"), map(int, covered[-1]), strict=True))
-            if covered
-            else {},
-        }
-        if (folder / "spell.json").exists():
-            spell |= json.loads((folder / "spell.json").read_text())
+        edges, features, inputs = map(int, covered[-1]) if covered else (0, 0, 0)
+        spell = {"seconds": 0.0, **(json.loads(spell_file.read_text()) if spell_file.exists() else {})}
+        spell |= {"status": status, "coverage": {"edges": edges, "features": features, "inputs": inputs}}
+        spell_file.unlink(missing_ok=True)
         log["spells"].append(spell)
         log["found"] = sorted(path.name for path in folder.glob("*-*") if path.suffix != ".txt")
         log_file.write_text(json.dumps(log, indent=1) + "\n")
         print(spell, flush=True)
-        if status != 0 and spell["seconds"] < 5:
-            raise SystemExit(f"the process does not run:\n{said[-2000:]}")
+
+    if spell_file.exists():
+        note("stopped")
+    while (left := minutes * 60 - sum(spell["seconds"] for spell in log["spells"])) > 1:
+        began = time.time()
+        spell_file.write_text(json.dumps({"commit": commit()}))
+        with (folder / "output.txt").open("w") as output:
+            command = [sys.executable, __file__, "--folder", str(folder), "--spell", str(int(min(left, SPELL)) or 1)]
+            status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
+        note(status)
+        if status != 0 and time.time() - began < 5:
+            raise SystemExit(f"the process does not run:\n{(folder / 'output.txt').read_text()[-2000:]}")
     return log
 
 

@@ -1,12 +1,12 @@
 """Kills a training with SIGKILL at random moments, resumes it, and compares it with one that nobody disturbed.
 
-    python tests/long/kills.py --kills 100 --folder runs/kills --results tests/results/kills.json
+    python tests/long/kills.py --folder runs/kills --results tests/results/kills.json
 
-Two trainings of the examples' GPT, in turns: `examples/train_gpt.py --preset tiny` itself, which saves weights, state and
-schedule with torch.save, and a loop that saves the optimizer's state with `save_state` after every other step. After each
-kill, every file under its final name must be a whole checkpoint with the bits that the undisturbed run had at its step;
-at the end weights, state and losses must be that run's, bit for bit. Half of the kills fall anywhere in a run, half while
-something is being saved, which the temporary file that they leave behind shows.
+Two trainings of the examples' GPT, in turns: `examples/train_gpt.py --preset tiny` itself, which saves weights, state
+and schedule with torch.save, and a loop that saves the optimizer's state with `save_state` after every other step.
+After each kill, every file under its final name must be a whole checkpoint with the bits that the undisturbed run had
+at its step; at the end weights, state and losses must be that run's, bit for bit. Half of the kills fall anywhere in a
+run, half while something is being saved, which the temporary file that they leave behind shows.
 
 Training happens in forks of one process that has imported everything, so that no kill falls into importing torch. What
 is done is in the folder's log.json, and the next call goes on from there.
@@ -34,12 +34,12 @@ sys.path[:0] = [str(ROOT), str(HERE.parent), str(ROOT / "examples")]
 # Forks may have no threads of their parent's.
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-import torch
-import train_gpt
-from gpt import GPT
-from torch import Tensor
+import torch  # noqa: E402
+import train_gpt  # noqa: E402
+from gpt import GPT  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-import signadam_ext
+import signadam_ext  # noqa: E402
 
 EXAMPLE = ("SignAdamPP", "Signum", "Lion", "SignAdam", "SignSGD")
 #: Class, hyperparameters, dtype of the weights.
@@ -271,9 +271,9 @@ class Kills:
                     raise SystemExit(f"{training.name}: the checkpoint {name} of step {step} has other bits")
             if kill is None:
                 break
-            killed.append({"training": training.name, **kill, "steps": {name: step for name, step in found}})
+            killed.append({"training": training.name, **kill, "steps": dict(found.keys())})
         last = {name: max(step for other, step in reference if other == name) for name, _ in reference}
-        if {name: step for name, step in found} != last:
+        if dict(found.keys()) != last:
             raise SystemExit(f"{training.name} has ended at {list(found)}, and not at {last}")
         self.log["kills"] += killed
         self.log["runs"] += 1
@@ -306,7 +306,7 @@ class Kills:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         after = round(time.perf_counter() - began, 4)
-        left = [path for path in folder.glob(training.temporary)]
+        left = list(folder.glob(training.temporary))
         for path in left:
             path.unlink()  # those of save_state have a new name every time
         return {"after": after, "aimed_at_saving": in_saving, "in_saving": bool(left)}
