@@ -34,7 +34,7 @@ def check(pickle: bytes) -> None:
 
 
 def _depth(pickle: bytes) -> int:
-    """How deep tuples lie in tuples; at once where it is more than :data:`DEEPEST`. torch.load knows protocol 2 alone."""
+    """How deep tuples lie in tuples, or a little more than :data:`DEEPEST`. torch.load knows protocol 2 alone."""
     deepest = 0
     stack: list[int] = []  # of each object the depth, 0 for everything but tuples
     memo: dict[Any, int] = {}
