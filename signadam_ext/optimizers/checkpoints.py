@@ -19,6 +19,7 @@ from ..core.rule import method_of
 from ..core.tensors import is_lack_of_memory
 from ..state.archive import members_of, opened, read_entries, read_head, write_entry, write_head, writer
 from ..state.checkpoint import Layout, adopt, check, export, realized, written_entry
+from ..state.pickles import check_repeated
 from ..state.schema import fit
 from .groups import GroupedOptimizer, complete, label, layout_of, layouts_of
 
@@ -74,6 +75,7 @@ def load(optimizer: GroupedOptimizer, state_dict: Mapping[str, Any]) -> None:
     saved = state_dict["state"]
     if not isinstance(saved, Mapping):
         raise TypeError(f"'state' of the checkpoint is a {type(saved).__name__}: must be a dict")
+    check_repeated("the checkpoint", dict(state_dict))
     with _depth_refused():
         groups, numbered = _checked_groups(optimizer, state_dict["param_groups"])
         numbers = {number for number, _ in numbered}
@@ -98,7 +100,7 @@ def load_file(optimizer: GroupedOptimizer, path: str | os.PathLike[str]) -> None
 
 @contextlib.contextmanager
 def _depth_refused() -> Iterator[None]:
-    """Refuses what cannot be copied or shown for its depth, a list that holds itself for one.
+    """Refuses what cannot be copied or shown for its depth.
 
     Raises:
         ValueError: instead of RecursionError.
@@ -106,7 +108,7 @@ def _depth_refused() -> Iterator[None]:
     try:
         yield
     except RecursionError as error:
-        raise ValueError("the checkpoint holds containers too deep in one another, or one that holds itself") from error
+        raise ValueError("the checkpoint holds containers too deep in one another") from error
 
 
 def _refuse_sharded(layouts: Sequence[tuple[Any, Layout]]) -> None:

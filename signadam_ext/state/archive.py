@@ -261,6 +261,7 @@ def _read(archive: zipfile.ZipFile, name: str) -> Any:
         if tensors.is_lack_of_memory(error):
             raise
         raise ValueError(f"{label} does not hold what save_state writes: {error}") from error
+    pickles.check_repeated(label, value)
     if pickles.tensor_bytes(value) > len(content):
         raise ValueError(f"{label} has {len(content)} bytes, and would need more memory than that")
     return value

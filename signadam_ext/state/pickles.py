@@ -11,8 +11,13 @@ from torch import Tensor
 #: Tuples in tuples that no state needs. A hash of them takes a part of the C stack for each.
 DEEPEST = 500
 
+#: So many entries may a state have that lists the same container again and again; others may have any number.
+MOST_REPEATED = 1_000_000
+
 #: A function that torch.load calls, and that takes as much memory as its argument says.
 _TAKES_MEMORY = b"bytearray"
+
+_CONTAINERS = (dict, list, tuple, set)
 
 _MARK = -1
 
@@ -74,6 +79,41 @@ def _depth(pickle: bytes) -> int:
     return deepest
 
 
+def _held(container: Any) -> list[Any]:
+    """The containers right in a container."""
+    held = [*container.keys(), *container.values()] if isinstance(container, dict) else container
+    return [each for each in held if isinstance(each, _CONTAINERS)]
+
+
+def check_repeated(label: str, value: Any) -> None:
+    """Raises where containers hold one another so often that what walks through them, or shows them, does not end.
+
+    A list of ten times a list of ten times a list takes few bytes in a pickle, and has as many entries as one likes.
+
+    Raises:
+        ValueError: such containers, or one that holds itself.
+    """
+    if not isinstance(value, _CONTAINERS):
+        return
+    sizes: dict[int, int] = {}  # of each container, with all that it holds; 0 while that is being counted
+    entries = 0
+    open_ = [value]
+    while open_:
+        each = open_[-1]
+        held = _held(each)
+        if id(each) not in sizes:
+            sizes[id(each)] = 0
+            entries += len(each)
+            if any(sizes.get(id(inner)) == 0 for inner in held):
+                raise ValueError(f"{label} holds a {type(each).__name__} that holds itself")
+            open_ += [inner for inner in held if id(inner) not in sizes]
+        else:
+            open_.pop()
+            sizes[id(each)] = 1 + len(each) + sum(sizes[id(inner)] for inner in held)
+    if sizes[id(value)] > max(MOST_REPEATED, 4 * entries):
+        raise ValueError(f"{label} has more than {MOST_REPEATED} entries in containers that it repeats")
+
+
 def tensor_bytes(value: Any) -> int:
     """The memory of all tensors in a value that a pickle has made."""
     storages: dict[int, int] = {}
@@ -84,7 +124,7 @@ def tensor_bytes(value: Any) -> int:
             if each.layout == torch.strided and torch._C._has_storage(each) and each.device.type != "meta":
                 storage = each.untyped_storage()
                 storages[storage._cdata] = storage.nbytes()
-        elif isinstance(each, (dict, list, tuple, set)) and id(each) not in seen:
+        elif isinstance(each, _CONTAINERS) and id(each) not in seen:
             seen.add(id(each))
             open_ += [*each.keys(), *each.values()] if isinstance(each, dict) else each
     return sum(storages.values())

@@ -125,7 +125,7 @@ def fuzz(folder: Path, seconds: int) -> None:
             (folder / "spell.json").write_text(json.dumps(summary))
 
     options = [f"-max_total_time={seconds}", f"-timeout={HANGS_AFTER}", "-rss_limit_mb=0", f"-max_len={LONGEST}"]
-    options += [f"-artifact_prefix={folder}/crash-", "-print_final_stats=1", "-reload=0", "-len_control=0"]
+    options += [f"-artifact_prefix={folder}/caught-", "-print_final_stats=1", "-reload=0", "-len_control=0"]
     atheris.Setup([sys.argv[0], *options, str(folder / "corpus")], one)
     atheris.Fuzz()
 
@@ -142,14 +142,14 @@ def run(folder: Path, minutes: float) -> dict[str, Any]:
 
     def note(status: int | str) -> None:
         """Adds what the last process has said of itself to the log."""
-        said = (folder / "output.txt").read_text(errors="replace")
+        said = (folder / f"output-{len(log['spells'])}.txt").read_text(errors="replace")
         covered = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)/", said)
         edges, features, inputs = map(int, covered[-1]) if covered else (0, 0, 0)
         spell = {"seconds": 0.0, **(json.loads(spell_file.read_text()) if spell_file.exists() else {})}
         spell |= {"status": status, "coverage": {"edges": edges, "features": features, "inputs": inputs}}
         spell_file.unlink(missing_ok=True)
         log["spells"].append(spell)
-        log["found"] = sorted(path.name for path in folder.glob("*-*") if path.suffix != ".txt")
+        log["found"] = sorted(path.name for path in folder.glob("[cf]*-*") if path.suffix != ".txt")
         log_file.write_text(json.dumps(log, indent=1) + "\n")
         print(spell, flush=True)
 
@@ -158,12 +158,12 @@ def run(folder: Path, minutes: float) -> dict[str, Any]:
     while (left := minutes * 60 - sum(spell["seconds"] for spell in log["spells"])) > 1:
         began = time.time()
         spell_file.write_text(json.dumps({"commit": commit()}))
-        with (folder / "output.txt").open("w") as output:
+        with (folder / f"output-{len(log['spells'])}.txt").open("w") as output:
             command = [sys.executable, __file__, "--folder", str(folder), "--spell", str(int(min(left, SPELL)) or 1)]
             status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
         note(status)
         if status != 0 and time.time() - began < 5:
-            raise SystemExit(f"the process does not run:\n{(folder / 'output.txt').read_text()[-2000:]}")
+            raise SystemExit(f"the process does not run: see its output in {folder}")
     return log
 
 

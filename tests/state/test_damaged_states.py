@@ -134,16 +134,20 @@ def nested(depth):
     return found
 
 
-@pytest.mark.parametrize("value", [circle(), nested(5000)], ids=["circle", "depth"])
+def repeated(depth):
+    found: list = [1]
+    for _ in range(depth):
+        found = [found, found, found]
+    return found
+
+
+@pytest.mark.parametrize("value", [circle(), nested(5000), repeated(60)], ids=["circle", "depth", "repetition"])
 @pytest.mark.parametrize("where", ["state", "group", "step", "lr"])
 def test_containers_without_end_are_refused(value, where):
     optimizer = trained()
     saved = optimizer.state_dict()
     places = {"state": saved["state"][0], "step": saved["state"][0]}
     places.get(where, saved["param_groups"][0])[{"state": "mine", "group": "mine"}.get(where, where)] = value
-    if where == "group" and value[0] is value:
-        optimizer.load_state_dict(saved)  # which can be copied
-        return
     with pytest.raises((TypeError, ValueError)):
         optimizer.load_state_dict(saved)
     assert "mine" not in state_of(optimizer)
@@ -214,6 +218,28 @@ def test_depths_of_pickles() -> None:
     for broken in (b"\x80\x02\x85.", b"\x80\x02t.", b"\x80\x02s."):
         with pytest.raises(ValueError):
             pickles._depth(broken)
+
+
+def test_repeated_containers_are_counted() -> None:
+    pickles.check_repeated("it", [list(range(pickles.MOST_REPEATED * 2))])
+    pickles.check_repeated("it", repeated(11))
+    with pytest.raises(ValueError, match="it has more than 1000000 entries in containers that it repeats"):
+        pickles.check_repeated("it", repeated(13))
+    shared = (1, 2)
+    pickles.check_repeated("it", {shared: [shared, {"a": shared}, shared], "b": {shared}})
+    with pytest.raises(ValueError, match="it holds a list that holds itself"):
+        pickles.check_repeated("it", {"a": [(1, circle())]})
+
+
+def test_a_file_of_repeated_containers_is_refused(tmp_path):
+    optimizer, path = trained(), tmp_path / "state"
+    optimizer.save_state(path)
+    members = records_of(path.read_bytes())
+    file = io.BytesIO()
+    torch.save(repeated(60), file)
+    path.write_bytes(packed({**members, "state/0/step": file.getvalue()}))
+    match = "member 'state/0/step' has more than 1000000 entries in containers that it repeats"
+    refuses(optimizer, lambda: optimizer.load_state(path), ValueError, match)
 
 
 def test_memory_of_what_a_pickle_has_made() -> None:
