@@ -83,6 +83,11 @@ class TritonBackend:
             kernels.start,
         )
 
+    def device_step(self, bucket: Bucket) -> DeviceStep:
+        if bucket.rule.confidence is not None:
+            _probe(bucket.rule.confidence, bucket.device)
+        return DeviceStep(bucket)
+
 
 class _Kernels:
     """The kernels of a bucket: one, or where the threshold is this step's, one before it.

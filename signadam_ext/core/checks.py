@@ -91,6 +91,14 @@ def learning_rate(name: str, value: Any, slack: float = 0.0) -> float:
     return found if found >= -slack else number(name, found, 0.0)
 
 
+def max_grad_norm(name: str, value: Any) -> float | None:
+    """None, or a norm of at least 0, which may be infinite."""
+    value = plain(value)
+    if value is None or (isinstance(value, float) and value == math.inf):
+        return value
+    return float(number(name, value, 0.0))
+
+
 def look_up(name: str, value: Any, table: Mapping[str, T]) -> T:
     """``table[value]``.
 
@@ -117,16 +125,20 @@ TORCH_OPTIONS = {
     "foreach": None,
     "fused": None,
     "differentiable": "the update is not recorded by autograd",
-    "capturable": "hyperparameters are read on the host, so a step is taken outside of a CUDA graph",
+    "capturable": None,
 }
 
 
-def torch_option(name: str, value: Any) -> None:
-    """Raises unless an option of :data:`TORCH_OPTIONS` asks for nothing, or for what every update here is."""
+def torch_option(name: str, value: Any) -> bool:
+    """Whether an option of :data:`TORCH_OPTIONS` is asked for.
+
+    Raises:
+        ValueError: it cannot be had, or is no flag.
+    """
     why = TORCH_OPTIONS[name]
     if value is None or value is False or (value is True and why is None):
-        return
-    allowed = "None, False or True; the update is fused in any case" if why is None else f"None or False; {why}"
+        return bool(value)
+    allowed = "None, False or True" if why is None else f"None or False; {why}"
     raise ValueError(f"{name}={value!r}: must be {allowed}")
 
 

@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "decoupled_weight_decay": True,
     "maximize": False,
+    "max_grad_norm": None,
     "state_dtype": "fp32",
     "param_storage": "nearest",
     "seed": 0,

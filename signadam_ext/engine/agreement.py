@@ -102,18 +102,23 @@ def agree(rows: Mapping[Sharers, Sequence[_Row]]) -> None:
     """
     for group in sorted(rows, key=lambda group: min(row.entry.index for row in rows[group])):
         of_group = sorted(rows[group], key=lambda row: row.entry.index)
-        mesh, copies = group
-        device = of_group[0].sums.device
-        # Offloaded parts are on the CPU, and their mesh need not be.
-        sums = torch.stack([row.sums for row in of_group]).to(mesh.device_type)
-        for dim, is_copy in enumerate(copies):
-            if not is_copy:
-                sums = functools.reduce(torch.add, _of_all_ranks(sums, mesh.get_group(dim)))
-        for dim, is_copy in enumerate(copies):
-            if is_copy:  # those of the first, lest copies come apart where they add otherwise
-                sums = _of_all_ranks(sums, mesh.get_group(dim))[0]
-        for row, agreed in zip(of_group, sums.to(device).unbind(), strict=True):
+        sums = added_up(torch.stack([row.sums for row in of_group]), group)
+        for row, agreed in zip(of_group, sums.unbind(), strict=True):
             row.sums = agreed
+
+
+def added_up(sums: Tensor, group: Sharers) -> Tensor:
+    """Sums over parts of gradients as those over the whole ones, in the order of ranks."""
+    mesh, copies = group
+    device = sums.device
+    sums = sums.to(mesh.device_type)  # offloaded parts are on the CPU, and their mesh need not be
+    for dim, is_copy in enumerate(copies):
+        if not is_copy:
+            sums = functools.reduce(torch.add, _of_all_ranks(sums, mesh.get_group(dim)))
+    for dim, is_copy in enumerate(copies):
+        if is_copy:  # those of the first, lest copies come apart where they add otherwise
+            sums = _of_all_ranks(sums, mesh.get_group(dim))[0]
+    return sums.to(device)
 
 
 def _sums(entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:

@@ -21,13 +21,16 @@ from ..core.native import compiled as _C
 from ..core.rule import Group, Rule
 from ..core.shards import Sharding
 from .agreement import Agreement, Sharers, agree, group_of, needs_agreement
+from .decision import Conditions, Decision, decide
+from .device_steps import DeviceSteps
 from .gradients import GradientReader, ListReader, make_reader
 from .overlap import overlap_levels
-from .participants import Item, Participant, choose, entry_of, is_readable
+from .participants import Item, Participant, can_begin_on_device, choose, entry_of, is_readable
 from .step_lock import StepLock
 
 #: A set of scalars of which a rule reads none, in the order of kernels.
 _NO_SCALARS = dict.fromkeys(_C.SCALARS, 0.0)
+_TAKEN, _NO_CONDITIONS = Decision(), Conditions()
 
 
 class Plan:
@@ -38,6 +41,7 @@ class Plan:
         grads: gradients beside the parameters, for the functional forms; None reads ``param.grad``.
         state: the optimizer's, into which the first step puts what it lacks.
         observes: whether steps gather what ``optimizer.statistics()`` tells.
+        on_device: whether steps shall begin on the device, where all backends and rules can do that.
 
     Raises:
         TypeError, ValueError: a tensor that cannot be served; nothing has been written then.
@@ -53,7 +57,6 @@ class Plan:
         "_given_variances",
         "_grad_dtypes",
         "_holds_all",
-        "_is_first",
         "_pending",
         "_reader",
         "_shardings",
@@ -61,7 +64,9 @@ class Plan:
         "_strides",
         "_variances",
         "_writes_by_torch",
+        "device_steps",
         "entries",
+        "is_first",
         "labels",
         "launches",
         "owns",
@@ -74,6 +79,7 @@ class Plan:
         grads: Sequence[Tensor | None] | None = None,
         state: Any = None,
         observes: bool = False,
+        on_device: bool = False,
     ):
         self.round = 0  # the number of the optimizer's step that this plan has last taken
         self.owns = True  # whether it holds references to the tensors of a step
@@ -82,7 +88,7 @@ class Plan:
         self.launches: list[tuple[Bucket, backends.Launch]] = []
         self._agreements: dict[int, Agreement] = {}  # by id of the bucket
         self._copies: dict[int, Tensor] = {}
-        self._is_first = True
+        self.is_first = True  # whether it has taken no step
         self._holds_all = True  # until the first release: new entries refer to all their tensors
         self._strides: list[tuple[int, ...]] = [()] * len(items)
         self._grad_dtypes: list[torch.dtype | None] = [None] * len(items)
@@ -101,6 +107,9 @@ class Plan:
         # Before a plan or state is made, which a capture would take into its graph's memory.
         refuse_capture({item.param.device for item, grad in zip(items, grads, strict=True) if grad is not None})
         chosen = choose(items, grads)
+        on_device = on_device and can_begin_on_device(chosen)
+        for found in chosen:
+            found.place_step(on_device)
         self._pending = [
             (state, found.item.key, found.item.own_state, found.fitted.changes, found.fitted.removed)
             for found in chosen
@@ -108,7 +117,8 @@ class Plan:
         ]
         for found in chosen:
             self._enter(found)
-        self._make_launches(chosen, observes)
+        self.device_steps: DeviceSteps | None = None
+        self._make_launches(chosen, observes, on_device)
         self._writes_by_torch = bool(self._bound)
         self._buffers = self._own_buffers()
         self._watch(items, chosen)
@@ -124,7 +134,7 @@ class Plan:
             if found.item.at_rest:
                 self._at_rest.add(found.index)
 
-    def _make_launches(self, chosen: Sequence[Participant], observes: bool) -> None:
+    def _make_launches(self, chosen: Sequence[Participant], observes: bool, on_device: bool) -> None:
         """Cuts the entries into buckets, each with its launch; those that share memory go one after the other."""
         levels = overlap_levels([found.item.param for found in chosen])
         buckets: dict[tuple[Any, ...], list[tuple[Entry, Sharding | None]]] = {}
@@ -135,12 +145,16 @@ class Plan:
             agreeing = group_of(sharding) if sharding is not None and needs_agreement(rule, sharding) else None
             key = (level, found.backend, entry.param.device, rule, own, agreeing)
             buckets.setdefault(key, []).append((entry, sharding))
+        begun_there: list[tuple[Bucket, backends.DeviceKernels]] = []
         for key in sorted(buckets, key=lambda key: key[0]):
             _, backend, device, rule, _, agreeing = key
             entries = [entry for entry, _ in buckets[key]]
             agreement = None if agreeing is None else Agreement(rule, agreeing, [one for _, one in buckets[key]])
             bucket = Bucket(rule if agreement is None else agreement.rule, device, entries, observes)
-            self.launches.append((bucket, backend.prepare(bucket, self.grad)))
+            if on_device and isinstance(backend, backends.DeviceBackend):
+                begun_there.append((bucket, backend.device_step(bucket)))
+            else:
+                self.launches.append((bucket, backend.prepare(bucket, self.grad)))
             if agreement is not None:
                 self._agreements[id(bucket)] = agreement
                 self._bound += [] if backend.name == "reference" else [e for e in bucket.entries if e.is_dense]
@@ -150,6 +164,9 @@ class Plan:
             self._bound += bucket.entries
             if any(levels):
                 self._sharing += bucket.entries
+        if begun_there:
+            self.device_steps = DeviceSteps(begun_there, len(self.labels), self._shardings)
+            self.launches = [(own.bucket, own) for own in self.device_steps.buckets]
 
     def _watch(self, items: Sequence[Item], chosen: Sequence[Participant]) -> None:
         watched = {found.index: found for found in chosen}
@@ -202,7 +219,7 @@ class Plan:
             for buffers in self._buffers:
                 buffers.use()
             self._copies.clear()
-            needs_copy = self._reader.read(param_groups, None if self._is_first else state)
+            needs_copy = self._reader.read(param_groups, None if self.is_first else state)
             if needs_copy or (needs_copy is not None and self._variances):
                 # Both may run code of the user's, which may change what has been read.
                 holds = (
@@ -226,7 +243,7 @@ class Plan:
             if gradients[entry.index]:
                 param = self._reader.held(entry.index)[0]
                 variance = self._variance(entry.index, param)
-                if variance is None and entry.index in self._at_rest and self._is_first:
+                if variance is None and entry.index in self._at_rest and self.is_first:
                     continue
                 tensors.variance(self.labels[entry.index], variance, param)
                 assert variance is not None
@@ -269,7 +286,9 @@ class Plan:
             self._reader.replace(index, grad.data_ptr() or 1)  # without elements it has no address, but takes part
         return True
 
-    def run(self, groups: Sequence[Group], lock: StepLock | None = None) -> None:
+    def run(
+        self, groups: Sequence[Group], lock: StepLock | None = None, conditions: Conditions | None = None
+    ) -> Decision:
         """Takes the step whose gradients :meth:`read` has found, as a whole or not at all.
 
         On a GPU there is a window: between the launch and the commit of counts and versions, which follows it at once,
@@ -278,27 +297,40 @@ class Plan:
         Args:
             groups: the parameter groups, in plain numbers.
             lock: of the optimizer, to be told while functions of its user run.
+            conditions: under which the step is taken; None: in any case.
+
+        Returns:
+            What became of it. A plan whose first step is skipped holds no longer.
         """
         try:
             if self._writes_by_torch:
                 with torch.no_grad():
-                    self._run(groups, lock)
-            else:
-                self._run(groups, lock)
+                    return self._run(groups, lock, conditions)
+            return self._run(groups, lock, conditions)
         finally:
             self.release()
 
-    def _run(self, groups: Sequence[Group], lock: StepLock | None) -> None:
+    def _run(self, groups: Sequence[Group], lock: StepLock | None, conditions: Conditions | None) -> Decision:
+        begun = [(bucket, launch, sets) for bucket, launch in self.launches if (sets := self._begin(bucket))]
+        if self.device_steps is not None:
+            return self._run_on_device(self.device_steps, groups, conditions or _NO_CONDITIONS)
+        decision = _TAKEN
+        if conditions is not None:
+            launches = [(bucket, launch) for bucket, launch, _ in begun]
+            decision = decide(conditions, launches, self.grad, len(self.labels), self._shardings)
+            if decision.skips:
+                return decision
         self.round = 0  # until it is taken
-        prepared = []
-        for bucket, launch in self.launches:
-            if scalar_sets := self._scalar_sets(bucket, groups):
-                prepared.append((bucket, launch, scalar_sets))
+        prepared = [
+            (bucket, launch, [_scalar_set(bucket.rule, groups[group], t, decision.factor) for group, t in sets])
+            for bucket, launch, sets in begun
+        ]
         self._bind()
         agreed = self._agree(prepared) if self._agreements else {}
         operations: list[Any] = []
         for bucket, launch, scalar_sets in prepared:
             if isinstance(launch, backends.HostLaunch):
+                refuse_capture((bucket.device,))
                 before, after = agreed.get(id(bucket), ([], []))
                 operations += before
                 if bucket.rule.confidence is None or lock is None:
@@ -329,7 +361,23 @@ class Plan:
         tables = [bucket.table for bucket, _, _ in prepared]
         backends.commit(operations, tables, self._pending, self._written())
         self._pending = []
-        self._is_first = False
+        self.is_first = False
+        return decision
+
+    def _run_on_device(self, steps: DeviceSteps, groups: Sequence[Group], conditions: Conditions) -> Decision:
+        """Only the device will know whether the step was taken: on the host it counts as one."""
+        self.round = 0
+        self._bind()
+        non_dense = [entry for bucket, _ in self.launches for entry in bucket.present_non_dense()]
+        for entry in non_dense:
+            entry.dense_param.copy_(entry.param.detach())
+        steps.run(self._reader.addresses(), groups, conditions)
+        for entry in non_dense:
+            entry.param.detach().copy_(entry.dense_param)
+        backends.commit([], [], self._pending, self._written())
+        self._pending = []
+        self.is_first = False
+        return _TAKEN
 
     def _agree(
         self, prepared: Sequence[tuple[Bucket, backends.Launch, Sequence[backends.ScalarSet]]]
@@ -360,21 +408,21 @@ class Plan:
         others = [(*entry.moments, entry.threshold_state) for entry in self.entries if present[entry.index]]
         return [*written, *(tensor for own in others for tensor in own if tensor is not None)]
 
-    def _scalar_sets(self, bucket: Bucket, groups: Sequence[Group]) -> list[tuple[float, ...]]:
-        """Begins a bucket's step: a set of scalars for each group and step count that take part.
+    def _begin(self, bucket: Bucket) -> list[tuple[int, int]]:
+        """Begins a bucket's step: each group and step count that take part, for a set of scalars.
 
         Raises:
             ValueError: a step count that no training reaches.
         """
         try:
-            begun = bucket.table.begin(self._reader.source)
+            begun: list[tuple[int, int]] = bucket.table.begin(self._reader.source)
         except ValueError as error:
             index, count = error.args
             raise ValueError(
                 f"state 'step' of {self.labels[index]} is {count!r}: must be the number of steps taken, a whole number "
                 "in [0, 2^53), or in [0, 2^24) where it is kept in fp32"
             ) from None
-        return [_scalar_set(bucket.rule, groups[group], t) for group, t in begun]
+        return begun
 
     def _bind(self) -> None:
         """Sets parameter and state of the entries whose backend works on tensors to those of this step."""
@@ -382,7 +430,7 @@ class Plan:
             return
         present = self._reader.addresses()
         bound = [entry for entry in self._bound if present[entry.index]]
-        if not self._is_first:
+        if not self.is_first:
             for entry in bound:
                 entry.bind(*self._reader.held(entry.index))
         _give_images([entry for entry in self._sharing if present[entry.index]])
@@ -397,8 +445,8 @@ class Plan:
         self.owns = False
 
 
-def _scalar_set(rule: Rule, group: Group, t: int) -> tuple[float, ...]:
-    return tuple({**_NO_SCALARS, **rule.scalar_set(group, t)}.values())
+def _scalar_set(rule: Rule, group: Group, t: int, gradient_factor: float) -> tuple[float, ...]:
+    return tuple({**_NO_SCALARS, **rule.scalar_set(group, t, gradient_factor)}.values())
 
 
 def _give_images(entries: Sequence[Entry]) -> None:

@@ -84,20 +84,34 @@ class SignOptimizer(Optimizer):
     def __init__(self, params: Params, given: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         hyperparameters.check_beta_names(type(self), others)
         defaults = hyperparameters.kept(options.completed(type(self).__name__, given, others))
-        for name in checks.TORCH_OPTIONS:
-            checks.torch_option(name, defaults.pop(name))
+        asked = {name: checks.torch_option(name, defaults.pop(name)) for name in checks.TORCH_OPTIONS}
         self.runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))
+        self._ask(asked)
         # Schedulers change numbers, but no seed.
-        defaults["seed"] = hyperparameters.checked(type(self), defaults)["seed"]
+        defaults["seed"] = hyperparameters.checked(type(self), defaults, asked["capturable"])["seed"]
         # In the groups, because flattened distributed checkpoints take what groups in memory have.
         defaults["method"] = method_of(type(self))
         super().__init__(params, defaults)
+
+    def _ask(self, options: dict[str, bool]) -> None:
+        """Takes what was asked for of :data:`checks.TORCH_OPTIONS`."""
+        self._asked = options
+        if options.get("fused"):
+            # As in torch.optim: a GradScaler leaves it to the step to scale gradients back and to skip it.
+            self._step_supports_amp_scaling = True
+        self.runtime.begins_on_device = self.runtime.hyperparameters.on_device = options.get("capturable", False)
 
     @classmethod
     def check_relations(cls, group: Group) -> None:
         """Raises on hyperparameters that make no sense together. Each by itself has been checked."""
         backends.check_usable(group["backend"])
-        rule_of(cls, group).forms(group)
+        rule = rule_of(cls, group)
+        rule.forms(group)
+        if rule.reads_variance and group["max_grad_norm"] is not None:
+            raise ValueError(
+                f"max_grad_norm={group['max_grad_norm']!r} with a rule that reads param.grad_variance, which would "
+                "have to be scaled as well: clip before the variance is taken"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; hyperparameters it does not name take the optimizer's defaults.
@@ -112,7 +126,8 @@ class SignOptimizer(Optimizer):
                     checks.torch_option(name, param_group.get(name))
                 hyperparameters.check_beta_names(type(self), param_group, folded=True)
                 hyperparameters.fold(param_group, has_one_beta(self.defaults))
-                checked = hyperparameters.checked(type(self), {**self.defaults, **param_group})
+                given_now = {**self.defaults, **param_group}
+                checked = hyperparameters.checked(type(self), given_now, self._asked.get("capturable", False))
                 param_group["seed"] = checked["seed"]
             # As in torch.optim, the dictionary that is handed in becomes the group.
             given.clear()
@@ -170,6 +185,29 @@ class SignOptimizer(Optimizer):
         else:
             step_all(self)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim``'s. Gradients that :func:`signadam_ext.offload` has moved to the host are dropped, too."""
+        if self.runtime.driver is not None:
+            self.runtime.driver.zero_grad()
+        super().zero_grad(set_to_none)
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The norm of all gradients at the last step, before clipping, 0-dim float64; None without max_grad_norm.
+
+        Of a step that has begun on a device it is there, and reading it waits for nothing.
+        """
+        norm = self.runtime.last_grad_norm
+        if norm is None:
+            return None
+        return norm.clone() if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps were skipped since this optimizer was made, 0-dim int64: gradients were not finite."""
+        there = self.runtime.skips_there
+        return torch.tensor(self.runtime.skipped_steps) if there is None else there + self.runtime.skipped_steps
 
     def observe(self, enabled: bool = True) -> None:
         """Turns on, or off, what :meth:`statistics` needs: every step gathers it in the pass that updates.
@@ -286,6 +324,10 @@ class SignOptimizer(Optimizer):
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle takes along."""
+        return {**super().__getstate__(), "_asked": self._asked}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes what a copy, a pickle or a checkpoint holds. All of it is put in place by one assignment."""
         taken = dict(state)
@@ -302,4 +344,5 @@ class SignOptimizer(Optimizer):
         runtime.forget_plans()
         # torch's own begins by updating the attributes' dict, at once.
         super().__setstate__(taken)
+        self._ask(vars(self).get("_asked", {}))  # none in a pickle of an earlier version
         runtime.has_shards = any(shards.is_sharded(param) for group in self.param_groups for param in group["params"])

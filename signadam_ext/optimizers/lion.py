@@ -29,6 +29,9 @@ class Lion(SignOptimizer):
         decoupled_weight_decay: whether the weight shrinks by ``1 - lr * weight_decay`` before the update, or
             ``weight_decay * p`` is added to the gradient. Default: True.
         maximize: ascend instead of descend. Default: False.
+        max_grad_norm: largest norm of all groups' gradients together. A longer gradient counts as if it were scaled to
+            this norm, and a step whose norm is not finite is skipped; see ``last_grad_norm`` and ``skipped_steps``. The
+            same in all groups; infinite: only the latter. Default: None, nobody looks at the norm.
         state_dtype: how moments are stored between steps: "fp32" or "bf16", or "int8", which keeps the momentum in 8
             bits with an exponent for each 32 elements, and other moments in bf16. ``torch.bfloat16`` is the same as
             "bf16"; a tuple gives each moment its own. Default: "fp32".
@@ -39,8 +42,9 @@ class Lion(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
-        foreach, fused, differentiable, capturable: for code written for torch.optim: the update is always fused, and
-            the last two may not be True.
+        foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
+            for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
+            differentiable may not be True.
 
     Raises:
         TypeError, ValueError: a hyperparameter outside its range, or a parameter of another dtype or layout.
@@ -81,6 +85,7 @@ class Lion(SignOptimizer):
         weight_decay: float | Tensor = 0.0,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
+        max_grad_norm: float | None = None,
         state_dtype: StateDtype = "fp32",
         param_storage: str = "nearest",
         seed: int = 0,
@@ -93,6 +98,7 @@ class Lion(SignOptimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "max_grad_norm": max_grad_norm,
             "state_dtype": state_dtype,
             "param_storage": param_storage,
             "seed": seed,

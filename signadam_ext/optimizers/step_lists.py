@@ -19,7 +19,8 @@ from ..state.schema import Fitted
 from .base import SignOptimizer
 
 #: Moments in fp32 and parameters rounded to nearest: what few bits need beside them is the optimizers' affair.
-STORAGE = {"state_dtype": "fp32", "param_storage": "nearest", "seed": 0}
+#: So is what looks at all gradients before.
+STORAGE = {"state_dtype": "fp32", "param_storage": "nearest", "seed": 0, "max_grad_norm": None}
 COMMON = {name: DEFAULTS[name] for name in ("weight_decay", "decoupled_weight_decay", "maximize", "backend")}
 
 

@@ -11,13 +11,20 @@ from torch import Tensor
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
 from ..core.rule import rule_of
+from ..engine.decision import Conditions
 from ..engine.participants import Item
 from ..engine.plan import Plan
 from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from . import ranks
 from .groups import GroupedOptimizer, label, layout_of
+from .simulated import is_simulation, simulate
 
+#: Why a parameter by itself cannot be stepped.
+NO_NORM = (
+    "max_grad_norm while gradients are released: their norm is known when the last of them is complete, and by then "
+    "the others are applied and gone; set it to None, or do not release gradients"
+)
 #: How often a step is planned where another thread gives or drops gradients meanwhile.
 PLANNING_ATTEMPTS = 3
 
@@ -31,16 +38,31 @@ def step_all(optimizer: GroupedOptimizer) -> None:
     try:
         with runtime.lock.held:
             groups = _read_groups(optimizer)
-            key = [_plan_key(optimizer, group) for group in groups]
+            conditions = _conditions(optimizer, groups)
+            runtime.begins_on_device |= conditions is not None
+            key = [runtime.begins_on_device, *(_plan_key(optimizer, group) for group in groups)]
             plan = runtime.plan
             if plan is None or key != runtime.plan_key or not plan.read(optimizer.param_groups, optimizer.state):
                 # The old one lets go of what it has read before the new one takes it.
                 runtime.plan = None
+                if is_simulation(groups):
+                    simulate(optimizer, groups)
+                    return
                 plan = make_plan(optimizer, groups)
-            plan.run(groups, runtime.lock)
+            decision = plan.run(groups, runtime.lock, conditions)
             runtime.plan, runtime.plan_key = plan, key
-            runtime.round += 1
-            plan.round = runtime.round
+            runtime.last_grad_norm = decision.norm
+            if plan.device_steps is not None:
+                runtime.skips_there = plan.device_steps.counting_on(runtime.skips_there)
+                if conditions is not None and conditions.max_norm is not None:
+                    runtime.last_grad_norm = plan.device_steps.norm
+            if decision.skips:
+                runtime.skipped_steps += 1
+                if plan.is_first:
+                    runtime.plan = None
+            else:
+                runtime.round += 1
+                plan.round = runtime.round
     except BaseException:
         # A signal handler may have raised just before the plan lets go of what it has read.
         if runtime.plan is not None and runtime.plan.owns:
@@ -61,6 +83,8 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
         return False
     index, i = runtime.places[id(param)]
     group = runtime.hyperparameters.read(index, optimizer.param_groups[index], optimizer.defaults)
+    if group["max_grad_norm"] is not None:
+        raise RuntimeError(NO_NORM)
     param_id = i + sum(len(other["params"]) for other in optimizer.param_groups[:index])
     key = (_plan_key(optimizer, group), param_id)
     # To its plan the parameter is the only one of the only group, so that reading takes no look at the others.
@@ -70,6 +94,9 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
     try:
         if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
             runtime.plans_alone.pop(id(param), None)
+            if is_simulation(alone):
+                simulate(optimizer, alone)
+                return True
             item = make_item(optimizer, label(group, index, i), param, group, 0, param_id)
             plan = _plan_of(optimizer, [item], alone)
         plan.run(alone, runtime.lock)
@@ -103,6 +130,32 @@ def _read_groups(optimizer: GroupedOptimizer) -> list[dict[str, Any]]:
     return [read(index, group, defaults) for index, group in enumerate(optimizer.param_groups)]
 
 
+def _conditions(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> Conditions | None:
+    """Under which the step is taken.
+
+    Raises:
+        ValueError: groups do not agree on the norm.
+        RuntimeError: a loss that was scaled, for a rule that reads a variance, which was not scaled back.
+    """
+    own = vars(optimizer)
+    scale, found_inf = own.get("grad_scale"), own.get("found_inf")
+    norms = {group["max_grad_norm"] for group in groups}
+    if norms <= {None} and scale is None and found_inf is None:
+        return None
+    if len(norms) > 1:
+        raise ValueError(
+            f"max_grad_norm is {' and '.join(map(str, norms))} in groups of one optimizer: must be the same in all, "
+            "since it bounds the norm of all gradients together"
+        )
+    if scale is not None and any(rule_of(type(optimizer), group).reads_variance for group in groups):
+        raise RuntimeError(
+            "grad_scale with a rule that reads param.grad_variance: the variance would have to be scaled back as well; "
+            "unscale the gradients before the step"
+        )
+    (max_norm,) = norms or {None}
+    return Conditions(max_norm, scale, found_inf)
+
+
 def _plan_key(optimizer: GroupedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
     """Values of a group that need a new plan when they change."""
     rule = rule_of(type(optimizer), group)
@@ -128,7 +181,7 @@ def _plan_of(optimizer: GroupedOptimizer, items: list[Item], groups: Sequence[di
     # State outlives this step, so it must not be made of inference tensors.
     for _ in range(PLANNING_ATTEMPTS):
         with outside_inference_mode(), torch.no_grad():
-            plan = Plan(items, state=optimizer.state, observes=runtime.observes)
+            plan = Plan(items, state=optimizer.state, observes=runtime.observes, on_device=runtime.begins_on_device)
         if plan.read(groups, optimizer.state):
             runtime.coded.update(
                 (id(items[entry.index].key), (entry.param.shape, tuple(x.data_ptr() for x in entry.moments)))
@@ -160,10 +213,10 @@ def make_item(
         seed=group["seed"],
         param_id=param_id,
         shard=layout.shard,
-        sharded=layout.sharded,
+        owner=layout.owner,
         sharding=layout.sharding,
         # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.
-        at_rest=not own and group["lr"] == 0,
+        at_rest=not own and not isinstance(group["lr"], Tensor) and group["lr"] == 0,
     )
 
 

@@ -23,12 +23,12 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ..core import shards
+from ..core import shards, tensors
 from ..core.dynamo import untraced
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
 from ..optimizers.groups import label
-from ..optimizers.stepping import parameter_of_id, step_all, step_parameter
+from ..optimizers.stepping import NO_NORM, parameter_of_id, step_all, step_parameter
 
 
 def release_gradients(
@@ -88,7 +88,7 @@ def release_gradients(
     - Clipping by the norm of all gradients, which is known only when the last of them is complete and the others are
       gone. This **goes unnoticed**: ``clip_grad_norm_`` finds no gradient, returns 0 and changes nothing. Give the
       loop's ``max_norm`` here to have it refused. Where only signs count (SignAdam, and ``alpha=0`` but for Signum) it
-      would change nothing anyway.
+      would change nothing anyway. The optimizer's own ``max_grad_norm`` is refused.
 
     Args:
         model_or_params: a module, or parameters in any form that optimizers take. Those that are not the optimizer's
@@ -139,7 +139,12 @@ def release_gradients(
     # A trainer may have wrapped it in an object that poses as its class.
     optimizer = cast(SignOptimizer, optimizer.runtime.owner() or optimizer)
     if optimizer.runtime.driver is not None:
-        raise RuntimeError("this optimizer's gradients are released already: call remove() of that release first")
+        how = (
+            "gradients are released" if isinstance(optimizer.runtime.driver, GradientRelease) else "steps are offloaded"
+        )
+        raise RuntimeError(f"this optimizer's {how} already: call remove() of what has done that first")
+    if any(group.get("max_grad_norm") is not None for group in optimizer.param_groups):
+        raise ValueError(NO_NORM)
     params = _parameters_of(model_or_params)
     if isinstance(model_or_params, nn.Module):
         for name, module in model_or_params.named_modules():
@@ -227,8 +232,9 @@ class GradientRelease:
                     f"{_name(optimizer, param)} is a DTensor, of which a sum of gradients that is dropped leaves no "
                     "trace: take accumulation_steps=1; fully_shard's set_requires_gradient_sync(False) accumulates"
                 )
-        # Lazy parameters have no memory yet.
+        # Lazy and fake parameters have no memory.
         placed = [shards.local(param) if param.requires_grad and not is_lazy(param) else None for param in own]
+        placed = [None if param is None or tensors.is_simulated(param) else param for param in placed]
         if any(overlap_levels(placed)):
             raise ValueError(
                 "parameters of the optimizer share memory: in backward they would be updated in another order than by "
@@ -243,7 +249,7 @@ class GradientRelease:
             raise
         # Makes GradScaler call step(), which can say what is wrong, instead of failing an assertion about nothing.
         self._scaling = vars(optimizer).get("_step_supports_amp_scaling")
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = True
 
     def remove(self) -> None:
         """Ends the release: from now on gradients stay and ``step()`` takes the step. Gradients summed up so far stay.
@@ -259,9 +265,9 @@ class GradientRelease:
             return
         optimizer.runtime.driver = None
         if self._scaling is None:
-            del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
+            del optimizer._step_supports_amp_scaling
         else:
-            optimizer._step_supports_amp_scaling = self._scaling  # type: ignore[attr-defined]
+            optimizer._step_supports_amp_scaling = self._scaling
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -308,6 +314,13 @@ class GradientRelease:
         self._window += 1
         self._step_called = True
         return loss
+
+    def zero_grad(self) -> None:
+        """Gradients that wait for a step are in ``param.grad``: there is nothing else to drop."""
+
+    def updated(self, param: Tensor) -> Tensor:
+        """The tensor that steps update: the parameter, or its part on this rank."""
+        return shards.local(param)
 
     def extend(self, params: Iterable[Tensor]) -> None:
         """Releases parameters that have come to the optimizer, if all it had before are released."""

@@ -215,6 +215,16 @@ def test_thresholds_follow_the_whole_gradient(ranks, options, backend):
             assert threshold < 1e-13 and param == 0
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_are_clipped_by_the_norm_of_the_whole(ranks, backend):
+    """And all ranks skip a step together. Signs do not feel the last bit of the factor, AdamW hardly."""
+    for count, mesh, dims in ((2, (), (0,)), (4, (2, 2), (None, 0)), (4, (2, 2), (1, 0))):
+        for name in ("Signum", "AdamW"):
+            options = {"lr": 2.0**-6, "backend": backend}
+            for norm, param in ranks(count).run(sharded.clipped_as_alone, name, options, mesh, dims):
+                assert norm < 1e-13 and param <= (0 if name == "Signum" else 2.0**-6 * 2**-20)
+
+
 def test_thresholds_with_weights_that_are_split(ranks):
     options = {**THRESHOLDS["coupled"], "param_storage": "split16"}
     for threshold, param in ranks(2).run(sharded.agreed_thresholds, options, BF16):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from reporting.machine_code import BeginKernelName
 from signadam_ext import _C
-from signadam_ext.backends import Bucket
+from signadam_ext.backends import Bucket, ScalarSet
 from signadam_ext.core.hyperparameters import checked
 from signadam_ext.core.program import pack_operations, pack_rows, program_of
 from signadam_ext.core.rule import rule_of
@@ -54,6 +53,8 @@ class DeviceBegun:
         values: rows of the groups.
         control: what gradients are multiplied by, and whether the step is skipped.
         step: the step's data, as ``begin`` leaves it.
+        drawing: tensors that draw random bits, all or none.
+        scalars_size: bytes of the scalars of one tensor.
         totals: the sums of squares, in the opposite order of the tensors.
     """
 
@@ -81,14 +82,9 @@ class DeviceBegun:
         self.control = filled(torch.tensor([1.0, 0.0], dtype=torch.float64))
         self.grads = zeros(tensors, dtype=torch.int64)
         self.point_at_gradients()
-        is_plain = bucket.rule.reads_variance is False and len(bucket.rule.moments) < 3
-        is_plain = is_plain and all(
-            entry.param_storage == "nearest" and all(form.name == "fp32" for form in entry.forms)
-            for entry in bucket.entries
-        )
-        self.drawing = 0 if is_plain else tensors
-        library.device_step_bytes.restype = ctypes.c_int64
-        size = library.device_step_bytes(ctypes.c_int64(tensors), ctypes.c_int64(self.drawing))
+        sizes = (ctypes.c_int64 * 3)()
+        library.device_step_sizes(*self._table(), sizes)
+        self.drawing, self.scalars_size, size = sizes
         self.step = zeros(size, dtype=torch.uint8).fill_(0xA5)
         self.totals = zeros(tensors, dtype=torch.float64)
         self.places = filled(torch.arange(tensors - 1, -1, -1, dtype=torch.int32))
@@ -102,7 +98,8 @@ class DeviceBegun:
         return [checked(type(self.source.optimizer), group) for group in self.source.optimizer.param_groups]
 
     def point_at_gradients(self) -> None:
-        addresses = [0 if param.grad is None else param.grad.data_ptr() for param in self.params]
+        # Of a gradient without elements torch says 0; the reader gives it an address, which nobody follows.
+        addresses = [0 if param.grad is None else param.grad.data_ptr() or 1 for param in self.params]
         self.grads.copy_(torch.tensor(addresses, dtype=torch.int64))
 
     def fill_values(self) -> None:
@@ -122,7 +119,12 @@ class DeviceBegun:
         read = ("table", "operations", "results", "values", "entries", "control", "grads", "places")
         add({name: getattr(self, name) for name in read}, writable=False)
         add({name: getattr(self, name) for name in ("totals", "square_arrivals", "arrivals")})
-        add({name: getattr(self, name) for name in ("step", "square_sums", "sums")}, defined=False)
+        add({name: getattr(self, name) for name in ("square_sums", "sums")}, defined=False)
+        # Keys are read of tensors without a gradient as well, and not used.
+        keys = len(self.params) * (self.scalars_size + 8)
+        indices = keys + self.drawing * 8
+        add({"step": self.step[:keys], "scalar indices of step": self.step[indices:]}, defined=False)
+        add({"keys of step": self.step[keys:indices]})
         state = self.source.optimizer.state
         for index, param in enumerate(self.params):
             if self.grads[index] == 0:
@@ -163,22 +165,17 @@ class DeviceBegun:
         own = (self.entries, self.operations, self.results, self.values, self.control, self.grads, self.step)
         return self._launched(self.library.launch_table_begin, own, self.operations.shape[1], self.values.shape[1])
 
-    def update(self) -> list[CudaLaunch]:
+    def update(self, scalar_sets: Sequence[ScalarSet] | None = None) -> list[CudaLaunch]:
+        """On what ``begin`` has left, or on the data of a step that the host has begun."""
         rule = self.bucket.rule
         addresses = {name: getattr(self, name).data_ptr() for name in ("sums", "arrivals")}
         addresses |= {"device_table": self.table.data_ptr(), "chunk_statistics": 0}
         threshold_pass = getattr(_C.ThresholdPass, rule.threshold_pass)
-        own = (self.library, self.bucket.table, _C.RULES.index(rule.name), threshold_pass, None, addresses, ())
-        return list(cuda_launches(*own, device_step=self.step.data_ptr()))
+        own = (self.library, self.bucket.table, _C.RULES.index(rule.name), threshold_pass, scalar_sets, addresses, ())
+        return list(cuda_launches(*own, device_step=self.step.data_ptr() if scalar_sets is None else 0))
 
 
 def execute(launches: Sequence[BeginLaunch | CudaLaunch], texts: Mapping[Any, str], memory: Memory, **how: Any) -> None:
     """Runs launches in order, given the PTX of each kernel by its name."""
     for launch in launches:
         program(texts[launch.kernel], launch.threads).run(launch.grid, launch.parameters, memory, **how)
-
-
-def scalars_size(library: ctypes.CDLL) -> int:
-    """Bytes of the scalars of one tensor: what a tensor takes without random bits, but for address and index."""
-    library.device_step_bytes.restype = ctypes.c_int64
-    return library.device_step_bytes(ctypes.c_int64(1), ctypes.c_int64(0)) - struct.calcsize("QI")

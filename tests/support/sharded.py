@@ -5,6 +5,7 @@ Every function here is called on all ranks at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -152,6 +153,46 @@ def agreed_thresholds(
             assert other[name].item() > 0
             found[0] = max(found[0], abs(own[name].item() / other[name].item() - 1))
             found[1] = max(found[1], (whole(param.detach()).double() - single.detach().double()).abs().max().item())
+    return found
+
+
+def clipped_as_alone(
+    name: str, options: dict[str, Any], mesh: Sequence[int] = (), dims: Sequence[int | None] = (0,)
+) -> list[float]:
+    """The largest difference, as a share, of the norm of all gradients from that of a training on whole tensors; and of
+    a parameter. The third of four steps is skipped: one entry, which one rank has, is not finite."""
+    device_mesh = mesh_of(mesh or (dist.get_world_size(),))
+    placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
+    shapes = [shape for shape in SHAPES if len(shape) > max(dim or 0 for dim in dims)]
+    alone = [nn.Parameter(value) for value in whole_parameters(shapes, torch.float32)]
+    # Of the first every rank has all, by way of a DTensor; the last is none.
+    params = [
+        nn.Parameter(distribute_tensor(value, device_mesh, placements if i else [Replicate()] * len(placements)))
+        for i, value in enumerate(whole_parameters(shapes, torch.float32)[:-1])
+    ]
+    params.append(nn.Parameter(whole_parameters(shapes, torch.float32)[-1]))
+    options = {"max_grad_norm": 0.5, **options}
+    ours, theirs = make(name, params, options), make(name, alone, options)
+    found = [0.0, 0.0]
+    for step in range(4):
+        grads = whole_gradients(shapes, step, torch.float32)
+        if step == 2:
+            grads[1].view(-1)[0] = math.nan
+        step_on(params, ours, grads)
+        step_on(alone, theirs, grads)
+        skipped = 1 if step > 1 else 0
+        assert (ours.skipped_steps.item(), theirs.skipped_steps.item()) == (skipped, skipped)
+        norm, other = ours.last_grad_norm.item(), theirs.last_grad_norm.item()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, norm)
+        if step == 2:
+            assert all(map(math.isnan, (*everyone, other)))
+        else:
+            assert len(set(everyone)) == 1, f"ranks have other norms: {everyone}"
+            found[0] = max(found[0], abs(norm / other - 1))
+        for param, single in zip(params, alone, strict=True):
+            own = whole(param.detach())
+            found[1] = max(found[1], (own.double() - single.detach().double()).abs().max().item())
     return found
 
 
