@@ -386,6 +386,8 @@ def equal(a: Any, b: Any) -> bool:
             return False
         if a.layout != torch.strided or a.is_meta:
             return a.layout == b.layout and a.device == b.device
+        if a.is_quantized:
+            return torch.equal(a.int_repr(), b.int_repr())
         a, b = (_shrunk(x.resolve_conj().resolve_neg()) for x in (a, b))
         return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     if isinstance(a, dict):
