@@ -1,11 +1,15 @@
-"""axolotl: an optimizer of this package by a plugin, which a config names, with its options::
+"""axolotl: an optimizer of this package by a plugin, which a config names, with its options.
 
-plugins:
-  - signadam_ext.integrations.axolotl.SignAdamPlugin
-signadam:
-  name: SignAdamPP
-  state_dtype: int2
-learning_rate: 6.0e-4
+::
+
+    plugins:
+      - signadam_ext.integrations.axolotl.SignAdamPlugin
+    signadam:
+      name: SignAdamPP
+      state_dtype: int2
+    learning_rate: 6.0e-4
+
+``learning_rate`` and ``weight_decay`` stay axolotl's.
 """
 
 from __future__ import annotations

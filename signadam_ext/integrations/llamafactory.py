@@ -1,9 +1,13 @@
-"""LLaMA-Factory's v1 trainers: once this module is imported, a config may name the optimizers of this package::
+"""LLaMA-Factory's v1 trainers: once this module is imported, a config may name the optimizers of this package.
 
-optim_config:
-  name: SignAdamPP
-  lr: 6.0e-4
-  state_dtype: int2
+::
+
+    optim_config:
+      name: SignAdamPP
+      lr: 6.0e-4
+      state_dtype: int2
+
+The learning rate stands there too: an optimizer is handed nothing else.
 """
 
 from __future__ import annotations

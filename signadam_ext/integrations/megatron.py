@@ -1,10 +1,14 @@
-"""Megatron-LM: an optimizer of this package as one of its emerging optimizers, before it reads its arguments::
+"""Megatron-LM: an optimizer of this package as one of its emerging optimizers, before it reads its arguments.
 
-from signadam_ext import SignAdamPP
-from signadam_ext.integrations import megatron
+::
 
-megatron.register(SignAdamPP, param_storage="stochastic")  # then OptimizerConfig(optimizer="sign_adam_pp", ...)
-pretrain(..., extra_args_provider=megatron.add_arguments)  # and --optimizer sign_adam_pp
+    from signadam_ext import SignAdamPP
+    from signadam_ext.integrations import megatron
+
+    name = megatron.register(SignAdamPP, state_dtype="bf16")  # for OptimizerConfig(optimizer=name, ...)
+    pretrain(..., extra_args_provider=megatron.add_arguments)  # for --optimizer sign_adam_pp
+
+It gets all parameters, embeddings and vectors too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""timm: once this module is imported, its factory knows the optimizers of this package, by ``--opt signadampp``::
+"""timm: once this module is imported, its factory knows the optimizers of this package, by ``--opt signadampp``.
+
+::
 
     timm.optim.create_optimizer_v2(model, "signadampp", lr=6e-4, layer_decay=0.75, state_dtype="int2")
 

@@ -1,7 +1,11 @@
-"""torchtitan: its container of optimizers, which knows those of this package by name, for a config's ``optimizer``::
+"""torchtitan: its container of optimizers, which knows those of this package by name, for a config's ``optimizer``.
 
-config.optimizer = config_of("SignAdamPP", lr=1e-3, state_dtype="int2", param_storage="stochastic")
-config.training.dtype = "bfloat16"  # of the parameters
+::
+
+    config.optimizer = config_of("SignAdamPP", lr=1e-3, state_dtype="int2", param_storage="stochastic")
+    config.training.dtype = "bfloat16"  # of the parameters
+
+fp32 parameters are updated as they are.
 """
 
 from __future__ import annotations

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from support.recipes import block_of
 from support.tiny import batch, copies, loss_of, network, same
 from torch import Tensor, nn
 
 from signadam_ext import SignAdamPP
 
+yaml = pytest.importorskip("yaml")
 pytest.importorskip("axolotl", reason="axolotl is not installed")
 pytest.importorskip("addict", reason="addict, which axolotl imports, is not installed")
 pytest.importorskip("transformers")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 from support.llamafactory import LABELS, trainer_of
 from support.recipes import block_of
 from support.tiny import CLIP, batch, loss_of, network, same
@@ -11,6 +10,7 @@ from torch import nn
 
 from signadam_ext import SignAdamPP
 
+yaml = pytest.importorskip("yaml")
 pytest.importorskip("llamafactory", reason="llamafactory is not installed")
 pytest.importorskip("torchdata", reason="torchdata, which llamafactory imports, is not installed")
 

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support import megatron as interface
 from support.ranks import Ranks
 from support.tiny import batch, loss_of, network, same
@@ -45,6 +46,30 @@ def test_what_the_registry_makes(standing_in: dict[str, ModuleType]) -> None:
     loss_of(model, batch(0)).backward()
     optimizer.step()
     assert not same(model.parameters(), network().parameters())
+
+
+def test_fp32_copies_take_the_place_of_bf16_parameters(standing_in: dict[str, ModuleType]) -> None:
+    """As ``Float16OptimizerWithFloat16Params`` puts them into the groups; it asks for a GPU."""
+    from signadam_ext.integrations import megatron
+
+    name = megatron.register(SignAdamPP, state_dtype="int2")
+    entries = standing_in["megatron.core.optimizer.emerging_optimizers"]
+    config = SimpleNamespace(lr=1e-2, weight_decay=0.1)
+    params = list(network().bfloat16().parameters())
+    optimizer, _ = entries._create_emerging_optimizer(config, [{"params": params}], name, [], None)
+    copies = [param.detach().clone().float() for param in params]
+    for index, copy in enumerate(copies):
+        optimizer.param_groups[0]["params"][index] = copy
+    optimizer.load_state_dict(optimizer.state_dict())
+    twins = [torch.nn.Parameter(copy.clone()) for copy in copies]
+    plain = SignAdamPP(twins, lr=1e-2, weight_decay=0.1, state_dtype="int2")
+    for number in range(3):
+        for copy, twin in zip(copies, twins, strict=True):
+            copy.grad = torch.randn(copy.shape, generator=torch.Generator().manual_seed(number))
+            twin.grad = copy.grad.clone()
+        optimizer.step()
+        plain.step()
+    assert same(copies, twins) and not same(copies, [param.float() for param in params])
 
 
 def test_names(standing_in: dict[str, ModuleType]) -> None:

@@ -11,9 +11,6 @@ import pytest
 
 from signadam_ext import SignAdamPP, integrations, optimizers
 
-#: The package that each plugin imports.
-PACKAGES = {name: name for name in integrations.TESTED}
-
 
 def test_there_is_a_plugin_for_each() -> None:
     found = {path.stem for path in Path(integrations.__file__).parent.glob("*.py")} - {"__init__"}
