@@ -144,8 +144,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 PLAN,
-                "        self._pending = []\n        self.is_first = False\n        return d",
-                "        self.is_first = False\n        self._kept, self._pending = self._pending, []\n        return d",
+                "        self._pending = []\n        self.is_first = False\n        return",
+                "        self.is_first = False\n        self._kept, self._pending = self._pending, []\n        return",
             ),
             (PLAN, '        "is_first",\n', '        "is_first",\n        "_kept",\n'),
         ),
