@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.device_steps import KERNELS, DeviceBegun, execute
-from support.launches import CASES, Case, Given, Step, same_bits
+from support.device_steps import KERNELS, DeviceBegun, emulated_cuda, execute
+from support.launches import CASES, Case, Given, Step, aligned, same_bits
 from support.ptx import SCHEDULES, Counts, Fault
 from support.toolchain import cuda_launch_library, ptx
 
@@ -267,6 +267,43 @@ def test_replayed_steps(library: ctypes.CDLL, texts: dict[Any, str], name: str) 
         replay(factor)
         assert step.unequal() == []
     assert not own.arrivals.any() and not own.square_arrivals.any()
+
+
+def test_steps_of_an_optimizer(library: ctypes.CDLL, texts: dict[Any, str]) -> None:
+    """Its plan, and the backend's launches, from ``step()`` on: clipped, with a schedule, once skipped."""
+    case = {"lr": 0.01, "state_dtype": "int8", "param_storage": "stochastic", "alpha": 1e-3, "max_grad_norm": 0.5}
+    generator = torch.Generator().manual_seed(5)
+    pairs = []
+    for size in (16_400, 7, 0, 33):
+        value = torch.randn(size, generator=generator).bfloat16()
+        pairs.append([aligned(size, BF16).copy_(value).requires_grad_() for _ in range(2)])
+    ours, theirs = (
+        signadam_ext.SignAdamPP([{"params": own[:2]}, {"params": own[2:], "maximize": True}], **case, **where)
+        for own, where in zip(
+            zip(*pairs, strict=True), ({"backend": "cuda", "capturable": True}, {"backend": "cpu"}), strict=True
+        )
+    )
+    with emulated_cuda(library, texts, ours) as launched:
+        for step in range(4):
+            for index, pair in enumerate(pairs):
+                grad = torch.randn(pair[0].shape, generator=generator).bfloat16()
+                if step == 2 and index == 0:
+                    grad[16_390] = torch.inf
+                for param in pair:
+                    param.grad = None if (step, index) == (0, 3) else grad.clone()
+            for optimizer in (ours, theirs):
+                optimizer.param_groups[0]["lr"] *= 0.5
+                optimizer.step()
+            assert all(same_bits(own.detach(), other.detach()) for own, other in pairs)
+            for own, other in pairs:
+                states = ours.state[own], theirs.state[other]
+                assert states[0].keys() == states[1].keys()
+                assert all(
+                    same_bits(states[0][name], states[1][name]) for name in ("exp_avg", "step") if name in states[0]
+                )
+    assert launched == ["norm", "begin", "update"] * 4
+    assert int(ours.skipped_steps) == int(theirs.skipped_steps) == 1
+    assert ours.state[pairs[0][0]]["step"] == 3
 
 
 def test_update_reads_nothing_that_was_not_begun(library: ctypes.CDLL, texts: dict[Any, str]) -> None:
