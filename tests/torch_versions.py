@@ -4,9 +4,10 @@
     python tests/torch_versions.py --page
 
 Each version of torch goes with what the tests need into an environment of its own, which is removed when its run has
-ended: from PyPI torch for Linux comes with CUDA, 5 to 8 GB of it. The tests run on a copy of this tree from which the
-package's own sources are left out, so that they import what the wheel holds. :data:`SUITE` is what runs; the rest needs
-sources, a CUDA toolkit, a browser or packages that fix their version of torch.
+ended unless ``--environments`` keeps it: from PyPI torch for Linux comes with CUDA, 5 to 8 GB of it. The tests run on a
+copy of this tree from which the package's own sources are left out, so that they import what the wheel holds.
+:data:`SUITE` is what runs; the rest needs sources, a CUDA toolkit, a browser or packages that fix their version of
+torch.
 
 What came of it goes into ``tests/results``: ``torch_versions.txt``, as pytest said it, and ``torch_versions.json``, of
 which ``--page`` makes the table in docs/building.md.
@@ -47,8 +48,8 @@ SUITE = (
     "tests/backends/test_confidence.py",
     "tests/backends/test_votes.py",
 )
-#: What they need beside torch, of which torch has chosen none.
-PACKAGES = ("pytest>=8", "hypothesis>=6.100", "numpy", "scipy", "setuptools>=77", "pybind11>=2.12")
+#: What they need beside torch.
+PACKAGES = ("pytest>=8", "hypothesis>=6.100", "numpy", "scipy", "setuptools>=77", "pybind11>=2.12", "triton>=3.2")
 #: Of the tree, what the tests read.
 COPIED = ("tests", "reporting", "examples", "csrc", "pyproject.toml", "setup.py")
 
@@ -80,16 +81,20 @@ def copy_tree(to: Path) -> None:
             shutil.copy2(ROOT / name, to / name)
 
 
-def run_version(version: str, wheel: Path, folder: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """What came of the suite beside that version of torch, in a new environment below ``folder``."""
-    tree, environment, xml = folder / "tree", folder / "environment", folder / "junit.xml"
+def run_version(
+    version: str, wheel: Path, folder: Path, environments: Path | None, arguments: Sequence[str]
+) -> dict[str, Any]:
+    """What came of the suite beside that version of torch, on a copy of the tree in ``folder``."""
+    tree, xml = folder / "tree", folder / "junit.xml"
+    environment = (folder if environments is None else environments) / f"torch-{version}"
     tree.mkdir()
     copy_tree(tree)
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    if not environment.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = str(environment / "bin" / "python")
     pip = [python, "-m", "pip", "install", "-q", "--no-cache-dir", "--disable-pip-version-check"]
-    # Its own metadata choose the other packages; a torch that does not fit them is an error of pip.
-    subprocess.run([*pip, f"torch=={version}", f"{wheel}[triton]", *PACKAGES], check=True)
+    subprocess.run([*pip, f"torch=={version}", *PACKAGES], check=True)
+    subprocess.run([*pip, "--force-reinstall", "--no-deps", str(wheel)], check=True)
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
     told = subprocess.run([python, "-c", _FACTS], cwd=tree, env=env, check=True, capture_output=True, text=True)
     facts: dict[str, Any] = json.loads(told.stdout)
@@ -157,7 +162,7 @@ def main() -> int:
     parser.add_argument("versions", nargs="*")
     parser.add_argument("--page", action="store_true", help="write the table of the last run into docs/building.md")
     parser.add_argument("--add", action="store_true", help="keep what other versions have in the results")
-    parser.add_argument("--folder", type=Path, default=None, help="where environments are made, instead of /tmp")
+    parser.add_argument("--environments", type=Path, help="a folder where they stay, and serve the next run")
     parser.add_argument("--pytest", action="append", default=[], help="an argument of pytest, such as --pytest=-x")
     given = parser.parse_args()
     if given.page:
@@ -179,8 +184,8 @@ def main() -> int:
     else:
         LOG.write_text(f"{wheel.name}, sha256 {sha}\n\n")
     for version in given.versions:
-        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-            run = run_version(version, wheel, Path(folder), given.pytest)
+        with tempfile.TemporaryDirectory() as folder:
+            run = run_version(version, wheel, Path(folder), given.environments, given.pytest)
         results["runs"].append(run)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         print(run["torch"], run["outcomes"], f"after {run['seconds']} s", *run["failures"], sep="\n  ", flush=True)

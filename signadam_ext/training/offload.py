@@ -314,8 +314,7 @@ class Offload:
                         moved[host.param] = _moved(own, host.param.device)
                 for host in self._host_params.values():
                     if host.is_pending:
-                        grad = host.gradients.to(host.param.device, copy=True)
-                        host.param.grad = grad if host.param.grad is None else host.param.grad.add_(grad)
+                        self._give_back(host)
                 for param, own in moved.items():
                     optimizer.state[param] = own
                 optimizer.runtime.driver = None
@@ -358,7 +357,7 @@ class Offload:
             with torch.enable_grad():
                 loss = closure()
         optimizer.runtime.lock.refuse_nested()
-        with self._lock, torch._C.DisableTorchFunctionSubclass():
+        with self._lock:
             self._step(optimizer)
         return loss
 
@@ -537,6 +536,13 @@ class Offload:
             (host.gradients,) = host_tensors([layout], grad.device.type == "cuda")
         self._lane(grad.device).copy(host.gradients, grad.detach())
 
+    def _give_back(self, host: _HostParam) -> None:
+        """Makes the gradient that waits on the host the parameter's, or adds it to that."""
+        self._settle()
+        grad = host.gradients.to(host.param.device, copy=True)
+        host.param.grad = grad if host.param.grad is None else host.param.grad.add_(grad)
+        host.is_pending = False
+
     # The step
 
     def _step(self, optimizer: SignOptimizer) -> None:
@@ -576,7 +582,11 @@ class Offload:
         present, missing = [], []
         for param, name in own:
             host = self._host_params.get(id(param))
-            if not self._is_served(param) or (param.grad is None and not (host is not None and host.is_pending)):
+            if not self._is_served(param):
+                if host is not None and host.is_pending:
+                    self._give_back(host)  # it has been moved to the CPU since
+                continue
+            if param.grad is None and (host is None or not host.is_pending):
                 continue
             present.append((param, name))
             if host is None or not host.fits(param):
@@ -598,7 +608,7 @@ class Offload:
             grad = param.grad
             if grad is None:
                 continue
-            if host.is_pending:
+            if self.release:
                 self._take(host, grad)
                 param.grad = None
             elif host.held is None or not host.held.is_still(grad):

@@ -1,7 +1,7 @@
 """Fuzzes the loading of states with atheris (`pip install atheris`), for so many minutes in all, however often stopped.
 
     python tests/long/fuzz_states.py --minutes 60 --folder runs/states
-    python tests/long/fuzz_states.py --folder runs/states --results tests/results     the corpus and the log, as kept
+    python tests/long/fuzz_states.py --folder runs/states --results tests/results     write log and corpus
     python tests/long/fuzz_states.py --input FILE                                     one input alone
 
 state_inputs.py says what an input is, and what must come of it. A finding is written to the folder with its traceback,
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import re
 import resource
@@ -23,13 +24,18 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent), str(HERE)]
+
+#: The inputs that are kept, each under its SHA-1.
+CORPUS = HERE / "states.zip"
 
 #: A loading that takes longer hangs. The slowest takes some hundredths of a second; a busy machine is slower.
 HANGS_AFTER = 30
@@ -98,7 +104,8 @@ def fuzz(folder: Path, seconds: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["zipfile"]):
-        import zipfile  # noqa: F401
+        del sys.modules["zipfile"]
+        importlib.import_module("zipfile")
     import torch
     from torch._weights_only_unpickler import Unpickler
 
@@ -170,16 +177,83 @@ def run(folder: Path, minutes: float) -> dict[str, Any]:
 def write_seeds(folder: Path) -> None:
     from state_inputs import Target, seeds
 
+    if CORPUS.exists():
+        with zipfile.ZipFile(CORPUS) as archive:
+            for name in archive.namelist():
+                (folder / name).write_bytes(archive.read(name))
     with tempfile.TemporaryDirectory() as temporary:
         for _, data in seeds(Target(Path(temporary))):
             (folder / hashlib.sha1(data).hexdigest()).write_bytes(data)
+
+
+def covered(target: Any, data: bytes) -> set[tuple[str, int, int]]:
+    """Which line of the package followed which while an input was loaded."""
+    found: set[tuple[str, int, int]] = set()
+
+    def on_call(frame: FrameType, event: str, argument: Any) -> Any:
+        name = frame.f_code.co_filename
+        if "signadam_ext" not in name:
+            return None
+        before = 0
+
+        def on_line(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal before
+            found.add((name, before, frame.f_lineno))
+            before = frame.f_lineno
+            return on_line
+
+        return on_line
+
+    sys.settrace(on_call)
+    try:
+        target(data)
+    finally:
+        sys.settrace(None)
+    return found
+
+
+def smallest(inputs: Iterable[bytes]) -> list[bytes]:
+    """Inputs that reach together what all of them reach, the short ones first."""
+    from state_inputs import Target
+
+    kept, reached = [], set()
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Target(Path(temporary))
+        for data in sorted(inputs, key=len):
+            new = covered(target, data) - reached
+            if new:
+                kept.append(data)
+                reached |= new
+    return kept
+
+
+def write_results(folder: Path, log: dict[str, Any], results: Path) -> None:
+    """The log, and the smallest corpus, as they are kept in the repository."""
+    from reporting.machine import facts
+
+    kept = smallest(path.read_bytes() for path in (folder / "corpus").iterdir())
+    with zipfile.ZipFile(CORPUS, "w", zipfile.ZIP_DEFLATED) as archive:
+        for data in kept:
+            archive.writestr(zipfile.ZipInfo(hashlib.sha1(data).hexdigest()), data, zipfile.ZIP_DEFLATED)
+    spells = log["spells"]
+    whole = {
+        "minutes": round(sum(spell["seconds"] for spell in spells) / 60, 1),
+        "inputs": sum(spell.get("inputs", 0) for spell in spells),
+        "corpus": len(kept),
+    }
+    found = json.dumps({**facts(), **whole, **log}, indent=1) + "\n"
+    (results / "states.json").write_text(found)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=0.0, help="in all, with those of earlier calls")
     parser.add_argument("--folder", type=Path, help="where the corpus grows, and findings are written")
-    parser.add_argument("--results", type=Path, help="write states.json and the smallest corpus of that coverage there")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="write states.json there, and the smallest corpus of the same coverage to states.zip",
+    )
     parser.add_argument("--input", type=Path, help="load that input alone")
     parser.add_argument("--spell", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -193,6 +267,8 @@ def main() -> int:
         fuzz(options.folder, options.spell)
         return 0
     log = run(options.folder.resolve(), options.minutes)
+    if options.results:
+        write_results(options.folder, log, options.results)
     return int(bool(log.get("found")))
 
 

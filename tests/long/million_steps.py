@@ -124,6 +124,12 @@ def train(name: str, backend: str, steps: int, out: Path) -> None:
     wanted = set(marks(steps))
     every = max(steps // 10, SETTLED)
     began = time.perf_counter()
+
+    def write(step: int) -> None:
+        said = {"capability": compiled.cpu_capability(), "seconds": round(time.perf_counter() - began, 1)}
+        whole = {**said, "steps": step, "digests": digests, "memory": memory}
+        out.write_text(json.dumps(whole, indent=1) + "\n")
+
     with torch.no_grad():
         for step in range(1, steps + 1):
             for param, noise in zip(params, bank[step % GRADIENTS], strict=True):
@@ -135,14 +141,19 @@ def train(name: str, backend: str, steps: int, out: Path) -> None:
                 held = resident()
                 counts = {"objects": len(gc.get_objects()), "blocks": sys.getallocatedblocks()}
                 memory.append({"step": step, "resident": held, **counts})
-    said = {"capability": compiled.cpu_capability(), "seconds": round(time.perf_counter() - began, 1)}
-    out.write_text(json.dumps({**said, "steps": steps, "digests": digests, "memory": memory}, indent=1) + "\n")
+            if step in wanted or step % every == 0:
+                write(step)
 
 
 def supported(capability: str) -> bool:
     command = [sys.executable, "-c", "import signadam_ext._C as C; print(C.cpu_capability())"]
     environment = {**os.environ, "SIGNADAM_CPU_CAPABILITY": capability, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+
+
+def steps_of(out: Path) -> int:
+    """How far a training has come."""
+    return json.loads(out.read_text())["steps"] if out.exists() else 0
 
 
 def grown(run: dict[str, Any]) -> dict[str, int]:
@@ -175,6 +186,7 @@ def main() -> int:
     parser.add_argument("--trainings", nargs="*", default=TRAININGS, choices=TRAININGS)
     parser.add_argument("--folder", type=Path, required=True, help="where what is done is kept")
     parser.add_argument("--results", type=Path, help="write the whole there, with commit, versions and machine")
+    parser.add_argument("--as-is", action="store_true", help="train no further; write what there is")
     parser.add_argument("--one", nargs=2, metavar=("TRAINING", "BACKEND"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -188,7 +200,7 @@ def main() -> int:
         for name in options.trainings:
             key = f"{name} {capability or backend} {steps}"
             out = options.folder / f"{key}.json"
-            if not out.exists():
+            if not options.as_is and steps_of(out) < steps:
                 command = [
                     sys.executable,
                     __file__,
@@ -202,8 +214,10 @@ def main() -> int:
                 ]
                 environment = {**os.environ, **({"SIGNADAM_CPU_CAPABILITY": capability} if capability else {})}
                 subprocess.run(command, env=environment, check=True)
-            runs[key] = json.loads(out.read_text())
-            print(key, f"{runs[key]['seconds']} s", grown(runs[key]) if runs[key]["memory"] else "", flush=True)
+            if not out.exists():
+                continue
+            runs[key] = run = json.loads(out.read_text())
+            print(key, f"{run['steps']} steps in {run['seconds']} s", grown(run) if run["memory"] else "", flush=True)
     found = faults(runs)
     print("\n".join(found) or f"{len(runs)} runs: the same bits, and no growth")
     if options.results:

@@ -376,7 +376,7 @@ def _shrunk(x: Tensor) -> Tensor:
     for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
         if size > 1 and stride == 0:
             x = x.narrow(dim, 0, 1)
-    return x.contiguous()
+    return torch.empty(x.shape, dtype=x.dtype).copy_(x)
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -386,6 +386,8 @@ def equal(a: Any, b: Any) -> bool:
             return False
         if a.layout != torch.strided or a.is_meta:
             return a.layout == b.layout and a.device == b.device
+        if a.is_quantized:
+            return torch.equal(a.int_repr(), b.int_repr())
         a, b = (_shrunk(x.resolve_conj().resolve_neg()) for x in (a, b))
         return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     if isinstance(a, dict):
@@ -476,12 +478,14 @@ class Target:
     def _check_taken(self, form: Form, optimizer: SignOptimizer) -> None:
         """Raises unless the state can be saved, loaded by another optimizer to the same bits, and be used."""
         try:
+            if any(isinstance(key, int) for key in optimizer.state):
+                return  # a user's, where a state dict has what it may take for a parameter's
             saved = optimizer.state_dict()
             twin = form.made()
             twin.load_state_dict(saved)
             again = twin.state_dict()
             for number, entries in saved["state"].items():
-                if number not in range(3):
+                if not isinstance(number, int):
                     continue  # of no parameter
                 other = again["state"].get(number, {})
                 for name in OPTIMIZERS_OWN & entries.keys():

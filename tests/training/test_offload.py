@@ -598,6 +598,25 @@ def test_gradients_on_the_host_and_by_hand_are_added_up(removes: bool) -> None:
     pair.check()
 
 
+def test_a_parameter_that_leaves_the_device_takes_its_gradient_along() -> None:
+    pair = Pair(release=True)
+    pair.train(0)
+    pair.each(lambda model, optimizer: optimizer.zero_grad())
+    pair.each(lambda model, optimizer: loss_of(model, 1).backward())
+    pair.offload.device = "cuda"  # as if all parameters had been moved to the CPU
+    pair.each(lambda model, optimizer: optimizer.step())
+    pair.check()
+
+
+def test_gradients_that_no_hook_has_seen_are_released_by_the_step() -> None:
+    pair = Pair(release=True)
+    for param in pair.models[0].parameters():
+        param._post_accumulate_grad_hooks.clear()  # as swap_tensors leaves it
+    pair.train(0)
+    assert all(param.grad is None for param in pair.models[0].parameters())
+    pair.check()
+
+
 def test_a_frozen_parameter_that_is_trained_later(lane: LateLane) -> None:
     model = model_of()
     first = next(model.parameters()).requires_grad_(False)
