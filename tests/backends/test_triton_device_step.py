@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +18,7 @@ import pytest
 import torch
 from support.launches import CASES, SPECIALS, Case, Compiled, Step, TritonLaunch, compile_launches, same_bits
 from support.paper_formulas import TABLE
+from support.ptx import Fault
 from support.ptx.steps import Emulated
 from support.toolchain import TRITON_STEP_ARGUMENTS, TRITON_TENSORS
 from torch import Tensor
@@ -189,6 +190,31 @@ def test_norm(dtype: torch.dtype, way: Way) -> None:
         expected[places.long().cpu()] = torch.tensor(squares(bucket, grads), dtype=torch.float64)
         assert same_bits(totals.cpu(), expected)
         assert expected.isfinite().all() != specials
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(INTERPRETED, reason="it looks at machine code")
+def test_relaxed_count_is_found(compiled: dict[str, Compiled], tmp_path: Path) -> None:
+    from signadam_ext.triton_kernels import norm
+
+    relaxed = {}
+    for kernel, code in compiled.items():
+        path = tmp_path / f"{len(relaxed)}.cubin"
+        text = code.cubin.with_suffix(".ptx").read_text()
+        path.with_suffix(".ptx").write_text(text.replace("acq_rel", "relaxed"))
+        relaxed[kernel] = replace(code, cubin=path)
+    param = torch.zeros(16385)
+    param.grad = torch.ones_like(param)
+    kernels = DeviceStep(bucket_of(SignSGD([param], lr=0.1, backend="cpu")))
+    names = list(TRITON_STEP_ARGUMENTS["norm"])
+    reached = {"grad": (param.grad, False)}
+    with (
+        mock.patch.object(norm, "norm", Emulated(norm.norm, names, relaxed, lambda: reached)),
+        pytest.raises(Fault, match="a race at byte"),
+    ):
+        kernels.norm(
+            addresses([param.grad], HOST), torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.int32)
+        )
 
 
 def groups() -> Iterator[tuple[Rule, Group]]:
