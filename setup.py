@@ -7,6 +7,9 @@ SIGNADAM_SANITIZE      sanitizers of the host compiler, such as "address,undefin
                        pointers, and undefined behaviour ends the process. A Python that loads such a module needs the
                        sanitizers' runtime preloaded; tests/sanitized.sh does all of it.
 MAX_JOBS               compilers at a time, passed to ninja.
+
+The version is that of the tag v<version> at this commit. Between tags it is a preview of the version that the changelog
+names first, counted in commits; an sdist keeps its own. SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SIGNADAM_EXT sets another.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools_scm.version import ScmVersion, guess_next_dev_version
+except ModuleNotFoundError as error:
+    raise SystemExit("setup.py needs setuptools-scm: pip install setuptools-scm pybind11 ninja.") from error
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = (80, 90, 100)
@@ -48,14 +56,24 @@ def output(*command: str) -> str:
         return ""
 
 
-def version() -> str:
-    return re.search(r'__version__ = "(.+)"', (ROOT / "signadam_ext" / "_version.py").read_text()).group(1)
+def changelog_version() -> str:
+    """What the top heading of the changelog prepares."""
+    return re.search(r"^## (\d+\.\d+\.\d+) - ", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE).group(1)
+
+
+def scm_version(found: ScmVersion) -> str:
+    """The version of what git describes: see above. No tag counts as v0.0."""
+    if found.exact:
+        return found.format_with("{tag}")
+    if str(found.tag) == changelog_version():  # nobody has begun the next version's heading
+        return guess_next_dev_version(found)
+    return f"{changelog_version()}.dev{found.distance or 0}"
 
 
 def commit() -> str:
-    """The commit this tree is at; unknown in an sdist."""
+    """The commit this tree is at. An sdist knows none: .ci/wheels tells it by SIGNADAM_COMMIT."""
     if not (ROOT / ".git").exists():
-        return "unknown"
+        return os.environ.get("SIGNADAM_COMMIT", "unknown")
     changed = "+changes" if output("git", "status", "--porcelain", "--untracked-files=no").strip() else ""
     return (output("git", "rev-parse", "--short=12", "HEAD").strip() or "unknown") + changed
 
@@ -138,7 +156,7 @@ class BuildWithNinja(build_ext):
         if not sanitize:
             # pybind11 would ask the interpreter at every reference that is taken or dropped whether the lock is held.
             includes.append("-DPYBIND11_NO_ASSERT_GIL_HELD_INCREF_DECREF")
-        defines = [f"-DSIGNADAM_VERSION={version()}", f"-DSIGNADAM_COMMIT={commit()}"]
+        defines = [f"-DSIGNADAM_VERSION={self.distribution.get_version()}", f"-DSIGNADAM_COMMIT={commit()}"]
         # A capability is baked in as machine code; the last also as PTX, which the driver compiles for newer devices.
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         if nvcc:
@@ -208,6 +226,13 @@ def sources() -> list[str]:
 setup(
     # The Triton kernels lie at the top of the repository, where no search finds them by this name.
     packages=[*find_packages(include=["signadam_ext", "signadam_ext.*"]), "signadam_ext.triton_kernels"],
+    # The commit is part of the module, which says it beside the version.
+    use_scm_version={
+        "version_scheme": scm_version,
+        "local_scheme": "no-local-version",
+        "fallback_version": f"{changelog_version()}.dev0",
+        "git_describe_command": ["git", "describe", "--dirty", "--tags", "--long", "--match", "v[0-9]*"],
+    },
     ext_modules=[Extension("signadam_ext._C", sources=sources())],
     cmdclass={"build_ext": BuildWithNinja},
 )

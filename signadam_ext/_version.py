@@ -1,3 +1,5 @@
-"""The one place that states the version."""
+"""The version, which setup.py takes from git's tags and builds into the module."""
 
-__version__ = "0.2.0"
+from .core.native import compiled
+
+__version__: str = compiled.build_info()["version"]

@@ -144,10 +144,10 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 PLAN,
-                "        self._pending = []\n        self._is_first = False",
-                "        self._is_first = False\n        self._kept, self._pending = self._pending, []",
+                "        self._pending = []\n        self.is_first = False\n        return",
+                "        self.is_first = False\n        self._kept, self._pending = self._pending, []\n        return",
             ),
-            (PLAN, '        "_is_first",\n', '        "_is_first",\n        "_kept",\n'),
+            (PLAN, '        "is_first",\n', '        "is_first",\n        "_kept",\n'),
         ),
     ),
     Mutation(
@@ -279,7 +279,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 "signadam_ext/core/hyperparameters.py",
-                "given[name], found[name] = value, check(name, value)",
+                "given[name], found[name] = value, value if stays(name, value) else check(name, value)",
                 "given[name], found[name] = value, value if isinstance(value, (tuple, list)) else checks.plain(value)",
             ),
         ),

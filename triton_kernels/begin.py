@@ -33,8 +33,9 @@ POWER = tl.constexpr(OPERATIONS.index("power"))
 AT_LEAST = tl.constexpr(OPERATIONS.index("at_least"))
 # The registers of a step and of the factor of gradients; a row of values follows.
 T, FACTOR, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# A power of two.
+# Powers of two.
 REGISTERS = tl.constexpr(1 << (_C.PROGRAM_REGISTERS - 1).bit_length())
+SCALAR_LANES = tl.constexpr(1 << (len(_C.SCALARS) - 1).bit_length())
 
 
 @triton.jit
@@ -147,6 +148,10 @@ def begin(entries, operations, results, values, control, grads, out_grads, out_r
         registers = tl.where(at == T, t, tl.where(at == FACTOR, tl.load(control), registers))
         number = tl.load(entry + PROGRAM_AT)
         registers = run_program(operations + number * length * 4, length, registers.to(tl.int64, bitcast=True))
-        for i in range(SCALAR_COUNT):
+        # Written at once, so that no read waits for a write.
+        place = tl.arange(0, SCALAR_LANES)
+        scalars = tl.zeros([SCALAR_LANES], tl.float64)
+        for i in tl.static_range(SCALAR_COUNT):
             scalar = register(registers, tl.load(results + number * SCALAR_COUNT + i))
-            tl.store(out_scalars + tensor * SCALAR_COUNT + i, scalar)
+            scalars = tl.where(place == i, scalar, scalars)
+        tl.store(out_scalars + tensor * SCALAR_COUNT + place, scalars, mask=place < SCALAR_COUNT)

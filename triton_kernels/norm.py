@@ -59,4 +59,6 @@ def norm(entries, tensor_of_chunk, grads, sums, arrivals, totals, places, GRAD: 
         arrived = tl.atomic_add(arrivals + tensor, 1, sem="acq_rel", scope="gpu")
         if arrived == chunks - 1:
             tl.store(arrivals + tensor, 0)
-            tl.store(totals + tl.load(places + tensor), add_up(sums + first_chunk, chunks.to(tl.int64), 1))
+            own = sums + first_chunk
+            add_up(own, chunks.to(tl.int64), False)
+            tl.store(totals + tl.load(places + tensor), tl.load(own, cache_modifier=".cg"))

@@ -35,36 +35,42 @@ def exponential(x):
 
 
 @triton.jit
-def add_up(sums, count, STRIDE: tl.constexpr):
-    """The sum of ``count`` sums of chunks, ``STRIDE`` apart: they go through the chunk procedure until one is left."""
+def add_up(sums, count, PAIRS: tl.constexpr):
+    """Chunk sums at ``sums`` go through the chunk procedure until one is left there, or where they are pairs, one."""
+    WIDTH: tl.constexpr = 2 if PAIRS else 1
     lanes = tl.arange(0, LANES)
     while count > 1:
         following = (count + CHUNK - 1) // CHUNK
         k = count * 0
         while k < following:
-            total = tl.zeros([LANES], tl.float64)
+            first = tl.zeros([LANES], tl.float64)
+            second = tl.zeros([LANES], tl.float64)
             for row in range(ROWS):
                 index = k * CHUNK + row * LANES + lanes
-                total += tl.load(sums + STRIDE * index, mask=index < count, other=0.0, cache_modifier=".cg")
-            chunk_sum = halve(total)
+                first += tl.load(sums + WIDTH * index, mask=index < count, other=0.0, cache_modifier=".cg")
+                if PAIRS:
+                    second += tl.load(sums + WIDTH * index + 1, mask=index < count, other=0.0, cache_modifier=".cg")
+            first_sum, second_sum = halve(first), halve(second)
             tl.debug_barrier()
-            tl.store(sums + STRIDE * k, chunk_sum)
+            tl.store(sums + WIDTH * k, first_sum)
+            if PAIRS:
+                tl.store(sums + WIDTH * k + 1, second_sum)
             tl.debug_barrier()
             k += 1
         count = following
-    return tl.load(sums, cache_modifier=".cg")
 
 
 @triton.jit
 def finish(sums, count, numel, a, threshold_state, s):
-    """Moves the gate from ``a`` by a tensor's chunk sums, S1 and S2 of each at ``sums``.
+    """The sum of the chunk sums at ``sums`` moves the gate from ``a``.
 
     Args:
         threshold_state: address of the gate.
         s: address of the group's scalars.
     """
-    first_sum = add_up(sums, count, 2)
-    second_sum = add_up(sums + 1, count, 2)
+    add_up(sums, count, True)
+    first_sum = tl.load(sums, cache_modifier=".cg")
+    second_sum = tl.load(sums + 1, cache_modifier=".cg")
     if is_finite(first_sum) and is_finite(second_sum):
         n = numel.to(tl.float64)
         if tl.load(s + STEERS) != 0.0:

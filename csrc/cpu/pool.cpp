@@ -14,6 +14,13 @@
 namespace signadam::cpu {
 namespace {
 
+// What wait() of std::condition_variable does, by the system's own call: libstdc++ has had a symbol of its own for it
+// since GCC 12 (GLIBCXX_3.4.30), and a wheel that asks for it does not load on systems of 2021.
+template <class Condition>
+void wait(std::condition_variable& changed, std::unique_lock<std::mutex>& lock, Condition holds) {
+  while (!holds()) pthread_cond_wait(changed.native_handle(), lock.mutex()->native_handle());
+}
+
 struct Job {
   Task task;
   void* context;
@@ -47,7 +54,7 @@ class Pool {
     wake_.notify_all();
     job.work();
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return running_ == 0; });
+    wait(done_, lock, [this] { return running_ == 0; });
     job_ = nullptr;
   }
 
@@ -56,7 +63,7 @@ class Pool {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [&] { return ticket_ != seen; });
+      wait(wake_, lock, [&] { return ticket_ != seen; });
       seen = ticket_;
       if (static_cast<int>(id) >= wanted_) continue;
       Job* const job = job_;

@@ -26,16 +26,25 @@ TorchShim::TorchShim(const char* library, const py::object& tensor_type, const p
   find(dtype_, "aoti_torch_get_dtype");
   find(device_type_, "aoti_torch_get_device_type");
   find(device_index_, "aoti_torch_get_device_index");
-  find(layout_, "aoti_torch_get_layout");
   int32_t (*number)();
-  find(number, "aoti_torch_layout_strided");
-  strided_ = number();
+  // torch 2.6 has none: there the objects themselves are asked.
+  layout_ = reinterpret_cast<Getter<int32_t>>(dlsym(loaded, "aoti_torch_get_layout"));
+  if (layout_ != nullptr) {
+    find(number, "aoti_torch_layout_strided");
+    strided_ = number();
+  }
+  strided_object_ = samples[0].attr("layout");
   find(number, "aoti_torch_device_type_cpu");
   cpu_ = number();
 }
 
 bool TorchShim::is_strided(PyObject* object) const {
   if (!is_tensor(object)) return false;
+  if (layout_ == nullptr) {
+    // A subclass might answer by code of its own.
+    const bool is_plain = Py_TYPE(object) == plain_types_[0] || Py_TYPE(object) == plain_types_[1];
+    return is_plain && py::object(py::handle(object).attr("layout")).is(strided_object_);
+  }
   int32_t layout = 0;
   return layout_(handle_of(object), &layout) == 0 && layout == strided_;
 }

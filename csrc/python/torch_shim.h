@@ -57,7 +57,8 @@ class TorchShim {
   Getter<int64_t> storage_size_, storage_offset_, dim_;
   Getter<int64_t*> sizes_, strides_;
   Getter<int32_t> dtype_, device_type_, device_index_, layout_;
-  int32_t strided_, cpu_;
+  int32_t strided_ = 0, cpu_;
+  py::object strided_object_;  // torch.strided
   PyTypeObject* tensor_type_;
   PyTypeObject* plain_types_[2];  // those of the first two samples, which nearly all tensors have
 };

@@ -132,6 +132,7 @@ class DeviceStep:
 
     def __init__(self, bucket: Bucket) -> None:
         device, table = bucket.device, bucket.table
+        self._device = device
         self._tensors, self._chunks = len(table), table.chunks
         self._grad_format = DTYPE_FORMATS[bucket.entries[0].grad_dtype]
         self._kernels = _Kernels(bucket) if table.chunks > 0 else None
@@ -148,8 +149,10 @@ class DeviceStep:
         """Starts :func:`triton_kernels.norm.norm`, whose arguments these are."""
         from ..triton_kernels.norm import norm
 
-        if self._kernels is not None:
-            entries, tensor_of_chunk = self._kernels.buffers[:2]
+        if self._kernels is None:
+            return
+        entries, tensor_of_chunk = self._kernels.buffers[:2]
+        with is_current(self._device):
             norm[(self._chunks,)](
                 entries,
                 tensor_of_chunk,
@@ -169,25 +172,27 @@ class DeviceStep:
         from ..triton_kernels.begin import begin
 
         out_grads, out_rng_keys, _, out_scalars = self._step
-        begin[(self._tensors,)](
-            entries,
-            operations,
-            results,
-            values,
-            control,
-            grads,
-            out_grads,
-            out_rng_keys,
-            out_scalars,
-            operations.shape[1],
-            values.shape[1],
-            **STEP_OPTIONS["begin"],
-        )
+        with is_current(self._device):
+            begin[(self._tensors,)](
+                entries,
+                operations,
+                results,
+                values,
+                control,
+                grads,
+                out_grads,
+                out_rng_keys,
+                out_scalars,
+                operations.shape[1],
+                values.shape[1],
+                **STEP_OPTIONS["begin"],
+            )
 
     def update(self) -> None:
         """Starts the kernels of the step that has begun."""
         if self._kernels is not None:
-            self._kernels.start_on(self._step)
+            with is_current(self._device):
+                self._kernels.start_on(self._step)
 
 
 def step_data(step: Tensor, tensors: int, scalar_sets: int) -> tuple[Tensor, ...]:

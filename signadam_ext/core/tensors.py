@@ -286,3 +286,20 @@ def overlaps(tensor: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def owned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device that shares nothing. Elements that share memory do so in the copy, which is no larger."""
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or not overlaps(tensor):
+        return tensor.to(device, copy=True)
+    reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
+    held = tensor.as_strided((reach,), (1,), tensor.storage_offset()).to(device, copy=True)
+    return held.as_strided(tensor.shape, tensor.stride())
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an operation failed for nothing but a lack of memory, for which torch has no type on the CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "allocate memory" in str(error))

@@ -38,7 +38,7 @@ class DeviceBucket:
         device = bucket.device
         self._groups = sorted({entry.group for entry in bucket.entries})
         self._grads = _Upload(torch.zeros(len(bucket.entries), dtype=torch.int64, device=device))
-        self._places = to_device(torch.tensor([e.index for e in bucket.entries], dtype=torch.int32), device)
+        self._numbers = to_device(torch.tensor([e.index for e in bucket.entries], dtype=torch.int32), device)
         # An entry lets its tensors go between steps; a plan holds as long as they stay where they are.
         self._steps = [0 if entry.step is None else entry.step.data_ptr() for entry in bucket.entries]
         self._formulas: Any = None
@@ -77,7 +77,7 @@ class DeviceBucket:
 
     def norm(self, totals: Tensor) -> None:
         """Starts what leaves each gradient's sum of squares in ``totals``, at the parameter's number."""
-        self.kernels.norm(self._grads.target, totals, self._places)
+        self.kernels.norm(self._grads.target, totals, self._numbers)
 
     def run(self, control: Tensor) -> None:
         """Starts what begins the step and takes it."""
@@ -112,7 +112,7 @@ class DeviceBucket:
         self._entries = to_device(torch.tensor(entries, dtype=torch.int64), device)
         self._guard = StreamGuarded(
             device,
-            *(self._grads.target, self._places, self._values.target, self._entries, self._operations, self._results),
+            *(self._grads.target, self._numbers, self._values.target, self._entries, self._operations, self._results),
             *self.kernels.buffers,
             *self.bucket.observations(),
         )

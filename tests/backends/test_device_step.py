@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.device_steps import KERNELS, DeviceBegun, execute, scalars_size
-from support.launches import CASES, Case, Given, Step, same_bits
+from support.device_steps import KERNELS, DeviceBegun, emulated_cuda, execute
+from support.launches import CASES, Case, Given, Step, aligned, same_bits
 from support.ptx import SCHEDULES, Counts, Fault
 from support.toolchain import cuda_launch_library, ptx
 
@@ -57,7 +58,7 @@ def begun(library: ctypes.CDLL, case: Case) -> tuple[Step, DeviceBegun]:
 NORMED = (
     Given(),
     Given(0),
-    Given(1, grad_offset=3),
+    Given(2, grad_offset=3),
     Given(7, offset=1, dtype=BF16, grad_offset=5),
     Given(16384, grad_offset=1),
     Given(2049, absent=True),
@@ -115,6 +116,22 @@ def test_norm_reads_once(library: ctypes.CDLL, texts: dict[Any, str], dtype: tor
     assert access.needed * 32 == 16384 * torch.empty((), dtype=dtype).element_size()
 
 
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        (r"(?:membar\.gl|fence\.acq_rel\.gpu);", "a race at byte .* of square_sums"),
+        (r"bar\.sync\s+\S+;", "a race at byte .* of shared memory"),
+    ],
+    ids=["fence", "barrier"],
+)
+def test_norm_that_does_not_wait_is_found(
+    library: ctypes.CDLL, texts: dict[Any, str], pattern: str, found: str
+) -> None:
+    _, step = begun(library, replace(SQUARED, given=(Given(16385),)))
+    with pytest.raises(Fault, match=found):
+        execute(step.norm(), {NORM: re.sub(pattern, "", texts[NORM])}, step.memory())
+
+
 # The step's data.
 
 SOME = (Given(), Given(33, absent=True), Given(7, group=1), Given(1, group=2), Given(0), *[Given(3)] * 40)
@@ -129,11 +146,11 @@ BEGUN = [name for name in CASES if name.endswith("-fp32") and "coupled" not in n
 BEGUN += ["sign_adam_pp-bf16-stochastic-int2", "sign_adam-bf16-split8-int4", "svag-fp16-master-bf16"]
 
 
-def parts(step: DeviceBegun, data: bytes, sets: int, library: ctypes.CDLL) -> tuple[list[bytes], ...]:
+def parts(step: DeviceBegun, data: bytes, sets: int) -> tuple[list[bytes], ...]:
     """Of a step's data: scalars, addresses of gradients, keys of random bits, indices of scalars."""
     tensors, found = len(step.params), []
     at = 0
-    for size, count in ((scalars_size(library), sets), (8, tensors), (8, step.drawing), (4, tensors)):
+    for size, count in ((step.scalars_size, sets), (8, tensors), (8, step.drawing), (4, tensors)):
         found.append([data[at + size * i : at + size * (i + 1)] for i in range(count)])
         at += size * count
     assert at == len(data)
@@ -149,9 +166,10 @@ def by_host(step: DeviceBegun, factor: float, library: ctypes.CDLL) -> tuple[lis
     none = dict.fromkeys(_C.SCALARS, 0.0)
     groups = step.groups()
     sets = [tuple({**none, **rule.scalar_set(groups[g], t, factor)}.values()) for g, t in table.begin(addresses)]
-    data = ctypes.create_string_buffer(table.cuda_step_bytes(len(sets)))
-    table.write_cuda_step(sets, ctypes.addressof(data))
-    return parts(step, data.raw, len(sets), library)
+    # It travels in the parameters of the update.
+    data = step.update(sets)[0].parameters[library.step_at() :]
+    size = len(sets) * step.scalars_size + len(addresses) * 12 + step.drawing * 8
+    return parts(step, data[:size], len(sets))
 
 
 @pytest.mark.parametrize("name", BEGUN)
@@ -167,7 +185,7 @@ def test_begin(library: ctypes.CDLL, texts: dict[Any, str], name: str) -> None:
     (launch,) = step.begin()
     assert (launch.kernel, launch.grid, launch.threads) == (BEGIN, 2, 32)
     execute([launch], texts, step.memory())
-    found = parts(step, step.step.numpy().tobytes(), len(step.params), library)
+    found = parts(step, step.step.numpy().tobytes(), len(step.params))
     assert found[1] == grads == [struct.pack("<q", address) for address in step.grads.tolist()]
     for i, entry in enumerate(step.bucket.entries):
         if step.grads[i] == 0:
@@ -188,7 +206,7 @@ def test_a_step_that_is_skipped(library: ctypes.CDLL, texts: dict[Any, str]) -> 
     memory = step.memory()
     execute(step.begin(), texts, memory)
     assert step.counts == before
-    _, grads, *_ = parts(step, step.step.numpy().tobytes(), len(step.params), library)
+    _, grads, *_ = parts(step, step.step.numpy().tobytes(), len(step.params))
     assert set(grads) == {bytes(8)}
     # Nothing else of the step's data is there, and the update reads nothing else.
     execute(step.update(), texts, memory)
@@ -248,6 +266,44 @@ def test_replayed_steps(library: ctypes.CDLL, texts: dict[Any, str], name: str) 
         step.expected_step(grads)
         replay(factor)
         assert step.unequal() == []
+    assert not own.arrivals.any() and not own.square_arrivals.any()
+
+
+def test_steps_of_an_optimizer(library: ctypes.CDLL, texts: dict[Any, str]) -> None:
+    """Its plan, and the backend's launches, from ``step()`` on: clipped, with a schedule, once skipped."""
+    case = {"lr": 0.01, "state_dtype": "int8", "param_storage": "stochastic", "alpha": 1e-3, "max_grad_norm": 0.5}
+    generator = torch.Generator().manual_seed(5)
+    pairs = []
+    for size in (16_400, 7, 0, 33):
+        value = torch.randn(size, generator=generator).bfloat16()
+        pairs.append([aligned(size, BF16).copy_(value).requires_grad_() for _ in range(2)])
+    ours, theirs = (
+        signadam_ext.SignAdamPP([{"params": own[:2]}, {"params": own[2:], "maximize": True}], **case, **where)
+        for own, where in zip(
+            zip(*pairs, strict=True), ({"backend": "cuda", "capturable": True}, {"backend": "cpu"}), strict=True
+        )
+    )
+    with emulated_cuda(library, texts, ours) as launched:
+        for step in range(4):
+            for index, pair in enumerate(pairs):
+                grad = torch.randn(pair[0].shape, generator=generator).bfloat16()
+                if step == 2 and index == 0:
+                    grad[16_390] = torch.inf
+                for param in pair:
+                    param.grad = None if (step, index) == (0, 3) else grad.clone()
+            for optimizer in (ours, theirs):
+                optimizer.param_groups[0]["lr"] *= 0.5
+                optimizer.step()
+            assert all(same_bits(own.detach(), other.detach()) for own, other in pairs)
+            for own, other in pairs:
+                states = ours.state[own], theirs.state[other]
+                assert states[0].keys() == states[1].keys()
+                assert all(
+                    same_bits(states[0][name], states[1][name]) for name in ("exp_avg", "step") if name in states[0]
+                )
+    assert launched == ["norm", "begin", "update"] * 4
+    assert int(ours.skipped_steps) == int(theirs.skipped_steps) == 1
+    assert ours.state[pairs[0][0]]["step"] == 3
 
 
 def test_update_reads_nothing_that_was_not_begun(library: ctypes.CDLL, texts: dict[Any, str]) -> None:

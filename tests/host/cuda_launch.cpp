@@ -207,13 +207,19 @@ int launch_table_begin(int64_t tensors, int64_t chunks, const unsigned char* tab
   });
 }
 
-// Bytes of the step's data where the device begins the steps of so many tensors.
-int64_t device_step_bytes(int64_t tensors, int64_t drawing) {
+// Of the data of a step that the device begins: tensors that draw random bits, all or none; bytes of the scalars of one
+// tensor; bytes of all of it.
+void device_step_sizes(int64_t tensors, int64_t chunks, const unsigned char* table, int64_t table_size,
+                       int64_t* sizes) {
   const auto count = static_cast<std::size_t>(tensors);
-  return static_cast<int64_t>(StepLayout::of(count, count, static_cast<std::size_t>(drawing)).size);
+  const std::size_t drawing = is_plain(entries_of(table, tensors, chunks, table_size), tensors) ? 0 : count;
+  sizes[0] = static_cast<int64_t>(drawing);
+  sizes[1] = sizeof(Scalars);
+  sizes[2] = static_cast<int64_t>(StepLayout::of(count, count, drawing).size);
 }
 
-// Of a launch of a kernel that begins a step: which one, blocks, threads, bytes of parameters. Returns 1 where it is none.
+// Of a launch of a kernel that begins a step: which one, blocks, threads, bytes of parameters. Returns 1 where it is
+// none.
 int launched_begin(int index, int64_t* facts) {
   const FakeLaunch& launched = fake.launches[static_cast<std::size_t>(index)];
   const auto kernels = device_step_kernels();

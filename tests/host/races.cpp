@@ -175,7 +175,7 @@ void run(const std::vector<Spec>& specs) {
   std::vector<uint32_t> arrivals(specs.size(), 0), rows(specs.size(), 0);
   Scalars s{};
   const std::vector<RngKey> rng_keys(specs.size(), RngKey::of(1, 2, 3));
-  s.decay = 1.0f, s.denominator = 1.0f, s.coupled = 1, s.confidence_beta = 0.5;
+  s.gradient_scale = s.decay = s.denominator = 1.0f, s.coupled = 1, s.confidence_beta = 0.5;
   const TableView table{tensors.data(), tensor_of_chunk.data(), sums.data(), arrivals.data(), chunk_statistics.data()};
   const auto chunks = static_cast<uint32_t>(tensor_of_chunk.size());
   concurrent_launch<Rule, threshold_pass, storage>(table, {grads.data(), rng_keys.data(), rows.data(), &s}, chunks);

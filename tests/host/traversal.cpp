@@ -16,7 +16,7 @@
 #include <stdexcept>
 #include <string>
 
-// The table is built as the launchers build it. Of the CPU backend only these two are needed, by name.
+// The table is built as the launchers build it. Of the CPU backend only these three are needed, by name.
 #include "../../csrc/cpu/step.h"
 #include "../../csrc/python/host_table.cpp"
 #include "host_block.h"
@@ -24,6 +24,10 @@
 namespace signadam::cpu {
 std::vector<uint32_t> make_units(const TableView&, uint32_t, uint32_t) { return {}; }
 void run(RuleIndex, ThresholdPass, const TableView&, uint32_t, const Step&, const std::vector<uint32_t>&, int, Sums*) {
+  std::abort();
+}
+std::vector<double> squares(const TableView&, uint32_t, uint32_t, const void* const*, const std::vector<uint32_t>&,
+                            int) {
   std::abort();
 }
 }  // namespace signadam::cpu
@@ -514,7 +518,7 @@ int64_t count_writes(const std::vector<Spec>& specs, Order order, bool coupled) 
     if (t.spec.present)
       for (int64_t i = 0; i < t.spec.numel; ++i) t.grad.set(i, grad_value(i));
   Scalars s{};
-  s.decay = 1.0f;
+  s.gradient_scale = s.decay = 1.0f;
   s.coupled = coupled;  // p is 0 when it is read, so the gradient stays what it is
   s.weight_decay = 1.0f;
   s.confidence_beta = 0.5, s.one_minus_confidence_beta = 0.5;
@@ -961,7 +965,8 @@ void accesses() {
 
 // ---------------------------------------------------------------------------------------------------------- levels
 
-// finish_statistics on more chunk sums than one chunk holds, which no test has the memory to make from gradients.
+// finish_statistics and the sums of a norm on more chunk sums than one chunk holds, which no test has the memory to
+// make from gradients.
 void levels() {
   std::mt19937 random(5);
   std::normal_distribution<double> normal;
@@ -987,6 +992,9 @@ void levels() {
     REQUIRE(
         std::memcmp(&sums.front(), &before, sizeof before) == 0 && std::memcmp(&sums.back(), &after, sizeof after) == 0,
         "sums of a neighbour were written at %lld chunks", static_cast<long long>(chunks));
+    std::vector<double> squares = second, lanes(lane_count);
+    sum_chunks(block, lanes.data(), squares.data(), chunks);
+    REQUIRE(squares[0] == ordered_sum(second), "squares of %lld chunks", static_cast<long long>(chunks));
   }
   std::printf("up to %d chunks\n", 3 * 16384 + 77);
 }

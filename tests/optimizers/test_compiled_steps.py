@@ -6,6 +6,7 @@ Whatever the graph does to gradients and parameters before and after.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,19 @@ def backward(model: nn.Module, number: int) -> None:
 
 def plain(model: nn.Module, optimizer: Any) -> Callable[[], Any]:
     return lambda: optimizer.step()
+
+
+@functools.cache
+def clips_in_graphs() -> bool:
+    """Whether torch traces its own clipping without a break, which 2.6 does not."""
+    param = nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    clip = torch.compile(lambda: torch.nn.utils.clip_grad_norm_([param], 1.0), fullgraph=True, backend="eager")
+    try:
+        clip()
+    except torch._dynamo.exc.TorchDynamoException:
+        return False
+    return True
 
 
 def clipped(model: nn.Module, optimizer: Any) -> Callable[[], Any]:
@@ -96,6 +110,8 @@ def trained(
 )
 def test_the_bits_of_eager_steps(make: Step, backend: str, cls: type, options: dict[str, Any]) -> None:
     """aot_eager works on copies of what it writes, eager on the tensors themselves."""
+    if make is clipped and not clips_in_graphs():
+        pytest.skip(f"torch {torch.__version__} does not trace its own clip_grad_norm_ without a break")
     values, told = trained(cls, options, make, None)
     compiled, told_compiled = trained(cls, options, make, backend)
     assert all(torch.equal(one, other) for one, other in zip(values, compiled, strict=True))

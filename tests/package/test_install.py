@@ -62,14 +62,52 @@ def test_report_tells_what_is_built() -> None:
     assert facts["CUDA"].startswith(built if built else "not built")
 
 
-def test_the_version_is_the_same_everywhere() -> None:
-    root = Path(__file__).resolve().parents[2]
+def test_the_version_is_that_of_the_changelog() -> None:
+    """A tag's, or a preview of what the top heading prepares; it may lie behind a release whose heading is the last."""
     headings = re.findall(
-        r"^## (\d+\.\d+\.\d+) - (unreleased|\d{4}-\d\d-\d\d)$", (root / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+        r"^## (\d+\.\d+\.\d+) - (unreleased|\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
     )
-    assert headings[0][0] == signadam_ext.__version__
-    assert all(date != "unreleased" for _, date in headings[1:])
-    assert f"\nversion: {signadam_ext.__version__}\n" in (root / "CITATION.cff").read_text("utf-8")
+    (version, date), *others = headings
+    assert all(date != "unreleased" for _, date in others)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    release = signadam_ext.__version__.partition("+")[0]
+    preview = re.fullmatch(r"(\d+\.\d+\.\d+)\.dev\d+", release)
+    assert release == version or (preview is not None and (preview[1] == version or date != "unreleased"))
+
+
+def git(folder: Path, *arguments: str) -> None:
+    author = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    subprocess.run(["git", *author, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_version_comes_from_a_tag(tmp_path: Path) -> None:
+    """Without one, or without git, it is what the changelog prepares; with a build's own number, that one."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy2(ROOT / name, tmp_path)
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## 3.1.0 - unreleased\n\n## 3.0.0 - 2026-01-01\n")
+
+    def version(**environment: str) -> str:
+        env = {**os.environ, **environment}
+        command = [sys.executable, "setup.py", "--version"]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()[-1]
+
+    assert version() == "3.1.0.dev0"
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "first")
+    assert version() == "3.1.0.dev1"
+    git(tmp_path, "tag", "-a", "-m", "3.0.0", "v3.0.0")
+    assert version() == "3.0.0"
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "second")
+    git(tmp_path, "tag", "no-version")
+    assert version() == "3.1.0.dev1"
+    git(tmp_path, "tag", "-a", "-m", "3.1.0", "v3.1.0")
+    assert version() == "3.1.0"
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "third")
+    assert version() == "3.1.1.dev1"
+    assert version(SETUPTOOLS_SCM_PRETEND_VERSION_FOR_SIGNADAM_EXT="3.1.0+cu130") == "3.1.0+cu130"
 
 
 def test_the_command_works_from_anywhere() -> None:

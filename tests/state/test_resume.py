@@ -50,6 +50,22 @@ def train(model, optimizer, steps):
 
 # Distributed checkpoints
 
+
+@functools.cache
+def takes_parameters_without_state():
+    """Whether this torch loads a checkpoint into its own optimizers where a parameter never had a gradient: not 2.6."""
+    model = model_of(torch.float32)
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, range(1))
+    how = dcp.StateDictOptions(strict=False)
+    saved = dcp.get_optimizer_state_dict(model, optimizer, options=how)
+    try:
+        dcp.set_optimizer_state_dict(model, torch.optim.Adam(model.parameters()), saved, options=how)
+    except KeyError:
+        return False
+    return True
+
+
 STORED = {
     **{f"pp-{sd}": (SignAdamPP, {"state_dtype": sd}, torch.float32) for sd in BOUNDED},
     "signum-int8": (Signum, {"state_dtype": "int8"}, torch.float32),
@@ -73,6 +89,8 @@ def test_distributed_checkpoints_resume_with_the_same_bits(cls, options, dtype, 
     # Where it is strict, torch refuses a parameter that has no state, and does not look for one where it is flat.
     how = dcp.StateDictOptions(flatten_optimizer_state_dict=flat, strict=False)
     model = model_of(dtype)
+    if not takes_parameters_without_state():
+        del model["never"]
     optimizer = made(cls, model.parameters(), lr=0.01, seed=3, **options)
     train(model, optimizer, range(3))
     saved = dcp.get_optimizer_state_dict(model, optimizer, options=how)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from support.launches import CudaLaunch, Step, aligned, cuda_launches
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from reporting.machine_code import BeginKernelName
 from signadam_ext import _C
-from signadam_ext.backends import Bucket
+from signadam_ext.backends import Bucket, ScalarSet
+from signadam_ext.backends import cuda as cuda_backend
 from signadam_ext.core.hyperparameters import checked
 from signadam_ext.core.program import pack_operations, pack_rows, program_of
 from signadam_ext.core.rule import rule_of
+from signadam_ext.engine.device_steps import DeviceSteps
 
 #: In the order of ``device_step_kernels`` of csrc/cuda/device_step.h.
 KERNELS = (BeginKernelName("norm"), BeginKernelName("begin"))
@@ -54,6 +57,8 @@ class DeviceBegun:
         values: rows of the groups.
         control: what gradients are multiplied by, and whether the step is skipped.
         step: the step's data, as ``begin`` leaves it.
+        drawing: tensors that draw random bits, all or none.
+        scalars_size: bytes of the scalars of one tensor.
         totals: the sums of squares, in the opposite order of the tensors.
     """
 
@@ -81,14 +86,9 @@ class DeviceBegun:
         self.control = filled(torch.tensor([1.0, 0.0], dtype=torch.float64))
         self.grads = zeros(tensors, dtype=torch.int64)
         self.point_at_gradients()
-        is_plain = bucket.rule.reads_variance is False and len(bucket.rule.moments) < 3
-        is_plain = is_plain and all(
-            entry.param_storage == "nearest" and all(form.name == "fp32" for form in entry.forms)
-            for entry in bucket.entries
-        )
-        self.drawing = 0 if is_plain else tensors
-        library.device_step_bytes.restype = ctypes.c_int64
-        size = library.device_step_bytes(ctypes.c_int64(tensors), ctypes.c_int64(self.drawing))
+        sizes = (ctypes.c_int64 * 3)()
+        library.device_step_sizes(*_table(table, self.table.data_ptr()), sizes)
+        self.drawing, self.scalars_size, size = sizes
         self.step = zeros(size, dtype=torch.uint8).fill_(0xA5)
         self.totals = zeros(tensors, dtype=torch.float64)
         self.places = filled(torch.arange(tensors - 1, -1, -1, dtype=torch.int32))
@@ -102,7 +102,8 @@ class DeviceBegun:
         return [checked(type(self.source.optimizer), group) for group in self.source.optimizer.param_groups]
 
     def point_at_gradients(self) -> None:
-        addresses = [0 if param.grad is None else param.grad.data_ptr() for param in self.params]
+        # Of a gradient without elements torch says 0; the reader gives it an address, which nobody follows.
+        addresses = [0 if param.grad is None else param.grad.data_ptr() or 1 for param in self.params]
         self.grads.copy_(torch.tensor(addresses, dtype=torch.int64))
 
     def fill_values(self) -> None:
@@ -122,7 +123,12 @@ class DeviceBegun:
         read = ("table", "operations", "results", "values", "entries", "control", "grads", "places")
         add({name: getattr(self, name) for name in read}, writable=False)
         add({name: getattr(self, name) for name in ("totals", "square_arrivals", "arrivals")})
-        add({name: getattr(self, name) for name in ("step", "square_sums", "sums")}, defined=False)
+        add({name: getattr(self, name) for name in ("square_sums", "sums")}, defined=False)
+        # Keys are read of tensors without a gradient as well, and not used.
+        keys = len(self.params) * (self.scalars_size + 8)
+        indices = keys + self.drawing * 8
+        add({"step": self.step[:keys], "scalar indices of step": self.step[indices:]}, defined=False)
+        add({"keys of step": self.step[keys:indices]})
         state = self.source.optimizer.state
         for index, param in enumerate(self.params):
             if self.grads[index] == 0:
@@ -132,44 +138,63 @@ class DeviceBegun:
             add({f"{index}.param": param.detach(), **{f"{index}.{name}": x for name, x in own.items()}})
         return memory
 
-    def _table(self) -> tuple[Any, ...]:
-        table = self.bucket.table
-        return (
-            *(ctypes.c_int64(len(table)), ctypes.c_int64(table.chunks)),
-            *(ctypes.c_void_p(self.table.data_ptr()), ctypes.c_int64(self.table.numel())),
-        )
-
-    def _launched(self, launch: Any, tensors: Sequence[Tensor], *numbers: int) -> list[BeginLaunch]:
-        message = ctypes.create_string_buffer(200)
-        self.library.begin(1, 0, 0, 0)
-        addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-        failed = launch(*self._table(), *addresses, *numbers, message, ctypes.c_int64(len(message)))
-        assert not failed, message.value
-        found = []
-        self.library.launched_parameters.restype = ctypes.c_void_p
-        for index in range(self.library.launches()):
-            facts = (ctypes.c_int64 * 4)()
-            assert self.library.launched_begin(index, facts) == 0
-            kernel, grid, threads, size = facts
-            parameters = ctypes.string_at(self.library.launched_parameters(index), size)
-            found.append(BeginLaunch(KERNELS[kernel], grid, threads, parameters))
-        return found
-
     def norm(self) -> list[BeginLaunch]:
-        own = (self.grads, self.square_sums, self.square_arrivals, self.totals, self.places)
-        return self._launched(self.library.launch_table_norm, own)
+        own = {"sums": self.square_sums, "arrivals": self.square_arrivals, "totals": self.totals, "places": self.places}
+        own |= {"device_table": self.table, "grads": self.grads}
+        addresses = {name: tensor.data_ptr() for name, tensor in own.items()}
+        return norm_launches(self.library, self.bucket.table, **addresses)
 
     def begin(self) -> list[BeginLaunch]:
-        own = (self.entries, self.operations, self.results, self.values, self.control, self.grads, self.step)
-        return self._launched(self.library.launch_table_begin, own, self.operations.shape[1], self.values.shape[1])
+        own = {name: getattr(self, name) for name in ("entries", "results", "values", "control", "grads", "step")}
+        addresses = {name: tensor.data_ptr() for name, tensor in own.items()}
+        lengths = {"program_length": self.operations.shape[1], "row_length": self.values.shape[1]}
+        addresses["programs"] = self.operations.data_ptr()
+        return begin_launches(self.library, self.bucket.table, self.table.data_ptr(), **addresses, **lengths)
 
-    def update(self) -> list[CudaLaunch]:
+    def update(self, scalar_sets: Sequence[ScalarSet] | None = None) -> list[CudaLaunch]:
+        """On what ``begin`` has left, or on the data of a step that the host has begun."""
         rule = self.bucket.rule
         addresses = {name: getattr(self, name).data_ptr() for name in ("sums", "arrivals")}
         addresses |= {"device_table": self.table.data_ptr(), "chunk_statistics": 0}
         threshold_pass = getattr(_C.ThresholdPass, rule.threshold_pass)
-        own = (self.library, self.bucket.table, _C.RULES.index(rule.name), threshold_pass, None, addresses, ())
-        return list(cuda_launches(*own, device_step=self.step.data_ptr()))
+        own = (self.library, self.bucket.table, _C.RULES.index(rule.name), threshold_pass, scalar_sets, addresses, ())
+        return list(cuda_launches(*own, device_step=self.step.data_ptr() if scalar_sets is None else 0))
+
+
+def _table(table: Any, address: int) -> tuple[Any, ...]:
+    return (
+        *(ctypes.c_int64(len(table)), ctypes.c_int64(table.chunks)),
+        *(ctypes.c_void_p(address), ctypes.c_int64(len(table.device_bytes()))),
+    )
+
+
+def _launched(library: ctypes.CDLL, launch: Any, *arguments: Any) -> list[BeginLaunch]:
+    message = ctypes.create_string_buffer(200)
+    library.begin(1, 0, 0, 0)
+    assert not launch(*arguments, message, ctypes.c_int64(len(message))), message.value
+    found = []
+    for index in range(library.launches()):
+        facts = (ctypes.c_int64 * 4)()
+        assert library.launched_begin(index, facts) == 0
+        kernel, grid, threads, size = facts
+        parameters = ctypes.string_at(library.launched_parameters(index), size)
+        found.append(BeginLaunch(KERNELS[kernel], grid, threads, parameters))
+    return found
+
+
+def norm_launches(library: ctypes.CDLL, table: Any, *, device_table: int, **addresses: int) -> list[BeginLaunch]:
+    """What ``Table.launch_cuda_norm`` hands to the runtime."""
+    own = (ctypes.c_void_p(addresses[name]) for name in ("grads", "sums", "arrivals", "totals", "places"))
+    return _launched(library, library.launch_table_norm, *_table(table, device_table), *own)
+
+
+def begin_launches(
+    library: ctypes.CDLL, table: Any, device_table: int, *, program_length: int, row_length: int, **addresses: int
+) -> list[BeginLaunch]:
+    """What ``Table.launch_cuda_begin`` hands to the runtime; ``device_table`` tells who draws random bits."""
+    names = ("entries", "programs", "results", "values", "control", "grads", "step")
+    own = (*(ctypes.c_void_p(addresses[name]) for name in names), program_length, row_length)
+    return _launched(library, library.launch_table_begin, *_table(table, device_table), *own)
 
 
 def execute(launches: Sequence[BeginLaunch | CudaLaunch], texts: Mapping[Any, str], memory: Memory, **how: Any) -> None:
@@ -178,7 +203,75 @@ def execute(launches: Sequence[BeginLaunch | CudaLaunch], texts: Mapping[Any, st
         program(texts[launch.kernel], launch.threads).run(launch.grid, launch.parameters, memory, **how)
 
 
-def scalars_size(library: ctypes.CDLL) -> int:
-    """Bytes of the scalars of one tensor: what a tensor takes without random bits, but for address and index."""
-    library.device_step_bytes.restype = ctypes.c_int64
-    return library.device_step_bytes(ctypes.c_int64(1), ctypes.c_int64(0)) - struct.calcsize("QI")
+@contextlib.contextmanager
+def emulated_cuda(
+    library: ctypes.CDLL, texts: Mapping[Any, str], optimizer: torch.optim.Optimizer
+) -> Iterator[list[str]]:
+    """Steps of an optimizer whose backend is "cuda" begin and run on tensors of the CPU: its launches are executed.
+
+    Yields:
+        Names of the launched kernels, in order.
+    """
+    launched: list[str] = []
+
+    made: list[DeviceSteps] = []
+    make = DeviceSteps.__init__
+
+    def note(steps: DeviceSteps, *arguments: Any) -> None:
+        make(steps, *arguments)
+        made.append(steps)
+
+    def memory() -> Memory:
+        steps = made[-1]
+        tensors = [tensor for guard in steps._guards for tensor in guard.tensors]
+        for own in steps.buckets:
+            tensors += own._guard.tensors
+            for entry in own.bucket.entries:  # which have their state at the first step, when nobody else has it
+                tensors += [
+                    x for x in (*entry.moments, entry.residual, entry.threshold_state, entry.step) if x is not None
+                ]
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                tensors += [param.detach(), *([] if param.grad is None else [param.grad])]
+                tensors += [x for x in optimizer.state.get(param, {}).values() if isinstance(x, Tensor)]
+        found = Memory()
+        for address, tensor in {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel() > 0}.items():
+            size = tensor.numel() * tensor.element_size()
+            found.register(f"memory at {address}", address, size, grain=tensor.element_size())
+        return found
+
+    def run(launches: Sequence[BeginLaunch | CudaLaunch]) -> None:
+        launched.extend(getattr(launch.kernel, "part", "update") for launch in launches)
+        execute(launches, texts, memory())
+
+    def norm(table: Any, *, device: int, stream: int, **addresses: int) -> None:
+        run(norm_launches(library, table, **addresses))
+
+    def begin(table: Any, *, device: int, stream: int, **own: int) -> None:
+        host = ctypes.create_string_buffer(table.device_bytes())
+        run(begin_launches(library, table, ctypes.addressof(host), **own))
+
+    def update(
+        table: Any,
+        rule: int,
+        threshold_pass: Any,
+        scalar_sets: None,
+        *,
+        device_step: int,
+        device: int,
+        stream: int,
+        **addresses: int,
+    ) -> None:
+        own = (library, table, rule, threshold_pass, scalar_sets, addresses, ())
+        run(list(cuda_launches(*own, device_step=device_step)))
+
+    with contextlib.ExitStack() as patches:
+        backend = cuda_backend.CudaBackend
+        patches.enter_context(mock.patch.object(backend, "unusable", lambda self, device: None))
+        patches.enter_context(
+            mock.patch.object(cuda_backend.DeviceStep, "_stream", lambda self: {"device": 0, "stream": 0})
+        )
+        patches.enter_context(mock.patch.object(DeviceSteps, "__init__", note))
+        for name, own in (("launch_cuda_norm", norm), ("launch_cuda_begin", begin), ("launch_cuda", update)):
+            patches.enter_context(mock.patch.object(_C.Table, name, own))
+        yield launched

@@ -226,8 +226,8 @@ def compile_triton(
     """Compiles Triton kernels without a device, in a process of its own.
 
     Args:
-        jobs: of each a target ("sm_90", "gfx942") and the kernel's constants, the rule by its name; also which kernel
-            it is, where it is not triton_kernels.update.
+        jobs: of each a target ("sm_90", "gfx942"), the kernel's constants, the rule by its name, and which kernel it
+            is, where it is not triton_kernels.update.
         folder: where what Triton makes is written.
         before: folders that are searched for modules first, for another Triton than that of the tests.
 

@@ -101,6 +101,6 @@ class Emulated:
                     size, grain = tensor.numel() * tensor.element_size(), tensor.element_size()
                     facts: dict[str, Any] = {"writable": writable, "defined": name != "sums", "grain": grain}
                     memory.register(name, tensor.data_ptr(), size, **facts)
-            _run(launch, self._compiled[launch.kernel], memory)
+            _run(launch, self._compiled[launch.kernel], memory, schedule="interleaved")
 
         return run

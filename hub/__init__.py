@@ -1,0 +1,1 @@
+"""What becomes a repository of the Hugging Face kernel hub: see assemble.py."""
