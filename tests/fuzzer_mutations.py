@@ -144,8 +144,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 PLAN,
-                "        self._pending = []\n        self.is_first = False\n        return",
-                "        self.is_first = False\n        self._kept, self._pending = self._pending, []\n        return",
+                "        self._pending = []\n        self.is_first = False\n        return decision",
+                "        self._kept, self._pending = self._pending, []\n"
+                "        self.is_first = False\n        return decision",
             ),
             (PLAN, '        "is_first",\n', '        "is_first",\n        "_kept",\n'),
         ),

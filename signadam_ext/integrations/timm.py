@@ -4,7 +4,7 @@
 
     timm.optim.create_optimizer_v2(model, "signadampp", lr=6e-4, layer_decay=0.75, state_dtype="int2")
 
-timm's own names stay timm's: ``Adam``, ``AdamW`` and ``Lion`` of this package are not among them.
+timm's own names stay timm's: optimizers that timm has itself are not among them.
 """
 
 from __future__ import annotations
