@@ -260,6 +260,11 @@ class Offload:
 
     Made only by that function. Copies and pickles of the optimizer are not offloaded, and have their state on the CPU:
     offload them as well. This object itself can be neither copied nor pickled.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> with offload(SignAdamPP(model.parameters()), device="cpu") as offloaded:
+        ...     offloaded.refresh()  # after a write that torch does not notice
     """
 
     def __init__(self, optimizer: SignOptimizer, release: bool, overlap: bool, device: str | None) -> None:
