@@ -218,7 +218,8 @@ def _checked_group(
                 f"holds: construct the optimizer with {name}= that function, and then load"
             )
     with hyperparameters.of_group(index, "of the checkpoint"):
-        hyperparameters.check_beta_names(type(optimizer), group, folded=True)
+        if "beta" in group:  # which the first step would refuse
+            hyperparameters.check_beta_names(type(optimizer), group, folded=True)
         lr = hyperparameters.learning_rate(group["lr"], group, optimizer.defaults)
         hyperparameters.checked(type(optimizer), {**group, "lr": max(lr, 0.0)})
     group["params"] = own["params"]
