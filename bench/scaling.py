@@ -1,8 +1,12 @@
-"""The tables of docs/scaling.md and docs/voting.md: memory by `signadam_ext.memory`, bytes on the wire by formula."""
+"""The tables of docs/scaling.md, docs/offload.md and docs/voting.md.
+
+Memory by `signadam_ext.memory`, bytes on the wire by formula.
+"""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench.comm import formulas
 from bench.committed import RESULTS
@@ -43,6 +47,31 @@ def sharded_memory() -> str:
         [name, *(_gigabytes(make(numel).total / gpus) for numel in MODELS.values() for gpus in GPUS)]
         for name, make in ROWS.items()
     ]
+    return present.markdown(header, lines)
+
+
+#: What is offloaded in docs/offload.md, of bf16 parameters.
+OFFLOADED: dict[str, tuple[str, dict[str, Any]]] = {
+    "`AdamW`, fp32 moments and master copies": ("AdamW", {"param_storage": "master"}),
+    "`AdamW`, 8-bit and bf16 moments, `split16`": (
+        "AdamW",
+        {"state_dtype": ("int8", "bf16"), "param_storage": "split16"},
+    ),
+    "`Lion`, 8-bit momentum, `split8`": ("Lion", {"state_dtype": "int8", "param_storage": "split8"}),
+    "`SignAdamPP`, 2-bit momentum, `split8`": ("SignAdamPP", {"state_dtype": "int2", "param_storage": "split8"}),
+    "`SignAdamPP`, 2-bit momentum, stochastic": ("SignAdamPP", {"state_dtype": "int2", "param_storage": "stochastic"}),
+}
+
+
+def offloaded_memory() -> str:
+    """Bytes for each parameter on the GPU and on the host, by optimizer."""
+    header = ["", "state", "GPU, not offloaded", "GPU, offloaded", "GPU, `release=True`", "host"]
+    lines = []
+    for name, (optimizer, options) in OFFLOADED.items():
+        found = memory.estimate([(1 << 20,)], optimizer, param_dtype="bf16", **options)
+        # The host has a copy of the weights and room for all gradients: what the GPU has where nothing is offloaded.
+        counts = (found.state, found.total, found.weights + found.gradients, found.weights, found.total)
+        lines.append([name, *(f"{found.each(nbytes):.2f}" for nbytes in counts)])
     return present.markdown(header, lines)
 
 

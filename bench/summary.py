@@ -256,6 +256,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "example": example,
     },
     "docs/scaling.md": {"sharded_memory": scaling.sharded_memory, "host_time": scaling.host_time},
+    "docs/offload.md": {"offloaded_memory": scaling.offloaded_memory},
     "docs/voting.md": {"wire": scaling.wire},
 }
 

@@ -1,4 +1,4 @@
-"""torchtitan 0.3 with an optimizer of this package: a container and a config. Its parts run on CPU processes, too.
+"""torchtitan 0.3 with an optimizer of this package: a config. Its parts run on CPU processes, too.
 
 torchrun --nproc-per-node 8 -m torchtitan.train --module examples.torchtitan_optimizer --config llama3_debugmodel
 torchrun --nproc-per-node 2 examples/torchtitan_optimizer.py
@@ -10,9 +10,6 @@ processes with torchtitan's FSDP2, containers and checkpoints, and goes on where
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.distributed.utils import clip_grad_norm_
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
@@ -28,42 +25,19 @@ from torchtitan.models.llama3 import config_registry, model_registry
 from torchtitan.tools.utils import set_default_dtype
 from torchtitan.trainer import Trainer
 
-import signadam_ext
+from signadam_ext.integrations.torchtitan import config_of
 
 # The recipe
 
-
-class SignOptimizersContainer(OptimizersContainer):
-    """torchtitan's container, in which ``optimizer_name`` may also be a class of this package."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(OptimizersContainer.Config):
-        pass
-
-    @staticmethod
-    def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
-        # torchtitan's own names are not touched: Adam and AdamW stay torch's.
-        try:
-            return OptimizersContainer._resolve_optimizer_factory(name)  # noqa: SLF001
-        except NotImplementedError:
-            found = getattr(signadam_ext, name, None)
-            if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-                raise
-            return found
-
-
-def sign_adam_pp(lr: float, **others: Any) -> SignOptimizersContainer.Config:
-    """SignAdamPP for all parameters, in place of torchtitan's ``default_adamw(lr)``."""
-    options = {"lr": lr, "state_dtype": "int2", "param_storage": "stochastic", **others}
-    group = ParamGroupConfig(pattern=".*", optimizer_name="SignAdamPP", optimizer_kwargs=options)
-    return SignOptimizersContainer.Config(param_groups=[group])
+#: Momentum in 2 bits, and bf16 parameters that are rounded stochastically.
+STORAGE = {"state_dtype": "int2", "param_storage": "stochastic"}
 
 
 def llama3_debugmodel() -> Trainer.Config:
     """torchtitan's config of this name, with bf16 parameters and that optimizer."""
     config = config_registry.llama3_debugmodel()
     config.training.dtype = "bfloat16"
-    config.optimizer = sign_adam_pp(lr=1e-3)
+    config.optimizer = config_of("SignAdamPP", lr=1e-3, **STORAGE)
     return config
 
 
@@ -158,7 +132,8 @@ def main() -> None:
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
     try:
-        Training(sign_adam_pp(lr=3e-3), arguments.out, arguments.steps).run(arguments.stop_at or arguments.steps)
+        optimizer = config_of("SignAdamPP", lr=3e-3, **STORAGE)
+        Training(optimizer, arguments.out, arguments.steps).run(arguments.stop_at or arguments.steps)
     finally:
         dist.destroy_process_group()
 

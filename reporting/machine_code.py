@@ -80,6 +80,18 @@ def vote_kernel_name(symbol: str) -> VoteKernelName | None:
     return found and VoteKernelName(found[1], tuple(map(int, re.findall(argument, found[2]))))
 
 
+class BeginKernelName(NamedTuple):
+    """Which of the kernels in csrc/cuda/device_step.cu, which begin a step on the device."""
+
+    part: str  # "norm" or "begin"
+
+
+def begin_kernel_name(symbol: str) -> BeginKernelName | None:
+    """What the mangled name of a kernel says, or None where it is no kernel of csrc/cuda/device_step.cu."""
+    found = re.search(r"1[12](norm|begin)_kernelE", symbol)
+    return found and BeginKernelName(found[1])
+
+
 def find_cuobjdump() -> str | None:
     """The lister of machine code: of the CUDA toolkit, or the one in Triton's wheel for Linux on x86-64."""
     candidates = [shutil.which("cuobjdump")]

@@ -12,6 +12,7 @@ from . import functional
 from ._version import __version__
 from .optimizers import MSGD, MSVAG, SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum
 from .training.gradient_release import GradientRelease, release_gradients
+from .training.offload import Offload, offload
 from .training.per_sample_variance import per_sample_variance
 from .training.replacement import from_optimizer
 
@@ -24,6 +25,7 @@ __all__ = [
     "AdamW",
     "GradientRelease",
     "Lion",
+    "Offload",
     "SignAdam",
     "SignAdamPP",
     "SignSGD",
@@ -31,6 +33,7 @@ __all__ = [
     "__version__",
     "from_optimizer",
     "functional",
+    "offload",
     "per_sample_variance",
     "release_gradients",
 ]

@@ -1,8 +1,14 @@
-"""The optimizers as functions over lists of tensors, in place: ``sign_adam_pp(params, grads, exp_avgs, lr=...)``."""
+"""The optimizers as functions.
+
+In place over lists of tensors: ``sign_adam_pp(params, grads, exp_avgs, lr=...)``. Out of place, with a state that is
+handed in and out: :class:`FunctionalOptimizer`.
+"""
 
 from .optimizers import adam, adam_star, lion, msgd, msvag, sign_adam, sign_adam_pp, sign_sgd, signum, svag
+from .optimizers.out_of_place import FunctionalOptimizer
 
 __all__ = [
+    "FunctionalOptimizer",
     "adam",
     "adam_star",
     "lion",

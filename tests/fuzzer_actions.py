@@ -533,6 +533,8 @@ def data_replaced(side: Side, draw: Draw) -> str | None:
 @action("parameters swapped", 4)
 def swapped(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
+    if side.has_compiled:
+        raise Skip
     give(side, draw, only=i)
     side.step()
     without_gradients(side)
@@ -560,6 +562,8 @@ def converted(side: Side, draw: Draw) -> str | None:
     if side.spec.shares:
         raise Skip
     swaps = draw.random() < 0.5
+    if swaps and side.has_compiled:
+        raise Skip
     give(side, draw, only=i)
     side.step()
     without_gradients(side)
@@ -1273,6 +1277,7 @@ def compiled(side: Side, draw: Draw) -> str | None:
 
     logging.disable(logging.ERROR)
     first = draw.random() < 0.5
+    side.has_compiled = True
     if first:
         side.optimizer.state.clear()
         side.counts = [0] * len(side.params)
@@ -1295,7 +1300,7 @@ def released(side: Side, draw: Draw) -> str | None:
     present = side.present()
     grads = [side.params[i].grad.clone() for i in present]
     how = draw.choice(("once", "twice", "with step", "swap"))
-    if how == "swap" and not side.params[present[0]].numel():
+    if how == "swap" and (side.has_compiled or not side.params[present[0]].numel()):
         raise Skip
     without_gradients(side)
     side.optimizer.state_dict()

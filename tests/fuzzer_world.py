@@ -203,6 +203,7 @@ class Side:
         params: the parameters, in the order of their names.
         counts: steps that each must have taken.
         points: places where the last step could have been interrupted; allocations: what it allocated.
+        has_compiled: whether torch.compile keeps weak references to the parameters, so that torch swaps none.
     """
 
     name: str
@@ -214,6 +215,7 @@ class Side:
     points: int = 4000
     allocations: int = 40
     sentinels: list[Tensor] = field(default_factory=list)
+    has_compiled: bool = False
 
     @property
     def plain(self) -> bool:

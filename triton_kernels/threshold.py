@@ -35,13 +35,9 @@ def exponential(x):
 
 
 @triton.jit
-def finish(sums, count, numel, a, threshold_state, s):
-    """The chunk sums at ``sums`` go through the chunk procedure until one is left, which moves the gate from ``a``.
-
-    Args:
-        threshold_state: address of the gate.
-        s: address of the group's scalars.
-    """
+def add_up(sums, count, PAIRS: tl.constexpr):
+    """Chunk sums at ``sums`` go through the chunk procedure until one is left there, or where they are pairs, one."""
+    WIDTH: tl.constexpr = 2 if PAIRS else 1
     lanes = tl.arange(0, LANES)
     while count > 1:
         following = (count + CHUNK - 1) // CHUNK
@@ -51,15 +47,28 @@ def finish(sums, count, numel, a, threshold_state, s):
             second = tl.zeros([LANES], tl.float64)
             for row in range(ROWS):
                 index = k * CHUNK + row * LANES + lanes
-                first += tl.load(sums + 2 * index, mask=index < count, other=0.0, cache_modifier=".cg")
-                second += tl.load(sums + 2 * index + 1, mask=index < count, other=0.0, cache_modifier=".cg")
+                first += tl.load(sums + WIDTH * index, mask=index < count, other=0.0, cache_modifier=".cg")
+                if PAIRS:
+                    second += tl.load(sums + WIDTH * index + 1, mask=index < count, other=0.0, cache_modifier=".cg")
             first_sum, second_sum = halve(first), halve(second)
             tl.debug_barrier()
-            tl.store(sums + 2 * k, first_sum)
-            tl.store(sums + 2 * k + 1, second_sum)
+            tl.store(sums + WIDTH * k, first_sum)
+            if PAIRS:
+                tl.store(sums + WIDTH * k + 1, second_sum)
             tl.debug_barrier()
             k += 1
         count = following
+
+
+@triton.jit
+def finish(sums, count, numel, a, threshold_state, s):
+    """The sum of the chunk sums at ``sums`` moves the gate from ``a``.
+
+    Args:
+        threshold_state: address of the gate.
+        s: address of the group's scalars.
+    """
+    add_up(sums, count, True)
     first_sum = tl.load(sums, cache_modifier=".cg")
     second_sum = tl.load(sums + 1, cache_modifier=".cg")
     if is_finite(first_sum) and is_finite(second_sum):

@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(begin_threads) begin_kernel(const __grid_const
   const Registers registers{shared + threadIdx.x};
   registers[register_t] = t;
   registers[register_factor] = arguments.control[0];
-  const double* const row = arguments.values + entry.row * arguments.width;
-  for (int i = 0; i < arguments.width; ++i) registers[register_values + i] = row[i];
-  run_program(arguments.programs + entry.program * arguments.length, arguments.length, registers);
+  const double* const row = arguments.values + entry.row * arguments.row_length;
+  for (int i = 0; i < arguments.row_length; ++i) registers[register_values + i] = row[i];
+  run_program(arguments.programs + entry.program * arguments.program_length, arguments.program_length, registers);
   const Results results{registers, arguments.results + entry.program * scalar_count};
   reinterpret_cast<Scalars*>(step)[index] = Scalars::from_set(results);
   if (arguments.rng_keys_at != 0)
@@ -73,6 +73,11 @@ void launch_begin(BeginArguments arguments, const StepLayout& layout, int device
   arguments.scalar_indices_at = offset(layout.scalar_indices);
   const int64_t blocks = (arguments.tensors + begin_threads - 1) / begin_threads;
   start(begin_kernel, blocks, arguments, device, stream, "to launch the beginning of a step", begin_threads);
+}
+
+std::vector<DeviceStepKernel> device_step_kernels() {
+  return {{"norm", reinterpret_cast<const void*>(norm_kernel), threads_per_block},
+          {"begin", reinterpret_cast<const void*>(begin_kernel), begin_threads}};
 }
 
 }  // namespace signadam::cuda

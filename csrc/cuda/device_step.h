@@ -25,19 +25,24 @@ static_assert(sizeof(BeginEntry) == 40);
 
 struct BeginArguments {
   const BeginEntry* entries;
-  const Instruction* programs;  // each of `length`
+  const Instruction* programs;  // each of `program_length`
   const int32_t* results;       // each of scalar_count: the registers of the scalars
-  const double* values;         // rows of `width`
+  const double* values;         // rows of `row_length`
   const double* control;        // what gradients are multiplied by; whether the step is skipped
   const void* const* grads;
   unsigned char* step;                                // StepLayout, with as many sets of scalars as tensors
   uint32_t grads_at, rng_keys_at, scalar_indices_at;  // offsets; no random bits: 0
-  int32_t tensors, length, width;
+  int32_t tensors, program_length, row_length;
 };
 
 // One thread for each tensor. Those that take part count the step; where it is skipped, none does.
 void launch_begin(BeginArguments arguments, const StepLayout& layout, int device, void* stream);
 
-std::vector<KernelInfo> device_step_kernel_info();
+struct DeviceStepKernel {
+  const char* name;
+  const void* function;
+  int threads;  // of a block
+};
+std::vector<DeviceStepKernel> device_step_kernels();
 
 }  // namespace signadam::cuda

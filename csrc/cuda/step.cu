@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "device_step.h"
 #include "fixed.h"
 #include "runtime.h"
 
@@ -137,15 +138,17 @@ int runtime_version() { return CUDART_VERSION; }
 std::vector<KernelInfo> kernel_info(int device) {
   const DeviceGuard guard(device);
   std::vector<KernelInfo> infos;
-  const auto add = [&infos](std::string name, const Kernel& kernel) {
-    const void* const function = kernel.function;
+  const auto add_function = [&infos](std::string name, const void* function, int threads) {
     if (function == nullptr) return;
     cudaFuncAttributes a{};
     check(cudaFuncGetAttributes(&a, function), "to read kernel attributes");
     int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads_per_block, 0), "to read occupancy");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, 0), "to read occupancy");
     infos.push_back({std::move(name), a.numRegs, static_cast<int>(a.sharedSizeBytes),
-                     static_cast<int>(a.localSizeBytes), threads_per_block, blocks});
+                     static_cast<int>(a.localSizeBytes), threads, blocks});
+  };
+  const auto add = [&](std::string name, const Kernel& kernel) {
+    add_function(std::move(name), kernel.function, threads_per_block);
   };
   for (const Storage storage : {Storage::plain, Storage::any, Storage::with_statistics}) {
     const std::string suffix = storage == Storage::plain ? ""
@@ -159,6 +162,8 @@ std::vector<KernelInfo> kernel_info(int device) {
       add("pass_before" + suffix, kernel_of(rule_SignAdamPP, ThresholdPass::pass_before, storage));
   }
   each_fixed([&](const FixedKernel& fixed) { add(fixed.name, fixed.kernel); });
+  for (const DeviceStepKernel& kernel : device_step_kernels())
+    add_function(kernel.name, kernel.function, kernel.threads);
   return infos;
 }
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <optional>
+#include <stdexcept>
 
 #include "../core/program.h"
 #include "../cpu/float_environment.h"
@@ -17,7 +19,7 @@
 #include "votes.h"
 
 #if defined(SIGNADAM_CUDA)
-#include "../cuda/step.h"
+#include "../cuda/device_step.h"
 #endif
 
 #define SIGNADAM_STRING2(x) #x
@@ -130,24 +132,61 @@ std::size_t cuda_inline_capacity(const HostTable& table, int rule_index, Thresho
   return least;
 }
 
-// `device_step`: where the stream finds what `write_cuda_step` wrote; 0: it travels in the kernel's parameters.
+TableView device_view(const HostTable& table, uintptr_t device_table, uintptr_t sums = 0, uintptr_t arrivals = 0,
+                      uintptr_t chunk_statistics = 0) {
+  const auto* entries = pointer<const TensorEntry>(device_table);
+  return {entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
+          pointer<uint32_t>(arrivals), pointer<ChunkStatistics>(chunk_statistics)};
+}
+
+// `device_step`: where the stream finds what `write_cuda_step` wrote; 0: it travels in the kernel's parameters. Without
+// sets: what `launch_cuda_begin` left.
 void launch_cuda(const HostTable& table, int rule_index, ThresholdPass threshold_pass,
-                 const std::vector<ScalarSet>& sets, uintptr_t device_table, uintptr_t sums, uintptr_t arrivals,
-                 uintptr_t chunk_statistics, uintptr_t device_step, int device, uintptr_t stream) {
-  const auto layout = cuda_layout(table, sets.size());
+                 const std::optional<std::vector<ScalarSet>>& sets, uintptr_t device_table, uintptr_t sums,
+                 uintptr_t arrivals, uintptr_t chunk_statistics, uintptr_t device_step, int device, uintptr_t stream) {
+  const auto layout = cuda_layout(table, sets ? sets->size() : table.size());
   std::vector<unsigned char> own;
   if (device_step == 0) {
+    if (!sets) throw std::invalid_argument("a step that the device has begun lies on the device");
     own.resize(layout.size);
-    write_cuda_step(table, sets, reinterpret_cast<uintptr_t>(own.data()));
+    write_cuda_step(table, *sets, reinterpret_cast<uintptr_t>(own.data()));
   }
-  const auto* entries = pointer<const TensorEntry>(device_table);
-  const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + table.size()), pointer<Sums>(sums),
-                       pointer<uint32_t>(arrivals), pointer<ChunkStatistics>(chunk_statistics)};
+  const TableView view = device_view(table, device_table, sums, arrivals, chunk_statistics);
   const auto kernels = cuda_kernels(table, rule_index, threshold_pass, chunk_statistics != 0);
   py::gil_scoped_release release;
   for (const auto& choice : kernels)
     cuda::launch(choice, view, table.chunks(), layout, own.data(), pointer<void>(device_step), device,
                  pointer<void>(stream));
+}
+
+// Of the step's data where the device begins steps.
+std::size_t cuda_device_step_bytes(const HostTable& table) { return cuda_step_bytes(table, table.size()); }
+
+void launch_cuda_norm(const HostTable& table, uintptr_t device_table, uintptr_t grads, uintptr_t sums,
+                      uintptr_t arrivals, uintptr_t totals, uintptr_t places, int device, uintptr_t stream) {
+  const NormView norm{pointer<const void* const>(grads), pointer<double>(sums), pointer<uint32_t>(arrivals),
+                      pointer<double>(totals), pointer<const int32_t>(places)};
+  py::gil_scoped_release release;
+  cuda::launch_norm(device_view(table, device_table), norm, table.chunks(), device, pointer<void>(stream));
+}
+
+void launch_cuda_begin(const HostTable& table, uintptr_t entries, uintptr_t programs, uintptr_t results,
+                       uintptr_t values, uintptr_t control, uintptr_t grads, uintptr_t step, int program_length,
+                       int row_length, int device, uintptr_t stream) {
+  cuda::BeginArguments arguments{};
+  arguments.entries = pointer<const cuda::BeginEntry>(entries);
+  arguments.programs = pointer<const Instruction>(programs);
+  arguments.results = pointer<const int32_t>(results);
+  arguments.values = pointer<const double>(values);
+  arguments.control = pointer<const double>(control);
+  arguments.grads = pointer<const void* const>(grads);
+  arguments.step = pointer<unsigned char>(step);
+  arguments.tensors = static_cast<int32_t>(table.size());
+  arguments.program_length = program_length;
+  arguments.row_length = row_length;
+  const auto layout = cuda_layout(table, table.size());
+  py::gil_scoped_release release;
+  cuda::launch_begin(arguments, layout, device, pointer<void>(stream));
 }
 #endif
 
@@ -293,6 +332,13 @@ PYBIND11_MODULE(_C, m) {
       .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("threshold_pass"), py::arg("scalars"), py::kw_only(),
            py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("chunk_statistics"),
            py::arg("device_step"), py::arg("device"), py::arg("stream"))
+      .def("cuda_device_step_bytes", &cuda_device_step_bytes)
+      .def("launch_cuda_norm", &launch_cuda_norm, py::kw_only(), py::arg("device_table"), py::arg("grads"),
+           py::arg("sums"), py::arg("arrivals"), py::arg("totals"), py::arg("places"), py::arg("device"),
+           py::arg("stream"))
+      .def("launch_cuda_begin", &launch_cuda_begin, py::kw_only(), py::arg("entries"), py::arg("programs"),
+           py::arg("results"), py::arg("values"), py::arg("control"), py::arg("grads"), py::arg("step"),
+           py::arg("program_length"), py::arg("row_length"), py::arg("device"), py::arg("stream"))
 #endif
       .def(
           "cpu_launch",

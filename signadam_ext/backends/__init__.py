@@ -3,7 +3,17 @@
 Each is a module with one class; :func:`choose` finds the one for a device.
 """
 
-from .base import Backend, DeviceLaunch, HostLaunch, Launch, ScalarSet, StreamedLaunch, commit
+from .base import (
+    Backend,
+    DeviceBackend,
+    DeviceKernels,
+    DeviceLaunch,
+    HostLaunch,
+    Launch,
+    ScalarSet,
+    StreamedLaunch,
+    commit,
+)
 from .bucket import Bucket, Entry
 from .registry import PREFERENCE, check_usable, choose, get
 
@@ -11,6 +21,8 @@ __all__ = [
     "PREFERENCE",
     "Backend",
     "Bucket",
+    "DeviceBackend",
+    "DeviceKernels",
     "DeviceLaunch",
     "Entry",
     "HostLaunch",

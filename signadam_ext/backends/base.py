@@ -81,3 +81,37 @@ class Backend(Protocol):
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
         """Does what can be done before the first step; ``grad`` gives the tensor of a gradient, by ``Entry.index``."""
+
+
+class DeviceKernels(Protocol):
+    """The kernels of a bucket whose steps begin on its device, each started on the stream that is current there.
+
+    Attributes:
+        buffers: what they use beside their arguments and what belongs to the user.
+    """
+
+    buffers: tuple[Tensor, ...]
+
+    def norm(self, grads: Tensor, totals: Tensor, places: Tensor) -> None:
+        """Leaves the sum of squares of each gradient in ``totals``, float64.
+
+        Args:
+            grads: int64, address of each tensor's gradient, 0 where there is none: nothing is written then.
+            totals: float64.
+            places: int32, where each tensor's is.
+        """
+
+    def begin(
+        self, entries: Tensor, operations: Tensor, results: Tensor, values: Tensor, control: Tensor, grads: Tensor
+    ) -> None:
+        """Makes a step's data of programs, as triton_kernels/begin.py says."""
+
+    def update(self) -> None:
+        """Takes the step that has begun."""
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """A backend whose steps can begin on the device."""
+
+    def device_step(self, bucket: Bucket) -> DeviceKernels: ...

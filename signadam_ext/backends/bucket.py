@@ -34,6 +34,7 @@ class Entry:
         threshold_state: 0-dim float64 on the parameter's device, what the threshold is made of, during a step, or None.
         step: 0-dim float64 on the CPU, the number of steps taken, during a step; fp32 in the functional forms; None
             where nobody counts.
+        counts_on_device: whether it is on the parameter's device instead, where kernels count it.
         group: index of its parameter group.
         seed, param_id, shard: what its random bits are made of: the seed, the number under which ``state_dict()`` lists
             the parameter, and where its elements lie in the unsharded tensor.
@@ -59,6 +60,7 @@ class Entry:
     seed: int
     param_id: int
     shard: ShardIndex
+    counts_on_device: bool = False
     image: Tensor | None = None
     numel: int = field(init=False)
     strides: tuple[int, ...] = field(init=False)
@@ -139,7 +141,8 @@ class Bucket:
                 exp_avg_sq=addresses[1],
                 aux=addresses[2],
                 threshold_state=0 if entry.threshold_state is None else entry.threshold_state.data_ptr(),
-                step=0 if entry.step is None else entry.step.data_ptr(),
+                # On a device it is counted there.
+                step=0 if entry.step is None or entry.counts_on_device else entry.step.data_ptr(),
                 step_is_double=entry.step is None or entry.step.dtype == torch.float64,
                 numel=entry.numel,
                 shard_offset=entry.shard.offset,

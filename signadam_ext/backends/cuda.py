@@ -72,6 +72,86 @@ class CudaBackend:
         made = StreamGuarded(device, resident, sums, arrivals, *bucket.observations())
         return StreamLaunch(device, made, bucket.chunk_statistics is not None, copied, table.write_cuda_step, start)
 
+    def device_step(self, bucket: Bucket) -> DeviceStep:
+        return DeviceStep(bucket)
+
+
+class DeviceStep:
+    """The kernels of a bucket whose step begins on the device, each on the stream that is current there.
+
+    Attributes:
+        buffers: what they use beside their arguments and what belongs to the user.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        device, table = bucket.device, bucket.table
+        self._table, self._bucket = table, bucket
+        self._rule = _C.RULES.index(bucket.rule.name)
+        self._threshold_pass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)
+        self._resident = to_device(torch.frombuffer(bytearray(table.device_bytes()), dtype=torch.uint8), device)
+        self._step = torch.zeros(table.cuda_device_step_bytes(), dtype=torch.uint8, device=device)
+        # S1 and S2 of each chunk, and a count of finished chunks per tensor that kernels leave at zero.
+        self._sums = torch.empty(2 * table.chunks, dtype=torch.float64, device=device)
+        self._arrivals = torch.zeros(len(table), dtype=torch.int32, device=device)
+        self.buffers = (self._resident, self._step, self._sums, self._arrivals)
+
+    def norm(self, grads: Tensor, totals: Tensor, places: Tensor) -> None:
+        """Leaves the sum of squares of each gradient in ``totals``.
+
+        Args:
+            grads: int64, address of each tensor's gradient, 0 where there is none.
+            totals: float64.
+            places: int32, where each tensor's is.
+        """
+        if self._table.chunks > 0:
+            self._table.launch_cuda_norm(
+                device_table=self._resident.data_ptr(),
+                grads=grads.data_ptr(),
+                sums=self._sums.data_ptr(),
+                arrivals=self._arrivals.data_ptr(),
+                totals=totals.data_ptr(),
+                places=places.data_ptr(),
+                **self._stream(),
+            )
+
+    def begin(
+        self, entries: Tensor, operations: Tensor, results: Tensor, values: Tensor, control: Tensor, grads: Tensor
+    ) -> None:
+        """Begins the step of each tensor, as csrc/cuda/device_step.h says."""
+        self._table.launch_cuda_begin(
+            entries=entries.data_ptr(),
+            programs=operations.data_ptr(),
+            results=results.data_ptr(),
+            values=values.data_ptr(),
+            control=control.data_ptr(),
+            grads=grads.data_ptr(),
+            step=self._step.data_ptr(),
+            program_length=operations.shape[1],
+            row_length=values.shape[1],
+            **self._stream(),
+        )
+
+    def update(self) -> None:
+        """Takes the step that has begun."""
+        if self._table.chunks == 0:
+            return
+        gathered = self._bucket.chunk_statistics
+        self._table.launch_cuda(
+            self._rule,
+            self._threshold_pass,
+            None,
+            device_table=self._resident.data_ptr(),
+            sums=self._sums.data_ptr(),
+            arrivals=self._arrivals.data_ptr(),
+            chunk_statistics=0 if gathered is None else gathered.data_ptr(),
+            device_step=self._step.data_ptr(),
+            **self._stream(),
+        )
+
+    def _stream(self) -> dict[str, int]:
+        stream = torch.cuda.current_stream(self._bucket.device)
+        return {"device": stream.device_index, "stream": stream.cuda_stream}
+
 
 @functools.cache
 def _device_reason(index: int) -> str | None:

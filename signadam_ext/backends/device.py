@@ -26,6 +26,11 @@ def is_current(device: torch.device) -> contextlib.AbstractContextManager[object
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def is_capturing() -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def refuse_capture(devices: Iterable[torch.device]) -> None:
     """Raises while the current stream of one of the devices records a CUDA graph, into which a step cannot go.
 
@@ -40,8 +45,8 @@ def refuse_capture(devices: Iterable[torch.device]) -> None:
         if is_capturing:
             raise RuntimeError(
                 f"step() cannot be captured in a CUDA graph, as the current stream of {device} is: learning rate and "
-                "gradient addresses of this step would be baked in; capture forward and backward, and call step() "
-                "after the replay"
+                "gradient addresses of this step would be baked in; make the optimizer with capturable=True and take "
+                "a step before the capture, or capture forward and backward, and call step() after the replay"
             )
 
 
@@ -65,7 +70,7 @@ class StreamGuarded:
 
     def use(self) -> None:
         """Calls :meth:`use_on` with the stream that is current on the tensors' device."""
-        if self._stream is not None:
+        if self._stream is not None and not is_capturing():  # before a capture, all that went before is waited for
             self.use_on(torch.cuda.current_stream(self._device))
 
 

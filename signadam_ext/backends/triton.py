@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from .bucket import Bucket, Entry
 
 
+#: How the kernels of a step that begins on the device are compiled.
+STEP_OPTIONS: dict[str, dict[str, Any]] = {
+    "norm": {"num_warps": 8, "enable_fp_fusion": False},
+    "begin": {"num_warps": 1, "enable_fp_fusion": False},
+}
+
+
 def launch_options(constants: dict[str, Any], nvidia: bool) -> dict[str, Any]:
     """How a kernel with these constants is compiled."""
     options: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
@@ -76,6 +83,11 @@ class TritonBackend:
             kernels.start,
         )
 
+    def device_step(self, bucket: Bucket) -> DeviceStep:
+        if bucket.rule.confidence is not None:
+            _probe(bucket.rule.confidence, bucket.device)
+        return DeviceStep(bucket)
+
 
 class _Kernels:
     """The kernels of a bucket: one, or where the threshold is this step's, one before it.
@@ -98,25 +110,104 @@ class _Kernels:
 
     def start(self, scalar_sets: Sequence[ScalarSet], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
         """Starts the kernels; ``step`` is what :meth:`Table.write_step` wrote, on the device."""
+        assert step is not None
+        self.start_on(step_data(step, len(self._table), len(scalar_sets)))
+
+    def start_on(self, step: Sequence[Tensor]) -> None:
+        """Starts the kernels, given :func:`step_data`."""
         from ..triton_kernels.update import update
 
-        assert step is not None
-        grads_at, rng_keys_at, scalar_indices_at, scalars_at, size = _C.step_layout(len(self._table), len(scalar_sets))
         entries, tensor_of_chunk, sums, arrivals = self.buffers
-        # Every one of them lies on a 16-byte boundary, at each step: Triton would compile another kernel otherwise.
-        arguments = (
-            entries,
-            tensor_of_chunk,
-            step[grads_at:rng_keys_at].view(torch.int64),
-            step[rng_keys_at:scalar_indices_at].view(torch.int32),
-            step[scalar_indices_at:scalars_at].view(torch.int32),
-            step[scalars_at:size].view(torch.float64),
-            sums,
-            arrivals,
-            self._chunk_statistics,
-        )
+        arguments = (entries, tensor_of_chunk, *step, sums, arrivals, self._chunk_statistics)
         for constants in self._launches:
             update[(self._table.chunks,)](*arguments, **constants)
+
+
+class DeviceStep:
+    """The kernels of a bucket whose step begins on the device, each on the stream that is current there.
+
+    Attributes:
+        buffers: what they use beside their arguments and what belongs to the user.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        device, table = bucket.device, bucket.table
+        self._device = device
+        self._tensors, self._chunks = len(table), table.chunks
+        self._grad_format = DTYPE_FORMATS[bucket.entries[0].grad_dtype]
+        self._kernels = _Kernels(bucket) if table.chunks > 0 else None
+        step = torch.zeros(step_bytes(self._tensors, self._tensors), dtype=torch.uint8, device=device)
+        self._step = step_data(step, self._tensors, self._tensors)
+        # Each tensor has its own scalars.
+        torch.arange(self._tensors, dtype=torch.int32, device=device, out=self._step[2][: self._tensors])
+        sums = torch.empty(table.chunks, dtype=torch.float64, device=device)
+        arrivals = torch.zeros(self._tensors, dtype=torch.int32, device=device)
+        self._sums, self._arrivals = sums, arrivals
+        self.buffers = (step, sums, arrivals, *(self._kernels.buffers if self._kernels is not None else ()))
+
+    def norm(self, grads: Tensor, totals: Tensor, places: Tensor) -> None:
+        """Starts :func:`triton_kernels.norm.norm`, whose arguments these are."""
+        from ..triton_kernels.norm import norm
+
+        if self._kernels is None:
+            return
+        entries, tensor_of_chunk = self._kernels.buffers[:2]
+        with is_current(self._device):
+            norm[(self._chunks,)](
+                entries,
+                tensor_of_chunk,
+                grads,
+                self._sums,
+                self._arrivals,
+                totals,
+                places,
+                GRAD=self._grad_format,
+                **STEP_OPTIONS["norm"],
+            )
+
+    def begin(
+        self, entries: Tensor, operations: Tensor, results: Tensor, values: Tensor, control: Tensor, grads: Tensor
+    ) -> None:
+        """Starts :func:`triton_kernels.begin.begin`, whose arguments these are."""
+        from ..triton_kernels.begin import begin
+
+        out_grads, out_rng_keys, _, out_scalars = self._step
+        with is_current(self._device):
+            begin[(self._tensors,)](
+                entries,
+                operations,
+                results,
+                values,
+                control,
+                grads,
+                out_grads,
+                out_rng_keys,
+                out_scalars,
+                operations.shape[1],
+                values.shape[1],
+                **STEP_OPTIONS["begin"],
+            )
+
+    def update(self) -> None:
+        """Starts the kernels of the step that has begun."""
+        if self._kernels is not None:
+            with is_current(self._device):
+                self._kernels.start_on(self._step)
+
+
+def step_data(step: Tensor, tensors: int, scalar_sets: int) -> tuple[Tensor, ...]:
+    """What a step sends to the device, as the kernels take it: addresses of gradients, keys of random bits, indices of
+    sets of scalars, and these.
+
+    Every one of them lies on a 16-byte boundary, at each step: Triton would compile another kernel otherwise.
+    """
+    grads_at, rng_keys_at, scalar_indices_at, scalars_at, size = _C.step_layout(tensors, scalar_sets)
+    return (
+        step[grads_at:rng_keys_at].view(torch.int64),
+        step[rng_keys_at:scalar_indices_at].view(torch.int32),
+        step[scalar_indices_at:scalars_at].view(torch.int32),
+        step[scalars_at:size].view(torch.float64),
+    )
 
 
 def _launches(bucket: Bucket) -> list[dict[str, Any]]:

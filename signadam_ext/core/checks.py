@@ -124,8 +124,8 @@ def flag(name: str, value: Any) -> bool:
 TORCH_OPTIONS = {
     "foreach": None,
     "fused": None,
-    "capturable": None,
     "differentiable": "the update is not recorded by autograd",
+    "capturable": None,
 }
 
 

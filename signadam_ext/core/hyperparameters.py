@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from . import checks
 from .formats import PARAM_STORAGES
@@ -177,17 +178,40 @@ def of_group(index: int, whose: str = "") -> Iterator[None]:
         raise type(error)(f"group {index}{whose and ' '}{whose}: {error}") from None
 
 
-def checked(optimizer: type[Declaring], group: Mapping[str, Any]) -> dict[str, Any]:
+def checked(optimizer: type[Declaring], group: Mapping[str, Any], on_device: bool = False) -> dict[str, Any]:
     """A group with its hyperparameters as Python numbers.
+
+    Args:
+        optimizer: the class.
+        group: hyperparameters by name.
+        on_device: whether a tensor on an accelerator stays one: nobody waits for what it holds.
 
     Raises:
         TypeError, ValueError: a hyperparameter that makes no sense, or is missing.
         RuntimeError: a backend that this installation cannot use.
     """
     checks_by_name = of_groups(optimizer)
-    found = {**group, **{name: check(name, _value(group, name)) for name, check in checks_by_name.items()}}
+    found = dict(group)
+    for name, check in checks_by_name.items():
+        value = _value(group, name)
+        found[name] = value if on_device and stays_on_device(name, value) else check(name, value)
     optimizer.check_relations(found)
     return found
+
+
+def stays_on_device(name: str, value: Any) -> bool:
+    """Whether a hyperparameter is a tensor on an accelerator, or holds one, as all betas may.
+
+    Raises:
+        ValueError: of more than one element, or no floating-point number.
+    """
+    if isinstance(value, (tuple, list)):
+        return any(stays_on_device(name, item) for item in value)
+    if not isinstance(value, Tensor) or value.device.type in ("cpu", "meta"):
+        return False
+    if value.numel() != 1 or not value.is_floating_point():
+        raise ValueError(f"{name}={value!r}: a tensor {name} must hold one floating-point number")
+    return True
 
 
 def of_groups(optimizer: type[Declaring]) -> dict[str, Check]:
@@ -219,6 +243,7 @@ class Hyperparameters:
         self._optimizer = optimizer
         self._checks = tuple((name, check) for name, check in of_groups(optimizer).items() if name != "lr")
         self._values = operator.itemgetter(*(name for name, _ in self._checks))
+        self.on_device = False  # whether tensors on an accelerator stay tensors
         self._has_one_beta = optimizer.HYPERPARAMETERS.get("betas") is ONE_BETA
         self._seen: dict[int, tuple[Any, ...]] = {}
 
@@ -253,7 +278,9 @@ class Hyperparameters:
             check_beta_names(self._optimizer, group, folded=True)
         fold(group, self._has_one_beta)
         given = {"lr": _value(group, "lr")}
-        found = {"lr": learning_rate(given["lr"], group, defaults)}
+        stays = stays_on_device if self.on_device else _never
+        lr = given["lr"]
+        found = {"lr": lr if stays("lr", lr) else learning_rate(lr, group, defaults)}
         try:
             values = self._values(group)
         except KeyError as error:
@@ -261,13 +288,17 @@ class Hyperparameters:
         seen = self._seen.get(index, (_UNSEEN,) * len(values))
         for (name, check), value, before in zip(self._checks, values, seen, strict=True):
             if value is not before:
-                given[name], found[name] = value, check(name, value)
+                given[name], found[name] = value, value if stays(name, value) else check(name, value)
         converted = {name: value for name, value in found.items() if value is not given[name]}
         result = {**group, **converted} if converted else group
         if len(found) > 1:
             self._optimizer.check_relations(result)
             self._seen[index] = tuple(value if _is_fixed(value) else _UNSEEN for value in values)
         return result
+
+
+def _never(name: str, value: Any) -> bool:
+    return False
 
 
 class _Unseen:

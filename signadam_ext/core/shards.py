@@ -115,7 +115,9 @@ def sharding_of(label: str, param: Tensor) -> Sharding | None:
             f"{label} is a DTensor with the placements {placements}: its part is cut on three dimensions behind the "
             "first; redistribute it"
         )
-    part, first = compute_local_shape_and_global_offset(shape, mesh, placements)
+    # Torch computes with tensors there, of which a mode, FakeTensorMode for example, would make its own.
+    with torch._C._DisableTorchDispatch():
+        part, first = compute_local_shape_and_global_offset(shape, mesh, placements)
     index = WHOLE
     if 0 in part:  # torch gives an offset that is none; and of a rank outside of the mesh another number of sizes
         part = tuple(local(param).shape) if len(part) == len(shape) else (0, *shape[1:])

@@ -58,6 +58,13 @@ def gradient(label: str, grad: Tensor, param: Tensor) -> None:
         aligned(f"the gradient of {label}", grad)
 
 
+def give_gradient(param: Tensor, grad: Tensor) -> None:
+    """Makes ``grad``, which has been checked, the gradient of ``param``, whatever their dtypes."""
+    if grad.dtype != param.dtype:
+        param.grad_dtype = None  # of which earlier versions of torch have nothing, and refuse the next line
+    param.grad = grad
+
+
 def state_tensor(
     label: str,
     value: Any,
@@ -225,11 +232,11 @@ def is_computable(tensor: Tensor) -> bool:
         and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         and not hasattr(tensor, "__tensor_flatten__")
         and tensor.layout == torch.strided
-        and not _is_simulated(tensor)
+        and not is_simulated(tensor)
     )
 
 
-def _is_simulated(tensor: Tensor) -> bool:
+def is_simulated(tensor: Tensor) -> bool:
     """Whether a tensor has no elements, whatever device it says: a fake one, a copy of which is not written."""
     try:
         return tensor.untyped_storage().device.type == "meta"
@@ -279,3 +286,20 @@ def overlaps(tensor: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def owned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device that shares nothing. Elements that share memory do so in the copy, which is no larger."""
+    tensor = tensor.detach()
+    if tensor.layout != torch.strided or not overlaps(tensor):
+        return tensor.to(device, copy=True)
+    reach = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)) + 1
+    held = tensor.as_strided((reach,), (1,), tensor.storage_offset()).to(device, copy=True)
+    return held.as_strided(tensor.shape, tensor.stride())
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an operation failed for nothing but a lack of memory, for which torch has no type on the CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "allocate memory" in str(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from .. import backends
 from ..backends.bucket import Entry
 from ..backends.confidence import backend_for, name_of
 from ..core import memory_order, shards, tensors
-from ..core.formats import Format, draws, effective_param_storage
+from ..core.formats import Format, draws, effective_param_storage, outside_inference_mode
 from ..core.rule import Rule
 from ..core.shard_index import WHOLE, ShardIndex
 from ..core.shards import Sharding
 from ..state.schema import Fitted
-from .overlap import overlapping
+from .agreement import needs_agreement
+from .overlap import overlap_levels, overlapping
 
 
 @dataclass(slots=True)
@@ -32,7 +33,8 @@ class Item:
         own_state: its state in the optimizer, or None.
         state_names: of the entries of ``fit``, as the state holds them.
         at_rest: whether this is a first step without a learning rate, which needs no variance.
-        sharded, sharding: the DTensor of which ``param`` is this rank's part, and how it is spread over ranks, or None.
+        owner: the parameter as the optimizer has it, where ``param`` is another tensor: its part on this rank.
+        sharding: how it is spread over ranks, or None.
     """
 
     label: str
@@ -51,13 +53,13 @@ class Item:
     param_id: int = 0
     shard: ShardIndex = WHOLE
     at_rest: bool = False
-    sharded: Tensor | None = None
+    owner: Tensor | None = None
     sharding: Sharding | None = None
 
     @property
     def key(self) -> Tensor:
         """The parameter as the optimizer has it."""
-        return self.param if self.sharded is None else self.sharded
+        return self.param if self.owner is None else self.owner
 
     def grad_variance(self) -> Any:
         """The variance of its gradient: as it was handed over, or as the parameter has it; None without either."""
@@ -73,6 +75,33 @@ class Participant:
     grad: Tensor | None
     fitted: Fitted
     backend: backends.Backend
+    counts_on_device: bool = False
+
+    def place_step(self, on_device: bool) -> None:
+        """Has the step count where it is counted."""
+        step = self.fitted.step
+        if step is None:
+            return
+        self.counts_on_device = on_device
+        device = self.item.param.device if on_device else torch.device("cpu")
+        if step.device != device:
+            with outside_inference_mode():
+                moved = step.to(device)
+            self.fitted = replace(self.fitted, step=moved)
+            self.fitted.changes["step"] = moved
+
+
+def can_begin_on_device(chosen: Sequence[Participant]) -> bool:
+    """Whether a step of these can begin on the device.
+
+    It cannot where one is updated by the host, or has a threshold that ranks agree on, or shares memory with another.
+    """
+    return (
+        bool(chosen)
+        and all(isinstance(found.backend, backends.DeviceBackend) and found.fitted.step is not None for found in chosen)
+        and not any(needs_agreement(found.item.rule, found.item.sharding) for found in chosen)
+        and not any(overlap_levels([found.item.param for found in chosen]))
+    )
 
 
 def choose(items: Sequence[Item], grads: Sequence[Tensor | None]) -> list[Participant]:
@@ -191,6 +220,7 @@ def entry_of(found: Participant) -> Entry:
         item.seed,
         item.param_id,
         _shard(item),
+        found.counts_on_device,
     )
     if item.rule.reads_variance and grad is not None:
         given = item.grad_variance()

@@ -22,14 +22,15 @@ from ..core.rule import Group, Rule
 from ..core.shards import Sharding
 from .agreement import Agreement, Sharers, agree, group_of, needs_agreement
 from .decision import Conditions, Decision, decide
+from .device_steps import DeviceSteps
 from .gradients import GradientReader, ListReader, make_reader
 from .overlap import overlap_levels
-from .participants import Item, Participant, choose, entry_of, is_readable
+from .participants import Item, Participant, can_begin_on_device, choose, entry_of, is_readable
 from .step_lock import StepLock
 
 #: A set of scalars of which a rule reads none, in the order of kernels.
 _NO_SCALARS = dict.fromkeys(_C.SCALARS, 0.0)
-_TAKEN = Decision()
+_TAKEN, _NO_CONDITIONS = Decision(), Conditions()
 
 
 class Plan:
@@ -40,6 +41,7 @@ class Plan:
         grads: gradients beside the parameters, for the functional forms; None reads ``param.grad``.
         state: the optimizer's, into which the first step puts what it lacks.
         observes: whether steps gather what ``optimizer.statistics()`` tells.
+        on_device: whether steps shall begin on the device, where all backends and rules can do that.
 
     Raises:
         TypeError, ValueError: a tensor that cannot be served; nothing has been written then.
@@ -62,6 +64,7 @@ class Plan:
         "_strides",
         "_variances",
         "_writes_by_torch",
+        "device_steps",
         "entries",
         "is_first",
         "labels",
@@ -76,6 +79,7 @@ class Plan:
         grads: Sequence[Tensor | None] | None = None,
         state: Any = None,
         observes: bool = False,
+        on_device: bool = False,
     ):
         self.round = 0  # the number of the optimizer's step that this plan has last taken
         self.owns = True  # whether it holds references to the tensors of a step
@@ -103,6 +107,9 @@ class Plan:
         # Before a plan or state is made, which a capture would take into its graph's memory.
         refuse_capture({item.param.device for item, grad in zip(items, grads, strict=True) if grad is not None})
         chosen = choose(items, grads)
+        on_device = on_device and can_begin_on_device(chosen)
+        for found in chosen:
+            found.place_step(on_device)
         self._pending = [
             (state, found.item.key, found.item.own_state, found.fitted.changes, found.fitted.removed)
             for found in chosen
@@ -110,7 +117,8 @@ class Plan:
         ]
         for found in chosen:
             self._enter(found)
-        self._make_launches(chosen, observes)
+        self.device_steps: DeviceSteps | None = None
+        self._make_launches(chosen, observes, on_device)
         self._writes_by_torch = bool(self._bound)
         self._buffers = self._own_buffers()
         self._watch(items, chosen)
@@ -126,7 +134,7 @@ class Plan:
             if found.item.at_rest:
                 self._at_rest.add(found.index)
 
-    def _make_launches(self, chosen: Sequence[Participant], observes: bool) -> None:
+    def _make_launches(self, chosen: Sequence[Participant], observes: bool, on_device: bool) -> None:
         """Cuts the entries into buckets, each with its launch; those that share memory go one after the other."""
         levels = overlap_levels([found.item.param for found in chosen])
         buckets: dict[tuple[Any, ...], list[tuple[Entry, Sharding | None]]] = {}
@@ -137,12 +145,16 @@ class Plan:
             agreeing = group_of(sharding) if sharding is not None and needs_agreement(rule, sharding) else None
             key = (level, found.backend, entry.param.device, rule, own, agreeing)
             buckets.setdefault(key, []).append((entry, sharding))
+        begun_there: list[tuple[Bucket, backends.DeviceKernels]] = []
         for key in sorted(buckets, key=lambda key: key[0]):
             _, backend, device, rule, _, agreeing = key
             entries = [entry for entry, _ in buckets[key]]
             agreement = None if agreeing is None else Agreement(rule, agreeing, [one for _, one in buckets[key]])
             bucket = Bucket(rule if agreement is None else agreement.rule, device, entries, observes)
-            self.launches.append((bucket, backend.prepare(bucket, self.grad)))
+            if on_device and isinstance(backend, backends.DeviceBackend):
+                begun_there.append((bucket, backend.device_step(bucket)))
+            else:
+                self.launches.append((bucket, backend.prepare(bucket, self.grad)))
             if agreement is not None:
                 self._agreements[id(bucket)] = agreement
                 self._bound += [] if backend.name == "reference" else [e for e in bucket.entries if e.is_dense]
@@ -152,6 +164,9 @@ class Plan:
             self._bound += bucket.entries
             if any(levels):
                 self._sharing += bucket.entries
+        if begun_there:
+            self.device_steps = DeviceSteps(begun_there, len(self.labels), self._shardings)
+            self.launches = [(own.bucket, own) for own in self.device_steps.buckets]
 
     def _watch(self, items: Sequence[Item], chosen: Sequence[Participant]) -> None:
         watched = {found.index: found for found in chosen}
@@ -297,6 +312,8 @@ class Plan:
 
     def _run(self, groups: Sequence[Group], lock: StepLock | None, conditions: Conditions | None) -> Decision:
         begun = [(bucket, launch, sets) for bucket, launch in self.launches if (sets := self._begin(bucket))]
+        if self.device_steps is not None:
+            return self._run_on_device(self.device_steps, groups, conditions or _NO_CONDITIONS)
         decision = _TAKEN
         if conditions is not None:
             launches = [(bucket, launch) for bucket, launch, _ in begun]
@@ -313,6 +330,7 @@ class Plan:
         operations: list[Any] = []
         for bucket, launch, scalar_sets in prepared:
             if isinstance(launch, backends.HostLaunch):
+                refuse_capture((bucket.device,))
                 before, after = agreed.get(id(bucket), ([], []))
                 operations += before
                 if bucket.rule.confidence is None or lock is None:
@@ -345,6 +363,21 @@ class Plan:
         self._pending = []
         self.is_first = False
         return decision
+
+    def _run_on_device(self, steps: DeviceSteps, groups: Sequence[Group], conditions: Conditions) -> Decision:
+        """Only the device will know whether the step was taken: on the host it counts as one."""
+        self.round = 0
+        self._bind()
+        non_dense = [entry for bucket, _ in self.launches for entry in bucket.present_non_dense()]
+        for entry in non_dense:
+            entry.dense_param.copy_(entry.param.detach())
+        steps.run(self._reader.addresses(), groups, conditions)
+        for entry in non_dense:
+            entry.param.detach().copy_(entry.dense_param)
+        backends.commit([], [], self._pending, self._written())
+        self._pending = []
+        self.is_first = False
+        return _TAKEN
 
     def _agree(
         self, prepared: Sequence[tuple[Bucket, backends.Launch, Sequence[backends.ScalarSet]]]

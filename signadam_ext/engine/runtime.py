@@ -26,8 +26,14 @@ class StepDriver(Protocol):
     def step(self, closure: Callable[[], float] | None) -> float | None:
         """What ``optimizer.step()`` does while this drives it."""
 
+    def zero_grad(self) -> None:
+        """What ``optimizer.zero_grad()`` does beside what it does to ``param.grad``."""
+
     def extend(self, params: Sequence[Tensor]) -> None:
         """Takes in the parameters of a new group."""
+
+    def updated(self, param: Tensor) -> Tensor:
+        """The tensor that steps update for a parameter, beside which its state lies."""
 
 
 @dataclass(eq=False)
@@ -52,7 +58,9 @@ class Runtime:
         has_warned: whether the variance of few bits has been warned of.
         has_compared: whether ranks have been found to have the same optimizer, as far as they share parameters.
         has_shards: whether a parameter is a DTensor.
-        skipped_steps, last_grad_norm: what the optimizer tells under these names, as numbers.
+        begins_on_device: whether steps begin on the device, where they can.
+        skipped_steps, skips_there: how many steps were left out, by the host and, 0-dim int64, by the device.
+        last_grad_norm: of the last step, a number or, 0-dim float64, on the device.
         number: by which a compiled graph knows it; no other has had it in this process.
     """
 
@@ -70,8 +78,10 @@ class Runtime:
     has_warned: bool = False
     has_compared: bool = False
     has_shards: bool = False
+    begins_on_device: bool = False
     skipped_steps: int = 0
-    last_grad_norm: float | None = None
+    skips_there: Tensor | None = None
+    last_grad_norm: float | Tensor | None = None
     number: int = field(default_factory=itertools.count().__next__)
 
     def __post_init__(self) -> None:

@@ -85,10 +85,10 @@ class SignOptimizer(Optimizer):
         hyperparameters.check_beta_names(type(self), others)
         defaults = hyperparameters.kept(options.completed(type(self).__name__, given, others))
         asked = {name: checks.torch_option(name, defaults.pop(name)) for name in checks.TORCH_OPTIONS}
-        self._ask(asked)
         self.runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))
+        self._ask(asked)
         # Schedulers change numbers, but no seed.
-        defaults["seed"] = hyperparameters.checked(type(self), defaults)["seed"]
+        defaults["seed"] = hyperparameters.checked(type(self), defaults, asked["capturable"])["seed"]
         # In the groups, because flattened distributed checkpoints take what groups in memory have.
         defaults["method"] = method_of(type(self))
         super().__init__(params, defaults)
@@ -99,6 +99,7 @@ class SignOptimizer(Optimizer):
         if options.get("fused"):
             # As in torch.optim: a GradScaler leaves it to the step to scale gradients back and to skip it.
             self._step_supports_amp_scaling = True
+        self.runtime.begins_on_device = self.runtime.hyperparameters.on_device = options.get("capturable", False)
 
     @classmethod
     def check_relations(cls, group: Group) -> None:
@@ -125,7 +126,8 @@ class SignOptimizer(Optimizer):
                     checks.torch_option(name, param_group.get(name))
                 hyperparameters.check_beta_names(type(self), param_group, folded=True)
                 hyperparameters.fold(param_group, has_one_beta(self.defaults))
-                checked = hyperparameters.checked(type(self), {**self.defaults, **param_group})
+                given_now = {**self.defaults, **param_group}
+                checked = hyperparameters.checked(type(self), given_now, self._asked.get("capturable", False))
                 param_group["seed"] = checked["seed"]
             # As in torch.optim, the dictionary that is handed in becomes the group.
             given.clear()
@@ -184,16 +186,28 @@ class SignOptimizer(Optimizer):
             step_all(self)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim``'s. Gradients that :func:`signadam_ext.offload` has moved to the host are dropped, too."""
+        if self.runtime.driver is not None:
+            self.runtime.driver.zero_grad()
+        super().zero_grad(set_to_none)
+
     @property
     def last_grad_norm(self) -> Tensor | None:
-        """The norm of all gradients at the last step, before clipping, 0-dim float64; None without max_grad_norm."""
+        """The norm of all gradients at the last step, before clipping, 0-dim float64; None without max_grad_norm.
+
+        Of a step that has begun on a device it is there, and reading it waits for nothing.
+        """
         norm = self.runtime.last_grad_norm
-        return None if norm is None else torch.tensor(norm, dtype=torch.float64)
+        if norm is None:
+            return None
+        return norm.clone() if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64)
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped since this optimizer was made, 0-dim int64: gradients were not finite."""
-        return torch.tensor(self.runtime.skipped_steps)
+        there = self.runtime.skips_there
+        return torch.tensor(self.runtime.skipped_steps) if there is None else there + self.runtime.skipped_steps
 
     def observe(self, enabled: bool = True) -> None:
         """Turns on, or off, what :meth:`statistics` needs: every step gathers it in the pass that updates.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from ..core import hyperparameters
 from ..core.formats import outside_inference_mode
 from ..core.renamed import names_today, warn_user
 from ..core.rule import method_of
+from ..core.tensors import is_lack_of_memory
 from ..state.archive import members_of, opened, read_entries, read_head, write_entry, write_head, writer
 from ..state.checkpoint import Layout, adopt, check, export, realized, written_entry
+from ..state.pickles import check_repeated
 from ..state.schema import fit
 from .groups import GroupedOptimizer, complete, label, layout_of, layouts_of
 
@@ -72,15 +75,17 @@ def load(optimizer: GroupedOptimizer, state_dict: Mapping[str, Any]) -> None:
     saved = state_dict["state"]
     if not isinstance(saved, Mapping):
         raise TypeError(f"'state' of the checkpoint is a {type(saved).__name__}: must be a dict")
-    groups, numbered = _checked_groups(optimizer, state_dict["param_groups"])
-    numbers = {number for number, _ in numbered}
-    others = {key: value for key, value in saved.items() if key not in numbers}
-    _put_in_place(optimizer, groups, numbered, saved.get, others)
+    check_repeated("the checkpoint", dict(state_dict))
+    with _depth_refused():
+        groups, numbered = _checked_groups(optimizer, state_dict["param_groups"])
+        numbers = {number for number, _ in numbered}
+        others = {key: value for key, value in saved.items() if key not in numbers}
+        _put_in_place(optimizer, groups, numbered, saved.get, others)
 
 
 def load_file(optimizer: GroupedOptimizer, path: str | os.PathLike[str]) -> None:
     """Takes what :func:`save` wrote, one tensor at a time, as :func:`load` would."""
-    with opened(path) as archive:
+    with opened(path) as archive, _depth_refused():
         head, members = read_head(archive)
         groups, numbered = _checked_groups(optimizer, head["param_groups"])
         _refuse_sharded(numbered)
@@ -91,6 +96,19 @@ def load_file(optimizer: GroupedOptimizer, path: str | os.PathLike[str]) -> None
             lambda number: read_entries(archive, members.get(number, ())),
             head.get("others", {}),
         )
+
+
+@contextlib.contextmanager
+def _depth_refused() -> Iterator[None]:
+    """Refuses what cannot be copied or shown for its depth.
+
+    Raises:
+        ValueError: instead of RecursionError.
+    """
+    try:
+        yield
+    except RecursionError as error:
+        raise ValueError("the checkpoint holds containers too deep in one another") from error
 
 
 def _refuse_sharded(layouts: Sequence[tuple[Any, Layout]]) -> None:
@@ -184,7 +202,7 @@ def _checked_group(
     saved = names_today(saved, warns=False)
     kept = _constructors_of(own)
     group = {
-        name: value if callable(value) else copy.deepcopy(value)
+        name: value if callable(value) else _own_value(f"{name} of group {index} of the checkpoint", value)
         for name, value in saved.items()
         if name not in ("params", "method", *kept)
     }
@@ -200,10 +218,25 @@ def _checked_group(
                 f"holds: construct the optimizer with {name}= that function, and then load"
             )
     with hyperparameters.of_group(index, "of the checkpoint"):
+        hyperparameters.check_beta_names(type(optimizer), group, folded=True)
         lr = hyperparameters.learning_rate(group["lr"], group, optimizer.defaults)
         hyperparameters.checked(type(optimizer), {**group, "lr": max(lr, 0.0)})
     group["params"] = own["params"]
     return group
+
+
+def _own_value(label: str, value: Any) -> Any:
+    """A copy of a group's entry.
+
+    Raises:
+        TypeError: one that torch cannot copy, a sparse tensor for example.
+    """
+    try:
+        return copy.deepcopy(value)
+    except RuntimeError as error:
+        if isinstance(error, RecursionError) or is_lack_of_memory(error):
+            raise
+        raise TypeError(f"{label} is or holds what cannot be copied: {error}") from error
 
 
 def _check_method(optimizer: GroupedOptimizer, index: int, saved: Mapping[str, Any]) -> None:

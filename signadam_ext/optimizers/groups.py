@@ -71,16 +71,18 @@ def layout_of(optimizer: GroupedOptimizer, name: str, param: Tensor, group: Grou
         if param.requires_grad:
             raise
         sharding = None
+    driver = optimizer.runtime.driver
+    local = shards.local(param) if driver is None else driver.updated(param)
     return Layout(
         name,
-        shards.local(param),
+        local,
         dict(zip(rule.moments, rule.forms(group), strict=True)),
         effective_param_storage(group["param_storage"], param.dtype),
         rule.threshold_state,
         # A function of the user's may be larger than 1.
         bounded=rule.bounded and rule.confidence is None,
         uses_step=rule.uses_step,
-        sharded=None if sharding is None else param,
+        owner=None if local is param else param,
         sharding=sharding,
     )
 
@@ -107,3 +109,10 @@ def warn_of_variance(optimizer: GroupedOptimizer, group: Group) -> None:
             f"{form.kind} momentum with beta = {group['betas'][0]}: the longer a momentum remembers, the more "
             f"variance rounding adds to it; beyond {limit} take more bits, or a smaller beta"
         )
+
+
+def posing_as(optimizer: GroupedOptimizer, **attributes: Any) -> GroupedOptimizer:
+    """An object that a step takes for the optimizer, with other groups or state; all else it has in common."""
+    twin: GroupedOptimizer = object.__new__(type(optimizer))
+    vars(twin).update({**vars(optimizer), **attributes})
+    return twin

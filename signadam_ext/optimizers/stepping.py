@@ -18,6 +18,7 @@ from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from . import ranks
 from .groups import GroupedOptimizer, label, layout_of
+from .simulated import is_simulation, simulate
 
 #: Why a parameter by itself cannot be stepped.
 NO_NORM = (
@@ -37,15 +38,24 @@ def step_all(optimizer: GroupedOptimizer) -> None:
     try:
         with runtime.lock.held:
             groups = _read_groups(optimizer)
-            key = [_plan_key(optimizer, group) for group in groups]
+            conditions = _conditions(optimizer, groups)
+            runtime.begins_on_device |= conditions is not None
+            key = [runtime.begins_on_device, *(_plan_key(optimizer, group) for group in groups)]
             plan = runtime.plan
             if plan is None or key != runtime.plan_key or not plan.read(optimizer.param_groups, optimizer.state):
                 # The old one lets go of what it has read before the new one takes it.
                 runtime.plan = None
+                if is_simulation(groups):
+                    simulate(optimizer, groups)
+                    return
                 plan = make_plan(optimizer, groups)
-            decision = plan.run(groups, runtime.lock, _conditions(optimizer, groups))
+            decision = plan.run(groups, runtime.lock, conditions)
             runtime.plan, runtime.plan_key = plan, key
             runtime.last_grad_norm = decision.norm
+            if plan.device_steps is not None:
+                runtime.skips_there = plan.device_steps.counting_on(runtime.skips_there)
+                if conditions is not None and conditions.max_norm is not None:
+                    runtime.last_grad_norm = plan.device_steps.norm
             if decision.skips:
                 runtime.skipped_steps += 1
                 if plan.is_first:
@@ -84,6 +94,9 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
     try:
         if plan is None or key != plan_key or not plan.read(alone, {} if own is None else {param: own}):
             runtime.plans_alone.pop(id(param), None)
+            if is_simulation(alone):
+                simulate(optimizer, alone)
+                return True
             item = make_item(optimizer, label(group, index, i), param, group, 0, param_id)
             plan = _plan_of(optimizer, [item], alone)
         plan.run(alone, runtime.lock)
@@ -168,7 +181,7 @@ def _plan_of(optimizer: GroupedOptimizer, items: list[Item], groups: Sequence[di
     # State outlives this step, so it must not be made of inference tensors.
     for _ in range(PLANNING_ATTEMPTS):
         with outside_inference_mode(), torch.no_grad():
-            plan = Plan(items, state=optimizer.state, observes=runtime.observes)
+            plan = Plan(items, state=optimizer.state, observes=runtime.observes, on_device=runtime.begins_on_device)
         if plan.read(groups, optimizer.state):
             runtime.coded.update(
                 (id(items[entry.index].key), (entry.param.shape, tuple(x.data_ptr() for x in entry.moments)))
@@ -200,10 +213,10 @@ def make_item(
         seed=group["seed"],
         param_id=param_id,
         shard=layout.shard,
-        sharded=layout.sharded,
+        owner=layout.owner,
         sharding=layout.sharding,
         # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.
-        at_rest=not own and group["lr"] == 0,
+        at_rest=not own and not isinstance(group["lr"], Tensor) and group["lr"] == 0,
     )
 
 

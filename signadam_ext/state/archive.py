@@ -10,6 +10,7 @@ import pickle
 import re
 import secrets
 import stat
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,13 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core import tensors
+from . import pickles
+
 _HEAD = "optimizer"
 
 #: What a member's name shows of the entry's own.
 _SHOWN = re.compile(r"[\w.\- ]+", re.ASCII)
 
+#: The one member of a member, which torch.save makes a zip file of its own, that is read by running it.
+_PICKLE = "data.pkl"
+
 #: Flags of a member that change nothing in how it is read: a name in UTF-8, sizes behind the data.
 _HARMLESS_FLAGS = 0x808
+
+#: What zipfile raises over a damaged file, beside errors of reading it: a version or a flag that no file of ours has, a
+#: place before its beginning, a name in no known letters.
+_DAMAGE = (NotImplementedError, ValueError, struct.error, zipfile.BadZipFile)
 
 
 @contextlib.contextmanager
@@ -84,7 +95,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     """
     try:
         archive = zipfile.ZipFile(os.fsdecode(path))
-    except (NotImplementedError, zipfile.BadZipFile) as error:  # the first: a version that no file of ours names
+    except _DAMAGE as error:
         raise zipfile.BadZipFile(
             f"{os.fsdecode(path)}: {error}; it is cut short, or was not written by save_state"
         ) from error
@@ -149,6 +160,7 @@ def _readable(label: str, value: Any) -> bytes:
     content = io.BytesIO()
     try:
         torch.save(value, content)
+        _check_content(label, content.getvalue())
         content.seek(0)
         torch.load(content, map_location="cpu", weights_only=True)
     except (pickle.PickleError, EOFError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -163,15 +175,14 @@ def read_head(archive: zipfile.ZipFile) -> tuple[dict[str, Any], dict[int, list[
     """What stands before the state, and the members of each parameter's, by its number.
 
     Raises:
-        ValueError: a file of another origin, members other than the head lists, or compressed ones, whose size says
-            nothing of the memory that they would need.
+        ValueError: a file of another origin, members other than the head lists, compressed ones, whose size says
+            nothing of the memory that they would need, or a head that cannot be read.
         zipfile.BadZipFile: a damaged file.
     """
     shown = archive.filename
     infos = {info.filename: info for info in archive.infolist()}
+    _check_sizes(f"{shown}: member", archive, _size(archive))
     for name, info in infos.items():
-        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-            raise ValueError(f"{shown}: member {name!r} is compressed, and save_state compresses nothing")
         if info.flag_bits & ~_HARMLESS_FLAGS:
             raise zipfile.BadZipFile(f"{shown}: member {name!r} has flags that save_state does not set")
     if _HEAD not in infos:
@@ -183,7 +194,7 @@ def read_head(archive: zipfile.ZipFile) -> tuple[dict[str, Any], dict[int, list[
     if not isinstance(head, dict) or "param_groups" not in head:
         raise ValueError(f"{shown} was not written by save_state: its head has no param_groups")
     if "members" in head:
-        members = [Member(*each) for each in head["members"]]
+        members = [_listed(shown, each) for each in head["members"]]
     else:  # an older version's
         parts = ((name, *name.split("/", 2)) for name in infos if name.startswith("state/"))
         members = [Member(name, int(number), entry) for name, _, number, entry in parts]
@@ -203,13 +214,67 @@ def read_entries(archive: zipfile.ZipFile, members: Iterable[Member]) -> dict[An
     return {member.name: _read(archive, member.member) for member in members}
 
 
+def _listed(shown: str | None, each: Any) -> Member:
+    """A member as a head lists it.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(each, (tuple, list)) or len(each) != 3 or not isinstance(each[0], str):
+        raise ValueError(f"{shown}: its head lists {each!r} as a member: must be (member, number, name)")
+    return Member(*each)
+
+
+def _size(archive: zipfile.ZipFile) -> int:
+    """The size of the whole file in bytes."""
+    file: Any = archive.fp
+    return file.seek(0, os.SEEK_END)
+
+
+def _check_sizes(label: str, archive: zipfile.ZipFile, size: int) -> None:
+    """Raises unless the members take as much memory as they have bytes in the file, which says how much is needed.
+
+    Raises:
+        ValueError: compressed ones.
+        zipfile.BadZipFile: more bytes than the file has.
+    """
+    for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise ValueError(f"{label} {info.filename!r} is compressed, and save_state compresses nothing")
+    claimed = sum(info.file_size for info in archive.infolist())
+    if claimed > size:
+        raise zipfile.BadZipFile(f"{label}s claim {claimed} bytes in a file of {size}")
+
+
 def _read(archive: zipfile.ZipFile, name: str) -> Any:
+    label = f"{archive.filename}: member {name!r}"
     try:
         with archive.open(name) as member:
-            content = io.BytesIO(member.read())
-    except zipfile.BadZipFile as error:
+            content = member.read()
+    except _DAMAGE as error:
         raise zipfile.BadZipFile(f"{archive.filename}: {error}") from error
     try:
-        return torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, LookupError, AttributeError) as error:
-        raise ValueError(f"{archive.filename}: member {name!r} does not hold what save_state writes") from error
+        _check_content(label, content)
+        value = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Damage makes torch.load raise nearly anything; a lack of memory is no fault of the file's.
+        if tensors.is_lack_of_memory(error):
+            raise
+        raise ValueError(f"{label} does not hold what save_state writes: {error}") from error
+    pickles.check_repeated(label, value)
+    if pickles.tensor_bytes(value) > len(content):
+        raise ValueError(f"{label} has {len(content)} bytes, and would need more memory than that")
+    return value
+
+
+def _check_content(label: str, content: bytes) -> None:
+    """Raises unless what torch.load does with a member takes no more memory than the member does.
+
+    Raises:
+        ValueError, zipfile.BadZipFile: no file of torch.save, or one that is compressed or would be unpacked further.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as records:
+        _check_sizes(f"{label} with the record", records, len(content))
+        for record in records.namelist():
+            if record.endswith(_PICKLE):
+                pickles.check(records.read(record))

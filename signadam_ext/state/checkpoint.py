@@ -43,14 +43,14 @@ class Layout:
 
     Attributes:
         label: what errors call the parameter.
-        param: the parameter, or its part on this rank.
+        param: the parameter, its part on this rank, or its copy on the host.
         moments: form of each moment, by name.
         param_storage: how the parameter is stored, as :func:`formats.effective_param_storage` gives it.
         threshold_state: name of what the threshold is made of, or None.
         bounded: whether no entry of the first moment exceeds 1.
         uses_step: whether the rule computes with the number of steps.
-        sharded: the DTensor of which ``param`` is this rank's part, or None.
-        sharding: how that is spread over ranks, or None.
+        owner: the parameter as the optimizer has it, where ``param`` is another tensor, or None.
+        sharding: how it is spread over ranks, or None.
     """
 
     label: str
@@ -60,13 +60,13 @@ class Layout:
     threshold_state: str | None
     bounded: bool = False
     uses_step: bool = False
-    sharded: Tensor | None = None
+    owner: Tensor | None = None
     sharding: Sharding | None = None
 
     @property
     def key(self) -> Tensor:
         """The parameter as the optimizer has it."""
-        return self.param if self.sharded is None else self.sharded
+        return self.param if self.owner is None else self.owner
 
     @property
     def shard(self) -> ShardIndex:
@@ -354,7 +354,7 @@ def check_codes(label: str, name: str, source: Format, saved: Mapping[str, Any])
             raise ValueError(f"{label} has infinite entries: its exponents are corrupted")
         return
     levels = saved.get(levels_key(name), source.levels)
-    if levels != source.levels:
+    if (isinstance(levels, Tensor) and levels.numel() != 1) or levels != source.levels:
         raise ValueError(f"{levels_key(name)} of {label} is {levels!r}: must be {source.levels} for {source.kind}")
     if value.numel():
         low, high = value.aminmax()
@@ -380,7 +380,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
         if name == "step":
             adopted[name] = step_tensor(t)
         elif name not in ours:
-            adopted[name] = _own_copy(value, param.device)
+            adopted[name] = _own_copy(f"state {name!r} of {layout.label}", value, param.device)
     for (name, form), own_bits in zip(layout.moments.items(), MOMENT_BITS, strict=False):
         if name not in saved:
             continue
@@ -424,14 +424,20 @@ def step_tensor(t: int) -> Tensor:
     return torch.full((), float(t), dtype=STEP_DTYPE, device="cpu")
 
 
-def _own_copy(value: Any, device: torch.device) -> Any:
-    """What a user keeps in a state, with tensors of its own on the device."""
+def _own_copy(label: str, value: Any, device: torch.device) -> Any:
+    """What a user keeps in a state, with tensors of its own on the device.
+
+    Raises:
+        TypeError: a tensor without elements, on the meta device for one.
+    """
     if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
+        if value.is_meta:
+            raise TypeError(f"{label} holds a tensor on meta, which has no memory of its own")
+        return tensors.owned(value, device)
     if isinstance(value, Mapping):
-        return {key: _own_copy(each, device) for key, each in value.items()}
+        return {key: _own_copy(label, each, device) for key, each in value.items()}
     if type(value) in (list, tuple, set):
-        return type(value)(_own_copy(each, device) for each in value)
+        return type(value)(_own_copy(label, each, device) for each in value)
     return value
 
 

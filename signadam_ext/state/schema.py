@@ -43,7 +43,7 @@ class Fitted:
         moments: as stored: with the strides of what kernels update, or packed in that memory order.
         residual: low bits or master copy, with the same strides, or None.
         threshold_state: 0-dim float64 on the parameter's device, or None.
-        step: 0-dim of ``STEP_DTYPE`` on the CPU; None where nobody counts.
+        step: 0-dim of ``STEP_DTYPE`` on the CPU or the parameter's device; None where nobody counts.
         changes: entries that the dictionary lacks or has otherwise. All tensors in it are new.
         removed: entries that are in the dictionary and have gone into others.
     """
@@ -241,13 +241,13 @@ class _Fitting:
             isinstance(step, Tensor)
             and step.dtype == STEP_DTYPE
             and step.dim() == 0
-            and step.device.type == "cpu"
+            and step.device.type in ("cpu", self.layout.param.device.type)  # a plan moves it where it counts
             and not (step._is_zerotensor() or step.is_neg() or step.is_inference())
         )
         return self._put("step", step if is_ours else step_tensor(self.steps))
 
 
 def _huge_pages(moment: Tensor) -> Tensor:
-    if moment.device.type == "cpu":
+    if moment.device.type == "cpu" and not tensors.is_simulated(moment):
         _C.advise_huge_pages(moment.data_ptr(), moment.nbytes)
     return moment

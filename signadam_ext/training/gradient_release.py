@@ -23,7 +23,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ..core import shards
+from ..core import shards, tensors
 from ..core.dynamo import untraced
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
@@ -139,7 +139,10 @@ def release_gradients(
     # A trainer may have wrapped it in an object that poses as its class.
     optimizer = cast(SignOptimizer, optimizer.runtime.owner() or optimizer)
     if optimizer.runtime.driver is not None:
-        raise RuntimeError("this optimizer's gradients are released already: call remove() of that release first")
+        how = (
+            "gradients are released" if isinstance(optimizer.runtime.driver, GradientRelease) else "steps are offloaded"
+        )
+        raise RuntimeError(f"this optimizer's {how} already: call remove() of what has done that first")
     if any(group.get("max_grad_norm") is not None for group in optimizer.param_groups):
         raise ValueError(NO_NORM)
     params = _parameters_of(model_or_params)
@@ -229,8 +232,9 @@ class GradientRelease:
                     f"{_name(optimizer, param)} is a DTensor, of which a sum of gradients that is dropped leaves no "
                     "trace: take accumulation_steps=1; fully_shard's set_requires_gradient_sync(False) accumulates"
                 )
-        # Lazy parameters have no memory yet.
+        # Lazy and fake parameters have no memory.
         placed = [shards.local(param) if param.requires_grad and not is_lazy(param) else None for param in own]
+        placed = [None if param is None or tensors.is_simulated(param) else param for param in placed]
         if any(overlap_levels(placed)):
             raise ValueError(
                 "parameters of the optimizer share memory: in backward they would be updated in another order than by "
@@ -310,6 +314,13 @@ class GradientRelease:
         self._window += 1
         self._step_called = True
         return loss
+
+    def zero_grad(self) -> None:
+        """Gradients that wait for a step are in ``param.grad``: there is nothing else to drop."""
+
+    def updated(self, param: Tensor) -> Tensor:
+        """The tensor that steps update: the parameter, or its part on this rank."""
+        return shards.local(param)
 
     def extend(self, params: Iterable[Tensor]) -> None:
         """Releases parameters that have come to the optimizer, if all it had before are released."""

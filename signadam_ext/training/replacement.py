@@ -75,14 +75,16 @@ def from_optimizer(
         left = sorted(set(group) - set(translated) - _TORCH - {"params", "param_names", *own})
         without = f"; without {', '.join(left)}" if left else ""
         lines.append(f"group {index}: {', '.join(told) or 'as it was'}{without}")
-    new: SignOptimizer = cast(Any, cls)(groups)
+    asked = getattr(old, "_asked", old.defaults)
+    kept = {name: True for name in ("fused", "capturable") if asked.get(name)}
+    new: SignOptimizer = cast(Any, cls)(groups, **kept)
     is_alike = type(old) is cls or (isinstance(old, torch.optim.AdamW | torch.optim.Adam) and cls in (Adam, AdamW))
     takes_state = is_alike and len(old.state) > 0
     if takes_state:
         hyperparameters = [dict(group) for group in new.param_groups]
         new.load_state_dict(old.state_dict())
-        for group, kept in zip(new.param_groups, hyperparameters, strict=True):
-            group.update(kept)
+        for group, own_values in zip(new.param_groups, hyperparameters, strict=True):
+            group.update(own_values)
     schedulers = _schedulers_of(old)
     for scheduler in schedulers:
         _attach(scheduler, new, share)

@@ -53,6 +53,10 @@ def test_instruction_sets(capability: str) -> None:
     run("medium", SIGNADAM_CPU_CAPABILITY=capability)
 
 
-def test_triton_interpreted(thorough: bool) -> None:
+def test_triton_interpreted(request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton")
-    run("short" if thorough else "few", SIGNADAM_TEST_BACKEND="triton", TRITON_INTERPRET="1")
+    run(
+        "short" if request.config.getoption("--nightly") else "few",
+        SIGNADAM_TEST_BACKEND="triton",
+        TRITON_INTERPRET="1",
+    )

@@ -180,6 +180,8 @@ def test_fma_rounds_once() -> None:
         # Of parts of a register.
         (u32("cvt.u16.u32 %rs1, %r4;\ncvt.s32.s8 %r5, %rs1;"), 0x1FF80, 0xFFFFFF80),
         (u32("cvt.u16.u32 %rs1, %r4;\ncvt.u32.u8 %r5, %rs1;"), 0x1FF80, 0x80),
+        (f32("cvt.u16.u32 %rs1, %r4;\ncvt.f32.bf16 %f2, %rs1;"), 0xC0E0, bits32(-7.0)),
+        (f32("cvt.u16.u32 %rs1, %r4;\ncvt.f64.bf16 %fd1, %rs1;\ncvt.rn.f32.f64 %f2, %fd1;"), 0xC0E0, bits32(-7.0)),
         (u64("cvt.s64.s32 %rd5, %r4;"), 0x80000000, 0xFFFFFFFF80000000),
         (u64("mul.wide.s32 %rd5, %r4, -2;"), 3, 2**64 - 6),
         # 16 bits.
@@ -286,6 +288,51 @@ def test_shuffles() -> None:
     found = Tensors().run(PLACES + body + u32(""))
     expected = [(i ^ 3) + 100 * (i + 30 if i % 32 < 2 else 77) + 10000 * (5 + i // 32 * 32) for i in range(THREADS)]
     assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        ("add.s32", sum(range(32)) + 32 * 2**31),
+        ("add.u32", sum(range(32)) + 32 * 2**31),
+        ("min.s32", 2**31),
+        ("min.u32", 2**31),
+        ("max.s32", 2**31 + 31),
+        ("and.b32", 2**31),
+        ("or.b32", 2**31 + 31),
+        ("xor.b32", 0),
+    ],
+)
+def test_reductions(way: str, expected: int) -> None:
+    """Of the lanes' numbers, beside the sign."""
+    body = f"and.b32 %r4, %r1, 31;\nor.b32 %r4, %r4, 0x80000000;\nredux.sync.{way} %r5, %r4, -1;\n"
+    assert Tensors().run(PLACES + body + u32("")).tolist() == [expected % 2**32] * THREADS
+
+
+SWITCH = """
+	and.b32 %r4, %r1, 3;
+$L_targets: .branchtargets
+		$L_0,
+		$L_1,
+		$L_2;
+	mov.u32 %r5, 9;
+	setp.eq.u32 %p1, %r4, 3;
+	{skip}
+	brx.idx %r4, $L_targets;
+$L_0:
+	mov.u32 %r5, 10;
+	bra.uni $L_end;
+$L_1:
+	mov.u32 %r5, 11;
+$L_2:
+	add.s32 %r5, %r5, 1;
+$L_end:
+"""
+
+
+def test_switch() -> None:
+    found = Tensors().run(PLACES + SWITCH.format(skip="@%p1 bra $L_end;") + u32(""))
+    assert found.tolist() == [(10, 12, 10, 9)[i % 4] for i in range(THREADS)]
 
 
 def test_matrices() -> None:
@@ -407,6 +454,7 @@ $L_all:
         ),
         (PLACES + "setp.lt.u32 %p1, %r1, 3;\n@%p1 shfl.sync.bfly.b32 %r8, %r1, 1, 31, 7;", "does not take part"),
         (PLACES + "$L_ever:\nbra $L_ever;", "does not end"),
+        (PLACES + SWITCH.format(skip=""), "line .*: brx.idx"),
         (FLAG.format(first="", order="", second="membar.gl;"), "a race at byte 512 of output"),
         (FLAG.format(first="membar.gl;", order="", second=""), "a race at byte 512 of output"),
         (FLAG.format(first="", order=".gpu.acquire", second=""), "a race at byte 512 of output"),

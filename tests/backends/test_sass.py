@@ -26,7 +26,7 @@ from support.toolchain import (
     rules,
 )
 
-from reporting.machine_code import STORAGES, KernelName, VoteKernelName, kernel_label
+from reporting.machine_code import STORAGES, BeginKernelName, KernelName, VoteKernelName, kernel_label
 from signadam_ext import _C
 
 BUILT = _C.build_info()
@@ -64,6 +64,8 @@ READS = [
     if own[:2] != (STOCHASTIC, WIDE_FORMAT)
 ]
 VOTE_KERNELS = [*CASTS, *COUNTS, *READS]
+#: Those of a step that begins on the device.
+NORM, BEGIN = BEGIN_KERNELS = (BeginKernelName("norm"), BeginKernelName("begin"))
 each_vote = pytest.mark.parametrize(
     "name", VOTE_KERNELS, ids=["-".join([name.vote_pass, *map(str, name.arguments)]) for name in VOTE_KERNELS]
 )
@@ -134,7 +136,7 @@ def test_architectures_and_kernels(thorough: bool) -> None:
     general = {KernelName(RULES[rule].struct, threshold_pass, storage) for rule, threshold_pass, storage in KERNELS}
     assert len(general) == len(KERNELS)
     assert len(set(FIXED)) == len(FIXED) <= 80
-    expected = {*general, *FIXED, *VOTE_KERNELS}
+    expected = {*general, *FIXED, *VOTE_KERNELS, *BEGIN_KERNELS}
     assert set(RULES) == set(_C.RULES)
     assert set(kernels_without_code()) == set(ARCHITECTURES)
     for architecture, found in kernels_without_code().items():
@@ -327,3 +329,31 @@ def test_ptx_of_votes_rounds_every_operation(architecture: str, name: VoteKernel
         multiplies = name.vote_pass == "read" and name.arguments[0] != _C.VoteUse.WRITE.value
     assert ("mul.rn.f32" in arithmetic) == multiplies
     assert not re.search(r"\.(approx|ftz|full)\b", entry)
+
+
+@each_architecture
+@pytest.mark.parametrize("name", BEGIN_KERNELS, ids=["norm", "begin"])
+def test_kernels_that_begin_a_step(architecture: str, name: BeginKernelName) -> None:
+    kernel = kernels(architecture)[name]
+    # Four blocks of the norm fit a multiprocessor; the other one's registers of programs lie in shared memory.
+    assert 0 < kernel.registers <= 64 and kernel.stack == kernel.local == 0
+    assert not kernel.of("LDL") and not kernel.of("STL")
+    wide = kernel.wide()
+    assert not wide["STG.E.EF.128"] and not wide["STG.E.EF.64"]
+    fused = kernel.of("FFMA2?")
+    if name == NORM:
+        # Pieces in flight: two accesses of each in fp32, one in a 16-bit format, of full chunks and of others.
+        assert wide["LDG.E.EF.128"] == 2 * 4 * (2 + 1 + 1)
+        assert len(kernel.of("DMUL")) == 2 * 4 * 8 * 3
+        assert not fused and not kernel.of("DFMA") and not kernel.of("MUFU")
+    else:
+        # Of division and root; the FFMA looks at a divisor's exponent.
+        assert kernel.of("DFMA") and kernel.of("MUFU") and all(x.operands[1] == "RZ" for x in fused)
+
+
+@pytest.mark.parametrize("architecture", VIRTUAL)
+def test_ptx_of_kernels_that_begin_a_step(architecture: str) -> None:
+    entries = ptx(_C.__file__)[architecture]
+    assert set(PTX_ARITHMETIC.findall(entries[NORM])) == {"add.rn.f64", "mul.rn.f64"}
+    assert set(PTX_ARITHMETIC.findall(entries[BEGIN])) == exact_ptx("f64")
+    assert not any(re.search(r"\.(approx|ftz|full)\b", entries[name]) for name in BEGIN_KERNELS)

@@ -51,6 +51,10 @@ class Job(NamedTuple):
     observes: str = "without_statistics"
     runs: str = "one_run"
 
+    @property
+    def kernel(self) -> str:
+        return "update"
+
     def constants(self) -> dict[str, object]:
         return {
             "RULE": self.rule,
@@ -67,6 +71,20 @@ class Job(NamedTuple):
             "OBSERVES": self.observes == "with_statistics",
             "RUNS": self.runs == "several_runs",
         }
+
+
+class StepJob(NamedTuple):
+    """A kernel of a step that begins on the device."""
+
+    target: str
+    kernel: str
+    grad: str = ""
+
+    def constants(self) -> dict[str, object]:
+        return {"GRAD": FORMATS[self.grad][0]} if self.grad else {}
+
+
+AnyJob = Job | StepJob
 
 
 #: Only the gated rule has statistics, as in csrc/cuda/step.cu.
@@ -101,36 +119,49 @@ NVIDIA_JOBS = [
 ]
 NVIDIA_JOBS += [Job("sm_90", *mixture) for mixture in MIXTURES]
 AMD_JOBS = [Job(AMD, *kernel) for kernel in (*KERNELS, *STORED, *MIXTURES)]
+STEP_JOBS = [
+    *(StepJob("sm_90", *kernel) for kernel in (("begin",), ("norm", "fp32"), ("norm", "bf16"), ("norm", "fp16"))),
+    *(StepJob(target, *kernel) for target in ("sm_80", AMD) for kernel in (("begin",), ("norm", "bf16"))),
+]
 #: What the quick run compiles: no moment and up to two, each form of storage, each pass, every target.
 SOME = {
     *(Job("sm_90", *kernel) for kernel in (("sign_adam",), ("sign_adam_pp", "pass_before"))),
     *(Job("sm_90", *stored) for stored in (STORED[0], STORED[1], STORED[3], STORED[-2], STORED[-1])),
     *(Job("sm_80", "sign_sgd"), Job("sm_100", "sign_adam_pp")),
     *(Job(AMD, *kernel) for kernel in (("sign_adam",), STORED[1], STORED[3])),
+    *(StepJob(target, *kernel) for target in ("sm_90", AMD) for kernel in (("begin",), ("norm", "bf16"))),
 }
-assert {*NVIDIA_JOBS, *AMD_JOBS} >= SOME
+assert {*NVIDIA_JOBS, *AMD_JOBS, *STEP_JOBS} >= SOME
 
 
-def each(jobs: Sequence[Job]) -> pytest.MarkDecorator:
+def each(jobs: Sequence[AnyJob]) -> pytest.MarkDecorator:
     rest = pytest.mark.thorough
-    params = [pytest.param(job, id="-".join(job), marks=() if job in SOME else rest) for job in jobs]
+    params = [pytest.param(job, id="-".join(filter(None, job)), marks=() if job in SOME else rest) for job in jobs]
     return pytest.mark.parametrize("job", params)
 
 
-def compiled(built_once: Callable[..., Path], name: str, jobs: Sequence[Job]) -> dict[Job, Path]:
+def compiled(built_once: Callable[..., Path], name: str, jobs: Sequence[AnyJob]) -> dict[AnyJob, Path]:
     """Each job's output without its suffix."""
-    folder = built_once(name, lambda folder: compile_triton([(job.target, job.constants()) for job in jobs], folder))
+    asked = [(job.target, job.constants(), job.kernel) for job in jobs]
+    folder = built_once(name, lambda folder: compile_triton(asked, folder))
     return {job: folder / str(number) for number, job in enumerate(jobs)}
 
 
-@pytest.fixture(scope="module")
-def nvidia(built_once: Callable[..., Path], thorough: bool) -> dict[Job, Path]:
-    return compiled(built_once, "triton-nvidia", [job for job in NVIDIA_JOBS if thorough or job in SOME])
+def wanted(jobs: Sequence[Job], thorough: bool) -> list[AnyJob]:
+    """Those that are looked at, with the kernels of the same maker that begin a step."""
+    is_amd = jobs[0].target == AMD
+    every = [*jobs, *(job for job in STEP_JOBS if (job.target == AMD) == is_amd)]
+    return [job for job in every if thorough or job in SOME]
 
 
 @pytest.fixture(scope="module")
-def amd(built_once: Callable[..., Path], thorough: bool) -> dict[Job, Path]:
-    return compiled(built_once, "triton-amd", [job for job in AMD_JOBS if thorough or job in SOME])
+def nvidia(built_once: Callable[..., Path], thorough: bool) -> dict[AnyJob, Path]:
+    return compiled(built_once, "triton-nvidia", wanted(NVIDIA_JOBS, thorough))
+
+
+@pytest.fixture(scope="module")
+def amd(built_once: Callable[..., Path], thorough: bool) -> dict[AnyJob, Path]:
+    return compiled(built_once, "triton-amd", wanted(AMD_JOBS, thorough))
 
 
 def accesses(job: Job, lanes: int) -> tuple[Counter[int], Counter[int]]:
@@ -149,7 +180,7 @@ def pieces(size: int) -> list[int]:
 
 
 @each(NVIDIA_JOBS)
-def test_ptx(nvidia: dict[Job, Path], job: Job) -> None:
+def test_ptx(nvidia: dict[AnyJob, Path], job: Job) -> None:
     code = nvidia[job].with_suffix(".ptx").read_text()
     arithmetic = set(PTX_ARITHMETIC.findall(code))
     pairs = exact_ptx("f32x2")  # on sm_100
@@ -171,7 +202,7 @@ def test_ptx(nvidia: dict[Job, Path], job: Job) -> None:
 
 
 @each(NVIDIA_JOBS)
-def test_cubin(nvidia: dict[Job, Path], job: Job) -> None:
+def test_cubin(nvidia: dict[AnyJob, Path], job: Job) -> None:
     cubin = str(nvidia[job].with_suffix(".cubin"))
     used = [found for line in listing("--dump-resource-usage", cubin).splitlines() if (found := resources(line))]
     assert len(used) == 1
@@ -209,8 +240,19 @@ def count(operation: str, code: str) -> int:
     return len(re.findall(rf"\b{operation}(?:_e\d\d)?\b", code))
 
 
+def keeps_subnormals_and_registers(code: str) -> bool:
+    """Whether subnormals stay in machine code of AMD's, and nothing is spilled."""
+    lines = (
+        r"\.amdhsa_float_denorm_mode_32 3$",
+        r"\.amdhsa_float_denorm_mode_16_64 3$",
+        r"\.private_segment_fixed_size: 0$",
+        r"\.vgpr_spill_count: 0$",
+    )
+    return all(re.search(line, code, re.MULTILINE) for line in lines)
+
+
 @each(AMD_JOBS)
-def test_amdgcn(amd: dict[Job, Path], job: Job) -> None:
+def test_amdgcn(amd: dict[AnyJob, Path], job: Job) -> None:
     code = amd[job].with_suffix(".amdgcn").read_text()
     fused = r"\bv_(?:pk_)?(?:fma|fmac|mad|mac|fmaak|fmamk|fma_mix\w*)_f(?:16|32)\w*"
     if job.runs == "several_runs":
@@ -230,14 +272,43 @@ def test_amdgcn(amd: dict[Job, Path], job: Job) -> None:
         sums, end = code.split("global_atomic_add", 1)
         assert "v_mul_f64" in sums and not re.search(r"\bv_fma(c)?_f64", sums)
         assert "v_div_fixup_f64" in end
-    # Subnormals stay, nothing is spilled.
-    assert re.search(r"\.amdhsa_float_denorm_mode_32 3$", code, re.MULTILINE)
-    assert re.search(r"\.amdhsa_float_denorm_mode_16_64 3$", code, re.MULTILINE)
-    assert re.search(r"\.private_segment_fixed_size: 0$", code, re.MULTILINE)
-    assert re.search(r"\.vgpr_spill_count: 0$", code, re.MULTILINE)
-
+    assert keeps_subnormals_and_registers(code)
     # 8 warps of 64: a thread has 4 lanes, one access of 16 bytes for fp32, of 8 for a 16-bit format, and so on down.
     loads, stores = accesses(job, lanes=4)
     for size, name in {16: "dwordx4", 8: "dwordx2", 4: "dword", 2: "u?short", 1: "u?byte"}.items():
         assert len(re.findall(rf"\b(?:buffer|global)_load_{name} .*\bnt\b", code)) >= loads[size]
         assert len(re.findall(rf"\b(?:buffer|global)_store_{name} .*\bnt\b", code)) >= stores[size]
+
+
+@each([job for job in STEP_JOBS if job.target != AMD])
+def test_step_on_nvidia(nvidia: dict[AnyJob, Path], job: StepJob) -> None:
+    code = nvidia[job].with_suffix(".ptx").read_text()
+    arithmetic = set(PTX_ARITHMETIC.findall(code))
+    assert not re.search(r"\.(approx|ftz|full)\b", code)
+    used = listing("--dump-resource-usage", str(nvidia[job].with_suffix(".cubin")))
+    ((registers, stack, local),) = [found for line in used.splitlines() if (found := resources(line))]
+    assert stack == local == 0
+    if job.kernel == "begin":
+        assert arithmetic == exact_ptx("f64")
+        assert registers <= 64
+        return
+    assert arithmetic == {"add.rn.f64", "mul.rn.f64"}
+    # Four blocks on a multiprocessor; as wide as the update reads, see test_ptx.
+    assert registers <= 64
+    accesses_of_row = pieces(FORMATS[job.grad][1])
+    assert accesses_of_row[0] == 16
+    assert len(re.findall(r"\bld\.global\.cs\.v4\.b32\b", code)) >= len(accesses_of_row)
+    assert "st.global.cs" not in code
+
+
+@each([job for job in STEP_JOBS if job.target == AMD])
+def test_step_on_amd(amd: dict[AnyJob, Path], job: StepJob) -> None:
+    code = amd[job].with_suffix(".amdgcn").read_text()
+    assert keeps_subnormals_and_registers(code)
+    fused = count(r"v_fma(?:c)?_f64", code)
+    if job.kernel == "norm":
+        assert count("v_mul_f64", code) > 0 and fused == 0
+    else:
+        # Of the division, which ends with a fixup, and the root.
+        assert count("v_div_fixup_f64", code) == count("v_rcp_f64", code) == 1
+        assert count("v_rsq_f64", code) == 1 and fused > 0

@@ -373,25 +373,25 @@ def test_groups_of_torch(cls, twin):
 def test_options_that_ask_for_nothing(cls):
     for foreach in (None, False, True):
         for fused in (None, False, True):
-            optimizer = cls(parameters(), foreach=foreach, fused=fused, capturable=False, differentiable=False)
+            optimizer = cls(parameters(), foreach=foreach, fused=fused, capturable=foreach, differentiable=False)
             assert not {"foreach", "fused", "capturable"} & optimizer.param_groups[0].keys()
-    for wrong in ({"capturable": True}, {"differentiable": True}, {"foreach": "yes"}, {"fused": 1}, {"capturable": 0}):
+    for wrong in ({"differentiable": True}, {"foreach": "yes"}, {"fused": 1}, {"capturable": 0}):
         ((name, value),) = wrong.items()
         with pytest.raises(ValueError, match=f"{name}={value!r}: must be None"):
             cls(parameters(), **wrong)
         with pytest.raises(ValueError, match=f"group 0: {name}={value!r}: must be None"):
             cls([{"params": parameters(), **wrong}])
-    with pytest.raises(ValueError, match=r"capturable=True: must be None or False; .* outside of a CUDA graph"):
-        cls(parameters(), capturable=True)
+    with pytest.raises(ValueError, match=r"differentiable=True: must be None or False; the update is not recorded"):
+        cls(parameters(), differentiable=True)
 
 
 def test_options_that_ask_nothing_of_a_function():
     p = torch.ones(3)
-    options = {"foreach": True, "fused": None, "capturable": False, "differentiable": False}
+    options = {"foreach": True, "fused": None, "capturable": True, "differentiable": False}
     functional.sign_sgd([p], [torch.ones(3)], lr=0.5, **options)
     assert p.tolist() == [0.5] * 3
-    with pytest.raises(ValueError, match="capturable=True"):
-        functional.sign_sgd([p], [torch.ones(3)], lr=0.5, capturable=True)
+    with pytest.raises(ValueError, match="differentiable=True"):
+        functional.sign_sgd([p], [torch.ones(3)], lr=0.5, differentiable=True)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

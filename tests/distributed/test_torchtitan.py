@@ -98,7 +98,7 @@ def test_torchtitans_command_line_finds_the_config():
 
 
 def test_names_of_torchtitan_stay_torchs():
-    from examples.torchtitan_optimizer import SignOptimizersContainer
+    from signadam_ext.integrations.torchtitan import SignOptimizersContainer
 
     resolve = SignOptimizersContainer._resolve_optimizer_factory
     assert resolve("AdamW") is torch.optim.AdamW

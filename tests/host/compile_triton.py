@@ -1,7 +1,7 @@
 """Compiles Triton kernels ahead of time, without a device: ``python compile_triton.py FOLDER < jobs.json``.
 
 A job is ``[target, {constant of the kernel: its value}]``, the rule by name, and of a kernel that is not that of
-triton_kernels.update, but of triton_kernels.vote, also its name. What Triton makes of it is written to
+triton_kernels.update also its name. What Triton makes of it is written to
 ``FOLDER/<number of the job>.<kind>``, and to ``.json`` what a launch of it must know. It is a process of its own, since
 Triton decides on import whether it interprets; ``compile_triton`` in tests/support/toolchain.py starts it.
 """
@@ -14,26 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from support.toolchain import TRITON_TENSORS, TRITON_VOTE_ARGUMENTS
+from support.toolchain import TRITON_STEP_ARGUMENTS, TRITON_TENSORS, TRITON_VOTE_ARGUMENTS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from signadam_ext.backends.triton import launch_options
+from signadam_ext.backends.triton import STEP_OPTIONS, launch_options
 from signadam_ext.backends.votes.triton import LAUNCH_OPTIONS
-from signadam_ext.triton_kernels import rules, vote
+from signadam_ext.triton_kernels import begin, norm, rules, vote
 from signadam_ext.triton_kernels.update import update
 
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in (80, 90, 100)} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
 
 
-def compile_one(target: str, constants: dict[str, Any], of_votes: str | None = None) -> triton.compiler.CompiledKernel:
-    if of_votes is None:
+STEP_KERNELS = {"begin": begin.begin, "norm": norm.norm}
+
+
+def compile_one(target: str, constants: dict[str, Any], name: str = "update") -> triton.compiler.CompiledKernel:
+    if name == "update":
         kernel, arguments = update, TRITON_TENSORS
         options = launch_options(constants, nvidia=target.startswith("sm_"))
         constants = {**constants, "RULE": getattr(rules, constants["RULE"])}
+    elif name in STEP_KERNELS:
+        kernel, arguments, options = STEP_KERNELS[name], TRITON_STEP_ARGUMENTS[name], STEP_OPTIONS[name]
     else:
-        kernel, arguments, options = getattr(vote, of_votes), TRITON_VOTE_ARGUMENTS[of_votes], LAUNCH_OPTIONS
-        if of_votes == "read_votes" and constants["BITS"] > 4:
+        kernel, arguments, options = getattr(vote, name), TRITON_VOTE_ARGUMENTS[name], LAUNCH_OPTIONS
+        if name == "read_votes" and constants["BITS"] > 4:
             arguments = {**arguments, "result": f"*i{constants['BITS']}"}
     names = [parameter.name for parameter in kernel.params]
     # No hint about the arguments' alignment: the wide accesses must not depend on where the tables happen to lie.

@@ -1,4 +1,4 @@
-// The host side of csrc/cuda/step.cu over a runtime that is not there, as a library for ctypes.
+// The host side of csrc/cuda over a runtime that is not there, as a library for ctypes.
 #include "../../csrc/core/rules.h"
 #include "../../csrc/cuda/instances.h"
 #if defined(SIGNADAM_QUICK)  // whichever kernel is launched, the host does the same
@@ -13,6 +13,7 @@
 #undef SIGNADAM_FIXED_THRESHOLDS
 #define SIGNADAM_FIXED_THRESHOLDS(X)
 #endif
+#include "../../csrc/cuda/device_step.cu"
 #include "../../csrc/cuda/fixed_plain.cu"
 #include "../../csrc/cuda/fixed_stored.cu"
 #include "../../csrc/cuda/fixed_thresholds.cu"
@@ -70,9 +71,22 @@ int report(char* message, std::size_t room, Do action) {
   }
 }
 
+// Of what the CUDA backend sends to the device.
+const TensorEntry* entries_of(const unsigned char* table, int64_t tensors, int64_t chunks, int64_t table_size) {
+  if (table_size != tensors * static_cast<int64_t>(sizeof(TensorEntry)) + chunks * 4)
+    throw std::runtime_error("the table was not built from these headers");
+  return reinterpret_cast<const TensorEntry*>(table);
+}
+
+bool is_plain(const TensorEntry* entries, int64_t tensors) {
+  return std::all_of(entries, entries + tensors, [](const TensorEntry& entry) { return entry.plain(); });
+}
+
 }  // namespace
 
 std::size_t fake_parameter_bytes(const void* function) {
+  if (function == reinterpret_cast<const void*>(norm_kernel)) return sizeof(NormArguments);
+  if (function == reinterpret_cast<const void*>(begin_kernel)) return sizeof(BeginArguments);
   Known known{};
   return find(function, known) ? known.parameter_bytes : 0;
 }
@@ -118,25 +132,26 @@ const unsigned char* launched_bytes() { return fake.launches.back().parameters.d
 
 // Launches a step of all tensors as launch_cuda of csrc/python/bindings.cpp does. `table`: what the CUDA backend sends
 // to the device. `step`: the step's data with the places of gradients, keys, indices and scalars in it, as
-// Table.write_step writes them. What the kernels get beyond the step's data is 0xa5.
+// Table.write_step writes them. What the kernels get beyond the step's data is 0xa5. Where `device_step` is not null
+// the device has begun the step there, and both are nothing.
 int launch_table(int rule_index, int threshold_pass_index, int64_t tensors, int64_t chunks, const unsigned char* table,
                  int64_t table_size, const unsigned char* step, const int64_t* offsets, int64_t scalar_sets, void* sums,
-                 void* arrivals, void* chunk_statistics, char* message, int64_t room) {
+                 void* arrivals, void* chunk_statistics, void* device_step, char* message, int64_t room) {
   return report(message, static_cast<std::size_t>(room), [&] {
     const auto count = static_cast<std::size_t>(tensors);
-    if (table_size != tensors * static_cast<int64_t>(sizeof(TensorEntry)) + chunks * 4)
-      throw std::runtime_error("the table was not built from these headers");
-    const auto* const entries = reinterpret_cast<const TensorEntry*>(table);
-    const bool plain = std::all_of(entries, entries + tensors, [](const TensorEntry& entry) { return entry.plain(); });
+    const auto* const entries = entries_of(table, tensors, chunks, table_size);
+    const bool plain = is_plain(entries, tensors);
     const auto layout = StepLayout::of(static_cast<std::size_t>(scalar_sets), count, plain ? 0 : count);
-    std::vector<Scalars> scalars;
-    const auto* const sets = reinterpret_cast<const double*>(step + offsets[3]);
-    for (int64_t i = 0; i < scalar_sets; ++i) scalars.push_back(Scalars::from_set(sets + i * scalar_count));
     std::vector<unsigned char> own(layout.size);
-    std::memcpy(own.data() + layout.scalars, scalars.data(), scalars.size() * sizeof(Scalars));
-    std::memcpy(own.data() + layout.grads, step + offsets[0], count * sizeof(void*));
-    if (!plain) std::memcpy(own.data() + layout.rng_keys, step + offsets[1], count * sizeof(RngKey));
-    std::memcpy(own.data() + layout.scalar_indices, step + offsets[2], count * sizeof(uint32_t));
+    if (device_step == nullptr) {
+      std::vector<Scalars> scalars;
+      const auto* const sets = reinterpret_cast<const double*>(step + offsets[3]);
+      for (int64_t i = 0; i < scalar_sets; ++i) scalars.push_back(Scalars::from_set(sets + i * scalar_count));
+      std::memcpy(own.data() + layout.scalars, scalars.data(), scalars.size() * sizeof(Scalars));
+      std::memcpy(own.data() + layout.grads, step + offsets[0], count * sizeof(void*));
+      if (!plain) std::memcpy(own.data() + layout.rng_keys, step + offsets[1], count * sizeof(RngKey));
+      std::memcpy(own.data() + layout.scalar_indices, step + offsets[2], count * sizeof(uint32_t));
+    }
 
     const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + tensors), static_cast<Sums*>(sums),
                          static_cast<uint32_t*>(arrivals), static_cast<ChunkStatistics*>(chunk_statistics)};
@@ -145,9 +160,9 @@ int launch_table(int rule_index, int threshold_pass_index, int64_t tensors, int6
                                    [entries](const TensorEntry& entry) { return entry.formats == entries->formats; });
     const auto run = [&](ThresholdPass which, Storage storage) {
       launch({static_cast<RuleIndex>(rule_index), which, storage, alike ? &entries->formats : nullptr}, view,
-             static_cast<uint32_t>(chunks), layout, own.data(), nullptr, 0, nullptr);
+             static_cast<uint32_t>(chunks), layout, own.data(), device_step, 0, nullptr);
       auto& parameters = fake.launches.back().parameters;
-      const auto used = step_begins + layout.size;
+      const auto used = step_begins + (device_step == nullptr ? layout.size : 0);
       std::fill(parameters.begin() + static_cast<std::ptrdiff_t>(used), parameters.end(), 0xa5);
     };
     auto threshold_pass = static_cast<ThresholdPass>(threshold_pass_index);
@@ -157,6 +172,66 @@ int launch_table(int rule_index, int threshold_pass_index, int64_t tensors, int6
     }
     run(threshold_pass, chunk_statistics == nullptr ? own_storage : Storage::with_statistics);
   });
+}
+
+// As launch_cuda_norm and launch_cuda_begin of csrc/python/bindings.cpp do.
+int launch_table_norm(int64_t tensors, int64_t chunks, const unsigned char* table, int64_t table_size,
+                      const void* const* grads, double* sums, uint32_t* arrivals, double* totals, const int32_t* places,
+                      char* message, int64_t room) {
+  return report(message, static_cast<std::size_t>(room), [&] {
+    const auto* const entries = entries_of(table, tensors, chunks, table_size);
+    const TableView view{entries, reinterpret_cast<const uint32_t*>(entries + tensors), nullptr, nullptr, nullptr};
+    launch_norm(view, {grads, sums, arrivals, totals, places}, static_cast<uint32_t>(chunks), 0, nullptr);
+  });
+}
+
+int launch_table_begin(int64_t tensors, int64_t chunks, const unsigned char* table, int64_t table_size,
+                       const void* entries, const void* programs, const int32_t* results, const double* values,
+                       const double* control, const void* const* grads, unsigned char* step, int program_length,
+                       int row_length, char* message, int64_t room) {
+  return report(message, static_cast<std::size_t>(room), [&] {
+    const auto count = static_cast<std::size_t>(tensors);
+    const bool plain = is_plain(entries_of(table, tensors, chunks, table_size), tensors);
+    BeginArguments arguments{};
+    arguments.entries = static_cast<const BeginEntry*>(entries);
+    arguments.programs = static_cast<const Instruction*>(programs);
+    arguments.results = results;
+    arguments.values = values;
+    arguments.control = control;
+    arguments.grads = grads;
+    arguments.step = step;
+    arguments.tensors = static_cast<int32_t>(tensors);
+    arguments.program_length = program_length;
+    arguments.row_length = row_length;
+    launch_begin(arguments, StepLayout::of(count, count, plain ? 0 : count), 0, nullptr);
+  });
+}
+
+// Of the data of a step that the device begins: tensors that draw random bits, all or none; bytes of the scalars of one
+// tensor; bytes of all of it.
+void device_step_sizes(int64_t tensors, int64_t chunks, const unsigned char* table, int64_t table_size,
+                       int64_t* sizes) {
+  const auto count = static_cast<std::size_t>(tensors);
+  const std::size_t drawing = is_plain(entries_of(table, tensors, chunks, table_size), tensors) ? 0 : count;
+  sizes[0] = static_cast<int64_t>(drawing);
+  sizes[1] = sizeof(Scalars);
+  sizes[2] = static_cast<int64_t>(StepLayout::of(count, count, drawing).size);
+}
+
+// Of a launch of a kernel that begins a step: which one, blocks, threads, bytes of parameters. Returns 1 where it is
+// none.
+int launched_begin(int index, int64_t* facts) {
+  const FakeLaunch& launched = fake.launches[static_cast<std::size_t>(index)];
+  const auto kernels = device_step_kernels();
+  for (std::size_t i = 0; i < kernels.size(); ++i) {
+    if (kernels[i].function != launched.function) continue;
+    facts[0] = static_cast<int64_t>(i);
+    facts[1] = launched.blocks;
+    facts[2] = launched.threads;
+    facts[3] = static_cast<int64_t>(launched.parameters.size());
+    return 0;
+  }
+  return 1;
 }
 
 // Where the step's data lies in a kernel's parameters.

@@ -16,7 +16,7 @@
 #include <stdexcept>
 #include <string>
 
-// The table is built as the launchers build it. Of the CPU backend only these two are needed, by name.
+// The table is built as the launchers build it. Of the CPU backend only these three are needed, by name.
 #include "../../csrc/cpu/step.h"
 #include "../../csrc/python/host_table.cpp"
 #include "host_block.h"
@@ -24,6 +24,10 @@
 namespace signadam::cpu {
 std::vector<uint32_t> make_units(const TableView&, uint32_t, uint32_t) { return {}; }
 void run(RuleIndex, ThresholdPass, const TableView&, uint32_t, const Step&, const std::vector<uint32_t>&, int, Sums*) {
+  std::abort();
+}
+std::vector<double> squares(const TableView&, uint32_t, uint32_t, const void* const*, const std::vector<uint32_t>&,
+                            int) {
   std::abort();
 }
 }  // namespace signadam::cpu

@@ -203,6 +203,7 @@ def test_shared_arguments_are_described_alike() -> None:
         "weight_decay",
         "decoupled_weight_decay",
         "maximize",
+        "max_grad_norm",
         "param_storage",
         "seed",
         "backend",

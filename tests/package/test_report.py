@@ -167,7 +167,7 @@ def test_host_times_are_on_the_page() -> None:
     assert "| triton  |     148 |     800 ms | 60 us (50 us to 70 us) |    4 us |              3,104 |" in page
 
 
-@pytest.mark.thorough
+@pytest.mark.nightly
 def test_dry_run(tmp_path: Path) -> None:
     """All of it, on what there is without a GPU."""
     pytest.importorskip("triton")

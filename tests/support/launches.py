@@ -2,7 +2,7 @@
 
 :class:`Step` takes a step of one optimizer on the CPU, of one tensor of one full, aligned chunk unless its case says
 otherwise, but for its launches: those it hands out, and what executes them must leave what the CPU backend leaves. What
-a launch consists of is asked of the package itself: of the backends, which prepare it; of csrc/cuda/step.cu, compiled
+a launch consists of is asked of the package itself: of the backends, which prepare it; of csrc/cuda, compiled
 for the host, which makes the parameters of a kernel; and of the compiled module, which writes tables and step data.
 """
 
@@ -174,24 +174,26 @@ class CudaLaunch:
 
 @dataclass(frozen=True)
 class TritonLaunch:
-    """One launch of triton_kernels.update.
+    """One launch of triton_kernels.
 
     Attributes:
         constants: of the kernel, the rule by its name.
         options: what the kernel is compiled with, beside them.
         grid: programs, in one dimension.
-        arguments: the tensors that it gets, in order.
+        arguments: the tensors that it gets, in order, and after them numbers of 32 bits.
+        name: of the kernel.
     """
 
     constants: dict[str, Any]
     options: dict[str, Any]
     grid: int
-    arguments: tuple[Tensor, ...]
+    arguments: tuple[Tensor | int, ...]
+    name: str = "update"
 
     @property
     def kernel(self) -> str:
         """What machine code depends on: launches of one kernel have the same."""
-        return json.dumps(self.constants)
+        return json.dumps([self.constants, self.name])
 
 
 @dataclass(frozen=True)
@@ -205,16 +207,29 @@ class Compiled:
     parameter_count: int
 
     def parameters(self, launch: TritonLaunch) -> bytes:
-        """The kernel's parameters: the addresses of the tensors, then null for scratch memory that it does not use."""
-        addresses = [tensor.data_ptr() for tensor in launch.arguments]
-        unused = self.parameter_count - len(addresses)
-        return struct.pack(f"<{self.parameter_count}Q", *addresses, *[0] * unused)
+        """The kernel's parameters: addresses of tensors, and numbers, then null for scratch memory that is not used."""
+        own = [x.data_ptr() if isinstance(x, Tensor) else x for x in launch.arguments]
+        types = "".join("Q" if isinstance(x, Tensor) else "i" for x in launch.arguments)
+        unused = self.parameter_count - len(own)
+        return struct.pack(f"@{types}{unused}Q", *own, *[0] * unused)
+
+
+def noted(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Tensor | int, ...], given: dict[str, Any]
+) -> TritonLaunch:
+    """The launch of a kernel, with what it is given by name."""
+    constants = {name: value for name, value in given.items() if name in kernel.arg_names}
+    if "RULE" in constants:
+        constants["RULE"] = constants["RULE"].__name__
+    options = {name: value for name, value in given.items() if name not in kernel.arg_names}
+    (programs,) = grid
+    return TritonLaunch(constants, options, programs, arguments, kernel.fn.__name__)
 
 
 def compile_launches(launches: Sequence[TritonLaunch], target: str, folder: Path) -> dict[str, Compiled]:
     """Machine code of their kernels for NVIDIA's ``target`` ("sm_90"), by ``TritonLaunch.kernel``."""
     kernels = list(dict.fromkeys(launch.kernel for launch in launches))
-    made = compile_triton([(target, json.loads(kernel)) for kernel in kernels], folder)
+    made = compile_triton([(target, *json.loads(kernel)) for kernel in kernels], folder)
     found = {}
     for kernel, path in zip(kernels, made, strict=True):
         told = json.loads(path.with_suffix(".json").read_text())
@@ -319,6 +334,7 @@ class Step:
     :meth:`unequal` compares with the same step of the CPU backend.
 
     Attributes:
+        optimizers: that of the CPU backend, and ours.
         params: the parameters; ``param`` is the first of them.
         regions: all memory that the launches may touch, once they are made.
     """
@@ -374,7 +390,7 @@ class Step:
                 optimizer.step()
         self._expected_params, self.params = ([own[i] for own in pairs] for i in range(2))
         self.param = self.params[0]
-        self._expected_optimizer, self.optimizer = optimizers
+        self.optimizers = self._expected_optimizer, self.optimizer = tuple(optimizers)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters and the tensors of their state, by name; of all but the first with a number before it."""
@@ -414,6 +430,17 @@ class Step:
                 ):
                     found.append(f"{index}.chunk_statistics" if index else "chunk_statistics")
         return found
+
+    def begun_by_device(self) -> list[Bucket]:
+        """The buckets of the steps before, where neither the optimizer nor a backend takes the step."""
+        self._buckets = [bucket for bucket, _ in self.optimizer.runtime.plan.launches]
+        return self._buckets
+
+    def expected_step(self, grads: Sequence[Tensor | None]) -> None:
+        """Another step of the CPU backend, with these gradients in the place of the parameters' own."""
+        for param, grad in zip(self._expected_params, grads, strict=True):
+            param.grad = grad
+        self._expected_optimizer.step()
 
     def _take(self, recorder: _Recorder) -> None:
         assert self._buckets is None, "the step has been taken"
@@ -457,7 +484,7 @@ class Step:
             for name, address in addresses.items():
                 facts = {"writable": name != "device_table", "defined": name != "sums"}
                 recorder.add({f"{name}{number}": named.get(address)}, **facts)
-            made = list(_cuda_launches(library, table, rule, threshold_pass, scalar_sets, addresses, tuple(kept)))
+            made = list(cuda_launches(library, table, rule, threshold_pass, scalar_sets, addresses, tuple(kept)))
             if on_device:
                 made = [_with_step_on_device(library, launch) for launch in made]
                 for launch in made:
@@ -492,23 +519,19 @@ class Step:
         launches: list[TritonLaunch] = []
         backend = TritonBackend()
         recorder = _Recorder(backend.prepare, backend.splits_formats)
-        names = kernels.update.arg_names
+        kernel = kernels.update
 
         class Notes:
             """In place of the kernel."""
 
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
                 def run(*arguments: Tensor, **given: Any) -> None:
-                    constants = {name: value for name, value in given.items() if name in names}
-                    constants["RULE"] = constants["RULE"].__name__
-                    options = {name: value for name, value in given.items() if name not in names}
                     number = recorder.numbers()
                     for name, tensor in zip(TRITON_TENSORS, arguments, strict=True):
                         is_written = name in ("sums", "arrivals", "chunk_statistics")
                         facts = {"writable": is_written, "defined": name != "sums"}
                         recorder.add({f"{name}{number}": tensor}, **facts)
-                    (programs,) = grid
-                    launches.append(TritonLaunch(constants, options, programs, arguments))
+                    launches.append(noted(kernel, grid, arguments, given))
 
                 return run
 
@@ -557,32 +580,35 @@ def _with_step_on_device(library: ctypes.CDLL, launch: CudaLaunch) -> CudaLaunch
     return dataclasses.replace(launch, parameters=parameters, keep=(*launch.keep, step))
 
 
-def _cuda_launches(
+def cuda_launches(
     library: ctypes.CDLL,
     table: Any,
     rule: int,
     threshold_pass: Any,
-    scalar_sets: Sequence[ScalarSet],
+    scalar_sets: Sequence[ScalarSet] | None,
     addresses: dict[str, int],
     keep: tuple[Tensor, ...],
+    device_step: int = 0,
 ) -> Iterator[CudaLaunch]:
     """What csrc/cuda/step.cu hands to the runtime, given what the backend hands to the module."""
-    *offsets, size = _C.step_layout(tensors=len(table), scalar_sets=len(scalar_sets))
+    count = len(table) if scalar_sets is None else len(scalar_sets)
+    *offsets, size = _C.step_layout(tensors=len(table), scalar_sets=count)
     step = ctypes.create_string_buffer(size)
-    table.write_step(scalars=scalar_sets, address=ctypes.addressof(step))
+    if scalar_sets is not None:
+        table.write_step(scalars=scalar_sets, address=ctypes.addressof(step))
     message = ctypes.create_string_buffer(200)
     library.begin(1, 0, 0, 0)
     failed = library.launch_table(
         *(rule, threshold_pass.value, ctypes.c_int64(len(table)), ctypes.c_int64(table.chunks)),
         *(ctypes.c_void_p(addresses["device_table"]), ctypes.c_int64(len(table.device_bytes()))),
-        *(step, (ctypes.c_int64 * 4)(*offsets), ctypes.c_int64(len(scalar_sets))),
+        *(step, (ctypes.c_int64 * 4)(*offsets), ctypes.c_int64(count)),
         *(ctypes.c_void_p(addresses[name]) for name in ("sums", "arrivals", "chunk_statistics")),
-        *(message, ctypes.c_int64(len(message))),
+        *(ctypes.c_void_p(device_step), message, ctypes.c_int64(len(message))),
     )
     if failed:
         raise RuntimeError(message.value.decode())
     own = b""
-    if _C.build_info()["cuda"] is not None:
+    if scalar_sets is not None and _C.build_info()["cuda"] is not None:
         room = ctypes.create_string_buffer(table.cuda_step_bytes(scalar_sets=len(scalar_sets)))
         table.write_cuda_step(scalars=scalar_sets, address=ctypes.addressof(room))
         own = room.raw

@@ -8,7 +8,7 @@ from typing import Any
 def _config(groups: list[tuple[str, str, dict[str, Any]]], implementation: str) -> Any:
     from torchtitan.components.optimizer import ParamGroupConfig
 
-    from examples.torchtitan_optimizer import SignOptimizersContainer
+    from signadam_ext.integrations.torchtitan import SignOptimizersContainer
 
     return SignOptimizersContainer.Config(
         param_groups=[

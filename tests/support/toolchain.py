@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from reporting.machine_code import Forms, KernelName, VoteKernelName, find_cuobjdump, kernel_name, vote_kernel_name
+from reporting.machine_code import (
+    BeginKernelName,
+    Forms,
+    KernelName,
+    VoteKernelName,
+    begin_kernel_name,
+    find_cuobjdump,
+    kernel_name,
+    vote_kernel_name,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 #: The sources of the programs that tests compile.
@@ -59,7 +68,7 @@ def build_traced(source: str, target: Path, *flags: str) -> Path:
 
 
 def cuda_launch_library(built_once: Callable[..., Path], *flags: str) -> ctypes.CDLL:
-    """tests/host/cuda_launch.cpp: the host side of csrc/cuda/step.cu, which launches on a runtime that takes notes."""
+    """tests/host/cuda_launch.cpp: the host side of csrc/cuda, which launches on a runtime that takes notes."""
     flags = ("-O0", "-shared", "-fPIC", "-Wno-unused-function", "-Wno-unused-but-set-variable", *flags)
     flags += (f"-I{HOST / 'fake_cuda'}",)
     folder = built_once("cuda_launch", lambda folder: build("cuda_launch.cpp", folder / "library.so", *flags))
@@ -117,12 +126,12 @@ def exact_ptx(size: str) -> set[str]:
     return {f"{name}.rn.{size}" for name in ("add", "sub", "mul", "div", "sqrt")}
 
 
-AnyKernelName = KernelName | VoteKernelName
+AnyKernelName = KernelName | VoteKernelName | BeginKernelName
 
 
 def any_kernel_name(symbol: str) -> AnyKernelName:
     """Which kernel of csrc/cuda has that symbol."""
-    name = kernel_name(symbol) or vote_kernel_name(symbol)
+    name = kernel_name(symbol) or vote_kernel_name(symbol) or begin_kernel_name(symbol)
     assert name is not None, symbol[:200]
     return name
 
@@ -168,6 +177,31 @@ TRITON_TENSORS = {
     "chunk_statistics": "*fp64",
 }
 
+#: The arguments of the kernels of a step that begins on the device, each in a module of its name.
+TRITON_STEP_ARGUMENTS = {
+    "norm": {
+        "entries": "*i64",
+        "tensor_of_chunk": "*i32",
+        "grads": "*i64",
+        "sums": "*fp64",
+        "arrivals": "*i32",
+        "totals": "*fp64",
+        "places": "*i32",
+    },
+    "begin": {
+        "entries": "*i64",
+        "operations": "*i32",
+        "results": "*i32",
+        "values": "*fp64",
+        "control": "*fp64",
+        "grads": "*i64",
+        "out_grads": "*i64",
+        "out_rng_keys": "*i32",
+        "out_scalars": "*fp64",
+        "length": "i32",
+        "width": "i32",
+    },
+}
 
 #: The arguments of the kernels in triton_kernels.vote; ``result`` of reading is of 16 bits where an entry is.
 TRITON_VOTE_ARGUMENTS = {
@@ -192,8 +226,8 @@ def compile_triton(
     """Compiles Triton kernels without a device, in a process of its own.
 
     Args:
-        jobs: of each a target ("sm_90", "gfx942") and the kernel's constants, the rule by its name; of votes also which
-            kernel of triton_kernels.vote it is.
+        jobs: of each a target ("sm_90", "gfx942"), the kernel's constants, the rule by its name, and which kernel it
+            is, where it is not triton_kernels.update.
         folder: where what Triton makes is written.
         before: folders that are searched for modules first, for another Triton than that of the tests.
 

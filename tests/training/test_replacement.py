@@ -148,3 +148,12 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="no rule of thumb"):
         from_optimizer(old, SignSGD)
     assert scheduler.optimizer is old and scheduler.base_lrs == [0.1, 0.02]
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, AdamW])
+def test_what_was_asked_for_goes_over(cls) -> None:
+    """Who takes a GradScaler's scale in the step goes on to do so."""
+    for fused in (False, True):
+        old = cls([torch.nn.Parameter(torch.ones(3))], fused=fused)
+        new = from_optimizer(old, SignAdamPP, log=lambda line: None)
+        assert getattr(new, "_step_supports_amp_scaling", False) == fused

@@ -19,6 +19,8 @@ U32, U64 = np.uint32, np.uint64
 WARP = 32
 SECTOR = 32
 BANKS = 32
+REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
+REDUCTIONS |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 #: Basic blocks that a block of threads may execute: more than any kernel needs.
 STEPS = 1_000_000
 #: Blocks of a grid that are under way at once where they take turns.
@@ -529,6 +531,18 @@ class Block:
                 found[here] = test[here].all() or not test[here].any()
             else:
                 found[here] = test[here].any() if way == "any" else test[here].all()
+        return found
+
+    def reduce(self, site: int, x: Array, way: str, members: Any, mask: Array | None) -> Array:
+        """redux.sync: what all lanes of a group make together, in each of them."""
+        lanes = self._warps(site, members, mask)
+        x = np.broadcast_to(x, self.threads)
+        found = np.zeros(self.threads, x.dtype)
+        for warp in np.unique(lanes // WARP):
+            here = lanes[lanes // WARP == warp]
+            found[here] = REDUCTIONS[way].reduce(x[here], dtype=x.dtype)
+        if self.order is not None:
+            self._pass_warp_barrier(lanes, waits=False)
         return found
 
     def _rows(self, addresses: Array, count: int) -> Array:

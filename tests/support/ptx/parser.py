@@ -89,9 +89,11 @@ def parse(text: str) -> Kernel:
         Unknown: a directive or a statement of another form than any known.
     """
     lines = [re.sub(r"//.*", "", line).strip() for line in text.splitlines()]
+    _join_lists(lines)
     name = re.findall(r"[\w$]+", "\n".join(lines).partition("(")[0])[-1]
     kernel = Kernel(name, [], {}, [], [], None)
     statements: list[Instruction | str] = []
+    switches: dict[str, list[str]] = {}
     state, depth, offset = "before", 0, 0
     for number, line in enumerate(lines, 1):
         if state == "before":
@@ -132,13 +134,41 @@ def parse(text: str) -> Kernel:
         for statement in _statements(line):
             if found := re.fullmatch(r"([\w$]+):", statement):
                 statements.append(found[1])
+            elif statement.startswith(".branchtargets"):
+                switches[str(statements.pop())] = re.findall(r"[\w$]+", statement)[1:]
             elif statement.startswith("."):
                 _directive(kernel, statement, number)
             else:
-                statements.append(_instruction(statement, number))
+                instruction = _instruction(statement, number)
+                statements += _switch(kernel, instruction, switches) if instruction.opcode == "brx" else [instruction]
         depth -= closing
     _make_blocks(kernel, statements)
     return kernel
+
+
+def _join_lists(lines: list[str]) -> None:
+    """Puts the targets of a switch, each on a line, on its first line."""
+    for first, line in enumerate(lines):
+        if ".branchtargets" in line:
+            following = first
+            while ";" not in lines[first]:
+                following += 1
+                lines[first] += " " + lines[following]
+                lines[following] = ""
+
+
+def _switch(kernel: Kernel, instruction: Instruction, switches: dict[str, list[str]]) -> list[Instruction]:
+    """A jump to one of several targets as comparisons and branches, and a trap where it leads to none."""
+    index, name = map(str, instruction.operands)
+    if instruction.modifiers != ("idx",) or instruction.guard or name not in switches:
+        raise Unknown(f"line {instruction.line}: {instruction.text}")
+    kernel.registers["%switch"] = "pred"
+    made = []
+    for number, target in enumerate(switches[name]):
+        at = (instruction.line, instruction.text)
+        made.append(Instruction(*at, "", "setp", ("eq", "s32"), ("%switch", index, str(number))))
+        made.append(Instruction(*at, "%switch", "bra", (), (target,)))
+    return [*made, Instruction(*at, "", "trap", (), ())]
 
 
 def _statements(line: str) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from support.launches import Compiled, CudaLaunch, Step, TritonLaunch
+from support.launches import Compiled, CudaLaunch, Step, TritonLaunch, noted
+from torch import Tensor
 
 from .machine import Counts, Program
 from .memory import Memory
@@ -51,7 +52,55 @@ def run_triton(
     """Executes launches of triton_kernels.update, given their machine code by ``TritonLaunch.kernel``."""
     memory = memory_of(step)
     for launch in launches:
-        code = compiled[launch.kernel]
-        text = code.cubin.with_suffix(".ptx").read_text()
-        made = program(text, code.threads, code.dynamic_shared)
-        made.run(launch.grid, code.parameters(launch), memory, counts=counts, **how)
+        _run(launch, compiled[launch.kernel], memory, counts=counts, **how)
+
+
+def _run(launch: TritonLaunch, code: Compiled, memory: Memory, **how: Any) -> None:
+    text = code.cubin.with_suffix(".ptx").read_text()
+    made = program(text, code.threads, code.dynamic_shared)
+    made.run(launch.grid, code.parameters(launch), memory, **how)
+
+
+#: What the kernels of triton_kernels write of their arguments.
+WRITTEN = ("sums", "arrivals", "chunk_statistics", "totals", "out_grads", "out_rng_keys", "out_scalars")
+
+
+class Emulated:
+    """Stands in for a Triton kernel: a launch of it executes its PTX.
+
+    Args:
+        kernel: what it stands for.
+        arguments: the names of what a launch gets beside constants and options, in order.
+        compiled: machine code by ``TritonLaunch.kernel``.
+        reached: by name what addresses in the arguments lead to, and whether this kernel may write it.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        arguments: Sequence[str],
+        compiled: Mapping[str, Compiled],
+        reached: Callable[[], Mapping[str, tuple[Tensor, bool]]],
+    ) -> None:
+        self._kernel, self._arguments = kernel, arguments
+        self._compiled, self._reached = compiled, reached
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*arguments: Tensor | int, **given: Any) -> None:
+            launch = noted(self._kernel, grid, arguments, given)
+            memory, seen = Memory(), set()
+            own = {
+                name: (tensor, name in WRITTEN)
+                for name, tensor in zip(self._arguments, arguments, strict=True)
+                if isinstance(tensor, Tensor)
+            }
+            for name, (tensor, writable) in (*own.items(), *self._reached().items()):
+                # What a kernel has no use for is any of the others.
+                if tensor.data_ptr() not in seen:
+                    seen.add(tensor.data_ptr())
+                    size, grain = tensor.numel() * tensor.element_size(), tensor.element_size()
+                    facts: dict[str, Any] = {"writable": writable, "defined": name != "sums", "grain": grain}
+                    memory.register(name, tensor.data_ptr(), size, **facts)
+            _run(launch, self._compiled[launch.kernel], memory)
+
+        return run

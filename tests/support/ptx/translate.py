@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import arithmetic
-from .memory import LOCAL_BASE, SHARED_BASE
+from .memory import LOCAL_BASE, SHARED_BASE, Fault
 from .parser import BasicBlock, Instruction, Kernel, Unknown
 
 Array = np.ndarray
@@ -51,7 +51,7 @@ class Translator:
         self.kernel, self.threads = kernel, threads
         self.symbols, self.parameters = symbols, parameters
         self.kept = {name: place for place, name in enumerate(_exposed(kernel))}
-        self.space: dict[str, Any] = {"np": np, "A": arithmetic, "where": np.where}
+        self.space: dict[str, Any] = {"np": np, "A": arithmetic, "where": np.where, "Fault": Fault}
         self.space |= {f"{c}{size}": np.dtype(f"{c}{size // 8}").type for c in "uif" for size in (16, 32, 64)}
         self.space |= {"u8": np.uint8, "i8": np.int8}
         lanes = np.arange(threads, dtype=np.uint32)
@@ -591,8 +591,11 @@ class _Writer:
         if target == "bf16" and source == "f32":
             self.expect(words, "rn")
             return self.put(d, self.narrow(self.read(a, source), "bf16"), "b16")
-        if source == "bf16" and target == "f32":
-            return self.put(d, f"{self.read(a, 'b16')}.astype(u32) << u32(16)", "b32")
+        if source == "bf16" and target in ("f32", "f64"):
+            widened = f"({self.read(a, 'b16')}.astype(u32) << u32(16))"
+            if target == "f32":
+                return self.put(d, widened, "b32")
+            return self.put(d, f"{widened}.view(f32).astype(f64)", "f64")
         if target[0] in "us" and source[0] == "f":
             rounding = self.expect(words, "rni", "rzi", "rmi", "rpi")
             kind = f"{'u' if target[0] == 'u' else 'i'}{_bits(target) // 8}"
@@ -637,6 +640,11 @@ class _Writer:
         if self.take(words, "sat"):
             expression = f"A.saturated({expression})"
         self.put(d, expression, target)
+
+    def do_trap(self, words: list[str]) -> None:
+        if self.current.guard:
+            raise Unknown(self.where)
+        self.lines.append(f"raise Fault({self.where!r})")
 
     # Memory.
 
@@ -773,6 +781,13 @@ class _Writer:
         self.put(target, f"{found}[0]", "b32")
         if inside:
             self.put(inside, f"{found}[1]", "pred")
+
+    def do_redux(self, words: list[str], d: Any, a: Any, members: Any) -> None:
+        self.expect(words, "sync")
+        way = self.expect(words, "add", "min", "max", "and", "or", "xor")
+        kind = self.kind(words)
+        x, threads = self.read(a, kind), self.read(members, "b32")
+        self.put(d, f"T.reduce({self.site()}, {x}, '{way}', {threads}, {self.mask()})", kind)
 
     def do_vote(self, words: list[str], d: Any, a: Any, members: Any) -> None:
         self.expect(words, "sync")
