@@ -43,10 +43,6 @@ SUITE = (
     "tests/state",
     "tests/engine",
     "tests/training",
-    "tests/distributed",
-    "tests/backends/test_parity.py",
-    "tests/backends/test_confidence.py",
-    "tests/backends/test_votes.py",
 )
 #: What they need beside torch.
 PACKAGES = ("pytest>=8", "hypothesis>=6.100", "numpy", "scipy", "setuptools>=77", "pybind11>=2.12", "triton>=3.2")
