@@ -4,7 +4,8 @@ python -m bench.instructions --out bench/results/instructions/cpu-amd-epyc.json
 python -m bench.instructions --device cuda --check
 
 On the CPU by callgrind, which no other program disturbs, of the AVX2 kernels of SignAdamPP over bf16 parameters and
-gradients: callgrind does not know AVX-512. Needs g++ and valgrind. Of CUDA's see bench/cuda_instructions.py.
+gradients, and over fp32 ones with statistics and without: callgrind does not know AVX-512. Needs g++ and valgrind. Of
+CUDA's see bench/cuda_instructions.py.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from reporting.files import write
 from signadam_ext.core.formats import BOUNDED, PARAM_STORAGES
 
 CHUNK = 16384
+# What the program counts, as its first argument.
+BF16_STEP, DRAWS_ONLY, FP32_STEP, FP32_OBSERVED = range(4)
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-mavx2", "-mf16c")
 
 
@@ -62,11 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--out is needed")
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
-        bits = per_element(program, 1, 0, 0)
+        bits = per_element(program, DRAWS_ONLY, 0, 0)
+        plain, observed = (per_element(program, counted, 0, 0) for counted in (FP32_STEP, FP32_OBSERVED))
         rows = []
         for state, form in BOUNDED.items():
             for name in ("nearest", "stochastic", "split8", "split16", "master"):
-                count = per_element(program, 0, form.number, PARAM_STORAGES[name])
+                count = per_element(program, BF16_STEP, form.number, PARAM_STORAGES[name])
                 draws = form.number != 0 or name != "nearest"
                 rows.append(
                     {
@@ -82,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": machine.command("bench.instructions", ["--out", str(options.out)]),
         "kernels": "avx2, bf16 parameters and gradients, SignAdamPP",
         "random_bits_per_16_elements": round(16 * bits, 1),
+        "fp32_per_16_elements": round(16 * plain, 1),
+        "fp32_observed_per_16_elements": round(16 * observed, 1),
         "rows": rows,
     }
     write(options.out, json.dumps(report, indent=1) + "\n")

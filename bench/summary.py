@@ -148,7 +148,9 @@ def instructions(folder: Path = RESULTS / "instructions") -> str:
         ]
         parts.append(
             "Few-bit steps are bound by arithmetic as much as by memory. AVX2 instructions for 16 elements with "
-            f"stochastic bf16 weights, by callgrind: {', '.join(counts)} ([all]({_link(path)}))."
+            f"stochastic bf16 weights, by callgrind: {', '.join(counts)}. An fp32 step takes "
+            f"{report['fp32_per_16_elements']:.0f}, with statistics {report['fp32_observed_per_16_elements']:.0f} "
+            f"([all]({_link(path)}))."
         )
     return "\n\n".join(parts) or f"Instructions per element: {present.NOT_MEASURED}."
 

@@ -90,8 +90,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 READER,
-                "    if (!same(value, entry.tensor)) return false;",
-                "    if (entry.tensor.dim == 0 && !same(value, entry.tensor)) return false;",
+                "    if (!same(value, entries_[e].tensor, *trace)) return false;",
+                "    if (entries_[e].tensor.dim == 0 && !same(value, entries_[e].tensor, *trace)) return false;",
             ),
         ),
     ),
@@ -106,8 +106,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 READER,
-                "    if (!same(value, entry.tensor)) return false;",
-                "    if (entry.tensor.dim != 0 && !same(value, entry.tensor)) return false;",
+                "    if (!same(value, entries_[e].tensor, *trace)) return false;",
+                "    if (entries_[e].tensor.dim != 0 && !same(value, entries_[e].tensor, *trace)) return false;",
             ),
         ),
     ),

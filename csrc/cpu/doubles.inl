@@ -100,37 +100,89 @@ __attribute__((noinline)) bool sum_lanes(const Slice& slice, const Scalars& s, f
   }
 }
 
+// The sums of the rows of a block, in registers.
+class ObservedRows {
+ public:
+  // Vector k of a row. Without a momentum only the gradient is seen.
+  SIGNADAM_HD void add_gradient(int k, V g, float alpha) {
+    const Which seen = passes(g, alpha);
+    const D low = low_doubles(g), high = high_doubles(g), low_square = low * low, high_square = high * high;
+    add_count(passed_[k], seen);
+    squares_[2 * k] += low_square;
+    squares_[2 * k + 1] += high_square;
+    add_low(passed_squares_[2 * k], seen, low_square);
+    add_high(passed_squares_[2 * k + 1], seen, high_square);
+  }
+  SIGNADAM_HD void add_momentum(int k, V before, V after) {
+    add_count(flips_[k], opposite(before, after));
+    const V size = as<V>(as<U>(after) & 0x7fffffffu);
+    magnitudes_[2 * k] += low_doubles(size);
+    magnitudes_[2 * k + 1] += high_doubles(size);
+  }
+  SIGNADAM_HD void store(ObservedLanes& to) const {
+    std::memcpy(to.squares, squares_, sizeof squares_);
+    std::memcpy(to.passed_squares, passed_squares_, sizeof passed_squares_);
+    std::memcpy(to.magnitudes, magnitudes_, sizeof magnitudes_);
+    for (int k = 0; k < vectors; ++k)
+      for (int lane = 0; lane < width; ++lane) {
+        to.passed[k * width + lane] = passed_[k][lane];
+        to.flips[k * width + lane] = flips_[k][lane];
+      }
+  }
+  static constexpr int vectors = observed_lanes / width;
+
+ private:
+  D squares_[2 * vectors] = {}, passed_squares_[2 * vectors] = {}, magnitudes_[2 * vectors] = {};
+  V passed_[vectors] = {}, flips_[vectors] = {};  // at most one a row
+};
+
 // Of observe_block, the elements of whole rows of 16. Returns how many that were.
 int observe_rows(const float* g, float alpha, const float* before, const float* after, int count, ObservedLanes& to) {
-  constexpr int vectors = observed_lanes / width;
-  D squares[2 * vectors] = {}, passed_squares[2 * vectors] = {}, magnitudes[2 * vectors] = {};
-  V passed[vectors] = {}, flips[vectors] = {};  // at most one a row
+  ObservedRows rows;
   int i = 0;
   for (; i + observed_lanes <= count; i += observed_lanes)
-    for (int k = 0; k < vectors; ++k) {
-      const V x = load_vector(g, Format::fp32, i + k * width);
-      const Which seen = passes(x, alpha);
-      const D low = low_doubles(x), high = high_doubles(x), low_square = low * low, high_square = high * high;
-      add_count(passed[k], seen);
-      squares[2 * k] += low_square;
-      squares[2 * k + 1] += high_square;
-      add_low(passed_squares[2 * k], seen, low_square);
-      add_high(passed_squares[2 * k + 1], seen, high_square);
+    for (int k = 0; k < ObservedRows::vectors; ++k) {
+      rows.add_gradient(k, load_vector(g, Format::fp32, i + k * width), alpha);
       if (after == nullptr) continue;
-      const V old = load_vector(before, Format::fp32, i + k * width);
-      const V now = load_vector(after, Format::fp32, i + k * width);
-      add_count(flips[k], opposite(old, now));
-      const V size = as<V>(as<U>(now) & 0x7fffffffu);
-      magnitudes[2 * k] += low_doubles(size);
-      magnitudes[2 * k + 1] += high_doubles(size);
+      rows.add_momentum(k, load_vector(before, Format::fp32, i + k * width),
+                        load_vector(after, Format::fp32, i + k * width));
     }
-  std::memcpy(to.squares, squares, sizeof squares);
-  std::memcpy(to.passed_squares, passed_squares, sizeof passed_squares);
-  std::memcpy(to.magnitudes, magnitudes, sizeof magnitudes);
-  for (int k = 0; k < vectors; ++k)
-    for (int lane = 0; lane < width; ++lane) {
-      to.passed[k * width + lane] = passed[k][lane];
-      to.flips[k * width + lane] = flips[k][lane];
-    }
+  rows.store(to);
   return i;
+}
+
+// The whole blocks of a chunk in fp32, updated and observed in one pass: the sums are taken while memory is waited for.
+// Returns how many elements that were.
+template <class Rule>
+int update_observed(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics& to) {
+  const Formats& formats = slice.tensor.formats;
+  if (!formats.plain() || formats.param != Format::fp32 || formats.grad != Format::fp32 || !takes(scalars, alpha))
+    return 0;
+  const Scalars s = scalars;  // a local copy cannot alias the tensors
+  const auto array = [&](void* base) { return static_cast<float*>(base) + slice.begin; };
+  float* const param = array(slice.tensor.param);
+  float* const exp_avg = Rule::moments > 0 ? array(slice.tensor.exp_avg) : nullptr;
+  const float* const grad = static_cast<const float*>(slice.grad) + slice.begin;
+  const int whole = slice.count / block_size * block_size;
+  for (int done = 0; done < whole; done += block_size) {
+    ObservedRows rows;
+    for (int i = done; i < done + block_size; i += observed_lanes)
+      for (int k = 0; k < ObservedRows::vectors; ++k) {
+        const int at = i + k * width;
+        V p = load_vector(param, Format::fp32, at), m{}, none{};
+        if constexpr (Rule::moments > 0) m = load_vector(exp_avg, Format::fp32, at);
+        const V before = m, g = effective_gradient(s, p, load_vector(grad, Format::fp32, at));
+        apply_effective<Rule>(s, alpha, p, g, m, none, none);
+        rows.add_gradient(k, g, alpha);
+        *reinterpret_cast<Loose*>(param + at) = p;
+        if constexpr (Rule::moments > 0) {
+          rows.add_momentum(k, before, m);
+          *reinterpret_cast<Loose*>(exp_avg + at) = m;
+        }
+      }
+    ObservedLanes lanes;
+    rows.store(lanes);
+    add_lanes(lanes, to);
+  }
+  return whole;
 }

@@ -95,6 +95,12 @@ struct ObservedLanes {
       magnitudes[observed_lanes];
 };
 
+void add_lanes(const ObservedLanes& lanes, ChunkStatistics& to) {
+  for (int lane = 0; lane < observed_lanes; ++lane)
+    add(to, ChunkStatistics{lanes.passed[lane], lanes.squares[lane], lanes.passed_squares[lane], lanes.flips[lane],
+                            lanes.magnitudes[lane], 0.0});
+}
+
 #include "stored.inl"
 #if defined(__AVX2__)
 // Each uses what comes before it.
@@ -128,9 +134,7 @@ void observe_block(const float* SIGNADAM_RESTRICT g, float alpha, const float* S
   for (; i + observed_lanes <= count; i += observed_lanes)
     for (int lane = 0; lane < observed_lanes; ++lane) observe(i + lane, lane);
   for (; i < count; ++i) observe(i, 0);
-  for (int lane = 0; lane < observed_lanes; ++lane)
-    add(to, ChunkStatistics{lanes.passed[lane], lanes.squares[lane], lanes.passed_squares[lane], lanes.flips[lane],
-                            lanes.magnitudes[lane], 0.0});
+  add_lanes(lanes, to);
 }
 
 // Elements of a full chunk that are updated in one half before the other has its turn.
@@ -199,7 +203,12 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, Chunk
   const Scalars s = scalars;  // a local copy cannot alias the tensors
   if (chunk_statistics != nullptr) {
     *chunk_statistics = ChunkStatistics{0.0, 0.0, 0.0, 0.0, 0.0, alpha};
-    return update_blocks<Rule>(slice, s, alpha, 0, chunk_statistics);
+    int done = 0;
+#if defined(__AVX2__)
+    // A division takes as long as memory does.
+    if constexpr (!has_third<Rule> && !Rule::divides) done = update_observed<Rule>(slice, s, alpha, *chunk_statistics);
+#endif
+    return update_blocks<Rule>(slice, s, alpha, done, chunk_statistics);
   }
   const Formats& formats = slice.tensor.formats;
   if (formats.plain() && formats.param == Format::fp32 && formats.grad == Format::fp32)

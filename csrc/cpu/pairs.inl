@@ -389,9 +389,9 @@ int update_pairs(const Slice& slice, const Scalars& s, float alpha) {
   if (f.param != Format::bf16 || f.grad != Format::bf16 || (Rule::moments > 1 && f.exp_avg_sq != Format::bf16) ||
       !goes_by_groups(slice, 0) || !takes(s, alpha))
     return 0;
-#define SIGNADAM_PAIRS(moment)                                                                \
+#define SIGNADAM_PAIRS(moment)                                                                              \
   return s.coupled || s.gradient_scale != 1.0f ? update_pairs<Rule, Format::moment, false>(slice, s, alpha) \
-                                 : update_pairs<Rule, Format::moment, true>(slice, s, alpha)
+                                               : update_pairs<Rule, Format::moment, true>(slice, s, alpha)
   if constexpr (Rule::moments == 0) {
     SIGNADAM_PAIRS(fp32);
   } else {

@@ -49,23 +49,54 @@ int64_t unit_size_for(int64_t elements) {
   return count <= 1 ? elements : (elements + count - 1) / count;
 }
 
-// The first lines of a chunk, for the sake of small tensors: they lie apart, and end before the processor's own
-// prefetching has begun.
-void fetch_ahead(const Slice& slice) {
-  constexpr int64_t reach = 256, line = 64;
-  const auto fetch = [&](const void* base, Format format) {
-    if (base == nullptr) return;
-    const char* begin = static_cast<const char*>(base) + bytes_before(format, slice.begin);
-    for (int64_t at = 0; at < reach && at < bytes_before(format, slice.count); at += line)
-      __builtin_prefetch(begin + at);
-  };
-  const Formats& formats = slice.tensor.formats;
-  fetch(slice.tensor.param, formats.param);
-  fetch(slice.grad, formats.grad);
-  fetch(slice.tensor.exp_avg, formats.exp_avg);
-  fetch(slice.tensor.exp_avg_sq, formats.exp_avg_sq);
-  fetch(slice.tensor.aux, formats.aux);
-}
+// Goes before the work and fetches the first lines of each chunk, for the sake of small tensors: they lie apart, and
+// end before the processor's own prefetching has begun.
+class Scout {
+ public:
+  // Elements between the chunk that is worked on and the one that is fetched: as many as take longer than memory does.
+  static constexpr int64_t lead = 512;
+
+  // Of the chunks up to `end`. `index`: of the tensor that chunk `first` is of.
+  Scout(const TableView& table, uint32_t tensors, const Step& step, uint32_t first, uint32_t end, uint32_t index)
+      : table_(table), tensors_(tensors), step_(step), chunk_(first), end_(end), index_(index) {}
+
+  // Before chunk `current` is worked on.
+  void go_before(uint32_t current) {
+    while (chunk_ < end_ && (chunk_ <= current + 1 || elements_ < lead)) {
+      while (index_ + 1 < tensors_ && table_.tensors[index_ + 1].first_chunk <= chunk_) ++index_;
+      const TensorEntry& tensor = table_.tensors[index_];
+      const int64_t begin = static_cast<int64_t>(chunk_ - tensor.first_chunk) * chunk_size;
+      const int64_t left = tensor.numel - begin, count = left < chunk_size ? left : chunk_size;
+      if (const void* const grad = step_.grads[index_]; grad != nullptr) fetch(tensor, grad, begin, count);
+      elements_ += count;
+      ++chunk_;
+    }
+  }
+  // Chunk by chunk, behind `go_before`.
+  void done(int64_t count) { elements_ -= count; }
+
+ private:
+  static void fetch(const TensorEntry& tensor, const void* grad, int64_t begin, int64_t count) {
+    constexpr int64_t reach = 256, line = 64;
+    const auto lines = [&](const void* base, Format format) {
+      if (base == nullptr) return;
+      const char* const from = static_cast<const char*>(base) + bytes_before(format, begin);
+      for (int64_t at = 0; at < reach && at < bytes_before(format, count); at += line) __builtin_prefetch(from + at);
+    };
+    const Formats& formats = tensor.formats;
+    lines(tensor.param, formats.param);
+    lines(grad, formats.grad);
+    lines(tensor.exp_avg, formats.exp_avg);
+    lines(tensor.exp_avg_sq, formats.exp_avg_sq);
+    lines(tensor.aux, formats.aux);
+  }
+
+  const TableView& table_;
+  uint32_t tensors_;
+  const Step& step_;
+  uint32_t chunk_, end_, index_;
+  int64_t elements_ = 0;  // fetched, and not yet done
+};
 
 // The tensor that a chunk is of: the last to begin at it or before. A tensor without elements begins where the next
 // does.
@@ -100,15 +131,15 @@ template <class Body>
 void for_chunks(const TableView& table, uint32_t tensors, const Step& step, const std::vector<uint32_t>& units,
                 int threads, Body body) {
   parallel_for(static_cast<int64_t>(units.size()) - 1, threads, [&](int64_t unit) {
-    const TensorEntry* const end = table.tensors + tensors;
-    uint32_t index = tensor_of(table.tensors, end, units[unit]);
-    for (uint32_t chunk = units[unit]; chunk < units[unit + 1]; ++chunk) {
-      uint32_t next = index;
-      while (next + 1 < tensors && table.tensors[next + 1].first_chunk <= chunk + 1) ++next;
-      if (chunk + 1 < units[unit + 1]) fetch_ahead(slice_of(table, step, chunk + 1, next));
+    uint32_t index = tensor_of(table.tensors, table.tensors + tensors, units[unit]);
+    const uint32_t end = units[unit + 1];
+    Scout scout(table, tensors, step, units[unit], end, index);
+    for (uint32_t chunk = units[unit]; chunk < end; ++chunk) {
+      while (index + 1 < tensors && table.tensors[index + 1].first_chunk <= chunk) ++index;
+      scout.go_before(chunk);
       const Slice slice = slice_of(table, step, chunk, index);
       if (slice.grad != nullptr) body(chunk, slice, index);
-      index = next;
+      scout.done(slice.count);
     }
   });
 }

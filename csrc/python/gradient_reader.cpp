@@ -65,6 +65,7 @@ void drop(std::vector<py::object>& tensors) {
 
 // Parameters between the one that is looked at and the one whose objects are fetched.
 constexpr std::size_t ahead = 8;
+constexpr Py_ssize_t next = 16;
 
 }  // namespace
 
@@ -85,14 +86,14 @@ GradientReader::Noted GradientReader::note(const py::object& tensor) {
   const std::size_t layout = layouts_.size();
   layouts_.insert(layouts_.end(), view.sizes, view.sizes + view.dim);
   layouts_.insert(layouts_.end(), view.strides, view.strides + view.dim);
-  return {
-      view.address, view.dim, element_size, reach(view) * element_size, view.dtype, view.device_type, view.device_index,
-      layout,       {}};
+  return {view.address, view.dim,         element_size,      reach(view) * element_size,
+          view.dtype,   view.device_type, view.device_index, layout};
 }
 
 void GradientReader::watch(std::size_t group, const py::object& param, const py::tuple& grad_strides,
                            const py::object& grad_like, const py::tuple& state, const py::object& spec) {
   Parameter parameter{};
+  Expected expected{};
   parameter.group = group;
   parameter.known = !param.is_none();
   parameter.first_entry = entries_.size();
@@ -104,32 +105,34 @@ void GradientReader::watch(std::size_t group, const py::object& param, const py:
       own = sharded_.part_of(param.ptr());
       if (!own) throw std::invalid_argument("a sharded parameter of another class than the first, or without its part");
     }
-    parameter.param = note(own);
+    expected.param = note(own);
     TensorView like;
     if (!torch_->look(grad_like.ptr(), like)) throw std::invalid_argument("torch does not describe this tensor");
-    parameter.grad_dtype = like.dtype;
-    parameter.grad_element_size = grad_like.attr("element_size")().cast<int64_t>();
-    if (static_cast<int64_t>(grad_strides.size()) != parameter.param.dim)
+    expected.grad_dtype = like.dtype;
+    expected.grad_element_size = grad_like.attr("element_size")().cast<int64_t>();
+    if (static_cast<int64_t>(grad_strides.size()) != expected.param.dim)
       throw std::invalid_argument("grad_strides: must be one for each dimension of the parameter");
-    parameter.grad_layout = layouts_.size();
-    for (int64_t d = 0; d < parameter.param.dim; ++d)
-      layouts_.push_back(layouts_[parameter.param.layout + static_cast<std::size_t>(d)]);
+    expected.grad_layout = layouts_.size();
+    for (int64_t d = 0; d < expected.param.dim; ++d)
+      layouts_.push_back(layouts_[expected.param.layout + static_cast<std::size_t>(d)]);
     for (const auto& stride : grad_strides) layouts_.push_back(stride.cast<int64_t>());
     for (const auto& entry : state) {
       const auto pair = entry.cast<py::tuple>();
       py::object entry_name = pair[0];
       PyObject* interned = entry_name.release().ptr();
       PyUnicode_InternInPlace(&interned);
-      entries_.push_back({py::reinterpret_steal<py::object>(interned), note(pair[1]), 0, nullptr});
+      entries_.push_back({py::reinterpret_steal<py::object>(interned), note(pair[1]), 0});
     }
   }
   parameter.end_entry = entries_.size();
   parameters_.push_back(parameter);
+  expected_.push_back(expected);
+  traces_.resize(2 * parameters_.size() + entries_.size());
   grads_.push_back(nullptr);
 }
 
-bool GradientReader::same(PyObject* object, Noted& noted) {
-  if (torch_->follows(object, noted.trace)) return true;
+bool GradientReader::same(PyObject* object, const Noted& noted, Trace& trace) {
+  if (torch_->follows(object, trace)) return true;
   TensorView now;
   const bool is_same = torch_->look(object, now) && now.address == noted.address && now.dtype == noted.dtype &&
                        now.device_type == noted.device_type && now.device_index == noted.device_index &&
@@ -137,28 +140,30 @@ bool GradientReader::same(PyObject* object, Noted& noted) {
                        same_strides(now, layouts_.data() + noted.layout + noted.dim) &&
                        covered(now, now.storage_offset * noted.element_size, noted.extent);
   if (is_same) {
-    noted.trace = torch_->objects().trace(object, now.dim);
+    trace = torch_->objects().trace(object, now.dim);
     check_later(object);
   }
   return is_same;
 }
 
-bool GradientReader::usable(PyObject* grad, Parameter& parameter) {
-  if (torch_->follows(grad, parameter.grad_trace)) return true;
+bool GradientReader::usable(PyObject* grad, std::size_t index) {
+  Trace& trace = traces_of(index)[1];
+  if (torch_->follows(grad, trace)) return true;
+  const Expected& expected = expected_[index];
   TensorView now;
   if (!torch_->is_strided(grad) || !torch_->look(grad, now)) return false;
-  if (now.dtype != parameter.grad_dtype || now.device_type != parameter.param.device_type ||
-      now.device_index != parameter.param.device_index || now.dim != parameter.param.dim ||
-      !same_sizes(now, layouts_.data() + parameter.grad_layout) ||
-      !same_strides(now, layouts_.data() + parameter.grad_layout + now.dim) ||
-      !covered(now, now.storage_offset * parameter.grad_element_size, reach(now) * parameter.grad_element_size))
+  if (now.dtype != expected.grad_dtype || now.device_type != expected.param.device_type ||
+      now.device_index != expected.param.device_index || now.dim != expected.param.dim ||
+      !same_sizes(now, layouts_.data() + expected.grad_layout) ||
+      !same_strides(now, layouts_.data() + expected.grad_layout + now.dim) ||
+      !covered(now, now.storage_offset * expected.grad_element_size, reach(now) * expected.grad_element_size))
     return false;
   // Only a CPU reads at an address that is no multiple of the element's size.
   if (now.device_type != torch_->cpu() &&
-      reinterpret_cast<uintptr_t>(now.address) % static_cast<uintptr_t>(parameter.grad_element_size) != 0)
+      reinterpret_cast<uintptr_t>(now.address) % static_cast<uintptr_t>(expected.grad_element_size) != 0)
     return false;
-  parameter.grad_trace = torch_->objects().trace(grad, now.dim);
-  parameter.grad_address = now.address;
+  trace = torch_->objects().trace(grad, now.dim);
+  parameters_[index].grad_address = now.address;
   check_later(grad);
   return true;
 }
@@ -191,6 +196,7 @@ bool GradientReader::find_parameters(const py::object& param_groups) {
     const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
     if (index + static_cast<std::size_t>(size) > parameters_.size()) return false;
     for (Py_ssize_t i = 0; i < size; ++i) {
+      if (i + next < size) __builtin_prefetch(PySequence_Fast_GET_ITEM(params.ptr(), i + next), 1);
       if (parameters_[index++].group != group_index) return false;
       params_.push_back(py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(params.ptr(), i)));
     }
@@ -248,15 +254,17 @@ uint64_t GradientReader::version_of(PyObject* dict) {
 }
 
 // Whether a parameter's state is as it was noted; from here on it is owned.
-bool GradientReader::take_state(Parameter& parameter, PyObject* own) {
+bool GradientReader::take_state(std::size_t index, PyObject* own) {
+  Parameter& parameter = parameters_[index];
   if (parameter.first_entry == parameter.end_entry) return true;
   if (own == nullptr || !PyDict_Check(own)) return false;
   const uint64_t version = version_of(own);
   const bool is_known = version != 0 && version == parameter.state_version;
-  for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e) {
-    StateEntry& entry = entries_[e];
-    PyObject* value = entry.last;
-    if (!is_known) {
+  Trace* trace = traces_of(index) + 2;
+  for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e, ++trace) {
+    PyObject* value = is_known ? trace->owner() : nullptr;
+    if (value == nullptr) {
+      StateEntry& entry = entries_[e];
       PyObject* key = nullptr;
       Py_ssize_t position = entry.position;
       // Mostly it is where it was; a position that no longer exists is noticed.
@@ -264,9 +272,8 @@ bool GradientReader::take_state(Parameter& parameter, PyObject* own) {
         value = find(own, entry);
         if (value == nullptr) return false;
       }
-      entry.last = value;
     }
-    if (!same(value, entry.tensor)) return false;
+    if (!same(value, entries_[e].tensor, *trace)) return false;
     state_tensors_[e] = py::reinterpret_borrow<py::object>(value);
   }
   parameter.state_version = version;
@@ -277,8 +284,9 @@ void GradientReader::take_gradients() {
   grad_objects_.resize(parameters_.size());
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     if (i + ahead < parameters_.size()) {
-      torch_->objects().prefetch(parameters_[i + ahead].param.trace);
-      torch_->objects().prefetch(parameters_[i + ahead].grad_trace);
+      const Trace* const traces = traces_of(i + ahead);
+      torch_->objects().prefetch_gradient_of(traces[0]);
+      torch_->objects().prefetch_object(traces[1]);
     }
     PyObject* const grad = get_grad(params_[i].ptr());
     if (grad == nullptr) throw py::error_already_set();
@@ -306,12 +314,10 @@ void GradientReader::take_parts() {
 
 // What the loop of `read` will look at: most of its time would be spent waiting for it.
 void GradientReader::prefetch(std::size_t index) const {
-  const Parameter& parameter = parameters_[index];
   if (!states_.empty()) __builtin_prefetch(states_[index]);
-  const TorchObjects& objects = torch_->objects();
-  objects.prefetch(parameter.param.trace);
-  objects.prefetch(parameter.grad_trace);
-  for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e) objects.prefetch(entries_[e].tensor.trace);
+  const Trace* trace = traces_of(index);
+  const Trace* const end = trace + 2 + parameters_[index].end_entry - parameters_[index].first_entry;
+  for (; trace < end; ++trace) torch_->objects().prefetch(*trace);
 }
 
 py::object GradientReader::read(const py::object& param_groups, const py::object& state) {
@@ -330,10 +336,10 @@ py::object GradientReader::read(const py::object& param_groups, const py::object
   for (std::size_t i = 0; i < parameters_.size(); ++i) {
     if (i + ahead < parameters_.size()) prefetch(i + ahead);
     if (!grad_objects_[i]) continue;
-    Parameter& parameter = parameters_[i];
-    if (!parameter.known || !part(i) || !same(part(i).ptr(), parameter.param)) return py::none();
-    if (has_state && !take_state(parameter, states_[i])) return py::none();
-    if (!grad_part(i) || !usable(grad_part(i).ptr(), parameter)) {
+    const Parameter& parameter = parameters_[i];
+    if (!parameter.known || !part(i) || !same(part(i).ptr(), expected_[i].param, traces_of(i)[0])) return py::none();
+    if (has_state && !take_state(i, states_[i])) return py::none();
+    if (!grad_part(i) || !usable(grad_part(i).ptr(), i)) {
       needs_copy.push_back(i);
       continue;
     }
@@ -353,7 +359,7 @@ py::object GradientReader::read(const py::object& param_groups, const py::object
       if (std::any_of(tensors->begin(), tensors->end(), is_any)) return py::none();
     for (std::size_t i = 0; i < parameters_.size(); ++i)
       if (grads_[i] != nullptr && is_any(grad_part(i))) {
-        parameters_[i].grad_trace = {};
+        traces_of(i)[1] = {};
         grads_[i] = nullptr;
         needs_copy.push_back(i);
       }
@@ -376,22 +382,20 @@ bool GradientReader::unchanged() {
   return is_unchanged && !negates;
 }
 
-void GradientReader::forget_traces() {
-  for (Parameter& parameter : parameters_) parameter.param.trace = parameter.grad_trace = {};
-  for (StateEntry& entry : entries_) entry.tensor.trace = {};
-}
+void GradientReader::forget_traces() { std::fill(traces_.begin(), traces_.end(), Trace{}); }
 
 bool GradientReader::all_as_read() {
   for (std::size_t i = 0; i < params_.size(); ++i) {
     if (!grad_objects_[i]) continue;
-    Parameter& parameter = parameters_[i];
+    const Parameter& parameter = parameters_[i];
+    Trace* const traces = traces_of(i);
     // A gradient that has been copied, or that the step is taken without, is not read.
     const bool is_read = grads_[i] != nullptr && grads_[i] == address_of(parameter);
-    if (!same(part(i).ptr(), parameter.param) ||
-        (is_read && grad_part(i) && !(usable(grad_part(i).ptr(), parameter) && grads_[i] == address_of(parameter))))
+    if (!same(part(i).ptr(), expected_[i].param, traces[0]) ||
+        (is_read && grad_part(i) && !(usable(grad_part(i).ptr(), i) && grads_[i] == address_of(parameter))))
       return false;
     for (std::size_t e = parameter.first_entry; e < parameter.end_entry && e < state_tensors_.size(); ++e)
-      if (!same(state_tensors_[e].ptr(), entries_[e].tensor)) return false;
+      if (!same(state_tensors_[e].ptr(), entries_[e].tensor, traces[2 + e - parameter.first_entry])) return false;
   }
   return true;
 }

@@ -56,18 +56,15 @@ class GradientReader {
       if (tensor && !torch_->objects().increment_version(trace)) by_torch(tensor);
     };
     for (std::size_t i = 0; i < params_.size(); ++i) {
-      if (i + versions_ahead < params_.size())
-        __builtin_prefetch(parameters_[i + versions_ahead].param.trace.version, 1);
+      if (i + versions_ahead < params_.size()) __builtin_prefetch(traces_of(i + versions_ahead)[0].version, 1);
       if (grads_[i] == nullptr) continue;
       const Parameter& parameter = parameters_[i];
-      count(parameter.param.trace, part(i));
+      const Trace* const traces = traces_of(i);
+      count(traces[0], part(i));
       // A DTensor has a version beside its part's.
       if (parameter.spec && !torch_->objects().increment_version(params_[i].ptr())) by_torch(params_[i]);
-      for (std::size_t k = parameter.first_entry; k + 1 < parameter.end_entry && k < state_tensors_.size(); ++k) {
-        if (k + versions_ahead < entries_.size())
-          __builtin_prefetch(entries_[k + versions_ahead].tensor.trace.version, 1);
-        count(entries_[k].tensor.trace, state_tensors_[k]);
-      }
+      for (std::size_t k = parameter.first_entry; k + 1 < parameter.end_entry && k < state_tensors_.size(); ++k)
+        count(traces[2 + k - parameter.first_entry], state_tensors_[k]);
     }
   }
   // The parameter at `index`, its gradient (or None), and the state entries named to `watch`, from `read` to `release`;
@@ -85,26 +82,27 @@ class GradientReader {
     int64_t dim, element_size, extent;  // bytes from the address to behind the last element
     int32_t dtype, device_type, device_index;
     std::size_t layout;  // index of its sizes, and then its strides, in layouts_
-    Trace trace;         // when it was last found to be as noted
   };
   struct StateEntry {
     py::object name;
     Noted tensor;
     Py_ssize_t position;  // in the parameter's state, where it was last time
-    PyObject* last;       // what was there; read only where the state has not changed since
   };
+  // What is read where a tensor is no longer as its trace has it.
+  struct Expected {
+    Noted param;
+    std::size_t grad_layout;  // index of sizes and strides
+    int64_t grad_element_size;
+    int32_t grad_dtype;
+  };
+  // What each step reads of a parameter, beside its traces: little, for it has to come from memory.
   struct Parameter {
+    py::object spec;         // null: it is no DTensor
+    void* grad_address;      // of the last gradient that could be read where it lies
+    uint64_t state_version;  // of its state when all entries were last found in it
+    std::size_t first_entry, end_entry;
     std::size_t group;
     bool known;
-    Noted param;
-    py::object spec;          // null: it is no DTensor
-    std::size_t grad_layout;  // index of sizes and strides
-    int32_t grad_dtype;
-    int64_t grad_element_size;
-    Trace grad_trace;    // of the last gradient that could be read where it lies
-    void* grad_address;  // its address
-    std::size_t first_entry, end_entry;
-    uint64_t state_version;  // of its state when all entries were last found in it
   };
 
   static void* address_of(const Parameter& parameter) {
@@ -115,6 +113,12 @@ class GradientReader {
   const py::object& grad_part(std::size_t index) const {
     return parameters_[index].spec ? grad_parts_[index] : grad_objects_[index];
   }
+  // When they were last found to be as noted: the parameter, the last gradient that could be read where it lies, and
+  // the state entries.
+  Trace* traces_of(std::size_t index) { return traces_.data() + 2 * index + parameters_[index].first_entry; }
+  const Trace* traces_of(std::size_t index) const {
+    return traces_.data() + 2 * index + parameters_[index].first_entry;
+  }
   void take_parts();
   Noted note(const py::object& tensor);
   // Puts what may be lazily negative, which torch's interface does not tell, on `unsure_`.
@@ -122,8 +126,8 @@ class GradientReader {
     if (!torch_->objects().shows_no_negation(tensor)) unsure_.push_back(tensor);
   }
   // Whether a tensor is as noted, and a gradient may be read where it lies: it is looked at where it has changed.
-  bool same(PyObject* object, Noted& noted);
-  bool usable(PyObject* grad, Parameter& parameter);
+  bool same(PyObject* object, const Noted& noted, Trace& trace);
+  bool usable(PyObject* grad, std::size_t index);
   bool all_as_read();
   // The next look at each tensor asks torch.
   void forget_traces();
@@ -131,7 +135,7 @@ class GradientReader {
   bool find_states(PyObject* state);
   static PyObject* find(PyObject* own, StateEntry& entry);
   static uint64_t version_of(PyObject* dict);
-  bool take_state(Parameter& parameter, PyObject* own);
+  bool take_state(std::size_t index, PyObject* own);
   void take_gradients();
   void prefetch(std::size_t index) const;
   PyObject* get_grad(PyObject* param);
@@ -143,6 +147,8 @@ class GradientReader {
   py::object plain_type_;
   unsigned int plain_version_ = 0;
   std::vector<Parameter> parameters_;
+  std::vector<Trace> traces_;  // in the order in which a step looks at the tensors
+  std::vector<Expected> expected_;
   std::vector<StateEntry> entries_;
   std::vector<int64_t> layouts_;
   std::vector<void*> grads_;

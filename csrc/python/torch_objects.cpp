@@ -172,7 +172,9 @@ Trace TorchObjects::trace(PyObject* tensor, int64_t dim) const {
   const char* const storage = word_at<const char*>(object, storage_at_);
   // torch.func leaves objects without one.
   if (storage == nullptr || word_at<const void*>(storage, 0) != storage_class_) return {};
-  return {hash(object), reinterpret_cast<const char*>(tensor), object, storage, version_of(object)};
+  // Behind its storage a tensor names what autograd keeps of it. If it did not, another line would be fetched ahead.
+  const auto* const autograd = word_at<const char*>(object, storage_at_ + sizeof(storage));
+  return {hash(object), reinterpret_cast<const char*>(tensor), object, storage, autograd, version_of(object)};
 }
 
 }  // namespace signadam

@@ -18,10 +18,13 @@ namespace py = pybind11;
 struct Trace {
   uint64_t hash = 0;  // 0: it must be asked again
   // Where its objects lay: what to fetch ahead of the next look. They may be gone by then, and are not read.
-  const char *object = nullptr, *tensor = nullptr, *storage = nullptr;
+  const char *object = nullptr, *tensor = nullptr, *storage = nullptr, *autograd = nullptr;
   // Its count of writes, for as long as `follows` says that it is as it was. Null where it has none (an inference
   // tensor), or torch must be asked.
   std::atomic<uint32_t>* version = nullptr;
+
+  // The Python object that it is of, if that still exists; null where it must be asked again.
+  PyObject* owner() const { return hash == 0 ? nullptr : reinterpret_cast<PyObject*>(const_cast<char*>(object)); }
 };
 
 class TorchObjects {
@@ -55,11 +58,21 @@ class TorchObjects {
   // Has the memory that `follows` will read on its way to the caches.
   void prefetch(const Trace& trace) const {
     __builtin_prefetch(trace.object);
-    __builtin_prefetch(trace.tensor);
-    __builtin_prefetch(trace.tensor + 64);
-    __builtin_prefetch(trace.tensor + 128);
+    for (std::size_t at = 0; at < tensor_bytes_ + storage_at_; at += line) __builtin_prefetch(trace.tensor + at);
     __builtin_prefetch(trace.storage + data_at_);
     __builtin_prefetch(trace.storage + size_at_);
+  }
+
+  // The same, of what torch reads to find its gradient, and then of that gradient.
+  void prefetch_gradient_of(const Trace& trace) const {
+    prefetch_object(trace);
+    __builtin_prefetch(trace.autograd);
+    __builtin_prefetch(trace.autograd + line);
+  }
+  void prefetch_object(const Trace& trace) const {
+    __builtin_prefetch(trace.object);
+    __builtin_prefetch(trace.tensor);
+    __builtin_prefetch(trace.tensor + line);
   }
 
   // Counts a write, of a tensor as it was when it had that trace. False where only torch's builtin can.
@@ -82,6 +95,8 @@ class TorchObjects {
   }
 
  private:
+  static constexpr std::size_t line = 64;  // of a cache
+
   template <class T>
   static T word_at(const char* object, std::size_t offset) {
     T word;
