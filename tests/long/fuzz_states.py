@@ -257,6 +257,7 @@ def main() -> int:
     parser.add_argument("--input", type=Path, help="load that input alone")
     parser.add_argument("--spell", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    warnings.simplefilter("ignore")
     if options.input:
         from state_inputs import Target
 
