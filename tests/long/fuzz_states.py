@@ -231,6 +231,7 @@ def write_results(folder: Path, log: dict[str, Any], results: Path) -> None:
     """The log, and the smallest corpus, as they are kept in the repository."""
     from reporting.machine import facts
 
+    made_by = facts()  # before the corpus is another
     kept = smallest(path.read_bytes() for path in (folder / "corpus").iterdir())
     with zipfile.ZipFile(CORPUS, "w", zipfile.ZIP_DEFLATED) as archive:
         for data in kept:
@@ -241,7 +242,7 @@ def write_results(folder: Path, log: dict[str, Any], results: Path) -> None:
         "inputs": sum(spell.get("inputs", 0) for spell in spells),
         "corpus": len(kept),
     }
-    found = json.dumps({**facts(), **whole, **log}, indent=1) + "\n"
+    found = json.dumps({**made_by, **whole, **log}, indent=1) + "\n"
     (results / "states.json").write_text(found)
 
 
@@ -257,6 +258,7 @@ def main() -> int:
     parser.add_argument("--input", type=Path, help="load that input alone")
     parser.add_argument("--spell", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    warnings.simplefilter("ignore")
     if options.input:
         from state_inputs import Target
 
