@@ -27,8 +27,8 @@ def is_current(device: torch.device) -> contextlib.AbstractContextManager[object
 
 
 def is_capturing() -> bool:
-    """Whether the current stream records a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    """Whether the current stream records a CUDA graph. To be asked where there is a CUDA device."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(devices: Iterable[torch.device]) -> None:

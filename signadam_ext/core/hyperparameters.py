@@ -207,7 +207,7 @@ def stays_on_device(name: str, value: Any) -> bool:
     """
     if isinstance(value, (tuple, list)):
         return any(stays_on_device(name, item) for item in value)
-    if not isinstance(value, Tensor) or value.device.type in ("cpu", "meta"):
+    if not isinstance(value, Tensor) or value.device.type in ("cpu", "meta") or name == "max_grad_norm":
         return False
     if value.numel() != 1 or not value.is_floating_point():
         raise ValueError(f"{name}={value!r}: a tensor {name} must hold one floating-point number")

@@ -124,7 +124,7 @@ def added_up(sums: Tensor, group: Sharers) -> Tensor:
 def _sums(entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:
     """The two sums of this rank's part, float64: of the gradient, or the entries that pass, and of squares."""
     g = flat(grad)
-    if scalars["coupled"] or scalars["maximize"]:
+    if scalars["coupled"] or scalars["gradient_scale"] != 1.0:
         residual = None if entry.residual is None else flat(entry.residual)
         p = formats.load_param(entry.param_storage, flat(entry.param), residual)
         g = rules.effective_gradient(scalars, p, g.float())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import hyperparameters
+from ..core import checks, hyperparameters
 from ..core.formats import outside_inference_mode
 from ..core.renamed import names_today, warn_user
 from ..core.rule import method_of
@@ -21,7 +21,7 @@ from ..state.archive import members_of, opened, read_entries, read_head, write_e
 from ..state.checkpoint import Layout, adopt, check, export, realized, written_entry
 from ..state.pickles import check_repeated
 from ..state.schema import fit
-from .groups import GroupedOptimizer, complete, label, layout_of, layouts_of
+from .groups import GroupedOptimizer, complete, label, layout_of, layouts_of, max_grad_norm_of
 
 #: Group entries that stay the constructor's when a checkpoint is loaded.
 CONSTRUCTORS = ("backend", "state_dtype", "param_storage")
@@ -191,6 +191,8 @@ def _checked_groups(
         groups.append(group)
         for i, (number, param) in enumerate(zip(saved["params"], own["params"], strict=True)):
             numbered.append((number, layout_of(optimizer, label(own, index, i), param, group)))
+    norm = "max_grad_norm"
+    max_grad_norm_of([{norm: checks.max_grad_norm(norm, group[norm])} for group in groups])  # or no step could be taken
     return groups, numbered
 
 
@@ -220,8 +222,10 @@ def _checked_group(
     with hyperparameters.of_group(index, "of the checkpoint"):
         if "beta" in group:  # which the first step would refuse
             hyperparameters.check_beta_names(type(optimizer), group, folded=True)
-        lr = hyperparameters.learning_rate(group["lr"], group, optimizer.defaults)
-        hyperparameters.checked(type(optimizer), {**group, "lr": max(lr, 0.0)})
+        lr, on_device = group["lr"], optimizer.runtime.hyperparameters.on_device
+        if not (on_device and hyperparameters.stays_on_device("lr", lr)):
+            lr = max(hyperparameters.learning_rate(lr, group, optimizer.defaults), 0.0)
+        hyperparameters.checked(type(optimizer), {**group, "lr": lr}, on_device)
     group["params"] = own["params"]
     return group
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,6 +33,21 @@ def label(group: Group, group_index: int, index: int) -> str:
     if isinstance(names, (list, tuple)) and index < len(names):  # parameters may have been appended without a name
         return f"parameter {names[index]!r}"
     return f"parameter {index} of group {group_index}"
+
+
+def max_grad_norm_of(groups: Sequence[Group]) -> float | None:
+    """The largest norm of all gradients.
+
+    Raises:
+        ValueError: groups do not agree on it.
+    """
+    norms = dict.fromkeys(group["max_grad_norm"] for group in groups)
+    if len(norms) > 1:
+        raise ValueError(
+            f"max_grad_norm is {' and '.join(map(str, norms))} in groups of one optimizer: must be the same in all, "
+            "since it bounds the norm of all gradients together"
+        )
+    return next(iter(norms), None)
 
 
 def has_one_beta(defaults: Mapping[str, Any]) -> bool:

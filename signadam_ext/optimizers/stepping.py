@@ -17,7 +17,7 @@ from ..engine.plan import Plan
 from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from . import ranks
-from .groups import GroupedOptimizer, label, layout_of
+from .groups import GroupedOptimizer, label, layout_of, max_grad_norm_of
 from .simulated import is_simulation, simulate
 
 #: Why a parameter by itself cannot be stepped.
@@ -139,20 +139,14 @@ def _conditions(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -
     """
     own = vars(optimizer)
     scale, found_inf = own.get("grad_scale"), own.get("found_inf")
-    norms = {group["max_grad_norm"] for group in groups}
-    if norms <= {None} and scale is None and found_inf is None:
+    max_norm = max_grad_norm_of(groups)
+    if max_norm is None and scale is None and found_inf is None:
         return None
-    if len(norms) > 1:
-        raise ValueError(
-            f"max_grad_norm is {' and '.join(map(str, norms))} in groups of one optimizer: must be the same in all, "
-            "since it bounds the norm of all gradients together"
-        )
     if scale is not None and any(rule_of(type(optimizer), group).reads_variance for group in groups):
         raise RuntimeError(
             "grad_scale with a rule that reads param.grad_variance: the variance would have to be scaled back as well; "
             "unscale the gradients before the step"
         )
-    (max_norm,) = norms or {None}
     return Conditions(max_norm, scale, found_inf)
 
 

@@ -293,8 +293,8 @@ def test_step_on_nvidia(nvidia: dict[AnyJob, Path], job: StepJob) -> None:
         assert registers <= 64
         return
     assert arithmetic == {"add.rn.f64", "mul.rn.f64"}
-    # Four blocks on a multiprocessor; as wide as the update reads, see test_ptx.
-    assert registers <= 64
+    # Four blocks on a multiprocessor, three on sm_80; as wide as the update reads, see test_ptx.
+    assert registers <= (80 if job.target == "sm_80" else 64)
     accesses_of_row = pieces(FORMATS[job.grad][1])
     assert accesses_of_row[0] == 16
     assert len(re.findall(r"\bld\.global\.cs\.v4\.b32\b", code)) >= len(accesses_of_row)

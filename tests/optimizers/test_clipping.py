@@ -186,6 +186,8 @@ def test_groups_have_one_norm() -> None:
     with pytest.raises(ValueError, match=r"max_grad_norm is .* in groups of one optimizer: must be the same in all"):
         optimizer.step()
     assert_equal(held(optimizer), before)
+    with pytest.raises(ValueError, match=r"max_grad_norm is 1.0 and 2.0 in groups of one optimizer"):
+        Lion([{"params": [first]}, {"params": others}]).load_state_dict(optimizer.state_dict())
     optimizer.param_groups[1]["max_grad_norm"] = 1.0
     optimizer.step()
     assert optimizer.last_grad_norm.item() == norm_of([first, *others])

@@ -290,7 +290,7 @@ UNLOADABLE = {
     "std dtype": (set_state("exp_avg_std", torch.zeros(())), "'exp_avg_std' .* 0-dim float64"),
     "steps": (set_state("step", "three"), "'step' of parameter 1 of group 0 is 'three'"),
     "negative steps": (set_state("step", torch.tensor(-1.0)), "'step' of parameter 1 of group 0 is -1.0"),
-    "betas": (set_hyperparameter("betas", (0.9, 0.999)), "betas=\\(0.9, 0.999\\): this rule has one"),
+    "betas": (set_hyperparameter("betas", (0.9, 0.999)), "betas=\\(0.9, 0.999\\): must be a tuple of 1"),
     "alpha": (set_hyperparameter("alpha", -1.0), "alpha=-1.0"),
     "confidence": (set_hyperparameter("confidence", "adaptiv"), "did you mean 'adaptive'"),
     "groups": (lambda state_dict: state_dict["param_groups"].pop(), "different number of parameter groups"),
