@@ -142,7 +142,7 @@ def begin(entries, operations, results, values, control, grads, out_grads, out_r
         tl.store(out_rng_keys + 2 * tensor, h0.to(tl.int32, bitcast=True))
         tl.store(out_rng_keys + 2 * tensor + 1, h1.to(tl.int32, bitcast=True))
         at = tl.arange(0, REGISTERS)
-        inside = (at >= VALUES) & (at < VALUES + width)
+        inside = (at >= VALUES) & (at < width + VALUES)
         row = values + tl.load(entry + ROW_AT) * width
         registers = tl.load(row + at - VALUES, mask=inside, other=0.0)
         registers = tl.where(at == T, t, tl.where(at == FACTOR, tl.load(control), registers))
