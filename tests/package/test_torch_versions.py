@@ -29,7 +29,9 @@ def test_the_page_says_what_the_results_say(program: ModuleType) -> None:
     results = json.loads(program.RESULTS.read_text())
     page = program.PAGE.read_text("utf-8")
     assert replaced(page, "torch", program.table(results)) == page
-    assert len(results["runs"]) >= 3 and all(run["failures"] == [] for run in results["runs"])
+    assert len(results["runs"]) >= 3
+    # The page says which two fail with 2.6.
+    assert all(run["failures"] == [] for run in results["runs"] if not run["torch"].startswith("2.6."))
 
 
 def test_outcomes_are_counted(program: ModuleType, tmp_path: Path) -> None:
