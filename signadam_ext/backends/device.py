@@ -41,8 +41,8 @@ def refuse_capture(devices: Iterable[torch.device]) -> None:
         if device.type != "cuda":
             continue
         with is_current(device):
-            is_capturing = torch.cuda.is_current_stream_capturing()
-        if is_capturing:
+            refused = is_capturing()
+        if refused:
             raise RuntimeError(
                 f"step() cannot be captured in a CUDA graph, as the current stream of {device} is: learning rate and "
                 "gradient addresses of this step would be baked in; make the optimizer with capturable=True and take "
