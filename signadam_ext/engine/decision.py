@@ -113,6 +113,6 @@ def _add_up(squares: list[float], shardings: Mapping[int, Sharding]) -> None:
         if sharding.is_split and sharding.mesh.get_coordinate() is not None:
             groups.setdefault(group_of(sharding), []).append(index)
     for group, indices in groups.items():
-        own = torch.tensor([squares[index] for index in indices], dtype=torch.float64)
+        own = torch.tensor([squares[index] for index in indices], dtype=torch.float64, device="cpu")
         for index, whole in zip(indices, added_up(own, group).tolist(), strict=True):
             squares[index] = whole

@@ -38,7 +38,9 @@ class DeviceBucket:
         device = bucket.device
         self._groups = sorted({entry.group for entry in bucket.entries})
         self._grads = _Upload(torch.zeros(len(bucket.entries), dtype=torch.int64, device=device))
-        self._numbers = to_device(torch.tensor([e.index for e in bucket.entries], dtype=torch.int32), device)
+        self._numbers = to_device(
+            torch.tensor([e.index for e in bucket.entries], dtype=torch.int32, device="cpu"), device
+        )
         # An entry lets its tensors go between steps; a plan holds as long as they stay where they are.
         self._steps = [0 if entry.step is None else entry.step.data_ptr() for entry in bucket.entries]
         self._formulas: Any = None
@@ -109,7 +111,7 @@ class DeviceBucket:
             seed = entry.seed - (1 << 64) if entry.seed >> 63 else entry.seed
             number = distinct.index(self._programs[row])
             entries.append([step, seed, entry.param_id, number, row])
-        self._entries = to_device(torch.tensor(entries, dtype=torch.int64), device)
+        self._entries = to_device(torch.tensor(entries, dtype=torch.int64, device="cpu"), device)
         self._guard = StreamGuarded(
             device,
             *(self._grads.target, self._numbers, self._values.target, self._entries, self._operations, self._results),
@@ -143,7 +145,7 @@ class DeviceSteps:
         devices = list(dict.fromkeys(bucket.device for bucket, _ in buckets))
         self._device = devices[0]
         self._totals = {device: torch.zeros(params, dtype=torch.float64, device=device) for device in devices}
-        self._controls = {device: torch.tensor([1.0, 0.0], dtype=torch.float64).to(device) for device in devices}
+        self._controls = {device: torch.tensor([1.0, 0.0], dtype=torch.float64, device=device) for device in devices}
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
         self.norm = torch.zeros((), dtype=torch.float64, device=self._device)
         # Those of one mesh, by where they lie.
@@ -190,7 +192,9 @@ class DeviceSteps:
         device = self._device
 
         def number(value: Any) -> Tensor:
-            given = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+            given = (
+                value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64, device="cpu")
+            )
             return given.detach().reshape(()).to(device, torch.float64, non_blocking=True)
 
         one = torch.ones((), dtype=torch.float64, device=device)

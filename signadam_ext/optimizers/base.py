@@ -201,13 +201,17 @@ class SignOptimizer(Optimizer):
         norm = self.runtime.last_grad_norm
         if norm is None:
             return None
-        return norm.clone() if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64)
+        return norm.clone() if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64, device="cpu")
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps were skipped since this optimizer was made, 0-dim int64: gradients were not finite."""
         there = self.runtime.skips_there
-        return torch.tensor(self.runtime.skipped_steps) if there is None else there + self.runtime.skipped_steps
+        return (
+            torch.tensor(self.runtime.skipped_steps, device="cpu")
+            if there is None
+            else there + self.runtime.skipped_steps
+        )
 
     def observe(self, enabled: bool = True) -> None:
         """Turns on, or off, what :meth:`statistics` needs: every step gathers it in the pass that updates.

@@ -164,6 +164,16 @@ def test_largest_gradients_have_a_norm() -> None:
     assert optimizer.last_grad_norm.item() == pytest.approx(largest * math.sqrt(20_000), rel=1e-12)
 
 
+def test_a_default_device_changes_nothing() -> None:
+    params = parameters()
+    optimizer = Signum(params, max_grad_norm=1.0)
+    give(params, 0)
+    with torch.device("meta"):
+        optimizer.step()
+        assert optimizer.last_grad_norm.item() == norm_of(params)
+        assert optimizer.skipped_steps.item() == 0
+
+
 def test_statistics_are_of_the_last_step_taken() -> None:
     params = parameters()
     optimizer = SignAdamPP(params, max_grad_norm=1.0)
