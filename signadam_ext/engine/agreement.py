@@ -30,12 +30,21 @@ Sharers: TypeAlias = tuple[Any, tuple[bool, ...]]
 
 def needs_agreement(rule: Rule, sharding: Sharding | None) -> bool:
     """Whether a rule's threshold follows a gradient that is not whole here."""
-    return (
-        sharding is not None
-        and sharding.is_split
-        and rule.threshold_pass != "NONE"
-        and sharding.mesh.get_coordinate() is not None  # a rank outside of the mesh has no part
-    )
+    return sharding is not None and rule.threshold_pass != "NONE" and is_part(sharding)
+
+
+def is_part(sharding: Sharding) -> bool:
+    """Whether this rank has a part of a parameter that is split; one outside of the mesh has none."""
+    return sharding.is_split and sharding.mesh.get_coordinate() is not None
+
+
+def sharers_of(shardings: Mapping[int, Sharding]) -> dict[Sharers, list[int]]:
+    """The numbers of parameters of which this rank has a part, by what those have in common."""
+    found: dict[Sharers, list[int]] = {}
+    for index, sharding in shardings.items():
+        if is_part(sharding):
+            found.setdefault(group_of(sharding), []).append(index)
+    return found
 
 
 def group_of(sharding: Sharding) -> Sharers:

@@ -19,7 +19,7 @@ from ..backends.reference.backend import ReferenceLaunch
 from ..core.memory_order import flat
 from ..core.native import compiled as _C
 from ..core.shards import Sharding
-from .agreement import Sharers, added_up, group_of
+from .agreement import added_up, sharers_of
 
 if TYPE_CHECKING:
     from .. import backends
@@ -108,11 +108,7 @@ def _squares(bucket: Bucket, launch: backends.Launch, grad: Callable[[int], Tens
 
 def _add_up(squares: list[float], shardings: Mapping[int, Sharding]) -> None:
     """Makes the sums of sharded gradients those over the whole ones; every rank comes here with the same parameters."""
-    groups: dict[Sharers, list[int]] = {}
-    for index, sharding in shardings.items():
-        if sharding.is_split and sharding.mesh.get_coordinate() is not None:
-            groups.setdefault(group_of(sharding), []).append(index)
-    for group, indices in groups.items():
+    for group, indices in sharers_of(shardings).items():
         own = torch.tensor([squares[index] for index in indices], dtype=torch.float64, device="cpu")
         for index, whole in zip(indices, added_up(own, group).tolist(), strict=True):
             squares[index] = whole

@@ -21,7 +21,7 @@ from ..backends.reference import rules
 from ..core.program import Program, pack_operations, program_of
 from ..core.rule import Group
 from ..core.shards import Sharding
-from .agreement import Sharers, added_up, group_of
+from .agreement import added_up, sharers_of
 from .decision import CLIP_EPS, Conditions
 
 
@@ -149,13 +149,9 @@ class DeviceSteps:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self._device)
         self.norm = torch.zeros((), dtype=torch.float64, device=self._device)
         # Those of one mesh, by where they lie.
-        self._shared: dict[Sharers, Tensor] = {}
-        groups: dict[Sharers, list[int]] = {}
-        for index, sharding in shardings.items():
-            if sharding.is_split and sharding.mesh.get_coordinate() is not None:
-                groups.setdefault(group_of(sharding), []).append(index)
-        for group, indices in groups.items():
-            self._shared[group] = torch.tensor(indices, device=self._device)
+        self._shared = {
+            group: torch.tensor(indices, device=self._device) for group, indices in sharers_of(shardings).items()
+        }
         self._guards = [
             StreamGuarded(device, self._totals[device], self._controls[device], self.skipped, self.norm)
             for device in devices
