@@ -84,6 +84,9 @@ class Bounded:
         certain = (np.abs(self.value) > self.error) | (self.error == 0)
         return Bounded(np.sign(self.value), np.where(certain, 0.0, 2.0))
 
+    def magnitude(self) -> Bounded:
+        return Bounded(np.abs(self.value), self.error)
+
 
 def gated_sign(g: Bounded, alpha: float) -> Bounded:
     """[SA] Sec. 4: the sign of those entries whose magnitude exceeds alpha. ``g`` and ``alpha`` are exact here."""
@@ -224,6 +227,54 @@ def lion(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bou
     return p - Bounded.scalar(h["lr"]) * u.sign()
 
 
+def adam_s(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Zhang, Wang and Chen, arXiv 2505.16363: v of the old momentum."""
+    b1, b2 = h["betas"]
+    m = state["exp_avg"]
+    v = Bounded.scalar(b2) * m * m + Bounded.scalar(1 - b2) * g * g
+    state["exp_avg"] = m = Bounded.scalar(b1) * m + Bounded.scalar(1 - b1) * g
+    return p - Bounded.scalar(h["lr"]) * m / (v.sqrt() + Bounded.scalar(h["eps"]))
+
+
+def bcos(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Jiang and Xiao, arXiv 2507.08963. The momentum begins as the first gradient."""
+    b = h["beta"]
+    m = g if t == 1 else state["exp_avg"]
+    if h["simple"]:
+        weight, rest = (0.0, 1.0) if t == 1 else (1 - (1 - b) ** 2, (1 - b) ** 2)
+        v = Bounded.scalar(weight) * m * m + Bounded.scalar(rest) * g * g
+    elif t == 1:
+        v = g * g
+    else:
+        # What is computed is a sum of squares, equal to what is printed.
+        printed = (
+            (3 * b**2 - 2 * b**3) * m.value**2 + (1 - b) ** 2 * g.value**2 + 2 * b * (1 - b) ** 2 * m.value * g.value
+        )
+        ahead = g + Bounded.scalar(b) * m
+        v = Bounded.scalar(b**2 * (2 - b**2)) * m * m + Bounded.scalar((1 - b) ** 2) * ahead * ahead
+        assert np.allclose(v.value, printed, rtol=1e-12, atol=0)
+    state["exp_avg"] = m = g if t == 1 else Bounded.scalar(b) * m + Bounded.scalar(1 - b) * g
+    return p - Bounded.scalar(h["lr"]) * m / (v.sqrt() + Bounded.scalar(h["eps"]))
+
+
+def lion_k(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Chen et al., arXiv 2310.05898, with three functions K."""
+    b1, b2 = h["betas"]
+    u = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    state["exp_avg"] = Bounded.scalar(b2) * state["exp_avg"] + Bounded.scalar(1 - b2) * g
+    size, bend = u.magnitude(), Bounded.scalar(h["epsilon"])
+    # No entry is so near the bend that fp32 might take it for one of the other side.
+    assert (np.abs(size.value - bend.value) > size.error + bend.error).all()
+    inside = size.value < bend.value
+    if h["kappa"] == "threshold":
+        slope = Bounded.exact(np.where(inside, 0.0, np.sign(u.value)))
+    elif h["kappa"] == "huber":
+        slope = (u / bend).where(inside, u.sign())
+    else:
+        slope = u / (bend + size)
+    return p - Bounded.scalar(h["lr"]) * slope
+
+
 @dataclass(frozen=True)
 class Row:
     """A rule under test: the class, the hyperparameters of its own, the formula."""
@@ -276,6 +327,13 @@ TABLE = [
     Row("adam", signadam_ext.Adam, {"betas": (0.9, 0.99), "eps": 1e-8}, adam),
     Row("adam_amsgrad", signadam_ext.AdamW, {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": True}, adam),
     Row("lion", signadam_ext.Lion, {"betas": (0.9, 0.99)}, lion),
+    Row("adam_s", signadam_ext.AdamS, {"betas": (0.9, 0.95), "eps": 1e-8}, adam_s),
+    Row("bcos", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": False}, bcos),
+    Row("bcos-simple", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": True}, bcos),
+    *(
+        Row(f"lion_{kappa}", signadam_ext.LionK, {"betas": (0.9, 0.99), "kappa": kappa, "epsilon": 0.125}, lion_k)
+        for kappa in ("threshold", "huber", "softsign")
+    ),
 ]
 
 #: One of each kind: what others have in state and hyperparameters, one of these has as well.

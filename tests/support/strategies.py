@@ -101,6 +101,7 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
         "beta": unit,
         "betas": st.tuples(unit, unit),
         "eps": st.sampled_from((1e-8, 1e-3, 0.0)),
+        "epsilon": st.sampled_from((0.0, 1e-3, 0.25)) | st.floats(0, 2),
         "confidence_beta": unit,
         "bias_correct_variance": st.booleans(),
     }
