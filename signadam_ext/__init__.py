@@ -2,8 +2,9 @@
 
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
-:class:`Lion`; of one moment, :class:`AdamS`, :class:`BCOS`, :class:`LionK`; as functions over lists of tensors they are
-in :mod:`signadam_ext.functional`.
+:class:`Lion`; of one moment, :class:`AdamS`, :class:`BCOS`, :class:`LionK`, :class:`MARSLion`; of two, :class:`Ano`,
+:class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`; as functions over lists of tensors they are in
+:mod:`signadam_ext.functional`.
 :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
 :func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
 ``python -m signadam_ext`` tells what was built and what is usable.
@@ -17,11 +18,16 @@ from .optimizers import (
     MSVAG,
     SVAG,
     Adam,
+    AdaMomentum,
     AdamS,
     AdamStar,
     AdamW,
+    Ano,
+    Anolog,
+    Grams,
     Lion,
     LionK,
+    MARSLion,
     SignAdam,
     SignAdamPP,
     SignSGD,
@@ -37,13 +43,18 @@ __all__ = [
     "MSGD",
     "MSVAG",
     "SVAG",
+    "AdaMomentum",
     "Adam",
     "AdamS",
     "AdamStar",
     "AdamW",
+    "Ano",
+    "Anolog",
     "GradientRelease",
+    "Grams",
     "Lion",
     "LionK",
+    "MARSLion",
     "Offload",
     "SignAdam",
     "SignAdamPP",

@@ -5,12 +5,17 @@ handed in and out: :class:`FunctionalOptimizer`.
 """
 
 from .optimizers import (
+    ada_momentum,
     adam,
     adam_s,
     adam_star,
+    ano,
+    anolog,
     bcos,
+    grams,
     lion,
     lion_k,
+    mars_lion,
     msgd,
     msvag,
     sign_adam,
@@ -23,12 +28,17 @@ from .optimizers.out_of_place import FunctionalOptimizer
 
 __all__ = [
     "FunctionalOptimizer",
+    "ada_momentum",
     "adam",
     "adam_s",
     "adam_star",
+    "ano",
+    "anolog",
     "bcos",
+    "grams",
     "lion",
     "lion_k",
+    "mars_lion",
     "msgd",
     "msvag",
     "sign_adam",

@@ -352,6 +352,47 @@ struct LionSoftsign : Traits {
   }
 };
 
+// Ano: the direction is the momentum's, the size the gradient's. v falls where g^2 is smaller, as Yogi's, and decays
+// beside. lr comes times sqrt(1 - beta2^t), eps times 1 - beta2^t: the bias correction of v.
+struct Ano : Traits {
+  static constexpr const char* name = "ano";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const F square = g * g;
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + GatedStep<F>::of(s.one_minus_beta2, square - v, 0.0f) * square;
+    p = p - s.lr * magnitude(g) / square_root(v + s.eps) * sign(m);
+  }
+};
+
+// Grams: the direction is the gradient's, the size Adam's. lr comes times sqrt(1 - beta2^t) / (1 - beta1^t).
+struct Grams : Traits {
+  static constexpr const char* name = "grams";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    p = p - s.lr * magnitude(m) / (square_root(v) + s.eps) * sign(g);
+  }
+};
+
+// AdaMomentum: v is of the momentum, and eps is added to it at every step. lr comes as Grams has it.
+struct AdaMomentum : Traits {
+  static constexpr const char* name = "ada_momentum";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * m * m + s.eps;
+    p = p - s.lr * m / square_root(v);
+  }
+};
+
 // The list that backends instantiate. The order numbers the rules across the binding.
 #define SIGNADAM_RULES(X) \
   X(SignSGD)              \
@@ -373,7 +414,10 @@ struct LionSoftsign : Traits {
   X(BCOS)                 \
   X(LionThreshold)        \
   X(LionHuber)            \
-  X(LionSoftsign)
+  X(LionSoftsign)         \
+  X(Ano)                  \
+  X(Grams)                \
+  X(AdaMomentum)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,

@@ -1,8 +1,9 @@
-"""AdamS, BCOS and Lion-K: the size of their steps, the identities between them, and what is not finite."""
+"""AdamS, BCOS and what is made of Lion: the size of steps, identities between rules, and what is not finite."""
 
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from signadam_ext import BCOS, AdamS, Lion, LionK
+from signadam_ext import BCOS, AdamS, Lion, LionK, MARSLion, SignSGD, Signum
 from signadam_ext.functional import adam_s
 
 INF, NAN = math.inf, math.nan
@@ -136,6 +137,63 @@ def test_slopes() -> None:
         assert np.allclose(p, -torch.tensor(slope, dtype=torch.float64), rtol=2 * 2.0**-24, atol=0), kappa
 
 
+def test_mars_lion_is_lion() -> None:
+    """MARS's momentum is Lion's blend, in float64; and so the parameters are those of MARS's own equations."""
+    grads = gradients(500, 40)
+    for beta, gamma in ((0.95, 0.025), (0.99, 1 / 11), (0.9, 1.0), (0.0, 0.5)):
+        lion = mars = last = np.zeros(500)
+        p = np.zeros(500)
+        for g in (grad.double().numpy() for grad in grads):
+            u = beta * (1 - gamma) * lion + (1 - beta * (1 - gamma)) * g
+            lion = beta * lion + (1 - beta) * g
+            mars = beta * mars + (1 - beta) * (g + gamma * beta / (1 - beta) * (g - last))
+            last = g
+            assert np.allclose(mars, u, rtol=0, atol=1e-13)
+            assert np.abs(mars).min() > 1e-6  # so that fp32 sees its sign
+            p -= 0.25 * np.sign(mars)
+        assert np.array_equal(parameter_of(trained(MARSLion, grads, lr=0.25, beta=beta, gamma=gamma)).numpy(), p)
+
+
+def test_mars_lion_without_correction_is_signum() -> None:
+    grads = gradients(300, 10)
+    a = trained(MARSLion, grads, lr=0.01, beta=0.95, gamma=0.0)
+    b = trained(Signum, grads, lr=0.01, beta=0.95)
+    assert torch.equal(parameter_of(a), parameter_of(b))
+
+
+def test_signum_looks_ahead() -> None:
+    """As NVIDIA's code has it, with bias correction; without momentum it is the sign of the gradient."""
+    grads = gradients(500, 40)
+    for beta in (0.9, 0.99):
+        m, p, plain = np.zeros(500), np.zeros(500), np.zeros(500)
+        for t, g in enumerate((grad.double().numpy() for grad in grads), start=1):
+            m = beta * m + (1 - beta) * g
+            u = beta * m / (1 - beta ** (t + 1)) + (1 - beta) * g / (1 - beta**t)
+            assert min(np.abs(u).min(), np.abs(m).min()) > 1e-6
+            p, plain = p - 0.25 * np.sign(u), plain - 0.25 * np.sign(m)
+        found = parameter_of(trained(Signum, grads, lr=0.25, beta=beta, nesterov=True))
+        assert np.array_equal(found.numpy(), p) and not np.array_equal(p, plain)
+        assert np.array_equal(parameter_of(trained(Signum, grads, lr=0.25, beta=beta)).numpy(), plain)
+    without = parameter_of(trained(Signum, grads, lr=0.25, beta=0.0, nesterov=True))
+    assert torch.equal(without, parameter_of(trained(SignSGD, grads, lr=0.25)))
+
+
+def test_signum_takes_checkpoints_and_pickles_from_before_it_looked_ahead() -> None:
+    (g,) = gradients(5, 1)
+    old, new = trained(Signum, [g]), trained(Signum, [g])
+    saved = old.state_dict()
+    del saved["param_groups"][0]["nesterov"]
+    new.load_state_dict(saved)
+    assert new.param_groups[0]["nesterov"] is False
+    kept = old.__getstate__()
+    for hyperparameters in (kept["defaults"], *kept["param_groups"]):
+        del hyperparameters["nesterov"]
+    again = pickle.loads(pickle.dumps(old))
+    assert again.param_groups[0]["nesterov"] is False
+    parameter_of(again).grad = g
+    again.step()
+
+
 def test_not_finite() -> None:
     """A NaN stays in m; it reaches the parameter where the rule divides by what it is in."""
     g = torch.tensor([NAN, INF, 1.0])
@@ -159,6 +217,8 @@ def test_not_finite() -> None:
         (BCOS, {"betas": (0.9, 0.95)}, "this rule has one"),
         (BCOS, {"simple": 1}, "simple"),
         (BCOS, {"eps": -1.0}, "eps"),
+        (MARSLion, {"gamma": 1.5}, r"gamma=1.5: must be in \[0, 1\]"),
+        (Signum, {"nesterov": 1}, "nesterov"),
         (AdamS, {"betas": (0.9, 1.0)}, r"betas\[1\]"),
         (AdamS, {"state_dtype": "int4"}, "this momentum has no bound"),
     ],

@@ -213,6 +213,28 @@ def lion_softsign(
     return p - zero_where_zero(denominator, s["lr"] * (u / denominator)), moments
 
 
+def ano(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    square = g * g
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * sign(square - v) * square
+    return p - s["lr"] * g.abs() / square_root(v + s["eps"]) * sign(m), (m, v)
+
+
+def grams(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    return p - s["lr"] * m.abs() / (square_root(v) + s["eps"]) * sign(g), (m, v)
+
+
+def ada_momentum(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * m * m + s["eps"]
+    return p - s["lr"] * m / square_root(v), (m, v)
+
+
 def as_fp32(value: float, device: torch.device) -> Tensor:
     """A scalar as it meets tensors: 0-dim fp32, rounded as IEEE has it, to infinity beyond the largest number."""
     # torch.full raises where its dtype does not reach. Rounded on the host: not every device has doubles.
