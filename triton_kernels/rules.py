@@ -276,3 +276,71 @@ def lion(s, alpha, p, g, m, v, x):
     p = p - scalar(s, LR) * sign(u)
     m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
     return p, m, v, x
+
+
+@triton.jit
+def adam_s(s, alpha, p, g, m, v, x):
+    square = scalar(s, BETA2) * m * m + scalar(s, ONE_MINUS_BETA2) * g * g
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(square) + scalar(s, EPS))
+    return p, m, v, x
+
+
+@triton.jit
+def bcos(s, alpha, p, g, m, v, x):
+    ahead = g + scalar(s, BETA1) * m
+    square = scalar(s, BETA2) * m * m + scalar(s, ONE_MINUS_BETA2) * ahead * ahead
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(square) + scalar(s, EPS))
+    return p, m, v, x
+
+
+@triton.jit
+def lion_threshold(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - scalar(s, LR) * gated_sign(u, scalar(s, EPS))
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def lion_huber(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    eps = scalar(s, EPS)
+    p = p - scalar(s, LR) * tl.where(tl.abs(u) < eps, divided(u, eps), sign(u))
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def lion_softsign(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    denominator = scalar(s, EPS) + tl.abs(u)
+    p = p - zero_where_zero(denominator, scalar(s, LR) * tl.div_rn(u, denominator))
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def ano(s, alpha, p, g, m, v, x):
+    square = g * g
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * sign(square - v) * square
+    p = p - tl.div_rn(scalar(s, LR) * tl.abs(g), tl.sqrt_rn(v + scalar(s, EPS))) * sign(m)
+    return p, m, v, x
+
+
+@triton.jit
+def grams(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p = p - tl.div_rn(scalar(s, LR) * tl.abs(m), tl.sqrt_rn(v) + scalar(s, EPS)) * sign(g)
+    return p, m, v, x
+
+
+@triton.jit
+def ada_momentum(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * m * m + scalar(s, EPS)
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(v))
+    return p, m, v, x

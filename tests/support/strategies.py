@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from support.paper_formulas import TABLE, Row
 from torch import Tensor
 
+import signadam_ext
 from signadam_ext.core.formats import PARAM_STORAGES
 from signadam_ext.core.rule import rule_of
 
@@ -97,11 +98,16 @@ def tensor_cases(draw: st.DrawFn, groups: int, large: bool) -> TensorCase:
 def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     """Overrides of a group, of the rule's own hyperparameters and the common ones."""
     unit = st.sampled_from((0.0, 0.5, 0.9, 0.99, 0.999)) | st.floats(0, 0.999)
+    large = st.sampled_from((0.5, 0.9, 0.99, 0.999)) | st.floats(0.5, 0.999)
     own = {
         "alpha": st.sampled_from((0.0, 0.25, 0.5, 5e-4)) | st.floats(0, 2),
         "beta": unit,
-        "betas": st.tuples(unit, unit),
+        "betas": st.tuples(unit, large if row.optimizer is signadam_ext.Ano else unit),
+        "beta2": large,
+        "gamma": st.sampled_from((0.0, 0.025, 1.0)) | st.floats(0, 1),
+        "nesterov": st.booleans(),
         "eps": st.sampled_from((1e-8, 1e-3, 0.0)),
+        "epsilon": st.sampled_from((0.0, 1e-3, 0.25)) | st.floats(0, 2),
         "confidence_beta": unit,
         "bias_correct_variance": st.booleans(),
     }

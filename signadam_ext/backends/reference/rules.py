@@ -172,6 +172,70 @@ def lion(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Mom
     return p - s["lr"] * sign(u), (s["beta2"] * m + s["one_minus_beta2"] * g,)
 
 
+def adam_s(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    (m,) = moments
+    square = s["beta2"] * m * m + s["one_minus_beta2"] * g * g
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    return p - s["lr"] * m / (square_root(square) + s["eps"]), (m,)
+
+
+def bcos(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    (m,) = moments
+    ahead = g + s["beta1"] * m
+    square = s["beta2"] * m * m + s["one_minus_beta2"] * ahead * ahead
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    return p - s["lr"] * m / (square_root(square) + s["eps"]), (m,)
+
+
+def lion_k(s: dict[str, Tensor], g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    """The blend of momentum and gradient of which the step is made, and the momentum afterwards."""
+    (m,) = moments
+    u = s["beta1"] * m + s["one_minus_beta1"] * g
+    return u, (s["beta2"] * m + s["one_minus_beta2"] * g,)
+
+
+def lion_threshold(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    u, moments = lion_k(s, g, moments)
+    return p - s["lr"] * gated_sign(u, s["eps"]), moments
+
+
+def lion_huber(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    u, moments = lion_k(s, g, moments)
+    return p - s["lr"] * torch.where(u.abs() < s["eps"], u / s["eps"], sign(u)), moments
+
+
+def lion_softsign(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    u, moments = lion_k(s, g, moments)
+    denominator = s["eps"] + u.abs()
+    return p - zero_where_zero(denominator, s["lr"] * (u / denominator)), moments
+
+
+def ano(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    square = g * g
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * sign(square - v) * square
+    return p - s["lr"] * g.abs() / square_root(v + s["eps"]) * sign(m), (m, v)
+
+
+def grams(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    return p - s["lr"] * m.abs() / (square_root(v) + s["eps"]) * sign(g), (m, v)
+
+
+def ada_momentum(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * m * m + s["eps"]
+    return p - s["lr"] * m / square_root(v), (m, v)
+
+
 def as_fp32(value: float, device: torch.device) -> Tensor:
     """A scalar as it meets tensors: 0-dim fp32, rounded as IEEE has it, to infinity beyond the largest number."""
     # torch.full raises where its dtype does not reach. Rounded on the host: not every device has doubles.
