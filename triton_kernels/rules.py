@@ -17,6 +17,8 @@ WEIGHT_DECAY = tl.constexpr(SCALARS.index("weight_decay"))
 DECAY = tl.constexpr(SCALARS.index("decay"))
 COUPLED = tl.constexpr(SCALARS.index("coupled"))
 CAUTIOUS_DECAY = tl.constexpr(SCALARS.index("cautious_decay"))
+CAUTION = tl.constexpr(SCALARS.index("caution"))
+SCALES = tl.constexpr(SCALARS.index("scales"))
 GRADIENT_SCALE = tl.constexpr(SCALARS.index("gradient_scale"))
 ALPHA = tl.constexpr(SCALARS.index("alpha"))
 BETA1 = tl.constexpr(SCALARS.index("beta1"))
@@ -120,6 +122,24 @@ def apply(s, alpha, p, g, m, v, x, RULE: tl.constexpr):
     else:
         p, m, v, x = RULE(s, alpha, p * scalar(s, DECAY), g, m, v, x)
     return p, m, v, x
+
+
+@triton.jit
+def agreement(step, g):
+    """Whether a step goes against the gradient, as it should."""
+    return (times_sign_of(step, g) < 0.0) & (g != 0.0)
+
+
+@triton.jit
+def apply_scaled(s, scale, p, step, g, CAUTIOUS: tl.constexpr):
+    """Decoupled decay and a rule's step, multiplied by ``scale``, and if CAUTIOUS only where it goes against ``g``."""
+    if CAUTIOUS:
+        step = tl.where((times_sign_of(step, g) >= 0.0) | (g == 0.0), 0.0, step)
+    step = step * scale
+    decayed = p * scalar(s, DECAY)
+    if scalar(s, CAUTIOUS_DECAY) != 0.0:
+        decayed = tl.where(times_sign_of(step, p) <= 0.0, decayed, p)
+    return decayed + step
 
 
 @triton.jit

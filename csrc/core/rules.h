@@ -455,7 +455,27 @@ SIGNADAM_HD void apply_cautiously(const Scalars& s, float alpha, F& p, F g, F& m
   p = (times_sign_of(step, p) <= 0.0f ? p * s.decay : p) + step;
 }
 
-// Both; which of them is the same for all elements of a tensor.
+// Whether a step goes against the gradient, as it should: 1 or 0.
+template <class F>
+SIGNADAM_HD F agreement(F step, F g) {
+  return (times_sign_of(step, g) < 0.0f) & (g != 0.0f) ? F{} + 1.0f : F{};
+}
+
+// The same with the step multiplied by a number of the tensor's, `scale`, and with caution [CO] only where it goes
+// against the gradient. NaN stays NaN. Returns the step before that.
+template <class Rule, class F>
+SIGNADAM_HD F apply_scaled(const Scalars& s, float scale, F& p, F g, F& m, F& v, F& x) {
+  F step{};
+  Rule::update(s, s.alpha, step, g, m, v, x);
+  const F whole = step;
+  if (s.caution) step = (times_sign_of(step, g) >= 0.0f) | (g == 0.0f) ? F{} : step;
+  step = step * scale;
+  const F decayed = p * s.decay;
+  p = (!s.cautious_decay ? decayed : times_sign_of(step, p) <= 0.0f ? decayed : p) + step;
+  return whole;
+}
+
+// The first or the second, which is the same for all elements of a tensor.
 template <class Rule, class F>
 SIGNADAM_HD void apply_effective(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
   if (s.cautious_decay)

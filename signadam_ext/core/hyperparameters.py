@@ -95,6 +95,7 @@ COMMON: Checks = {
     "weight_decay_kind": Optional(Choice(modifiers.WEIGHT_DECAY_KINDS)),
     "weight_decay_scale": Choice(tuple(modifiers.WEIGHT_DECAY_SCALES)),
     "lr_scale": modifiers.lr_scale,
+    "caution": Optional(Choice(modifiers.CAUTIONS)),
     "base_lr": LEARNING_RATE,
     "largest_lr": LEARNING_RATE,
     "maximize": FLAG,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import signadam_ext
 from signadam_ext.core.formats import PARAM_STORAGES
+from signadam_ext.core.rule import rule_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Sizes around every border of the kernels: vectors, pieces, rows, chunks, units of threads.
@@ -115,7 +116,6 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
         "weight_decay": st.sampled_from((0.0, 0.0, 0.1)) | st.floats(0, 1),
         "decoupled_weight_decay": st.booleans(),
         "weight_decay_kind": st.sampled_from((None, "coupled", "cautious", "cautious")),
-        "lr_scale": st.sampled_from((None, None, "shape")),
         "maximize": st.booleans(),
     }
     mine = {name: strategy for name, strategy in own.items() if name in row.hyperparameters}
@@ -125,7 +125,19 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     }
     if row.state_dtypes:
         storage["state_dtype"] = st.sampled_from(row.state_dtypes)
-    return st.fixed_dictionaries({}, optional={**common, **mine, **storage})
+    group = st.fixed_dictionaries({}, optional={**common, **mine, **storage})
+    return st.builds(lambda group, scale: {**group, **scale}, group, st.sampled_from(scales(row)))
+
+
+def scales(row: Row) -> list[dict[str, Any]]:
+    """What may multiply the steps of a rule; half of the time nothing does."""
+    optimizer = row.optimizer([torch.nn.Parameter(torch.zeros(1))], **row.hyperparameters)
+    rule = rule_of(row.optimizer, optimizer.param_groups[0])
+    found = [{"lr_scale": "shape"}]
+    if rule.threshold_pass == "NONE" and rule.confidence is None and not rule.reads_param:
+        found.append({"lr_scale": "rms"})
+        found += [] if rule.follows_gradient else [{"caution": "exact"}, {"caution": "delayed"}]
+    return [{}] * len(found) + found
 
 
 @st.composite
