@@ -321,12 +321,17 @@ def ada_momentum(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A rule under test: the class, the hyperparameters of its own, the formula."""
+    """A rule under test: the class, the hyperparameters of its own, the formula.
+
+    Attributes:
+        like: the row whose kernels serve it, with other scalars: what tests of kernels alone leave out.
+    """
 
     id: str
     optimizer: type
     hyperparameters: dict[str, Any]
     formula: Formula
+    like: str = ""
 
     @property
     def state_dtypes(self) -> tuple[str, ...]:
@@ -350,7 +355,7 @@ TABLE = [
     Row("sign_sgd", signadam_ext.SignSGD, {"alpha": 0.0}, sign_sgd),
     Row("sign_sgd-gated", signadam_ext.SignSGD, {"alpha": 0.25}, sign_sgd),
     Row("signum", signadam_ext.Signum, {"beta": 0.9}, signum),
-    Row("signum-nesterov", signadam_ext.Signum, {"beta": 0.9, "nesterov": True}, signum_nesterov),
+    Row("signum-nesterov", signadam_ext.Signum, {"beta": 0.9, "nesterov": True}, signum_nesterov, like="lion"),
     Row("sign_adam", signadam_ext.SignAdam, {"betas": (0.9, 0.99), "eps": 1e-8}, sign_adam),
     Row(
         "sign_adam_analytic",
@@ -374,14 +379,14 @@ TABLE = [
     Row("lion", signadam_ext.Lion, {"betas": (0.9, 0.99)}, lion),
     Row("adam_s", signadam_ext.AdamS, {"betas": (0.9, 0.95), "eps": 1e-8}, adam_s),
     Row("bcos", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": False}, bcos),
-    Row("bcos-simple", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": True}, bcos),
+    Row("bcos-simple", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": True}, bcos, like="adam_s"),
     *(
         Row(f"lion_{kappa}", signadam_ext.LionK, {"betas": (0.9, 0.99), "kappa": kappa, "epsilon": 0.125}, lion_k)
         for kappa in ("threshold", "huber", "softsign")
     ),
-    Row("mars_lion", signadam_ext.MARSLion, {"beta": 0.95, "gamma": 0.025}, mars_lion),
+    Row("mars_lion", signadam_ext.MARSLion, {"beta": 0.95, "gamma": 0.025}, mars_lion, like="lion"),
     Row("ano", signadam_ext.Ano, {"betas": (0.92, 0.99), "eps": 1e-8}, ano),
-    Row("anolog", signadam_ext.Anolog, {"beta2": 0.99, "eps": 1e-8}, ano),
+    Row("anolog", signadam_ext.Anolog, {"beta2": 0.99, "eps": 1e-8}, ano, like="ano"),
     Row("grams", signadam_ext.Grams, {"betas": (0.9, 0.99), "eps": 1e-6}, grams),
     Row("ada_momentum", signadam_ext.AdaMomentum, {"betas": (0.9, 0.99), "eps": 1e-8}, ada_momentum),
 ]
