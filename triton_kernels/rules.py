@@ -27,6 +27,7 @@ DENOMINATOR = tl.constexpr(SCALARS.index("denominator"))
 BIAS_CORRECTION = tl.constexpr(SCALARS.index("bias_correction"))
 RHO = tl.constexpr(SCALARS.index("rho"))
 ONE_MINUS_RHO = tl.constexpr(SCALARS.index("one_minus_rho"))
+UPPER = tl.constexpr(SCALARS.index("upper"))
 CONFIDENCE_BETA = tl.constexpr(SCALARS.index("confidence_beta"))
 ONE_MINUS_CONFIDENCE_BETA = tl.constexpr(SCALARS.index("one_minus_confidence_beta"))
 STEERS = tl.constexpr(SCALARS.index("steers"))
@@ -235,4 +236,14 @@ def lion(s, alpha, p, g, m, v, x):
     u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
     p = p - scalar(s, LR) * sign(u)
     m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def laprop(s, alpha, p, g, m, v, x):
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    normalized = tl.div_rn(g, tl.sqrt_rn(v) + scalar(s, EPS))
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * normalized
+    p = p - scalar(s, LR) * m
+    m = tl.where((m <= scalar(s, UPPER)) & (m >= -scalar(s, UPPER)), m, 0.0)
     return p, m, v, x

@@ -2,7 +2,8 @@
 // `reads_variance`, the variance of the gradient. F is float, or a vector of floats with the operators that compilers
 // define for them.
 //
-// Where |m| <= 1 (`bounded`), m may come as L * m, with lr / L and (1 - beta1) * L for lr and 1 - beta1.
+// Where |m| has a bound B (`bounded`), m may come as m * L / B, with lr * B / L and (1 - beta1) * L / B for lr and
+// 1 - beta1.
 //
 // The rules know nothing of lists, types or threads. Host compiler and nvcc build the same text without
 // contraction, so each operation rounds once, in the order written: that is what makes backends equal bit for bit.
@@ -75,10 +76,15 @@ SIGNADAM_HD F zero_where_zero(F denominator, F x) {
 // What a rule is unless it says otherwise.
 struct Traits {
   static constexpr int moments = 1;
-  static constexpr bool bounded = false;         // |m| <= 1
+  static constexpr bool bounded = false;         // |m| has a bound, so that m may be codes without a scale
+  static constexpr bool bound_by_group = false;  // and there are groups in which it has none
   static constexpr bool divides = false;         // by an element
   static constexpr bool reads_variance = false;  // of the gradient, given from outside
 };
+
+// Whether m may be codes in blocks.
+template <class Rule>
+constexpr bool has_blocks = Rule::moments > 0 && (!Rule::bounded || Rule::bound_by_group);
 
 template <class Rule>
 constexpr bool has_third = Rule::moments > 2 || Rule::reads_variance;
@@ -289,6 +295,24 @@ struct Lion : Traits {
   }
 };
 
+// LaProp [LP, Alg. 1]: the normalized gradient is averaged. Of sqrt(v / (1 - beta2^t)) + eps the scalar factor has gone
+// into `one_minus_beta1` and `eps`; lr comes divided by 1 - beta1^t. Codes have no NaN: p and v keep one. What lies
+// beyond `upper` is none either, of a v that no step has made.
+struct LaProp : Traits {
+  static constexpr const char* name = "laprop";
+  static constexpr int moments = 2;
+  static constexpr bool bounded = true;
+  static constexpr bool bound_by_group = true;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    m = s.beta1 * m + s.one_minus_beta1 * (g / (square_root(v) + s.eps));
+    p = p - s.lr * m;
+    m = (m <= s.upper) & (m >= -s.upper) ? m : F{};
+  }
+};
+
 // The list that backends instantiate. The order numbers the rules across the binding.
 #define SIGNADAM_RULES(X) \
   X(SignSGD)              \
@@ -305,7 +329,8 @@ struct Lion : Traits {
   X(AdamStarMinibatch)    \
   X(Adam)                 \
   X(AdamAMSGrad)          \
-  X(Lion)
+  X(Lion)                 \
+  X(LaProp)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,

@@ -1,6 +1,7 @@
 """One module per rule or family: its scalars, its classes, their functional forms."""
 
 from .adam import Adam, AdamW, adam
+from .laprop import LaProp, laprop
 from .lion import Lion, lion
 from .msgd import MSGD, msgd
 from .sign_adam import SignAdam, sign_adam
@@ -16,6 +17,7 @@ __all__ = [
     "Adam",
     "AdamStar",
     "AdamW",
+    "LaProp",
     "Lion",
     "SignAdam",
     "SignAdamPP",
@@ -23,6 +25,7 @@ __all__ = [
     "Signum",
     "adam",
     "adam_star",
+    "laprop",
     "lion",
     "msgd",
     "msvag",

@@ -224,6 +224,15 @@ def lion(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bou
     return p - Bounded.scalar(h["lr"]) * u.sign()
 
 
+def laprop(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[LP] Alg. 1."""
+    b1, b2 = h["betas"]
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * g * g
+    normalized = g / ((v / Bounded.scalar(1 - b2**t)).sqrt() + Bounded.scalar(h["eps"]))
+    state["exp_avg"] = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * normalized
+    return p - Bounded.scalar(h["lr"] / (1 - b1**t)) * state["exp_avg"]
+
+
 @dataclass(frozen=True)
 class Row:
     """A rule under test: the class, the hyperparameters of its own, the formula."""
@@ -240,7 +249,9 @@ class Row:
             return ()
         if self.hyperparameters.get("amsgrad"):
             return ("fp32", "bf16")
-        bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP)
+        bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP) or (
+            self.optimizer is signadam_ext.LaProp and self.hyperparameters["betas"][1] <= 0.95
+        )
         return tuple(BOUNDED if bounded else UNBOUNDED)
 
     @property
@@ -276,6 +287,8 @@ TABLE = [
     Row("adam", signadam_ext.Adam, {"betas": (0.9, 0.99), "eps": 1e-8}, adam),
     Row("adam_amsgrad", signadam_ext.AdamW, {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": True}, adam),
     Row("lion", signadam_ext.Lion, {"betas": (0.9, 0.99)}, lion),
+    Row("laprop", signadam_ext.LaProp, {"betas": (0.9, 0.999), "eps": 1e-8}, laprop),
+    Row("laprop-bounded", signadam_ext.LaProp, {"betas": (0.9, 0.95), "eps": 1e-8}, laprop),
 ]
 
 #: One of each kind: what others have in state and hyperparameters, one of these has as well.
@@ -290,4 +303,5 @@ OF_A_KIND = (
     "msvag",
     "msvag_minibatch",
     "adam_amsgrad",
+    "laprop-bounded",
 )

@@ -171,6 +171,14 @@ def lion(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Mom
     return p - s["lr"] * sign(u), (s["beta2"] * m + s["one_minus_beta2"] * g,)
 
 
+def laprop(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    m = s["beta1"] * m + s["one_minus_beta1"] * (g / (square_root(v) + s["eps"]))
+    p = p - s["lr"] * m
+    return p, (torch.where((m <= s["upper"]) & (m >= -s["upper"]), m, 0.0), v)
+
+
 def as_fp32(value: float, device: torch.device) -> Tensor:
     """A scalar as it meets tensors: 0-dim fp32, rounded as IEEE has it, to infinity beyond the largest number."""
     # torch.full raises where its dtype does not reach. Rounded on the host: not every device has doubles.
