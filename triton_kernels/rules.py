@@ -16,6 +16,7 @@ LR = tl.constexpr(SCALARS.index("lr"))
 WEIGHT_DECAY = tl.constexpr(SCALARS.index("weight_decay"))
 DECAY = tl.constexpr(SCALARS.index("decay"))
 COUPLED = tl.constexpr(SCALARS.index("coupled"))
+CAUTIOUS_DECAY = tl.constexpr(SCALARS.index("cautious_decay"))
 GRADIENT_SCALE = tl.constexpr(SCALARS.index("gradient_scale"))
 ALPHA = tl.constexpr(SCALARS.index("alpha"))
 BETA1 = tl.constexpr(SCALARS.index("beta1"))
@@ -101,6 +102,25 @@ def effective_gradient(s, p, g):
         if scalar(s, COUPLED) != 0.0:
             g = g + scalar(s, WEIGHT_DECAY) * p
     return g
+
+
+@triton.jit
+def times_sign_of(x, y):
+    """``x`` with its sign changed where ``y`` has a sign, that of -0 included."""
+    changed = x.to(tl.int32, bitcast=True) ^ (y.to(tl.int32, bitcast=True) & -2147483648)
+    return changed.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def apply(s, alpha, p, g, m, v, x, RULE: tl.constexpr):
+    """Decoupled decay and the rule, given the effective gradient."""
+    if scalar(s, CAUTIOUS_DECAY) != 0.0:
+        # Rules read p only to move it, so at 0 they leave the step.
+        step, m, v, x = RULE(s, alpha, tl.full(p.shape, 0.0, tl.float32), g, m, v, x)
+        p = tl.where(times_sign_of(step, p) <= 0.0, p * scalar(s, DECAY), p) + step
+    else:
+        p, m, v, x = RULE(s, alpha, p * scalar(s, DECAY), g, m, v, x)
+    return p, m, v, x
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from signadam_ext.core.native import compiled as _C
 
 from .formats import FP32, SPLIT8, STOCHASTIC, widen
 from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, place_of, random_halves, random_halves_at
-from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, scalars_at
+from .rules import ALPHA, SCALAR_COUNT, STEERS, apply, effective_gradient, passes, scalar, scalars_at
 from .stored import RUN, load, load_moment, load_param, operand, pointer_to, residual_operand, store_moment, store_param
 from .threshold import CHUNK, LANES, ROWS, finish, halve
 
@@ -139,7 +139,7 @@ def run_rows(
                 passed_squares += tl.where(through, square, 0.0)
             if CONFIDENCE is not None:
                 g = CONFIDENCE(g, alpha)
-            p, m, v, x = RULE(s, alpha, p * scalar(s, DECAY), g, m, v, x)
+            p, m, v, x = apply(s, alpha, p, g, m, v, x, RULE)
             if OBSERVES:
                 if MOMENTS > 0:
                     after = tl.where(index < count, m, 0.0)

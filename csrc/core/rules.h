@@ -25,6 +25,17 @@ SIGNADAM_HD F magnitude(F x) {
   return x > 0.0f ? x : 0.0f - x;
 }
 
+// x with its sign changed where y has a sign, that of -0 included.
+template <class F>
+SIGNADAM_HD F times_sign_of(F x, F y) {
+  if constexpr (sizeof(F) == sizeof(float)) {
+    return float_of(bits_of(x) ^ (bits_of(y) & 0x80000000u));
+  } else {
+    using Bits = decltype(x < y);  // integers, as many
+    return reinterpret_cast<F>(reinterpret_cast<Bits>(x) ^ (reinterpret_cast<Bits>(y) & INT32_MIN));
+  }
+}
+
 // Confidence gate [SA, Alg. 3]: sign(g) where |g| > alpha, else 0. With alpha >= 0 this needs no absolute value.
 template <class F>
 SIGNADAM_HD F gated_sign(F g, float alpha) {
@@ -342,9 +353,28 @@ enum RuleIndex {
 // Decoupled decay and the rule, given the effective gradient. `decay` is 1 - lr * wd, and 1 where there is none, which
 // changes no bit of p.
 template <class Rule, class F>
-SIGNADAM_HD void apply_effective(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
+SIGNADAM_HD void apply_plainly(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
   p = p * s.decay;
   Rule::update(s, alpha, p, g, m, v, x);
+}
+
+// The same with cautious weight decay [CW, Alg. 1]: p decays unless the step leads it away from 0. Rules read p only to
+// move it, so at 0 they leave the step. Where the step is 0 p decays, and where it is NaN it does not.
+template <class Rule, class F>
+SIGNADAM_HD void apply_cautiously(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
+  F step{};
+  Rule::update(s, alpha, step, g, m, v, x);
+  // Signs, because the product of a small p and a small step is 0. That of p = 0 does not matter.
+  p = (times_sign_of(step, p) <= 0.0f ? p * s.decay : p) + step;
+}
+
+// Both; which of them is the same for all elements of a tensor.
+template <class Rule, class F>
+SIGNADAM_HD void apply_effective(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
+  if (s.cautious_decay)
+    apply_cautiously<Rule>(s, alpha, p, g, m, v, x);
+  else
+    apply_plainly<Rule>(s, alpha, p, g, m, v, x);
 }
 
 // The whole chain for one element.

@@ -34,6 +34,7 @@ namespace signadam {
 
 #define SIGNADAM_FLAGS(X) \
   X(coupled)              \
+  X(cautious_decay)       \
   X(steers)
 
 #define SIGNADAM_SCALARS(X) \

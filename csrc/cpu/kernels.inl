@@ -64,16 +64,27 @@ SIGNADAM_HD void update_block(const Scalars& s, float alpha, const Arrays& array
   float* SIGNADAM_RESTRICT const m = arrays.m;
   float* SIGNADAM_RESTRICT const v = arrays.v;
   float* SIGNADAM_RESTRICT const x = arrays.x;
-  for (int i = 0; i < count; ++i) {
-    float m_i = 0.0f, v_i = 0.0f, x_i = 0.0f;
-    if constexpr (Rule::moments > 0) m_i = m[i];
-    if constexpr (Rule::moments > 1) v_i = v[i];
-    if constexpr (has_third<Rule>) x_i = x[i];
-    apply<Rule>(s, alpha, p[i], g[i], m_i, v_i, x_i);
-    if constexpr (Rule::moments > 0) m[i] = m_i;
-    if constexpr (Rule::moments > 1) v[i] = v_i;
-    if constexpr (Rule::moments > 2) x[i] = x_i;
-  }
+  const auto each = [&](auto apply) {
+    for (int i = 0; i < count; ++i) {
+      float m_i = 0.0f, v_i = 0.0f, x_i = 0.0f;
+      if constexpr (Rule::moments > 0) m_i = m[i];
+      if constexpr (Rule::moments > 1) v_i = v[i];
+      if constexpr (has_third<Rule>) x_i = x[i];
+      apply(p[i], effective_gradient(s, p[i], g[i]), m_i, v_i, x_i);
+      if constexpr (Rule::moments > 0) m[i] = m_i;
+      if constexpr (Rule::moments > 1) v[i] = v_i;
+      if constexpr (Rule::moments > 2) x[i] = x_i;
+    }
+  };
+  // A loop without a branch in it each, of which compilers make vectors.
+  if (s.cautious_decay)
+    each([&](float& p_i, float g_i, float& m_i, float& v_i, float& x_i) {
+      apply_cautiously<Rule>(s, alpha, p_i, g_i, m_i, v_i, x_i);
+    });
+  else
+    each([&](float& p_i, float g_i, float& m_i, float& v_i, float& x_i) {
+      apply_plainly<Rule>(s, alpha, p_i, g_i, m_i, v_i, x_i);
+    });
 }
 
 const void* at(const void* base, Format format, int64_t index) {

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, modifiers
 from .formats import PARAM_STORAGES
 from .options import BACKENDS
 from .renamed import NAMES, VALUES, names_today, value_today
@@ -90,6 +90,11 @@ COMMON: Checks = {
     "lr": LEARNING_RATE,
     "weight_decay": Number(),
     "decoupled_weight_decay": FLAG,
+    "weight_decay_kind": Optional(Choice(modifiers.WEIGHT_DECAY_KINDS)),
+    "weight_decay_scale": Choice(tuple(modifiers.WEIGHT_DECAY_SCALES)),
+    "lr_scale": modifiers.lr_scale,
+    "base_lr": LEARNING_RATE,
+    "largest_lr": LEARNING_RATE,
     "maximize": FLAG,
     "max_grad_norm": checks.max_grad_norm,
     "state_dtype": _state_dtype,

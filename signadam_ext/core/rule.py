@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -9,7 +10,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from . import checks, formats
-from .symbols import is_nonzero, number
+from .modifiers import decay_scalars
+from .symbols import number
 
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
@@ -37,6 +39,7 @@ class Rule:
             symbols, see :mod:`signadam_ext.core.symbols`.
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
+        reads_param: whether its step depends on the parameter. Others read it only to move it.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
         threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is
             "NONE".
@@ -50,6 +53,7 @@ class Rule:
     unbounded: str = "this momentum has no bound"
     uses_step: bool = False
     reads_variance: bool = False
+    reads_param: bool = False
     threshold_pass: str = "NONE"
     threshold_state: str | None = None
     confidence: Callable[..., Any] | None = field(default=None, hash=False)  # one may have no hash
@@ -102,7 +106,10 @@ class Rule:
         A moment with a bound B in codes is ``m * L / B`` to the rule, which then takes ``lr / (L / B)`` and
         ``(1 - beta1) * (L / B)``, and may not leave ``upper``, if it takes that.
         """
-        scalars = {**common_scalars(group), **self.scalars(group, t)}
+        own: Group = group
+        if (factor := group.get("lr_factor")) is not None:
+            own = ChainMap({"lr": number(group["lr"]) * factor}, group)  # type: ignore[arg-type]
+        scalars = {**decay_scalars(group), **_direction(own), **self.scalars(own, t)}
         scalars["gradient_scale"] *= gradient_factor
         levels = self._levels(group)
         if levels is not None:
@@ -163,18 +170,8 @@ def _named(dtype: Any) -> Any:
     return formats.MOMENT_DTYPES.get(dtype, dtype) if isinstance(dtype, torch.dtype) else dtype
 
 
-def common_scalars(group: Group) -> Scalars:
-    """Direction, learning rate and weight decay. Without decay ``decay`` is 1, which changes no bit of a parameter."""
-    lr = number(group["lr"])
-    weight_decay = number(group["weight_decay"])
-    decoupled = group["decoupled_weight_decay"]
-    return {
-        "gradient_scale": -1.0 if group["maximize"] else 1.0,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "decay": 1 - lr * weight_decay if decoupled else 1.0,
-        "coupled": 0.0 if decoupled else is_nonzero(weight_decay),
-    }
+def _direction(group: Group) -> Scalars:
+    return {"gradient_scale": -1.0 if group["maximize"] else 1.0, "lr": number(group["lr"])}
 
 
 def decays(group: Group, count: int) -> Scalars:

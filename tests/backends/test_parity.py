@@ -47,7 +47,9 @@ def every_size(row: Row, dtype: torch.dtype, sizes: tuple[int, ...]) -> RunCase:
     tensors = [
         TensorCase(size, "offset", dtype, dtype, "same", offset=0, scale=1.0, specials=True, group=0) for size in sizes
     ]
-    return RunCase(row, seed=0, steps=2, tensors=tuple(tensors), groups=({"weight_decay": 0.1},))
+    kind = "cautious" if dtype == torch.bfloat16 else "decoupled"
+    group = {"weight_decay": 0.1, "weight_decay_kind": kind}
+    return RunCase(row, seed=0, steps=2, tensors=tuple(tensors), groups=(group,))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES[:2], pytest.param(DTYPES[2], marks=pytest.mark.thorough)], ids=str)
@@ -67,6 +69,7 @@ BEYOND_FP32 = (
     {"weight_decay": 1e300},
     {"weight_decay": 1e300, "decoupled_weight_decay": False},
     {"weight_decay": 1e-300, "decoupled_weight_decay": False},
+    {"weight_decay": 1e300, "weight_decay_kind": "cautious"},
     {"lr": 1e308, "weight_decay": 1e308},
     {"alpha": 1e300},
     {"alpha": 1e-300},
@@ -93,7 +96,7 @@ EXTREME = [
 
 def beyond_fp32(row: Row, dtypes: tuple[torch.dtype, ...]) -> RunCase:
     """A group for each extreme that the row's optimizer has."""
-    known = {"lr", "weight_decay", "decoupled_weight_decay", *row.hyperparameters}
+    known = {"lr", "weight_decay", "decoupled_weight_decay", "weight_decay_kind", *row.hyperparameters}
     groups = [{}, *(group for group in BEYOND_FP32 if group.keys() <= known)]
     tensors = [
         TensorCase(33, "contiguous", dtype, dtype, "same", offset=0, scale=1.0, specials=True, group=group)

@@ -108,6 +108,8 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
         "lr": st.sampled_from((1e-3, 0.1, 0.0)) | st.floats(0, 1),
         "weight_decay": st.sampled_from((0.0, 0.0, 0.1)) | st.floats(0, 1),
         "decoupled_weight_decay": st.booleans(),
+        "weight_decay_kind": st.sampled_from((None, "coupled", "cautious", "cautious")),
+        "lr_scale": st.sampled_from((None, None, "shape")),
         "maximize": st.booleans(),
     }
     mine = {name: strategy for name, strategy in own.items() if name in row.hyperparameters}

@@ -194,6 +194,11 @@ def effective_gradient(scalars: Scalars, p: Tensor, g: Tensor) -> Tensor:
     return g
 
 
+def times_sign_of(x: Tensor, y: Tensor) -> Tensor:
+    """``x`` with its sign changed where ``y`` has a sign, that of -0 included."""
+    return (x.view(torch.int32) ^ (y.view(torch.int32) & torch.iinfo(torch.int32).min)).view(torch.float32)
+
+
 def update(
     rule: Update,
     threshold_pass: str,
@@ -222,7 +227,12 @@ def update(
     alpha = s.get("alpha", as_fp32(0.0, p.device))
     if threshold_state is not None:
         alpha = (scalars["alpha"] * threshold_state).float()
-    p, moments = rule(s, alpha, p * s["decay"], g if confident is None else confident, moments)
+    seen = g if confident is None else confident
+    if scalars["cautious_decay"]:
+        step, moments = rule(s, alpha, torch.zeros_like(p), seen, moments)
+        p = torch.where(times_sign_of(step, p) <= 0, p * s["decay"], p) + step
+    else:
+        p, moments = rule(s, alpha, p * s["decay"], seen, moments)
     if threshold_pass == "SAME_PASS" and threshold_state is not None:
         threshold_state = next_threshold_state(threshold_state, g, alpha, scalars)
     return p, moments, alpha, threshold_state
