@@ -99,7 +99,7 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     own = {
         "alpha": st.sampled_from((0.0, 0.25, 0.5, 5e-4)) | st.floats(0, 2),
         "beta": unit,
-        "betas": st.tuples(unit, unit),
+        "betas": st.tuples(unit, unit.map(lambda beta: min(beta, row.largest_beta2))),
         "eps": st.sampled_from((1e-8, 1e-3, 0.0)),
         "confidence_beta": unit,
         "bias_correct_variance": st.booleans(),
