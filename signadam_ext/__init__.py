@@ -2,21 +2,36 @@
 
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
-:class:`Lion`; :class:`LaProp`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
-:func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
-:func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
-``python -m signadam_ext`` tells what was built and what is usable.
+:class:`Lion`; :class:`LaProp`, :class:`ADOPT`; as functions over lists of tensors they are in
+:mod:`signadam_ext.functional`. :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates
+inside backward, :func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar`
+read. ``python -m signadam_ext`` tells what was built and what is usable.
 """
 
 from . import functional
 from ._version import __version__
-from .optimizers import MSGD, MSVAG, SVAG, Adam, AdamStar, AdamW, LaProp, Lion, SignAdam, SignAdamPP, SignSGD, Signum
+from .optimizers import (
+    ADOPT,
+    MSGD,
+    MSVAG,
+    SVAG,
+    Adam,
+    AdamStar,
+    AdamW,
+    LaProp,
+    Lion,
+    SignAdam,
+    SignAdamPP,
+    SignSGD,
+    Signum,
+)
 from .training.gradient_release import GradientRelease, release_gradients
 from .training.offload import Offload, offload
 from .training.per_sample_variance import per_sample_variance
 from .training.replacement import from_optimizer
 
 __all__ = [
+    "ADOPT",
     "MSGD",
     "MSVAG",
     "SVAG",

@@ -4,13 +4,27 @@ In place over lists of tensors: ``sign_adam_pp(params, grads, exp_avgs, lr=...)`
 handed in and out: :class:`FunctionalOptimizer`.
 """
 
-from .optimizers import adam, adam_star, laprop, lion, msgd, msvag, sign_adam, sign_adam_pp, sign_sgd, signum, svag
+from .optimizers import (
+    adam,
+    adam_star,
+    adopt,
+    laprop,
+    lion,
+    msgd,
+    msvag,
+    sign_adam,
+    sign_adam_pp,
+    sign_sgd,
+    signum,
+    svag,
+)
 from .optimizers.out_of_place import FunctionalOptimizer
 
 __all__ = [
     "FunctionalOptimizer",
     "adam",
     "adam_star",
+    "adopt",
     "laprop",
     "lion",
     "msgd",

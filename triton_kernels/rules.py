@@ -89,6 +89,17 @@ def divided(x, divisor):
 
 
 @triton.jit
+def at_least(x, low):
+    """NaN stays NaN."""
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def clamped(x, low, high):
+    return tl.where(x > high, high, at_least(x, low))
+
+
+@triton.jit
 def zero_where_zero(denominator, x):
     """``x``, or 0 where the denominator is 0: a parameter of whose gradient nothing is known stays."""
     return tl.where(denominator == 0.0, 0.0, x)
@@ -266,4 +277,14 @@ def laprop(s, alpha, p, g, m, v, x):
     m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * normalized
     p = p - scalar(s, LR) * m
     m = tl.where((m <= scalar(s, UPPER)) & (m >= -scalar(s, UPPER)), m, 0.0)
+    return p, m, v, x
+
+
+@triton.jit
+def adopt(s, alpha, p, g, m, v, x):
+    upper = scalar(s, UPPER)
+    normalized = clamped(tl.div_rn(g, at_least(tl.sqrt_rn(v), scalar(s, EPS))), -upper, upper)
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * tl.where(upper > 0.0, normalized, 0.0)
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p = p - scalar(s, LR) * m
     return p, m, v, x

@@ -78,6 +78,17 @@ SIGNADAM_HD F positive(F x) {
   return x > 0.0f ? x : F{};
 }
 
+// NaN stays NaN.
+template <class F>
+SIGNADAM_HD F at_least(F x, float low) {
+  return x < low ? F{} + low : x;
+}
+
+template <class F>
+SIGNADAM_HD F clamped(F x, float low, float high) {
+  return x > high ? F{} + high : at_least(x, low);
+}
+
 // Whatever the numerator: where nothing is known of a gradient, its parameter stays.
 template <class F>
 SIGNADAM_HD F zero_where_zero(F denominator, F x) {
@@ -324,6 +335,20 @@ struct LaProp : Traits {
   }
 };
 
+// ADOPT [AD, Alg. 2]: v is that of the gradients before. At t = 1 `upper` is 0, and nothing but v is made.
+struct ADOPT : Traits {
+  static constexpr const char* name = "adopt";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const F normalized = clamped(g / at_least(square_root(v), s.eps), -s.upper, s.upper);
+    m = s.beta1 * m + s.one_minus_beta1 * (s.upper > 0.0f ? normalized : F{});
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    p = p - s.lr * m;
+  }
+};
+
 // The list that backends instantiate. The order numbers the rules across the binding.
 #define SIGNADAM_RULES(X) \
   X(SignSGD)              \
@@ -341,7 +366,8 @@ struct LaProp : Traits {
   X(Adam)                 \
   X(AdamAMSGrad)          \
   X(Lion)                 \
-  X(LaProp)
+  X(LaProp)               \
+  X(ADOPT)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,

@@ -11,7 +11,7 @@ import torch
 
 from . import checks, formats
 from .modifiers import decay_scalars
-from .symbols import number
+from .symbols import is_nonzero, number
 
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
@@ -40,6 +40,7 @@ class Rule:
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
         reads_param: whether its step depends on the parameter. Others read it only to move it.
+        moves_at_first: whether the first step moves and decays parameters. Otherwise it only makes state.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
         threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is
             "NONE".
@@ -54,6 +55,7 @@ class Rule:
     uses_step: bool = False
     reads_variance: bool = False
     reads_param: bool = False
+    moves_at_first: bool = True
     threshold_pass: str = "NONE"
     threshold_state: str | None = None
     confidence: Callable[..., Any] | None = field(default=None, hash=False)  # one may have no hash
@@ -111,6 +113,10 @@ class Rule:
             own = ChainMap({"lr": number(group["lr"]) * factor}, group)  # type: ignore[arg-type]
         scalars = {**decay_scalars(group), **_direction(own), **self.scalars(own, t)}
         scalars["gradient_scale"] *= gradient_factor
+        if not self.moves_at_first:
+            moves = is_nonzero(t - 1)
+            scalars["lr"] *= moves
+            scalars["decay"] = moves * scalars["decay"] + (1 - moves)  # exact: one of them is 0
         levels = self._levels(group)
         if levels is not None:
             assert self.bound is not None

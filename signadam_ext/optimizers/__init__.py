@@ -1,6 +1,7 @@
 """One module per rule or family: its scalars, its classes, their functional forms."""
 
 from .adam import Adam, AdamW, adam
+from .adopt import ADOPT, adopt
 from .laprop import LaProp, laprop
 from .lion import Lion, lion
 from .msgd import MSGD, msgd
@@ -11,6 +12,7 @@ from .signum import Signum, signum
 from .variance_adaptation import MSVAG, SVAG, AdamStar, adam_star, msvag, svag
 
 __all__ = [
+    "ADOPT",
     "MSGD",
     "MSVAG",
     "SVAG",
@@ -25,6 +27,7 @@ __all__ = [
     "Signum",
     "adam",
     "adam_star",
+    "adopt",
     "laprop",
     "lion",
     "msgd",

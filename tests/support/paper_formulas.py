@@ -233,6 +233,21 @@ def laprop(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> B
     return p - Bounded.scalar(h["lr"] / (1 - b1**t)) * state["exp_avg"]
 
 
+def adopt(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[AD] Alg. 2, with the clipping that its authors recommend."""
+    b1, b2 = h["betas"]
+    v, limit = state["exp_avg_sq"], (t - 1) ** 0.25 if h["clip"] else np.inf
+    if t == 1:
+        state["exp_avg_sq"] = g * g
+        return p
+    n = g / v.sqrt().largest(Bounded.scalar(h["eps"]))
+    # Which of the two fp32 takes does not matter where they are within an error of each other.
+    n = n.where(np.abs(n.value) < limit, Bounded(np.clip(n.value, -limit, limit), n.error + UNIT * limit))
+    state["exp_avg"] = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * n
+    state["exp_avg_sq"] = Bounded.scalar(b2) * v + Bounded.scalar(1 - b2) * g * g
+    return p - Bounded.scalar(h["lr"]) * state["exp_avg"]
+
+
 @dataclass(frozen=True)
 class Row:
     """A rule under test: the class, the hyperparameters of its own, the formula."""
@@ -241,6 +256,7 @@ class Row:
     optimizer: type
     hyperparameters: dict[str, Any]
     formula: Formula
+    moves_at_first: bool = True  # and decays; otherwise the first step only makes state
     largest_beta2: float = 1.0  # up to which its momentum has a bound that codes can use
 
     @property
@@ -287,7 +303,9 @@ TABLE = [
     Row("adam_amsgrad", signadam_ext.AdamW, {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": True}, adam),
     Row("lion", signadam_ext.Lion, {"betas": (0.9, 0.99)}, lion),
     Row("laprop", signadam_ext.LaProp, {"betas": (0.9, 0.999), "eps": 1e-8}, laprop),
-    Row("laprop-bounded", signadam_ext.LaProp, {"betas": (0.9, 0.95), "eps": 1e-8}, laprop, 0.95),
+    Row("laprop-bounded", signadam_ext.LaProp, {"betas": (0.9, 0.95), "eps": 1e-8}, laprop, largest_beta2=0.95),
+    Row("adopt", signadam_ext.ADOPT, {"betas": (0.9, 0.99), "eps": 1e-6, "clip": True}, adopt, False),
+    Row("adopt-unclipped", signadam_ext.ADOPT, {"betas": (0.9, 0.99), "eps": 1e-6, "clip": False}, adopt, False),
 ]
 
 #: One of each kind: what others have in state and hyperparameters, one of these has as well.
