@@ -2,10 +2,10 @@
 
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
-:class:`Lion`; :class:`LaProp`, :class:`ADOPT`; as functions over lists of tensors they are in
-:mod:`signadam_ext.functional`. :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates
-inside backward, :func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar`
-read. ``python -m signadam_ext`` tells what was built and what is usable.
+:class:`Lion`; :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`, :class:`AMSBound`; as functions over lists of tensors
+they are in :mod:`signadam_ext.functional`. :func:`from_optimizer` puts one in place of another,
+:func:`release_gradients` updates inside backward, :func:`per_sample_variance` measures what the mini-batch forms of
+:class:`MSVAG` and :class:`AdamStar` read. ``python -m signadam_ext`` tells what was built and what is usable.
 """
 
 from . import functional
@@ -15,9 +15,11 @@ from .optimizers import (
     MSGD,
     MSVAG,
     SVAG,
+    AdaBound,
     Adam,
     AdamStar,
     AdamW,
+    AMSBound,
     LaProp,
     Lion,
     SignAdam,
@@ -35,6 +37,8 @@ __all__ = [
     "MSGD",
     "MSVAG",
     "SVAG",
+    "AMSBound",
+    "AdaBound",
     "Adam",
     "AdamStar",
     "AdamW",

@@ -5,9 +5,11 @@ handed in and out: :class:`FunctionalOptimizer`.
 """
 
 from .optimizers import (
+    ada_bound,
     adam,
     adam_star,
     adopt,
+    ams_bound,
     laprop,
     lion,
     msgd,
@@ -22,9 +24,11 @@ from .optimizers.out_of_place import FunctionalOptimizer
 
 __all__ = [
     "FunctionalOptimizer",
+    "ada_bound",
     "adam",
     "adam_star",
     "adopt",
+    "ams_bound",
     "laprop",
     "lion",
     "msgd",

@@ -28,6 +28,7 @@ DENOMINATOR = tl.constexpr(SCALARS.index("denominator"))
 BIAS_CORRECTION = tl.constexpr(SCALARS.index("bias_correction"))
 RHO = tl.constexpr(SCALARS.index("rho"))
 ONE_MINUS_RHO = tl.constexpr(SCALARS.index("one_minus_rho"))
+LOWER = tl.constexpr(SCALARS.index("lower"))
 UPPER = tl.constexpr(SCALARS.index("upper"))
 CONFIDENCE_BETA = tl.constexpr(SCALARS.index("confidence_beta"))
 ONE_MINUS_CONFIDENCE_BETA = tl.constexpr(SCALARS.index("one_minus_confidence_beta"))
@@ -287,4 +288,27 @@ def adopt(s, alpha, p, g, m, v, x):
     m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * tl.where(upper > 0.0, normalized, 0.0)
     v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
     p = p - scalar(s, LR) * m
+    return p, m, v, x
+
+
+@triton.jit
+def bounded_rate(s, v):
+    rate = tl.full(v.shape, 0.0, tl.float32) + scalar(s, LR)
+    return clamped(tl.div_rn(rate, tl.sqrt_rn(v) + scalar(s, EPS)), scalar(s, LOWER), scalar(s, UPPER))
+
+
+@triton.jit
+def ada_bound(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p = p - bounded_rate(s, v) * m
+    return p, m, v, x
+
+
+@triton.jit
+def ams_bound(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    x = tl.where(v > x, v, tl.where(v == v, x, v))
+    p = p - bounded_rate(s, x) * m
     return p, m, v, x

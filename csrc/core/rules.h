@@ -349,6 +349,36 @@ struct ADOPT : Traits {
   }
 };
 
+// Adam whose learning rate of each entry is cut off at two bounds [LX, Alg. 2]; lr comes with the bias corrections of
+// both moments.
+struct AdaBound : Traits {
+  static constexpr const char* name = "ada_bound";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    const F rate = clamped(s.lr / (square_root(v) + s.eps), s.lower, s.upper);
+    p = p - rate * m;
+  }
+};
+
+// The same with the largest v so far, as x, or NaN after one.
+struct AMSBound : Traits {
+  static constexpr const char* name = "ams_bound";
+  static constexpr int moments = 3;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F& x) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    x = v > x ? v : v == v ? x : v;
+    const F rate = clamped(s.lr / (square_root(x) + s.eps), s.lower, s.upper);
+    p = p - rate * m;
+  }
+};
+
 // The list that backends instantiate. The order numbers the rules across the binding.
 #define SIGNADAM_RULES(X) \
   X(SignSGD)              \
@@ -367,7 +397,9 @@ struct ADOPT : Traits {
   X(AdamAMSGrad)          \
   X(Lion)                 \
   X(LaProp)               \
-  X(ADOPT)
+  X(ADOPT)                \
+  X(AdaBound)             \
+  X(AMSBound)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,

@@ -22,6 +22,7 @@ namespace signadam {
   X(bias_correction)       \
   X(rho)                   \
   X(one_minus_rho)         \
+  X(lower)                 \
   X(upper)
 
 // What moves the threshold of adaptive or steered confidence is arithmetic of doubles.

@@ -1,5 +1,6 @@
 """One module per rule or family: its scalars, its classes, their functional forms."""
 
+from .ada_bound import AdaBound, AMSBound, ada_bound, ams_bound
 from .adam import Adam, AdamW, adam
 from .adopt import ADOPT, adopt
 from .laprop import LaProp, laprop
@@ -16,6 +17,8 @@ __all__ = [
     "MSGD",
     "MSVAG",
     "SVAG",
+    "AMSBound",
+    "AdaBound",
     "Adam",
     "AdamStar",
     "AdamW",
@@ -25,9 +28,11 @@ __all__ = [
     "SignAdamPP",
     "SignSGD",
     "Signum",
+    "ada_bound",
     "adam",
     "adam_star",
     "adopt",
+    "ams_bound",
     "laprop",
     "lion",
     "msgd",

@@ -251,6 +251,7 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
             bias_correction=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
             rho=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
             one_minus_rho=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
+            lower=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
             upper=draw(st.sampled_from((0.0, 1.0, math.inf)) | st.floats(1e-9, 10)),
             steers=float(draw(st.booleans())),
             target=draw(st.floats(1e-6, 1 - 1e-6)),
@@ -506,7 +507,8 @@ GROUPS = (
         "scalars": scalars_of(
             *(0.9, 0.99, 0.8),
             **{"alpha": 0.25, "eps": 1e-8, "denominator": 0.37, "bias_correction": 0.19, "rho": 0.5},
-            **{"one_minus_rho": 0.5, "steers": 1.0, "target": 0.3, "gain": 0.7, "quantile": 1.3, "upper": 1.5},
+            **{"one_minus_rho": 0.5, "steers": 1.0, "target": 0.3, "gain": 0.7, "quantile": 1.3},
+            **{"lower": 0.1, "upper": 1.5},
         ),
     },
     {
@@ -517,7 +519,7 @@ GROUPS = (
         "scalars": scalars_of(
             *(0.4, 0.9, 0.0),
             **{"alpha": 0.5, "eps": 1e-3, "denominator": 1.7, "bias_correction": 1.0, "rho": 1.0},
-            **{"one_minus_rho": 0.0, "steers": 0.0, "upper": math.inf},
+            **{"one_minus_rho": 0.0, "steers": 0.0, "lower": 0.0, "upper": math.inf},
         ),
     },
 )

@@ -195,6 +195,26 @@ def adopt(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Mo
     return p - s["lr"] * m, (m, s["beta2"] * v + s["one_minus_beta2"] * g * g)
 
 
+def bounded_rate(s: dict[str, Tensor], v: Tensor) -> Tensor:
+    """Adam's learning rate of each entry, cut off at two bounds."""
+    return clamped(s["lr"] / (square_root(v) + s["eps"]), s["lower"], s["upper"])
+
+
+def ada_bound(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    return p - bounded_rate(s, v) * m, (m, v)
+
+
+def ams_bound(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v, x = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    x = torch.maximum(x, v)
+    return p - bounded_rate(s, x) * m, (m, v, x)
+
+
 def as_fp32(value: float, device: torch.device) -> Tensor:
     """A scalar as it meets tensors: 0-dim fp32, rounded as IEEE has it, to infinity beyond the largest number."""
     # torch.full raises where its dtype does not reach. Rounded on the host: not every device has doubles.
