@@ -72,9 +72,8 @@ def combinations(row: Row) -> list[Combination]:
     """All that a rule can be asked for."""
     optimizer = row.optimizer([torch.zeros(1)], **row.hyperparameters)
     rule = rule_of(type(optimizer), optimizer.param_groups[0])
-    first = formats.BOUNDED if rule.bounded else formats.UNBOUNDED
     wide = ("fp32", "bf16")
-    forms = itertools.product(*(wide if len(rule.moments) > 2 else first, wide, wide)[: len(rule.moments)])
+    forms = itertools.product(*(wide if len(rule.moments) > 2 else rule.first_forms, wide, wide)[: len(rule.moments)])
     param_storage = {
         torch.float32: ("nearest",),
         torch.bfloat16: tuple(formats.PARAM_STORAGES),
