@@ -103,9 +103,7 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     own = {
         "alpha": st.sampled_from((0.0, 0.25, 0.5, 5e-4)) | st.floats(0, 2),
         "beta": unit,
-        "betas": st.tuples(
-            unit, large if row.optimizer is signadam_ext.Ano else unit.map(lambda beta: min(beta, row.largest_beta2))
-        ),
+        "betas": st.tuples(unit, large if row.optimizer is signadam_ext.Ano else second),
         "beta2": large,
         "gamma": st.sampled_from((0.0, 0.025, 1.0)) | st.floats(0, 1),
         "nesterov": st.booleans(),
