@@ -373,7 +373,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 def sources_of(mutation: Mutation) -> tuple[str, ...]:
     python = ("signadam_ext", "triton_kernels")
-    return (*python, "csrc", "setup.py", "pyproject.toml", "README.md") if mutation.native else python
+    return (*python, "csrc", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md") if mutation.native else python
 
 
 def copied(names: tuple[str, ...], folder: Path) -> None:
