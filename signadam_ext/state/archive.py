@@ -30,6 +30,9 @@ _SHOWN = re.compile(r"[\w.\- ]+", re.ASCII)
 #: The one member of a member, which torch.save makes a zip file of its own, that is read by running it.
 _PICKLE = "data.pkl"
 
+#: Where the records of its storages lie, by their keys.
+_STORAGES = "/data/"
+
 #: Flags of a member that change nothing in how it is read: a name in UTF-8, sizes behind the data.
 _HARMLESS_FLAGS = 0x808
 
@@ -268,13 +271,24 @@ def _read(archive: zipfile.ZipFile, name: str) -> Any:
 
 
 def _check_content(label: str, content: bytes) -> None:
-    """Raises unless what torch.load does with a member takes no more memory than the member does.
+    """Raises unless what torch.load does with a member reads nothing but the member and takes no more memory.
 
     Raises:
-        ValueError, zipfile.BadZipFile: no file of torch.save, or one that is compressed or would be unpacked further.
+        ValueError, zipfile.BadZipFile: no file of torch.save, one that is compressed or would be unpacked further, or
+            one whose storages have other sizes than it says.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as records:
         _check_sizes(f"{label} with the record", records, len(content))
-        for record in records.namelist():
+        names = records.namelist()
+        if len({name.lower() for name in names}) != len(names):
+            raise ValueError("it has two records of one name")  # of which torch might read the other
+        # torch takes the folder of the first for that of all.
+        storages = next(iter(names), "").partition("/")[0] + _STORAGES
+        sizes = {
+            info.filename.removeprefix(storages): info.file_size
+            for info in records.infolist()
+            if info.filename.startswith(storages)
+        }
+        for record in names:
             if record.endswith(_PICKLE):
-                pickles.check(records.read(record))
+                pickles.check(records.read(record), sizes)
