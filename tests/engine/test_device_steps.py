@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.interpreted import INTERPRETED, run_interpreted
 from support.strategies import same_bits
 from torch import Tensor
 
@@ -22,7 +19,6 @@ from signadam_ext import MSVAG, AdamW, Lion, SignAdam, SignAdamPP, SignSGD
 from signadam_ext.engine import plan
 from signadam_ext.engine.gradients import PythonReader, make_reader
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = pytest.mark.gpu
 DEVICES = [("cpu", "triton")] if INTERPRETED else [pytest.param("cuda", x, marks=gpu) for x in ("cuda", "triton")]
 on_each_device = pytest.mark.parametrize("device, backend", DEVICES, ids=str)
@@ -42,18 +38,7 @@ each_method = pytest.mark.parametrize("method", ("adamw", "int2") if INTERPRETED
 
 
 def test_interpreted() -> None:
-    if INTERPRETED:
-        pytest.skip("this is the process that interprets")
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-m", "not gpu", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
+    run_interpreted(__file__)
 
 
 class Twins:
