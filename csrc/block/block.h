@@ -69,10 +69,15 @@ SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece,
     else
       sum(false);
   }
-  SIGNADAM_UNROLL
-  for (int i = 0; i < piece_size; ++i) {
-    if constexpr (threshold_pass != ThresholdPass::pass_before)
-      apply_effective<Rule>(s, alpha, p[i], effective(i), m[i], v[i], x[i]);
+  if constexpr (threshold_pass != ThresholdPass::pass_before) {
+    // One jump for the piece.
+    if (s.cautious_decay) {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; ++i) apply_cautiously<Rule>(s, alpha, p[i], effective(i), m[i], v[i], x[i]);
+    } else {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; ++i) apply_plainly<Rule>(s, alpha, p[i], effective(i), m[i], v[i], x[i]);
+    }
   }
 }
 

@@ -33,6 +33,9 @@ namespace signadam {
 
 #define SIGNADAM_FLAGS(X) \
   X(coupled)              \
+  X(cautious_decay)       \
+  X(scales)               \
+  X(caution)              \
   X(steers)
 
 #define SIGNADAM_SCALARS(X) \

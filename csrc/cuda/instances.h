@@ -23,7 +23,9 @@
   X(SignAdam, none, plain, fp32, fp32, fp32, nearest)   \
   X(SignAdam, none, plain, bf16, fp32, fp32, nearest)   \
   X(Adam, none, plain, fp32, fp32, fp32, nearest)       \
-  X(Adam, none, plain, bf16, fp32, fp32, nearest)
+  X(Adam, none, plain, bf16, fp32, fp32, nearest)       \
+  X(AdamS, none, plain, fp32, fp32, fp32, nearest)      \
+  X(BCOS, none, plain, fp32, fp32, fp32, nearest)
 
 // Other storage forms of rules with one moment or none.
 #define SIGNADAM_FIXED_STORED(X)                         \
@@ -52,7 +54,9 @@
   X(Signum, none, any, bf16, block8, fp32, stochastic)   \
   X(Lion, none, any, bf16, bf16, fp32, stochastic)       \
   X(Lion, none, any, bf16, block8, fp32, stochastic)     \
-  X(Lion, none, any, bf16, block8, fp32, split8)
+  X(Lion, none, any, bf16, block8, fp32, split8)         \
+  X(AdamS, none, any, bf16, bf16, fp32, stochastic)      \
+  X(BCOS, none, any, bf16, bf16, fp32, stochastic)
 
 // Other storage forms of rules with two moments.
 #define SIGNADAM_FIXED_TWO_MOMENTS(X)                  \

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from . import checks, formats
-from .symbols import is_nonzero, number
+from .modifiers import decay_scalars, scale_of
+from .symbols import number
 
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
@@ -35,9 +38,14 @@ class Rule:
             symbols, see :mod:`signadam_ext.core.symbols`.
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
+        follows_gradient: whether its step always goes against the gradient, so that it can be no more cautious.
+        reads_param: whether its step depends on the parameter. Others read it only to move it.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
         threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is
             "NONE".
+        update_scale: of what ``threshold_state`` makes a number that steps are multiplied by, in place of a threshold:
+            "caution", of the share of entries whose step goes against the gradient; "rms", of the parameter's root mean
+            square; or None.
         confidence: a function of the user's that gives the rule its gradient, or None.
     """
 
@@ -47,8 +55,11 @@ class Rule:
     bounded: bool = False
     uses_step: bool = False
     reads_variance: bool = False
+    follows_gradient: bool = False
+    reads_param: bool = False
     threshold_pass: str = "NONE"
     threshold_state: str | None = None
+    update_scale: str | None = None
     confidence: Callable[..., Any] | None = field(default=None, hash=False)  # one may have no hash
 
     def forms(self, group: Group) -> tuple[formats.Format, ...]:
@@ -97,8 +108,13 @@ class Rule:
 
         A bounded moment in codes is ``m * L`` to the rule, which then takes ``lr / L`` and ``(1 - beta1) * L``.
         """
-        scalars = {**common_scalars(group), **self.scalars(group, t)}
+        own: Group = group
+        if (factor := group.get("lr_factor")) is not None:
+            own = ChainMap({"lr": number(group["lr"]) * factor}, group)  # type: ignore[arg-type]
+        scalars = {**decay_scalars(group), **_direction(own), **self.scalars(own, t)}
         scalars["gradient_scale"] *= gradient_factor
+        if self.update_scale is not None:
+            scalars["scales"], scalars["caution"] = 1.0, float(self.update_scale == "caution")
         levels = self._levels(group)
         if levels is not None:
             scalars["lr"] /= levels
@@ -131,7 +147,24 @@ def rule_of(optimizer: type[HasRule], group: Group) -> Rule:
         TypeError, ValueError: hyperparameters that name none.
     """
     rule = optimizer.RULE
-    return rule.of(group) if isinstance(rule, RuleChoice) else rule
+    if isinstance(rule, RuleChoice):
+        rule = rule.of(group)
+    scale = scale_of(group)
+    return rule if scale is None else _scaled(rule, scale)
+
+
+@functools.cache
+def _scaled(rule: Rule, scale: str) -> Rule:
+    return replace(rule, **_SCALED[scale])
+
+
+#: What scales a rule's steps, by the modifier that asks for it: caution in two passes, and one with the last step's
+#: share; the root mean square of the parameter before the last step.
+_SCALED: dict[str, dict[str, Any]] = {
+    "exact": {"update_scale": "caution", "threshold_pass": "PASS_BEFORE", "threshold_state": "agreement"},
+    "delayed": {"update_scale": "caution", "threshold_pass": "SAME_PASS", "threshold_state": "agreement"},
+    "rms": {"update_scale": "rms", "threshold_pass": "SAME_PASS", "threshold_state": "param_rms"},
+}
 
 
 def method_of(optimizer: type[HasRule]) -> str:
@@ -153,18 +186,8 @@ def _named(dtype: Any) -> Any:
     return formats.MOMENT_DTYPES.get(dtype, dtype) if isinstance(dtype, torch.dtype) else dtype
 
 
-def common_scalars(group: Group) -> Scalars:
-    """Direction, learning rate and weight decay. Without decay ``decay`` is 1, which changes no bit of a parameter."""
-    lr = number(group["lr"])
-    weight_decay = number(group["weight_decay"])
-    decoupled = group["decoupled_weight_decay"]
-    return {
-        "gradient_scale": -1.0 if group["maximize"] else 1.0,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "decay": 1 - lr * weight_decay if decoupled else 1.0,
-        "coupled": 0.0 if decoupled else is_nonzero(weight_decay),
-    }
+def _direction(group: Group) -> Scalars:
+    return {"gradient_scale": -1.0 if group["maximize"] else 1.0, "lr": number(group["lr"])}
 
 
 def decays(group: Group, count: int) -> Scalars:

@@ -106,7 +106,7 @@ class Preparer(Protocol):
 
 #: Scalars as kernels take them, in csrc/core/scalars.h: doubles, floats, flags.
 DOUBLES = ("alpha", "confidence_beta", "one_minus_confidence_beta", "target", "gain", "quantile")
-FLAGS = ("coupled", "steers")
+FLAGS = ("coupled", "cautious_decay", "scales", "caution", "steers")
 FLOATS = tuple(name for name in _C.SCALARS if name not in (*DOUBLES[1:], *FLAGS))
 
 
@@ -232,7 +232,7 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "lr": draw(st.sampled_from((0.0, 1e-3, 1.0)) | st.floats(1e-12, 10)),
         "weight_decay": draw(st.sampled_from((0.0, 0.1)) | st.floats(1e-12, 2)),
-        "decoupled_weight_decay": draw(st.booleans()),
+        "weight_decay_kind": draw(st.sampled_from(("decoupled", "coupled", "cautious"))),
         "maximize": draw(st.booleans()),
         "scalars": scalars_of(
             *(draw(unit), draw(unit), draw(unit)),
@@ -483,12 +483,12 @@ def test_equals_the_reference(library: ctypes.CDLL, rule: str, threshold_pass: s
     run()
 
 
-#: A coupled and a decoupled decay, and momentum that reaches the largest codes.
+#: A coupled and a cautious decay, and momentum that reaches the largest codes.
 GROUPS = (
     {
         "lr": 0.0123,
         "weight_decay": 0.1,
-        "decoupled_weight_decay": False,
+        "weight_decay_kind": "coupled",
         "maximize": True,
         "scalars": scalars_of(
             *(0.9, 0.99, 0.8),
@@ -499,7 +499,7 @@ GROUPS = (
     {
         "lr": 1e-3,
         "weight_decay": 0.3,
-        "decoupled_weight_decay": True,
+        "weight_decay_kind": "cautious",
         "maximize": False,
         "scalars": scalars_of(
             *(0.4, 0.9, 0.0),

@@ -110,7 +110,10 @@ STORED = [
     ("sign_adam_pp", "none", "bf16", "bf16", "int2", "fp32", "stochastic", "without_statistics", "several_runs"),
 ]
 #: What is compiled for one architecture of NVIDIA only: rules of the same operations as others, mixed dtypes.
-LIKE_OTHERS = ("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion")
+LIKE_OTHERS = (
+    *("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion", "adam_s", "bcos"),
+    *("lion_threshold", "lion_huber", "lion_softsign", "ano", "grams", "ada_momentum"),
+)
 NVIDIA_JOBS = [
     Job(target, *kernel)
     for target in NVIDIA

@@ -121,7 +121,7 @@ uint64_t steps(RuleIndex rule, bool third_is_moment, bool has_third, const Form&
     const auto grad = wide(numbers, form.grad, count, false, true);
     slice.grad = grad.data();
     slice.rng_keys = RngKey::of(7, 3, step);
-    s.coupled = step == 2, s.gradient_scale = step == 3 ? -0.7f : 1.0f, s.steers = step == 4;
+    s.coupled = step == 2, s.gradient_scale = step == 3 ? -0.7f : 1.0f, s.cautious_decay = s.steers = step == 4;
     SIGNADAM_TABLE.update[rule](slice, s, 0.125f, observes ? &statistics : nullptr);
     if (observes) {
       digest.add(statistics.squares);

@@ -101,6 +101,10 @@ def _cases() -> Iterator[Case]:
     yield Case("sign_adam_pp-sparsity-fp32", signadam_ext.SignAdamPP, steered)
     coupled = {"alpha": 0.25, "weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True}
     yield Case("sign_adam_pp-coupled-fp32", signadam_ext.SignAdamPP, coupled)
+    for row in ("sign_sgd-gated", "sign_adam_pp", "adam", "lion"):
+        yield case(row, fp32, weight_decay_kind="cautious")
+    yield case("sign_adam_pp", bf16, weight_decay_kind="cautious", param_storage="stochastic", state_dtype="int2")
+    yield case("signum", bf16, weight_decay_kind="cautious", param_storage="stochastic", state_dtype="int8")
     # 16-bit parameters, rounded to nearest.
     for row, dtype in (("sign_adam_pp", bf16), ("sign_sgd", bf16), ("adam", bf16), ("lion", fp16)):
         yield case(row, dtype)
