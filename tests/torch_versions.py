@@ -43,6 +43,12 @@ SUITE = (
     "tests/state",
     "tests/engine",
     "tests/training",
+    "tests/distributed",
+    "tests/backends/test_parity.py",
+    "tests/backends/test_parity_processes.py",
+    "tests/backends/test_triton_device_step.py",
+    "tests/backends/test_triton_forms.py",
+    "tests/backends/test_votes.py",
 )
 #: What they need beside torch.
 PACKAGES = ("pytest>=8", "hypothesis>=6.100", "numpy", "scipy", "setuptools>=77", "pybind11>=2.12", "triton>=3.2")
