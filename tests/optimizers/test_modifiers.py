@@ -314,7 +314,7 @@ def whole_step(row: Row, twin: torch.optim.Optimizer, twins: list[Tensor], step:
 
 @pytest.mark.parametrize("form", ["exact", "delayed"])
 @each_backend
-@scaled_rows([row for row in TABLE if not row.id.startswith(("sign_sgd", "svag", "adam_star_plain"))])
+@scaled_rows([row for row in TABLE if not row.id.startswith(("sign_sgd", "svag", "adam_star_plain", "grams"))])
 def test_caution(row: Row, backend: str, form: str) -> None:
     """arXiv 2411.16085: entries whose update has not the gradient's sign stay; the others take n / count of the step,
     at least 1 in 1024. The count is this step's, or the last one's."""
