@@ -3,8 +3,8 @@
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
 :class:`Lion`; of one moment, :class:`AdamS`, :class:`BCOS`, :class:`LionK`, :class:`MARSLion`; of two, :class:`Ano`,
-:class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`; as functions over lists of tensors they are in
-:mod:`signadam_ext.functional`.
+:class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`, :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`,
+:class:`AMSBound`. As functions over lists of tensors they are in :mod:`signadam_ext.functional`.
 :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
 :func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
 ``python -m signadam_ext`` tells what was built and what is usable.
@@ -13,18 +13,22 @@ The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`
 from . import functional
 from ._version import __version__
 from .optimizers import (
+    ADOPT,
     BCOS,
     MSGD,
     MSVAG,
     SVAG,
+    AdaBound,
     Adam,
     AdaMomentum,
     AdamS,
     AdamStar,
     AdamW,
+    AMSBound,
     Ano,
     Anolog,
     Grams,
+    LaProp,
     Lion,
     LionK,
     MARSLion,
@@ -39,10 +43,13 @@ from .training.per_sample_variance import per_sample_variance
 from .training.replacement import from_optimizer
 
 __all__ = [
+    "ADOPT",
     "BCOS",
     "MSGD",
     "MSVAG",
     "SVAG",
+    "AMSBound",
+    "AdaBound",
     "AdaMomentum",
     "Adam",
     "AdamS",
@@ -52,6 +59,7 @@ __all__ = [
     "Anolog",
     "GradientRelease",
     "Grams",
+    "LaProp",
     "Lion",
     "LionK",
     "MARSLion",

@@ -5,14 +5,18 @@ handed in and out: :class:`FunctionalOptimizer`.
 """
 
 from .optimizers import (
+    ada_bound,
     ada_momentum,
     adam,
     adam_s,
     adam_star,
+    adopt,
+    ams_bound,
     ano,
     anolog,
     bcos,
     grams,
+    laprop,
     lion,
     lion_k,
     mars_lion,
@@ -28,14 +32,18 @@ from .optimizers.out_of_place import FunctionalOptimizer
 
 __all__ = [
     "FunctionalOptimizer",
+    "ada_bound",
     "ada_momentum",
     "adam",
     "adam_s",
     "adam_star",
+    "adopt",
+    "ams_bound",
     "ano",
     "anolog",
     "bcos",
     "grams",
+    "laprop",
     "lion",
     "lion_k",
     "mars_lion",

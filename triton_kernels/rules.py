@@ -30,6 +30,8 @@ DENOMINATOR = tl.constexpr(SCALARS.index("denominator"))
 BIAS_CORRECTION = tl.constexpr(SCALARS.index("bias_correction"))
 RHO = tl.constexpr(SCALARS.index("rho"))
 ONE_MINUS_RHO = tl.constexpr(SCALARS.index("one_minus_rho"))
+LOWER = tl.constexpr(SCALARS.index("lower"))
+UPPER = tl.constexpr(SCALARS.index("upper"))
 CONFIDENCE_BETA = tl.constexpr(SCALARS.index("confidence_beta"))
 ONE_MINUS_CONFIDENCE_BETA = tl.constexpr(SCALARS.index("one_minus_confidence_beta"))
 STEERS = tl.constexpr(SCALARS.index("steers"))
@@ -87,6 +89,17 @@ def gated_sign(g, alpha):
 def divided(x, divisor):
     """Division by a scalar, rounded once."""
     return tl.div_rn(x, tl.full(x.shape, 0.0, tl.float32) + divisor)
+
+
+@triton.jit
+def at_least(x, low):
+    """NaN stays NaN."""
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def clamped(x, low, high):
+    return tl.where(x > high, high, at_least(x, low))
 
 
 @triton.jit
@@ -343,4 +356,47 @@ def ada_momentum(s, alpha, p, g, m, v, x):
     m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
     v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * m * m + scalar(s, EPS)
     p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(v))
+    return p, m, v, x
+
+
+@triton.jit
+def laprop(s, alpha, p, g, m, v, x):
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    normalized = tl.div_rn(g, tl.sqrt_rn(v) + scalar(s, EPS))
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * normalized
+    p = p - scalar(s, LR) * m
+    m = tl.where((m <= scalar(s, UPPER)) & (m >= -scalar(s, UPPER)), m, 0.0)
+    return p, m, v, x
+
+
+@triton.jit
+def adopt(s, alpha, p, g, m, v, x):
+    upper = scalar(s, UPPER)
+    normalized = clamped(tl.div_rn(g, at_least(tl.sqrt_rn(v), scalar(s, EPS))), -upper, upper)
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * tl.where(upper > 0.0, normalized, 0.0)
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p = p - scalar(s, LR) * m
+    return p, m, v, x
+
+
+@triton.jit
+def bounded_rate(s, v):
+    rate = tl.full(v.shape, 0.0, tl.float32) + scalar(s, LR)
+    return clamped(tl.div_rn(rate, tl.sqrt_rn(v) + scalar(s, EPS)), scalar(s, LOWER), scalar(s, UPPER))
+
+
+@triton.jit
+def ada_bound(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p = p - bounded_rate(s, v) * m
+    return p, m, v, x
+
+
+@triton.jit
+def ams_bound(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    x = tl.where(v > x, v, tl.where(v == v, x, v))
+    p = p - bounded_rate(s, x) * m
     return p, m, v, x

@@ -451,7 +451,7 @@ SIGNADAM_HD ChunkKind kind_of(const Slice& slice, const Scalars& s) {
 template <class Rule, Storage storage, class Forms, ChunkKind kind, class Block>
 SIGNADAM_HD void update_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha,
                               ChunkStatistics* shares) {
-  if constexpr (storage != Storage::plain && Rule::moments > 0 && !Rule::bounded)
+  if constexpr (storage != Storage::plain && has_blocks<Rule>)
     if (slice.tensor.formats.exp_avg == Format::block8)
       return run_block_scaled<Rule, storage, kind>(block, slice, s, alpha, shares);
   block.each([&](int thread) {

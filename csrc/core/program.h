@@ -28,7 +28,7 @@ enum class Operation : int32_t {
 
 // The first registers hold a step, and what its gradients are multiplied by; the next a row of values.
 constexpr int register_t = 0, register_factor = 1, register_values = 2;
-constexpr int program_registers = 48;
+constexpr int program_registers = 128;
 
 // registers[to] = registers[a] <operation> registers[b]; of one operand, b is a.
 struct Instruction {

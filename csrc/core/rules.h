@@ -2,7 +2,8 @@
 // `reads_variance`, the variance of the gradient. F is float, or a vector of floats with the operators that compilers
 // define for them.
 //
-// Where |m| <= 1 (`bounded`), m may come as L * m, with lr / L and (1 - beta1) * L for lr and 1 - beta1.
+// Where |m| has a bound B (`bounded`), m may come as m * L / B, with lr * B / L and (1 - beta1) * L / B for lr and
+// 1 - beta1.
 //
 // The rules know nothing of lists, types or threads. Host compiler and nvcc build the same text without
 // contraction, so each operation rounds once, in the order written: that is what makes backends equal bit for bit.
@@ -77,6 +78,17 @@ SIGNADAM_HD F positive(F x) {
   return x > 0.0f ? x : F{};
 }
 
+// NaN stays NaN.
+template <class F>
+SIGNADAM_HD F at_least(F x, float low) {
+  return x < low ? F{} + low : x;
+}
+
+template <class F>
+SIGNADAM_HD F clamped(F x, float low, float high) {
+  return x > high ? F{} + high : at_least(x, low);
+}
+
 // Whatever the numerator: where nothing is known of a gradient, its parameter stays.
 template <class F>
 SIGNADAM_HD F zero_where_zero(F denominator, F x) {
@@ -86,10 +98,15 @@ SIGNADAM_HD F zero_where_zero(F denominator, F x) {
 // What a rule is unless it says otherwise.
 struct Traits {
   static constexpr int moments = 1;
-  static constexpr bool bounded = false;         // |m| <= 1
+  static constexpr bool bounded = false;         // |m| has a bound, so that m may be codes without a scale
+  static constexpr bool bound_by_group = false;  // and there are groups in which it has none
   static constexpr bool divides = false;         // by an element
   static constexpr bool reads_variance = false;  // of the gradient, given from outside
 };
+
+// Whether m may be codes in blocks.
+template <class Rule>
+constexpr bool has_blocks = Rule::moments > 0 && (!Rule::bounded || Rule::bound_by_group);
 
 template <class Rule>
 constexpr bool has_third = Rule::moments > 2 || Rule::reads_variance;
@@ -404,6 +421,68 @@ struct AdaMomentum : Traits {
   }
 };
 
+// LaProp [LP, Alg. 1]: the normalized gradient is averaged. Of sqrt(v / (1 - beta2^t)) + eps the scalar factor has gone
+// into `one_minus_beta1` and `eps`; lr comes divided by 1 - beta1^t. Codes have no NaN: p and v keep one. What lies
+// beyond `upper` is none either, of a v that no step has made.
+struct LaProp : Traits {
+  static constexpr const char* name = "laprop";
+  static constexpr int moments = 2;
+  static constexpr bool bounded = true;
+  static constexpr bool bound_by_group = true;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    m = s.beta1 * m + s.one_minus_beta1 * (g / (square_root(v) + s.eps));
+    p = p - s.lr * m;
+    m = (m <= s.upper) & (m >= -s.upper) ? m : F{};
+  }
+};
+
+// ADOPT [AD, Alg. 2]: v is that of the gradients before. At t = 1 `upper` is 0, and nothing but v is made.
+struct ADOPT : Traits {
+  static constexpr const char* name = "adopt";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const F normalized = clamped(g / at_least(square_root(v), s.eps), -s.upper, s.upper);
+    m = s.beta1 * m + s.one_minus_beta1 * (s.upper > 0.0f ? normalized : F{});
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    p = p - s.lr * m;
+  }
+};
+
+// Adam whose learning rate of each entry is cut off at two bounds [LX, Alg. 2]; lr comes with the bias corrections of
+// both moments.
+struct AdaBound : Traits {
+  static constexpr const char* name = "ada_bound";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    const F rate = clamped(s.lr / (square_root(v) + s.eps), s.lower, s.upper);
+    p = p - rate * m;
+  }
+};
+
+// The same with the largest v so far, as x, or NaN after one.
+struct AMSBound : Traits {
+  static constexpr const char* name = "ams_bound";
+  static constexpr int moments = 3;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F& x) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    x = v > x ? v : v == v ? x : v;
+    const F rate = clamped(s.lr / (square_root(x) + s.eps), s.lower, s.upper);
+    p = p - rate * m;
+  }
+};
+
 // The list that backends instantiate. The order numbers the rules across the binding.
 #define SIGNADAM_RULES(X) \
   X(SignSGD)              \
@@ -428,7 +507,11 @@ struct AdaMomentum : Traits {
   X(LionSoftsign)         \
   X(Ano)                  \
   X(Grams)                \
-  X(AdaMomentum)
+  X(AdaMomentum)          \
+  X(LaProp)               \
+  X(ADOPT)                \
+  X(AdaBound)             \
+  X(AMSBound)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,

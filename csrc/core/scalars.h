@@ -21,7 +21,9 @@ namespace signadam {
   X(denominator)           \
   X(bias_correction)       \
   X(rho)                   \
-  X(one_minus_rho)
+  X(one_minus_rho)         \
+  X(lower)                 \
+  X(upper)
 
 // What moves the threshold of adaptive or steered confidence is arithmetic of doubles.
 #define SIGNADAM_DOUBLES(X)    \

@@ -401,9 +401,9 @@ int update_pairs(const Slice& slice, const Scalars& s, float alpha) {
       if (f.exp_avg == Format::int8) SIGNADAM_PAIRS(int8);
       if (f.exp_avg == Format::int4) SIGNADAM_PAIRS(int4);
       if (f.exp_avg == Format::int2) SIGNADAM_PAIRS(int2);
-    } else {
-      if (f.exp_avg == Format::block8) SIGNADAM_PAIRS(block8);
     }
+    if constexpr (has_blocks<Rule>)
+      if (f.exp_avg == Format::block8) SIGNADAM_PAIRS(block8);
     return 0;
   }
 #undef SIGNADAM_PAIRS

@@ -12,7 +12,7 @@ import torch
 
 from . import checks, formats
 from .modifiers import decay_scalars, scale_of
-from .symbols import number
+from .symbols import is_nonzero, number
 
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
@@ -33,13 +33,16 @@ class Rule:
     Attributes:
         name: name of the rule on every backend.
         moments: names of the state tensors, in the order of the kernels' ``m``, ``v`` and ``x``.
-        bounded: whether ``|m| <= 1`` always, so that few bits hold it without a scale.
+        bound: what ``|m|`` never exceeds, so that few bits hold it without a scale: codes q stand for
+            ``q * bound / L``. None where there is no such number.
+        unbounded: why there is none, for errors.
         scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles; of numbers or of
             symbols, see :mod:`signadam_ext.core.symbols`.
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
         follows_gradient: whether its step always goes against the gradient, so that it can be no more cautious.
         reads_param: whether its step depends on the parameter. Others read it only to move it.
+        moves_at_first: whether the first step moves and decays parameters. Otherwise it only makes state.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
         threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is
             "NONE".
@@ -52,11 +55,13 @@ class Rule:
     name: str
     moments: tuple[str, ...]
     scalars: Callable[[Group, int], Scalars]
-    bounded: bool = False
+    bound: float | None = None
+    unbounded: str = "this momentum has no bound"
     uses_step: bool = False
     reads_variance: bool = False
     follows_gradient: bool = False
     reads_param: bool = False
+    moves_at_first: bool = True
     threshold_pass: str = "NONE"
     threshold_state: str | None = None
     update_scale: str | None = None
@@ -79,24 +84,25 @@ class Rule:
                 "use 'fp32' or 'bf16'"
             )
         return tuple(
-            self._form(dtype, self._first_forms if i == 0 else formats.SECOND) for i, dtype in enumerate(dtypes)
+            self._form(dtype, self.first_forms if i == 0 else formats.SECOND) for i, dtype in enumerate(dtypes)
         )
 
     @property
-    def _first_forms(self) -> Mapping[str, formats.Format]:
-        return formats.BOUNDED if self.bounded else formats.UNBOUNDED
+    def first_forms(self) -> Mapping[str, formats.Format]:
+        """By ``state_dtype``, what the first moment of two or fewer may be stored as."""
+        return formats.UNBOUNDED if self.bound is None else formats.BOUNDED
 
     def _levels(self, group: Group) -> int | None:
         """Levels of the first moment's codes, in a group whose ``state_dtype`` has been checked; None without codes."""
         if not self.moments:
             return None
         dtypes = _state_dtypes(group)
-        return self._first_forms[dtypes if type(dtypes) is str else dtypes[0]].levels
+        return self.first_forms[dtypes if type(dtypes) is str else dtypes[0]].levels
 
     def _form(self, dtype: object, allowed: Mapping[str, formats.Format]) -> formats.Format:
         if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
             raise ValueError(
-                f"state_dtype={dtype!r}: this momentum has no bound, so it needs a scale; use one of "
+                f"state_dtype={dtype!r}: {self.unbounded}, so it needs a scale; use one of "
                 f"{', '.join(map(repr, allowed))}"
             )
         return allowed[checks.one_of("state_dtype", dtype, formats.BOUNDED)]
@@ -106,7 +112,8 @@ class Rule:
 
         Gradients count ``gradient_factor`` times: what clipping, and a loss that was scaled, make of them.
 
-        A bounded moment in codes is ``m * L`` to the rule, which then takes ``lr / L`` and ``(1 - beta1) * L``.
+        A moment with a bound B in codes is ``m * L / B`` to the rule, which then takes ``lr / (L / B)`` and
+        ``(1 - beta1) * (L / B)``, and may not leave ``upper``, if it takes that.
         """
         own: Group = group
         if (factor := group.get("lr_factor")) is not None:
@@ -115,10 +122,19 @@ class Rule:
         scalars["gradient_scale"] *= gradient_factor
         if self.update_scale is not None:
             scalars["scales"], scalars["caution"] = 1.0, float(self.update_scale == "caution")
+        if not self.moves_at_first:
+            moves = is_nonzero(t - 1)
+            scalars["lr"] *= moves
+            scalars["decay"] = moves * scalars["decay"] + (1 - moves)  # exact: one of them is 0
         levels = self._levels(group)
         if levels is not None:
-            scalars["lr"] /= levels
-            scalars["one_minus_beta1"] *= levels
+            assert self.bound is not None
+            unit = levels / self.bound
+            scalars["lr"] /= unit
+            scalars["one_minus_beta1"] *= unit
+            if "upper" in scalars:
+                # Rounding errors go beyond L by less, and storing cuts off twice as much.
+                scalars["upper"] = levels + 2.0**-17
         return scalars
 
 

@@ -38,7 +38,8 @@ class SignOptimizer(Optimizer):
 
     **Moments**, by ``state_dtype``. "bf16" is rounded stochastically. Where a momentum of signs cannot exceed 1
     (:class:`SignAdam`, :class:`SignAdamPP` without a function of your own), "int8", "int4" and "int2" are codes q that
-    stand for q / 127, q / 7 or q; they need no scale. Rounding is stochastic, so that the stored momentum is right on
+    stand for q / 127, q / 7 or q; they need no scale. :class:`LaProp` has them for small betas, with a bound of its
+    own. Rounding is stochastic, so that the stored momentum is right on
     average, and its variance grows: a warning comes beyond the ``beta`` that each form allows. For any other momentum
     "int8" is a code with one power of two for each 32 elements in memory order. The power goes down to 2^-126, so
     however small a block is, it is right on average; nothing is flushed to zero as with 16-bit scales. Infinities

@@ -25,7 +25,7 @@ def _scalars(group: Group, t: int) -> Scalars:
     }
 
 
-RULE = Rule("grams", moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True)
+RULE = Rule("grams", moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True, follows_gradient=True)
 
 
 class Grams(SignOptimizer):

@@ -106,8 +106,7 @@ def layout_of(optimizer: GroupedOptimizer, name: str, param: Tensor, group: Grou
         dict(zip(rule.moments, rule.forms(group), strict=True)),
         effective_param_storage(group["param_storage"], param.dtype),
         rule.threshold_state,
-        # A function of the user's may be larger than 1.
-        bounded=rule.bounded and rule.confidence is None,
+        bound=rule.bound,
         uses_step=rule.uses_step,
         owner=None if local is param else param,
         sharding=sharding,

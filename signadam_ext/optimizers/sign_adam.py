@@ -26,10 +26,8 @@ def _analytic_scalars(group: Group, t: int) -> Scalars:
 
 
 RULES = {
-    "exact": Rule("sign_adam", moments=("exp_avg", "exp_avg_sq"), scalars=_exact_scalars, bounded=True),
-    "analytic": Rule(
-        "sign_adam_analytic", moments=("exp_avg",), scalars=_analytic_scalars, bounded=True, uses_step=True
-    ),
+    "exact": Rule("sign_adam", moments=("exp_avg", "exp_avg_sq"), scalars=_exact_scalars, bound=1.0),
+    "analytic": Rule("sign_adam_analytic", moments=("exp_avg",), scalars=_analytic_scalars, bound=1.0, uses_step=True),
 }
 
 

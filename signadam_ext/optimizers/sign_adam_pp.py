@@ -53,7 +53,7 @@ def _sparsity_scalars(group: Group, t: int) -> Scalars:
     }
 
 
-_FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars, bounded=True)
+_FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars, bound=1.0)
 RULES = {
     "fixed": _FIXED,
     "adaptive": replace(_FIXED, threshold_pass="PASS_BEFORE", threshold_state="exp_avg_std"),

@@ -187,7 +187,7 @@ def test_no_spills(architecture: str, rule: str, threshold_pass: str, storage: s
 @each_kernel
 def test_only_exponents_take_neighbours(architecture: str, rule: str, threshold_pass: str, storage: str) -> None:
     """Four threads find the largest magnitude of their block in two exchanges, without a word of shared memory."""
-    scaled = storage != "plain" and RULES[rule].moments > 0 and not RULES[rule].bounded
+    scaled = storage != "plain" and RULES[rule].has_blocks
     exchanges = kernel_of(architecture, rule, threshold_pass, storage).of("SHFL")
     assert len(exchanges) == (2 if scaled else 0)
 

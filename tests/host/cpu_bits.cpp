@@ -114,7 +114,7 @@ uint64_t steps(RuleIndex rule, bool third_is_moment, bool has_third, const Form&
   Scalars s{};
   s.lr = 1e-2f, s.weight_decay = 0.1f, s.decay = 0.999f, s.beta1 = 0.9f, s.one_minus_beta1 = 0.1f;
   s.beta2 = 0.99f, s.one_minus_beta2 = 0.01f, s.eps = 1e-8f, s.denominator = 0.5f, s.bias_correction = 0.7f;
-  s.rho = 0.3f, s.one_minus_rho = 0.7f;
+  s.rho = 0.3f, s.one_minus_rho = 0.7f, s.lower = 0.5f, s.upper = 1.0f;
   Digest digest;
   ChunkStatistics statistics{};
   for (uint64_t step = 1; step <= 4; ++step) {
@@ -156,8 +156,7 @@ void all_of(RuleIndex rule) {
     use(Format::bf16, Format::bf16);
     if (Rule::bounded)
       for (const Format codes : {Format::int8, Format::int4, Format::int2}) use(codes, Format::bf16);
-    else
-      use(Format::block8, Format::fp32);
+    if (has_blocks<Rule>) use(Format::block8, Format::fp32);
   };
   for (const Format param : {Format::fp32, Format::bf16, Format::fp16})
     moments([&](Format m, Format v) {

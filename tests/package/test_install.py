@@ -209,8 +209,8 @@ def test_shared_arguments_are_described_alike() -> None:
         "backend",
     )
     assert {argument: len(said[argument]) for argument in shared} == dict.fromkeys(shared, 1)
-    # Of a momentum that cannot exceed 1, and of any other.
-    assert len(said["state_dtype"]) == 2
+    # Of a momentum that cannot exceed 1, of one that has a bound for small betas, and of any other.
+    assert len(said["state_dtype"]) == 3
     assert len(said["foreach, fused, differentiable, capturable"]) == 1
 
 

@@ -6,6 +6,7 @@ The formulas are written from the papers, in real arithmetic, and share nothing 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -319,6 +320,50 @@ def ada_momentum(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]
     return p - Bounded.scalar(h["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t)) * m / v.sqrt()
 
 
+def laprop(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[LP] Alg. 1."""
+    b1, b2 = h["betas"]
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * g * g
+    normalized = g / ((v / Bounded.scalar(1 - b2**t)).sqrt() + Bounded.scalar(h["eps"]))
+    state["exp_avg"] = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * normalized
+    return p - Bounded.scalar(h["lr"] / (1 - b1**t)) * state["exp_avg"]
+
+
+def adopt(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[AD] Alg. 2, with the clipping that its authors recommend."""
+    b1, b2 = h["betas"]
+    v, limit = state["exp_avg_sq"], (t - 1) ** 0.25 if h["clip"] else np.inf
+    if t == 1:
+        state["exp_avg_sq"] = g * g
+        return p
+    n = g / v.sqrt().largest(Bounded.scalar(h["eps"]))
+    # Which of the two fp32 takes does not matter where they are within an error of each other.
+    n = n.where(np.abs(n.value) < limit, Bounded(np.clip(n.value, -limit, limit), n.error + UNIT * limit))
+    state["exp_avg"] = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * n
+    state["exp_avg_sq"] = Bounded.scalar(b2) * v + Bounded.scalar(1 - b2) * g * g
+    return p - Bounded.scalar(h["lr"]) * state["exp_avg"]
+
+
+def ada_bound(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any], *, largest: bool = False) -> Bounded:
+    """[LX] Alg. 2, bias-corrected as in the authors' code, and not divided by the root of t."""
+    b1, b2 = h["betas"]
+    state["exp_avg"] = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * g * g
+    if largest:
+        state["max_exp_avg_sq"] = v = state["max_exp_avg_sq"].largest(v)
+    rate = Bounded.scalar(h["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t)) / (v.sqrt() + Bounded.scalar(h["eps"]))
+    lower, upper = (
+        Bounded.scalar(h["final_lr"] * (1 + sign / (h["gamma"] * t + nought))) for sign, nought in ((-1, 1), (1, 0))
+    )
+    # A bound that fp32 crosses and real arithmetic does not, or the reverse, is within the error of the rate.
+    rate = rate.where(rate.value > lower.value, Bounded(lower.value, lower.error + rate.error))
+    rate = rate.where(rate.value < upper.value, Bounded(upper.value, upper.error + rate.error))
+    return p - rate * state["exp_avg"]
+
+
+ams_bound = functools.partial(ada_bound, largest=True)
+
+
 @dataclass(frozen=True)
 class Row:
     """A rule under test: the class, the hyperparameters of its own, the formula.
@@ -331,6 +376,8 @@ class Row:
     optimizer: type
     hyperparameters: dict[str, Any]
     formula: Formula
+    moves_at_first: bool = True  # and decays; otherwise the first step only makes state
+    largest_beta2: float = 1.0  # up to which its momentum has a bound that codes can use
     like: str = ""
 
     @property
@@ -338,9 +385,9 @@ class Row:
         """What the rule's moments can be stored as."""
         if self.optimizer is signadam_ext.SignSGD:
             return ()
-        if self.hyperparameters.get("amsgrad"):
+        if self.hyperparameters.get("amsgrad") or self.optimizer is signadam_ext.AMSBound:
             return ("fp32", "bf16")
-        bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP)
+        bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP) or self.largest_beta2 < 1
         return tuple(BOUNDED if bounded else UNBOUNDED)
 
     @property
@@ -350,6 +397,8 @@ class Row:
 
 
 ADAPTIVE = {"alpha": 0.5, "beta": 0.9, "confidence_beta": 0.8}
+
+BOUNDS = {"betas": (0.9, 0.99), "final_lr": 0.1, "eps": 1e-8}
 
 TABLE = [
     Row("sign_sgd", signadam_ext.SignSGD, {"alpha": 0.0}, sign_sgd),
@@ -389,6 +438,12 @@ TABLE = [
     Row("anolog", signadam_ext.Anolog, {"beta2": 0.99, "eps": 1e-8}, ano, like="ano"),
     Row("grams", signadam_ext.Grams, {"betas": (0.9, 0.99), "eps": 1e-6}, grams),
     Row("ada_momentum", signadam_ext.AdaMomentum, {"betas": (0.9, 0.99), "eps": 1e-8}, ada_momentum),
+    Row("laprop", signadam_ext.LaProp, {"betas": (0.9, 0.999), "eps": 1e-8}, laprop),
+    Row("laprop-bounded", signadam_ext.LaProp, {"betas": (0.9, 0.95), "eps": 1e-8}, laprop, largest_beta2=0.95),
+    Row("adopt", signadam_ext.ADOPT, {"betas": (0.9, 0.99), "eps": 1e-6, "clip": True}, adopt, False),
+    Row("adopt-unclipped", signadam_ext.ADOPT, {"betas": (0.9, 0.99), "eps": 1e-6, "clip": False}, adopt, False),
+    Row("ada_bound", signadam_ext.AdaBound, {"gamma": 0.01, **BOUNDS}, ada_bound),
+    Row("ams_bound", signadam_ext.AMSBound, {"gamma": 0.01, **BOUNDS}, ams_bound),
 ]
 
 #: One of each kind: what others have in state and hyperparameters, one of these has as well.

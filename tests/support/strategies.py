@@ -99,10 +99,11 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     """Overrides of a group, of the rule's own hyperparameters and the common ones."""
     unit = st.sampled_from((0.0, 0.5, 0.9, 0.99, 0.999)) | st.floats(0, 0.999)
     large = st.sampled_from((0.5, 0.9, 0.99, 0.999)) | st.floats(0.5, 0.999)
+    second = unit.map(lambda beta: min(beta, row.largest_beta2))
     own = {
         "alpha": st.sampled_from((0.0, 0.25, 0.5, 5e-4)) | st.floats(0, 2),
         "beta": unit,
-        "betas": st.tuples(unit, large if row.optimizer is signadam_ext.Ano else unit),
+        "betas": st.tuples(unit, large if row.optimizer is signadam_ext.Ano else second),
         "beta2": large,
         "gamma": st.sampled_from((0.0, 0.025, 1.0)) | st.floats(0, 1),
         "nesterov": st.booleans(),

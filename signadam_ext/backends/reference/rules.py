@@ -102,6 +102,15 @@ def zero_where_zero(denominator: Tensor, x: Tensor) -> Tensor:
     return torch.where(denominator == 0, 0.0, x)
 
 
+def at_least(x: Tensor, low: Tensor) -> Tensor:
+    """NaN stays NaN."""
+    return torch.where(x < low, low, x)
+
+
+def clamped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.where(x > high, high, at_least(x, low))
+
+
 def svag(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
     mean, variance, moments = estimate(s, g, moments)
     square = mean * mean
@@ -234,6 +243,41 @@ def ada_momentum(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, mome
     m = s["beta1"] * m + s["one_minus_beta1"] * g
     v = s["beta2"] * v + s["one_minus_beta2"] * m * m + s["eps"]
     return p - s["lr"] * m / square_root(v), (m, v)
+
+
+def laprop(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    m = s["beta1"] * m + s["one_minus_beta1"] * (g / (square_root(v) + s["eps"]))
+    p = p - s["lr"] * m
+    return p, (torch.where((m <= s["upper"]) & (m >= -s["upper"]), m, 0.0), v)
+
+
+def adopt(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    normalized = clamped(g / at_least(square_root(v), s["eps"]), -s["upper"], s["upper"])
+    m = s["beta1"] * m + s["one_minus_beta1"] * torch.where(s["upper"] > 0, normalized, 0.0)
+    return p - s["lr"] * m, (m, s["beta2"] * v + s["one_minus_beta2"] * g * g)
+
+
+def bounded_rate(s: dict[str, Tensor], v: Tensor) -> Tensor:
+    """Adam's learning rate of each entry, cut off at two bounds."""
+    return clamped(s["lr"] / (square_root(v) + s["eps"]), s["lower"], s["upper"])
+
+
+def ada_bound(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    return p - bounded_rate(s, v) * m, (m, v)
+
+
+def ams_bound(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v, x = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    x = torch.maximum(x, v)
+    return p - bounded_rate(s, x) * m, (m, v, x)
 
 
 def as_fp32(value: float, device: torch.device) -> Tensor:
