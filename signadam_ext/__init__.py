@@ -2,8 +2,8 @@
 
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
-:class:`Lion`; :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`, :class:`AMSBound`; as functions over lists of tensors
-they are in :mod:`signadam_ext.functional`. :func:`from_optimizer` puts one in place of another,
+:class:`Lion`; :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`, :class:`AMSBound`, :class:`AdEMAMix`; as functions
+over lists of tensors they are in :mod:`signadam_ext.functional`. :func:`from_optimizer` puts one in place of another,
 :func:`release_gradients` updates inside backward, :func:`per_sample_variance` measures what the mini-batch forms of
 :class:`MSVAG` and :class:`AdamStar` read. ``python -m signadam_ext`` tells what was built and what is usable.
 """
@@ -19,6 +19,7 @@ from .optimizers import (
     Adam,
     AdamStar,
     AdamW,
+    AdEMAMix,
     AMSBound,
     LaProp,
     Lion,
@@ -38,6 +39,7 @@ __all__ = [
     "MSVAG",
     "SVAG",
     "AMSBound",
+    "AdEMAMix",
     "AdaBound",
     "Adam",
     "AdamStar",

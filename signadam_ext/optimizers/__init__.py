@@ -2,6 +2,7 @@
 
 from .ada_bound import AdaBound, AMSBound, ada_bound, ams_bound
 from .adam import Adam, AdamW, adam
+from .ademamix import AdEMAMix, ademamix
 from .adopt import ADOPT, adopt
 from .laprop import LaProp, laprop
 from .lion import Lion, lion
@@ -18,6 +19,7 @@ __all__ = [
     "MSVAG",
     "SVAG",
     "AMSBound",
+    "AdEMAMix",
     "AdaBound",
     "Adam",
     "AdamStar",
@@ -31,6 +33,7 @@ __all__ = [
     "ada_bound",
     "adam",
     "adam_star",
+    "ademamix",
     "adopt",
     "ams_bound",
     "laprop",

@@ -96,10 +96,11 @@ def tensor_cases(draw: st.DrawFn, groups: int, large: bool) -> TensorCase:
 def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     """Overrides of a group, of the rule's own hyperparameters and the common ones."""
     unit = st.sampled_from((0.0, 0.5, 0.9, 0.99, 0.999)) | st.floats(0, 0.999)
+    betas = (unit, unit.map(lambda beta: min(beta, row.largest_beta2)), unit)
     own = {
         "alpha": st.sampled_from((0.0, 0.25, 0.5, 5e-4)) | st.floats(0, 2),
         "beta": unit,
-        "betas": st.tuples(unit, unit.map(lambda beta: min(beta, row.largest_beta2))),
+        "betas": st.tuples(*betas[: len(row.hyperparameters.get("betas", ()))]),
         "eps": st.sampled_from((1e-8, 1e-3, 0.0)),
         "confidence_beta": unit,
         "bias_correct_variance": st.booleans(),
