@@ -24,6 +24,7 @@ RUN: int
 LANES: int
 ROWS: int
 CHUNK_SIZE: int
+LEAST_SCALE: float
 
 #: What holds for one tensor of a vote; entries of a chunk of a vote; codes of a word.
 VOTE_SCALARS: tuple[str, ...]

@@ -17,6 +17,8 @@ WEIGHT_DECAY = tl.constexpr(SCALARS.index("weight_decay"))
 DECAY = tl.constexpr(SCALARS.index("decay"))
 COUPLED = tl.constexpr(SCALARS.index("coupled"))
 CAUTIOUS_DECAY = tl.constexpr(SCALARS.index("cautious_decay"))
+CAUTION = tl.constexpr(SCALARS.index("caution"))
+SCALES = tl.constexpr(SCALARS.index("scales"))
 GRADIENT_SCALE = tl.constexpr(SCALARS.index("gradient_scale"))
 ALPHA = tl.constexpr(SCALARS.index("alpha"))
 BETA1 = tl.constexpr(SCALARS.index("beta1"))
@@ -136,6 +138,24 @@ def apply(s, alpha, p, g, m, v, x, RULE: tl.constexpr):
     else:
         p, m, v, x = RULE(s, alpha, p * scalar(s, DECAY), g, m, v, x)
     return p, m, v, x
+
+
+@triton.jit
+def agreement(step, g):
+    """Whether a step goes against the gradient, as it should."""
+    return (times_sign_of(step, g) < 0.0) & (g != 0.0)
+
+
+@triton.jit
+def apply_scaled(s, scale, p, step, g, CAUTIOUS: tl.constexpr):
+    """Decoupled decay and a rule's step, multiplied by ``scale``, and if CAUTIOUS only where it goes against ``g``."""
+    if CAUTIOUS:
+        step = tl.where((times_sign_of(step, g) >= 0.0) | (g == 0.0), 0.0, step)
+    step = step * scale
+    decayed = p * scalar(s, DECAY)
+    if scalar(s, CAUTIOUS_DECAY) != 0.0:
+        decayed = tl.where(times_sign_of(step, p) <= 0.0, decayed, p)
+    return decayed + step
 
 
 @triton.jit
@@ -271,6 +291,74 @@ def lion(s, alpha, p, g, m, v, x):
     u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
     p = p - scalar(s, LR) * sign(u)
     m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def adam_s(s, alpha, p, g, m, v, x):
+    square = scalar(s, BETA2) * m * m + scalar(s, ONE_MINUS_BETA2) * g * g
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(square) + scalar(s, EPS))
+    return p, m, v, x
+
+
+@triton.jit
+def bcos(s, alpha, p, g, m, v, x):
+    ahead = g + scalar(s, BETA1) * m
+    square = scalar(s, BETA2) * m * m + scalar(s, ONE_MINUS_BETA2) * ahead * ahead
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(square) + scalar(s, EPS))
+    return p, m, v, x
+
+
+@triton.jit
+def lion_threshold(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - scalar(s, LR) * gated_sign(u, scalar(s, EPS))
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def lion_huber(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    eps = scalar(s, EPS)
+    p = p - scalar(s, LR) * tl.where(tl.abs(u) < eps, divided(u, eps), sign(u))
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def lion_softsign(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    denominator = scalar(s, EPS) + tl.abs(u)
+    p = p - zero_where_zero(denominator, scalar(s, LR) * tl.div_rn(u, denominator))
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def ano(s, alpha, p, g, m, v, x):
+    square = g * g
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * sign(square - v) * square
+    p = p - tl.div_rn(scalar(s, LR) * tl.abs(g), tl.sqrt_rn(v + scalar(s, EPS))) * sign(m)
+    return p, m, v, x
+
+
+@triton.jit
+def grams(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p = p - tl.div_rn(scalar(s, LR) * tl.abs(m), tl.sqrt_rn(v) + scalar(s, EPS)) * sign(g)
+    return p, m, v, x
+
+
+@triton.jit
+def ada_momentum(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * m * m + scalar(s, EPS)
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(v))
     return p, m, v, x
 
 

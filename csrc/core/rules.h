@@ -317,6 +317,110 @@ struct Lion : Traits {
   }
 };
 
+// AdamS: the root of a weighted sum of the squares of the last momentum and the gradient for Adam's denominator. BCOS
+// in its simple form is this rule with other scalars.
+struct AdamS : Traits {
+  static constexpr const char* name = "adam_s";
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F square = s.beta2 * m * m + s.one_minus_beta2 * g * g;
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - s.lr * m / (square_root(square) + s.eps);
+  }
+};
+
+// BCOS, conditional: (3 b^2 - 2 b^3) m^2 + (1 - b)^2 g^2 + 2 b (1 - b)^2 m g, written as a sum of two squares, which no
+// rounding makes negative. beta2 is b^2 (2 - b^2), one_minus_beta2 is (1 - b)^2, and b is 0 at the first step.
+struct BCOS : Traits {
+  static constexpr const char* name = "bcos";
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F ahead = g + s.beta1 * m;
+    const F square = s.beta2 * m * m + s.one_minus_beta2 * ahead * ahead;
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - s.lr * m / (square_root(square) + s.eps);
+  }
+};
+
+// Lion-K: what stands in place of Lion's sign is the derivative of another convex function. `eps` is where it bends;
+// with 0 each is Lion.
+struct LionThreshold : Traits {
+  static constexpr const char* name = "lion_threshold";
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F u = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - GatedStep<F>::of(s.lr, u, s.eps);
+    m = s.beta2 * m + s.one_minus_beta2 * g;
+  }
+};
+
+// Huber's function: u / eps, cut off at 1. A NaN does not move p, as in Lion.
+struct LionHuber : Traits {
+  static constexpr const char* name = "lion_huber";
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F u = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - s.lr * (magnitude(u) < s.eps ? u / s.eps : sign(u));
+    m = s.beta2 * m + s.one_minus_beta2 * g;
+  }
+};
+
+struct LionSoftsign : Traits {
+  static constexpr const char* name = "lion_softsign";
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F u = s.beta1 * m + s.one_minus_beta1 * g;
+    const F denominator = s.eps + magnitude(u);
+    p = p - zero_where_zero(denominator, s.lr * (u / denominator));
+    m = s.beta2 * m + s.one_minus_beta2 * g;
+  }
+};
+
+// Ano: the direction is the momentum's, the size the gradient's. v falls where g^2 is smaller, as Yogi's, and decays
+// beside. lr comes times sqrt(1 - beta2^t), eps times 1 - beta2^t: the bias correction of v.
+struct Ano : Traits {
+  static constexpr const char* name = "ano";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const F square = g * g;
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + GatedStep<F>::of(s.one_minus_beta2, square - v, 0.0f) * square;
+    p = p - s.lr * magnitude(g) / square_root(v + s.eps) * sign(m);
+  }
+};
+
+// Grams: the direction is the gradient's, the size Adam's. lr comes times sqrt(1 - beta2^t) / (1 - beta1^t).
+struct Grams : Traits {
+  static constexpr const char* name = "grams";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    p = p - s.lr * magnitude(m) / (square_root(v) + s.eps) * sign(g);
+  }
+};
+
+// AdaMomentum: v is of the momentum, and eps is added to it at every step. lr comes as Grams has it.
+struct AdaMomentum : Traits {
+  static constexpr const char* name = "ada_momentum";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * m * m + s.eps;
+    p = p - s.lr * m / square_root(v);
+  }
+};
+
 // LaProp [LP, Alg. 1]: the normalized gradient is averaged. Of sqrt(v / (1 - beta2^t)) + eps the scalar factor has gone
 // into `one_minus_beta1` and `eps`; lr comes divided by 1 - beta1^t. Codes have no NaN: p and v keep one. What lies
 // beyond `upper` is none either, of a v that no step has made.
@@ -411,6 +515,14 @@ struct AdEMAMix : Traits {
   X(Adam)                 \
   X(AdamAMSGrad)          \
   X(Lion)                 \
+  X(AdamS)                \
+  X(BCOS)                 \
+  X(LionThreshold)        \
+  X(LionHuber)            \
+  X(LionSoftsign)         \
+  X(Ano)                  \
+  X(Grams)                \
+  X(AdaMomentum)          \
   X(LaProp)               \
   X(ADOPT)                \
   X(AdaBound)             \
@@ -442,7 +554,27 @@ SIGNADAM_HD void apply_cautiously(const Scalars& s, float alpha, F& p, F g, F& m
   p = (times_sign_of(step, p) <= 0.0f ? p * s.decay : p) + step;
 }
 
-// Both; which of them is the same for all elements of a tensor.
+// Whether a step goes against the gradient, as it should: 1 or 0.
+template <class F>
+SIGNADAM_HD F agreement(F step, F g) {
+  return (times_sign_of(step, g) < 0.0f) & (g != 0.0f) ? F{} + 1.0f : F{};
+}
+
+// The same with the step multiplied by a number of the tensor's, `scale`, and with caution [CO] only where it goes
+// against the gradient. NaN stays NaN. Returns the step before that.
+template <class Rule, class F>
+SIGNADAM_HD F apply_scaled(const Scalars& s, float scale, F& p, F g, F& m, F& v, F& x) {
+  F step{};
+  Rule::update(s, s.alpha, step, g, m, v, x);
+  const F whole = step;
+  if (s.caution) step = (times_sign_of(step, g) >= 0.0f) | (g == 0.0f) ? F{} : step;
+  step = step * scale;
+  const F decayed = p * s.decay;
+  p = (!s.cautious_decay ? decayed : times_sign_of(step, p) <= 0.0f ? decayed : p) + step;
+  return whole;
+}
+
+// The first or the second, which is the same for all elements of a tensor.
 template <class Rule, class F>
 SIGNADAM_HD void apply_effective(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
   if (s.cautious_decay)

@@ -39,6 +39,8 @@ namespace signadam {
 #define SIGNADAM_FLAGS(X) \
   X(coupled)              \
   X(cautious_decay)       \
+  X(scales)               \
+  X(caution)              \
   X(steers)
 
 #define SIGNADAM_SCALARS(X) \

@@ -189,15 +189,18 @@ void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, u
     });
   };
 
+  const auto sum = [&](const Slice& slice, const Scalars& s, float alpha) {
+    return s.scales ? isa.sum_step[rule](slice, s) : isa.sum(slice, s, alpha);
+  };
+
   if (threshold_pass == ThresholdPass::pass_before) {
-    each_chunk(
-        [&](uint32_t chunk, const Slice& slice, const Scalars& s) { table.sums[chunk] = isa.sum(slice, s, 0.0f); });
+    each_chunk([&](uint32_t chunk, const Slice& slice, const Scalars& s) { table.sums[chunk] = sum(slice, s, 0.0f); });
     finish();
   }
   each_chunk([&](uint32_t chunk, const Slice& slice, const Scalars& s) {
     // The sums come first: they need the old parameter, and leave the chunk in the cache for the update.
     const float alpha = threshold(slice.tensor, s);
-    if (threshold_pass == ThresholdPass::same_pass) table.sums[chunk] = isa.sum(slice, s, alpha);
+    if (threshold_pass == ThresholdPass::same_pass) table.sums[chunk] = sum(slice, s, alpha);
     isa.update[rule](slice, s, alpha, table.chunk_statistics == nullptr ? nullptr : table.chunk_statistics + chunk);
   });
   if (threshold_pass == ThresholdPass::same_pass) finish();

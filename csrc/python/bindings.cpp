@@ -244,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("LANES") = lane_count;
   m.attr("ROWS") = row_count;
   m.attr("CHUNK_SIZE") = chunk_size;
+  m.attr("LEAST_SCALE") = least_scale;
   m.def("advise_huge_pages", &cpu::advise_huge_pages, py::arg("address"), py::arg("size"));
   m.def("step_layout", &step_layout, py::arg("tensors"), py::arg("scalar_sets"));
 

@@ -228,6 +228,7 @@ def _launches(bucket: Bucket) -> list[dict[str, Any]]:
         "PARAM_STORAGE": PARAM_STORAGES[sample.param_storage],
         "CONFIDENCE": bucket.rule.confidence,
         "RUNS": sample.shard.run > 0,
+        "SCALE": bucket.rule.update_scale,
     }
     before, none = _C.ThresholdPass.PASS_BEFORE, _C.ThresholdPass.NONE
     own: _C.ThresholdPass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)

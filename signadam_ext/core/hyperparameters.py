@@ -51,14 +51,16 @@ class Optional:
 
 @dataclass(frozen=True)
 class Betas:
-    """A decay in [0, 1) for each of ``names``, by which errors call them."""
+    """A decay in [0, 1) for each of ``names``, by which errors call them; the last is at least ``low``."""
 
     names: tuple[str, ...]
+    low: float = 0.0
 
     def __call__(self, name: str, value: Any) -> tuple[float, ...]:
         if not isinstance(value, (tuple, list)) or len(value) != len(self.names):
             raise ValueError(f"{name}={value!r}: must be a tuple of {len(self.names)}; {how_betas_are_given(self)}")
         found = tuple(map(BETA, self.names, value))
+        Number(self.low, 1.0)(self.names[-1], found[-1])
         # The same object where it holds Python's numbers already.
         return value if isinstance(value, tuple) and all(map(operator.is_, found, value)) else found
 
@@ -94,6 +96,7 @@ COMMON: Checks = {
     "weight_decay_kind": Optional(Choice(modifiers.WEIGHT_DECAY_KINDS)),
     "weight_decay_scale": Choice(tuple(modifiers.WEIGHT_DECAY_SCALES)),
     "lr_scale": modifiers.lr_scale,
+    "caution": Optional(Choice(modifiers.CAUTIONS)),
     "base_lr": LEARNING_RATE,
     "largest_lr": LEARNING_RATE,
     "maximize": FLAG,

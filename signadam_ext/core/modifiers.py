@@ -28,7 +28,9 @@ WEIGHT_DECAY_SCALES: dict[str, Callable[[Any, Any, Group], Any]] = {
 _TINY = 2.0**-1000  # so that a learning rate of 0, which was never larger, decays by 0
 
 #: The modifiers of a group that asks for none.
-DEFAULTS: dict[str, Any] = {"weight_decay_kind": None, "weight_decay_scale": "lr", "lr_scale": None}
+DEFAULTS: dict[str, Any] = {"weight_decay_kind": None, "weight_decay_scale": "lr", "lr_scale": None, "caution": None}
+#: Steps only where they go against the gradient [CO], larger in exchange: by the share of this step, or of the last.
+CAUTIONS = ("exact", "delayed")
 
 
 def weight_decay_kind(group: Group) -> str:
@@ -50,16 +52,27 @@ def decay_scalars(group: Group) -> dict[str, Any]:
     }
 
 
-def check(group: Group, *, reads_param: bool) -> None:
+def scale_of(group: Group) -> str | None:
+    """Which number of a tensor's multiplies its steps: one of :data:`CAUTIONS`, "rms", or None."""
+    caution: str | None = group.get("caution")
+    if caution is not None:
+        return caution
+    scale = group.get("lr_scale")
+    return "rms" if isinstance(scale, str) and scale == "rms" else None
+
+
+def check(group: Group, rule: Any) -> None:
     """Raises on modifiers that make no sense together. Each by itself has been checked.
 
     Args:
         group: hyperparameters by name.
-        reads_param: whether the group's rule reads the parameter for more than to move it.
+        rule: the group's, a :class:`signadam_ext.core.rule.Rule`, as it is without modifiers.
 
     Raises:
-        ValueError: a scale of a decay that has none, or that wants what is not known; caution where there is no step.
+        ValueError: a scale of a decay that has none, or that wants what is not known; caution or a scale where the rule
+            has no step of its own, or a number of each tensor's already.
     """
+    _check_scale(group, rule)
     kind, scale = weight_decay_kind(group), group["weight_decay_scale"]
     if scale != "lr" and kind == "coupled":
         raise ValueError(
@@ -76,10 +89,24 @@ def check(group: Group, *, reads_param: bool) -> None:
             "weight_decay_scale='corrected' with an lr on a device, where nobody sees whether it is the largest so "
             "far: keep lr on the host, or take 'fully_decoupled'"
         )
-    if kind == "cautious" and reads_param:
+    if kind == "cautious" and rule.reads_param:
         raise ValueError(
             "weight_decay_kind='cautious' with a rule whose step depends on the parameter: take 'decoupled'"
         )
+
+
+def _check_scale(group: Group, rule: Any) -> None:
+    if (scale := scale_of(group)) is None:
+        return
+    shown = f"caution={scale!r}" if scale in CAUTIONS else f"lr_scale={scale!r}"
+    if group["caution"] is not None and group["lr_scale"] == "rms":
+        raise ValueError(f"{shown} with lr_scale='rms': steps have one number of each tensor's to be multiplied by")
+    if scale in CAUTIONS and rule.follows_gradient:
+        raise ValueError(f"{shown} with a rule whose step has the gradient's sign: it cannot disagree with it")
+    if rule.threshold_pass != "NONE" or rule.confidence is not None:
+        raise ValueError(f"{shown} with confidence of each tensor's own: take confidence='fixed'")
+    if rule.reads_param:
+        raise ValueError(f"{shown} with a rule whose step depends on the parameter")
 
 
 def _is_tensor(value: Any) -> bool:
@@ -87,14 +114,14 @@ def _is_tensor(value: Any) -> bool:
 
 
 def lr_scale(name: str, value: Any) -> Any:
-    """None, "shape", or a function of a parameter's name and shape.
+    """None, "shape", "rms", or a function of a parameter's name and shape.
 
     Raises:
         ValueError: something else.
     """
     if value is None or (callable(value) and not isinstance(value, type)):
         return value
-    return checks.one_of(name, value, LR_SCALES)
+    return checks.one_of(name, value, (*LR_SCALES, "rms"))
 
 
 #: Factors of the learning rate by a parameter's shape.
@@ -115,7 +142,7 @@ def lr_factor(scale: Any, label: str, name: str | None, shape: Sequence[int]) ->
     Raises:
         TypeError, ValueError: a function that returns no finite number of at least 0.
     """
-    if scale is None:
+    if scale is None or scale == "rms":  # which kernels make
         return 1.0
     found = LR_SCALES[scale](shape) if isinstance(scale, str) else scale(name, tuple(shape))
     return float(checks.number(f"lr_scale of {label}", found, 0.0))

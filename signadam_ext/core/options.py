@@ -23,6 +23,7 @@ class OtherOptions(TypedDict, total=False):
     weight_decay_kind: str | None
     weight_decay_scale: str
     lr_scale: LrScale
+    caution: str | None
     foreach: bool | None
     fused: bool | None
     differentiable: bool | None
@@ -50,7 +51,11 @@ LARGEST_RATES = ("base_lr", "largest_lr")
 TORCH_OPTIONS: dict[str, Any] = dict.fromkeys(checks.TORCH_OPTIONS)
 #: What no class names, by its default and its type.
 OTHERS: dict[str, Any] = {**modifiers.DEFAULTS, **TORCH_OPTIONS}
-_ANNOTATIONS = {"weight_decay_kind": "str | None", "weight_decay_scale": "str", "lr_scale": "LrScale"}
+_ANNOTATIONS = {
+    **dict.fromkeys(("weight_decay_kind", "caution"), "str | None"),
+    "weight_decay_scale": "str",
+    "lr_scale": "LrScale",
+}
 
 
 def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from . import checks, formats
-from .modifiers import decay_scalars
+from .modifiers import decay_scalars, scale_of
 from .symbols import is_nonzero, number
 
 Group = Mapping[str, Any]
@@ -39,12 +40,16 @@ class Rule:
             symbols, see :mod:`signadam_ext.core.symbols`.
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
+        follows_gradient: whether its step always goes against the gradient, so that it can be no more cautious.
         reads_param: whether its step depends on the parameter. Others read it only to move it.
         keeps_largest: whether the third moment is a largest value, which no rounding up may enter.
         moves_at_first: whether the first step moves and decays parameters. Otherwise it only makes state.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
         threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is
             "NONE".
+        update_scale: of what ``threshold_state`` makes a number that steps are multiplied by, in place of a threshold:
+            "caution", of the share of entries whose step goes against the gradient; "rms", of the parameter's root mean
+            square; or None.
         confidence: a function of the user's that gives the rule its gradient, or None.
     """
 
@@ -55,11 +60,13 @@ class Rule:
     unbounded: str = "this momentum has no bound"
     uses_step: bool = False
     reads_variance: bool = False
+    follows_gradient: bool = False
     reads_param: bool = False
     keeps_largest: bool = False
     moves_at_first: bool = True
     threshold_pass: str = "NONE"
     threshold_state: str | None = None
+    update_scale: str | None = None
     confidence: Callable[..., Any] | None = field(default=None, hash=False)  # one may have no hash
 
     def forms(self, group: Group) -> tuple[formats.Format, ...]:
@@ -115,6 +122,8 @@ class Rule:
             own = ChainMap({"lr": number(group["lr"]) * factor}, group)  # type: ignore[arg-type]
         scalars = {**decay_scalars(group), **_direction(own), **self.scalars(own, t)}
         scalars["gradient_scale"] *= gradient_factor
+        if self.update_scale is not None:
+            scalars["scales"], scalars["caution"] = 1.0, float(self.update_scale == "caution")
         if not self.moves_at_first:
             moves = is_nonzero(t - 1)
             scalars["lr"] *= moves
@@ -156,7 +165,24 @@ def rule_of(optimizer: type[HasRule], group: Group) -> Rule:
         TypeError, ValueError: hyperparameters that name none.
     """
     rule = optimizer.RULE
-    return rule.of(group) if isinstance(rule, RuleChoice) else rule
+    if isinstance(rule, RuleChoice):
+        rule = rule.of(group)
+    scale = scale_of(group)
+    return rule if scale is None else _scaled(rule, scale)
+
+
+@functools.cache
+def _scaled(rule: Rule, scale: str) -> Rule:
+    return replace(rule, **_SCALED[scale])
+
+
+#: What scales a rule's steps, by the modifier that asks for it: caution in two passes, and one with the last step's
+#: share; the root mean square of the parameter before the last step.
+_SCALED: dict[str, dict[str, Any]] = {
+    "exact": {"update_scale": "caution", "threshold_pass": "PASS_BEFORE", "threshold_state": "agreement"},
+    "delayed": {"update_scale": "caution", "threshold_pass": "SAME_PASS", "threshold_state": "agreement"},
+    "rms": {"update_scale": "rms", "threshold_pass": "SAME_PASS", "threshold_state": "param_rms"},
+}
 
 
 def method_of(optimizer: type[HasRule]) -> str:

@@ -105,7 +105,10 @@ class AdEMAMix(SignOptimizer):
             largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; or a function of its name (or None) and shape. Default: None, 1.
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.

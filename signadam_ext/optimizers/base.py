@@ -109,7 +109,7 @@ class SignOptimizer(Optimizer):
         backends.check_usable(group["backend"])
         rule = rule_of(cls, group)
         rule.forms(group)
-        modifiers.check(group, reads_param=rule.reads_param)
+        modifiers.check(group, rule_of(cls, {**group, **modifiers.DEFAULTS}))
         if rule.reads_variance and group["max_grad_norm"] is not None:
             raise ValueError(
                 f"max_grad_norm={group['max_grad_norm']!r} with a rule that reads param.grad_variance, which would "

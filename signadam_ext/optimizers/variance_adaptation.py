@@ -43,18 +43,19 @@ def _minibatch_scalars(group: Group, t: int) -> Scalars:
     return {"beta1": mu, "beta2": mu * mu}
 
 
-def _ema(name: str) -> Rule:
-    return Rule(name, moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True)
+def _ema(name: str, follows_gradient: bool = False) -> Rule:
+    moments = ("exp_avg", "exp_avg_sq")
+    return Rule(name, moments, _scalars, uses_step=True, follows_gradient=follows_gradient)
 
 
 def _minibatch(name: str) -> Rule:
     return Rule(name, moments=("momentum_buffer", "exp_avg_var"), scalars=_minibatch_scalars, reads_variance=True)
 
 
-SVAG_RULE = _ema("svag")
+SVAG_RULE = _ema("svag", follows_gradient=True)
 MSVAG_RULES = {"ema": _ema("msvag"), "minibatch": _minibatch("msvag_minibatch")}
 ADAM_STAR_RULES = {"ema": _ema("adam_star"), "minibatch": _minibatch("adam_star_minibatch")}
-ADAM_STAR_PLAIN_RULE = _ema("adam_star_plain")
+ADAM_STAR_PLAIN_RULE = _ema("adam_star_plain", follows_gradient=True)
 
 
 class SVAG(SignOptimizer):
@@ -90,7 +91,10 @@ class SVAG(SignOptimizer):
             largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; or a function of its name (or None) and shape. Default: None, 1.
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -201,7 +205,10 @@ class MSVAG(SignOptimizer):
             largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; or a function of its name (or None) and shape. Default: None, 1.
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -335,7 +342,10 @@ class AdamStar(SignOptimizer):
             largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; or a function of its name (or None) and shape. Default: None, 1.
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.

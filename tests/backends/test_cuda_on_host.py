@@ -107,7 +107,7 @@ class Preparer(Protocol):
 
 #: Scalars as kernels take them, in csrc/core/scalars.h: doubles, floats, flags.
 DOUBLES = ("alpha", "confidence_beta", "one_minus_confidence_beta", "target", "gain", "quantile")
-FLAGS = ("coupled", "cautious_decay", "steers")
+FLAGS = ("coupled", "cautious_decay", "scales", "caution", "steers")
 FLOATS = tuple(name for name in _C.SCALARS if name not in (*DOUBLES[1:], *FLAGS))
 
 

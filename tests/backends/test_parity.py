@@ -75,10 +75,14 @@ BEYOND_FP32 = (
     {"alpha": 1e-300},
     {"eps": 1e300},
     {"eps": 1e-300},
+    {"epsilon": 1e300},
+    {"epsilon": 1e-300},
     {"lr": 1e308, "beta": 1 - 2**-53},
     {"lr": 1e308, "betas": (1 - 2**-53, 1 - 2**-53)},
     {"beta": 5e-324},
     {"betas": (1e-300, 5e-324)},
+    {"beta2": 1 - 2**-53},
+    {"gamma": 1e-300},
     {"confidence_beta": 1 - 2**-53},
 )
 STEERED = {"confidence": "sparsity", "beta": 0.9}
@@ -99,6 +103,8 @@ def beyond_fp32(row: Row, dtypes: tuple[torch.dtype, ...]) -> RunCase:
     known = {"lr", "weight_decay", "decoupled_weight_decay", "weight_decay_kind", *row.hyperparameters}
     slow = row.hyperparameters.get("betas", ())[2:]
     groups = [{}, *(group for group in BEYOND_FP32 if group.keys() <= known)]
+    if row.optimizer is signadam_ext.Ano:  # whose second beta is at least 0.5
+        groups.remove({"betas": (1e-300, 5e-324)})
     if slow:  # whose schedule takes no beta so near to 1
         groups = [
             {**group, "betas": (*group["betas"], *slow), "t_beta3": None} if "betas" in group else group

@@ -287,3 +287,137 @@ def test_released_gradients_are_scaled() -> None:
         results.append([param.detach().clone() for param in model.parameters()])
     for plain, alone in zip(results[:2], results[2:], strict=True):
         assert all(map(same_bits, plain, alone))
+
+
+# What multiplies the steps of each tensor.
+
+SCALED = ("sign_sgd", "signum", "sign_adam", "sign_adam_pp", "adam", "lion", "msvag_minibatch")
+
+
+def scaled_rows(rows: list[Row]) -> Any:
+    """One of each kind; others in the thorough run."""
+    left = pytest.mark.thorough
+    fixed = [row for row in rows if row.hyperparameters.get("confidence", "fixed") == "fixed"]
+    taken = [pytest.param(row, id=row.id, marks=() if row.id in SCALED else left) for row in fixed]
+    return pytest.mark.parametrize("row", taken)
+
+
+FLOOR = 2.0**-10
+
+
+def whole_step(row: Row, twin: torch.optim.Optimizer, twins: list[Tensor], step: int) -> list[Tensor]:
+    """What a step without modifiers makes of parameters at 0."""
+    with torch.no_grad():
+        torch._foreach_zero_(twins)
+    train(twin, [step])
+    return [param.detach().clone() for param in twins]
+
+
+@pytest.mark.parametrize("form", ["exact", "delayed"])
+@each_backend
+@scaled_rows([row for row in TABLE if not row.id.startswith(("sign_sgd", "svag", "adam_star_plain", "grams"))])
+def test_caution(row: Row, backend: str, form: str) -> None:
+    """arXiv 2411.16085: entries whose update has not the gradient's sign stay; the others take n / count of the step,
+    at least 1 in 1024. The count is this step's, or the last one's."""
+    shapes = ((40, 7), (3,), (127, 131))  # of more than a chunk
+    params = parameters(*shapes)
+    optimizer = make(row, params, backend, lr=0.05, caution=form, weight_decay=0.2, weight_decay_kind="decoupled")
+    twins = copies(params)
+    twin = make(row, twins, backend, lr=0.05)
+    last = [1.0] * len(params)
+    for step in range(1, 6):
+        before = [param.detach().clone() for param in params]
+        train(optimizer, [step])
+        moved = whole_step(row, twin, twins, step)
+        for i, (p, now, whole) in enumerate(zip(before, params, moved, strict=True)):
+            g = gradient(now, step, i) * (-1 if optimizer.param_groups[0]["maximize"] else 1)
+            agrees = whole.double().sign() * g.double().sign() < 0
+            share = float(agrees.double().sum()) / agrees.numel() or last[i]
+            taken = share if form == "exact" else last[i]
+            scale = torch.tensor(1 / max(taken, FLOOR), dtype=torch.float64).float()
+            expected = p * torch.tensor(1 - 0.05 * 0.2) + torch.where(agrees, whole, 0.0) * scale
+            assert torch.equal(now, expected)
+            assert optimizer.state[now]["agreement"].item() == share
+            last[i] = share
+    assert any(share < 1 for share in last)
+
+
+@each_backend
+@pytest.mark.parametrize("form", ["exact", "delayed"])
+def test_a_learning_rate_of_zero_tells_no_share(backend: str, form: str) -> None:
+    """A warm-up that begins at 0 must not make the next step a thousand times as long."""
+    param = Parameter(torch.zeros(64))
+    optimizer = Lion([param], lr=0.0, caution=form, backend=backend)
+    for lr in (0.0, 1.0):
+        optimizer.param_groups[0]["lr"] = lr
+        param.grad = torch.ones(64)
+        optimizer.step()
+    assert torch.equal(param.detach(), -torch.ones(64))
+
+
+@each_backend
+def test_caution_lets_nan_through(backend: str) -> None:
+    param = Parameter(torch.ones(2))
+    param.grad = torch.tensor([torch.nan, 1.0])
+    MSGD([param], lr=0.5, beta=0.5, caution="exact", backend=backend).step()
+    assert param[0].isnan() and param[1] == 1 - 0.25 / 0.5
+
+
+@each_backend
+@scaled_rows(TABLE)
+def test_rms_scale(row: Row, backend: str) -> None:
+    """Tiger: the learning rate times the root mean square that the parameter had before the last step, at least 1 in
+    1024; before the first step there is none. Decay does not see it."""
+    params = parameters((40, 7), (3,), (127, 131))
+    decay = {"weight_decay": 0.125, "weight_decay_kind": "decoupled"}
+    optimizer = make(row, params, backend, lr=0.5, lr_scale="rms", **decay)
+    twins = copies(params)
+    twin = make(row, twins, backend, lr=0.5)
+    rms = [0.0] * len(params)
+    for step in range(1, 5):
+        before = [param.detach().clone() for param in params]
+        train(optimizer, [step])
+        moved = whole_step(row, twin, twins, step)
+        for i, (p, now, whole) in enumerate(zip(before, params, moved, strict=True)):
+            scale = torch.tensor(max(rms[i], FLOOR), dtype=torch.float64).float()
+            assert torch.equal(now, p * (1 - 0.0625) + whole * scale)
+            rms[i] = optimizer.state[now]["param_rms"].item()
+            assert rms[i] == pytest.approx(p.double().square().mean().sqrt().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"caution": "exact"}, {"caution": "delayed"}, {"lr_scale": "rms"}], ids=str)
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("cls", [Signum, Lion, AdamW, SignAdamPP, signadam_ext.SignAdam])
+def test_scaled_steps_in_any_storage(cls: Any, state_dtype: str, options: dict[str, Any]) -> None:
+    """The cpu backend's bits are the reference's; a checkpoint goes on with the same."""
+    results = []
+    for backend in ("cpu", "reference"):
+        params = parameters((127, 131), (7,), dtype=torch.bfloat16)
+        storage = {"state_dtype": state_dtype, "param_storage": "stochastic", "weight_decay_kind": "cautious"}
+        optimizer = cls(params, lr=0.01, weight_decay=0.1, backend=backend, **storage, **options)
+        train(optimizer, range(3))
+        twins = copies(params)
+        other = cls(twins, lr=0.01, weight_decay=0.1, backend=backend, **storage, **options)
+        other.load_state_dict(optimizer.state_dict())
+        train(optimizer, range(3, 5))
+        train(other, range(3, 5))
+        assert all(map(same_bits, params, twins))
+        results.append(params)
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize(
+    "cls, options, message",
+    [
+        (SignSGD, {"caution": "exact"}, "cannot disagree"),
+        (signadam_ext.SVAG, {"caution": "delayed"}, "cannot disagree"),
+        (SignAdamPP, {"caution": "exact", "lr_scale": "rms"}, "one number of each tensor's"),
+        (SignAdamPP, {"caution": "exact", "confidence": "adaptive"}, "take confidence='fixed'"),
+        (SignAdamPP, {"lr_scale": "rms", "confidence": lambda g, alpha: g}, "take confidence='fixed'"),
+        (Lion, {"caution": "always"}, "caution='always'"),
+        (Lion, {"caution": True}, "caution=True"),
+    ],
+)
+def test_scales_that_make_no_sense(cls: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls(parameters(), lr=0.1, **options)

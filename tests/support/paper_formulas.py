@@ -85,6 +85,9 @@ class Bounded:
         certain = (np.abs(self.value) > self.error) | (self.error == 0)
         return Bounded(np.sign(self.value), np.where(certain, 0.0, 2.0))
 
+    def magnitude(self) -> Bounded:
+        return Bounded(np.abs(self.value), self.error)
+
 
 def gated_sign(g: Bounded, alpha: float) -> Bounded:
     """[SA] Sec. 4: the sign of those entries whose magnitude exceeds alpha. ``g`` and ``alpha`` are exact here."""
@@ -106,6 +109,16 @@ def signum(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> B
     beta = h["beta"]
     state["exp_avg"] = Bounded.scalar(beta) * state["exp_avg"] + Bounded.scalar(1 - beta) * g
     return p - Bounded.scalar(h["lr"]) * state["exp_avg"].sign()
+
+
+def signum_nesterov(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """NVIDIA's Emerging-Optimizers. It is computed as a blend of the old momentum and the gradient."""
+    b, m = h["beta"], state["exp_avg"]
+    state["exp_avg"] = new = Bounded.scalar(b) * m + Bounded.scalar(1 - b) * g
+    ahead, now = b / (1 - b ** (t + 1)), (1 - b) / (1 - b**t)
+    u = Bounded.scalar(ahead * b) * m + Bounded.scalar(ahead * (1 - b) + now) * g
+    assert np.allclose(u.value, ahead * new.value + now * g.value, rtol=1e-9, atol=0)
+    return p - Bounded.scalar(h["lr"]) * u.sign()
 
 
 def sign_adam(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
@@ -225,6 +238,88 @@ def lion(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bou
     return p - Bounded.scalar(h["lr"]) * u.sign()
 
 
+def adam_s(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Zhang, Wang and Chen, arXiv 2505.16363: v of the old momentum."""
+    b1, b2 = h["betas"]
+    m = state["exp_avg"]
+    v = Bounded.scalar(b2) * m * m + Bounded.scalar(1 - b2) * g * g
+    state["exp_avg"] = m = Bounded.scalar(b1) * m + Bounded.scalar(1 - b1) * g
+    return p - Bounded.scalar(h["lr"]) * m / (v.sqrt() + Bounded.scalar(h["eps"]))
+
+
+def bcos(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Jiang and Xiao, arXiv 2507.08963. The momentum begins as the first gradient."""
+    b = h["beta"]
+    m = g if t == 1 else state["exp_avg"]
+    if h["simple"]:
+        weight, rest = (0.0, 1.0) if t == 1 else (1 - (1 - b) ** 2, (1 - b) ** 2)
+        v = Bounded.scalar(weight) * m * m + Bounded.scalar(rest) * g * g
+    elif t == 1:
+        v = g * g
+    else:
+        # What is computed is a sum of squares, equal to what is printed.
+        printed = (
+            (3 * b**2 - 2 * b**3) * m.value**2 + (1 - b) ** 2 * g.value**2 + 2 * b * (1 - b) ** 2 * m.value * g.value
+        )
+        ahead = g + Bounded.scalar(b) * m
+        v = Bounded.scalar(b**2 * (2 - b**2)) * m * m + Bounded.scalar((1 - b) ** 2) * ahead * ahead
+        assert np.allclose(v.value, printed, rtol=1e-12, atol=0)
+    state["exp_avg"] = m = g if t == 1 else Bounded.scalar(b) * m + Bounded.scalar(1 - b) * g
+    return p - Bounded.scalar(h["lr"]) * m / (v.sqrt() + Bounded.scalar(h["eps"]))
+
+
+def lion_k(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Chen et al., arXiv 2310.05898, with three functions K."""
+    b1, b2 = h["betas"]
+    u = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    state["exp_avg"] = Bounded.scalar(b2) * state["exp_avg"] + Bounded.scalar(1 - b2) * g
+    size, bend = u.magnitude(), Bounded.scalar(h["epsilon"])
+    # No entry is so near the bend that fp32 might take it for one of the other side.
+    assert (np.abs(size.value - bend.value) > size.error + bend.error).all()
+    inside = size.value < bend.value
+    if h["kappa"] == "threshold":
+        slope = Bounded.exact(np.where(inside, 0.0, np.sign(u.value)))
+    elif h["kappa"] == "huber":
+        slope = (u / bend).where(inside, u.sign())
+    else:
+        slope = u / (bend + size)
+    return p - Bounded.scalar(h["lr"]) * slope
+
+
+def mars_lion(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Yuan et al., arXiv 2411.10438, as Lion with other betas; test_one_moment.py has its equations."""
+    return lion(p, g, state, t, {**h, "betas": (h["beta"] * (1 - h["gamma"]), h["beta"])})
+
+
+def ano(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Kegreisz, arXiv 2508.18258, eps under the root; Anolog where one beta is given."""
+    b1, b2 = h["betas"] if "betas" in h else (1 - 1 / math.log(t + 2), h["beta2"])
+    m, v, square = state["exp_avg"], state["exp_avg_sq"], g * g
+    state["exp_avg"] = m = Bounded.scalar(b1) * m + Bounded.scalar(1 - b1) * g
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * v + Bounded.scalar(1 - b2) * (square - v).sign() * square
+    # The bias correction of v, moved into the learning rate and eps.
+    size = Bounded.scalar(h["lr"] * math.sqrt(1 - b2**t)) * g.magnitude()
+    return p - size / (v + Bounded.scalar(h["eps"] * (1 - b2**t))).sqrt() * m.sign()
+
+
+def grams(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Cao, Li and Song, arXiv 2412.17107, eps as in their code."""
+    b1, b2 = h["betas"]
+    state["exp_avg"] = m = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * g * g
+    lr = Bounded.scalar(h["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t))
+    return p - lr * m.magnitude() / (v.sqrt() + Bounded.scalar(h["eps"])) * g.sign()
+
+
+def ada_momentum(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Wang et al., arXiv 2106.11514."""
+    b1, b2 = h["betas"]
+    state["exp_avg"] = m = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * m * m + Bounded.scalar(h["eps"])
+    state["exp_avg_sq"] = v
+    return p - Bounded.scalar(h["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t)) * m / v.sqrt()
+
+
 def laprop(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
     """[LP] Alg. 1."""
     b1, b2 = h["betas"]
@@ -323,6 +418,7 @@ TABLE = [
     Row("sign_sgd", signadam_ext.SignSGD, {"alpha": 0.0}, sign_sgd),
     Row("sign_sgd-gated", signadam_ext.SignSGD, {"alpha": 0.25}, sign_sgd),
     Row("signum", signadam_ext.Signum, {"beta": 0.9}, signum),
+    Row("signum-nesterov", signadam_ext.Signum, {"beta": 0.9, "nesterov": True}, signum_nesterov),
     Row("sign_adam", signadam_ext.SignAdam, {"betas": (0.9, 0.99), "eps": 1e-8}, sign_adam),
     Row(
         "sign_adam_analytic",
@@ -344,6 +440,18 @@ TABLE = [
     Row("adam", signadam_ext.Adam, {"betas": (0.9, 0.99), "eps": 1e-8}, adam),
     Row("adam_amsgrad", signadam_ext.AdamW, {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": True}, adam),
     Row("lion", signadam_ext.Lion, {"betas": (0.9, 0.99)}, lion),
+    Row("adam_s", signadam_ext.AdamS, {"betas": (0.9, 0.95), "eps": 1e-8}, adam_s),
+    Row("bcos", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": False}, bcos),
+    Row("bcos-simple", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": True}, bcos),
+    *(
+        Row(f"lion_{kappa}", signadam_ext.LionK, {"betas": (0.9, 0.99), "kappa": kappa, "epsilon": 0.125}, lion_k)
+        for kappa in ("threshold", "huber", "softsign")
+    ),
+    Row("mars_lion", signadam_ext.MARSLion, {"beta": 0.95, "gamma": 0.025}, mars_lion),
+    Row("ano", signadam_ext.Ano, {"betas": (0.92, 0.99), "eps": 1e-8}, ano),
+    Row("anolog", signadam_ext.Anolog, {"beta2": 0.99, "eps": 1e-8}, ano),
+    Row("grams", signadam_ext.Grams, {"betas": (0.9, 0.99), "eps": 1e-6}, grams),
+    Row("ada_momentum", signadam_ext.AdaMomentum, {"betas": (0.9, 0.99), "eps": 1e-8}, ada_momentum),
     Row("laprop", signadam_ext.LaProp, {"betas": (0.9, 0.999), "eps": 1e-8}, laprop),
     Row("laprop-bounded", signadam_ext.LaProp, {"betas": (0.9, 0.95), "eps": 1e-8}, laprop, largest_beta2=0.95),
     Row("adopt", signadam_ext.ADOPT, {"betas": (0.9, 0.99), "eps": 1e-6, "clip": True}, adopt, False),
