@@ -197,10 +197,11 @@ class Case:
 def rule_of(name: str, threshold_pass: str, in_blocks: bool) -> Rule:
     """The rule with scalars that a group names itself."""
     functor = FUNCTORS[name]
+    least_eps = 2.0**-149 if name == "adopt" else 0.0  # as its optimizer has it
     return Rule(
         name,
         ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: functor.moments],
-        lambda group, t: group["scalars"],
+        lambda group, t: {**group["scalars"], "eps": max(group["scalars"]["eps"], least_eps)},
         bound=1.0 if functor.bounded and not in_blocks else None,
         reads_variance=functor.reads_variance,
         threshold_pass=threshold_pass,
