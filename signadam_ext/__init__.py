@@ -3,8 +3,8 @@
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
 :class:`Lion`; of one moment, :class:`AdamS`, :class:`BCOS`, :class:`LionK`, :class:`MARSLion`; of two, :class:`Ano`,
-:class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`, :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`,
-:class:`AMSBound`. As functions over lists of tensors they are in :mod:`signadam_ext.functional`.
+:class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`, :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`; of three,
+:class:`AMSBound`, :class:`AdEMAMix`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
 :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
 :func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
 ``python -m signadam_ext`` tells what was built and what is usable.
@@ -24,6 +24,7 @@ from .optimizers import (
     AdamS,
     AdamStar,
     AdamW,
+    AdEMAMix,
     AMSBound,
     Ano,
     Anolog,
@@ -49,6 +50,7 @@ __all__ = [
     "MSVAG",
     "SVAG",
     "AMSBound",
+    "AdEMAMix",
     "AdaBound",
     "AdaMomentum",
     "Adam",

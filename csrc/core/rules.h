@@ -483,6 +483,21 @@ struct AMSBound : Traits {
   }
 };
 
+// AdEMAMix [PA, Alg. 1]: Adam with a second, slow momentum x. lr comes divided by 1 - beta1^t, sqrt(1 - beta2^t) is
+// `bias_correction`, and `mix` is lr times the weight of x, which no bias is corrected of.
+struct AdEMAMix : Traits {
+  static constexpr const char* name = "ademamix";
+  static constexpr int moments = 3;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F& x) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    x = s.beta3 * x + s.one_minus_beta3 * g;
+    p = p - (s.lr * m + s.mix * x) / (square_root(v) / s.bias_correction + s.eps);
+  }
+};
+
 // The list that backends instantiate. The order numbers the rules across the binding.
 #define SIGNADAM_RULES(X) \
   X(SignSGD)              \
@@ -511,7 +526,8 @@ struct AMSBound : Traits {
   X(LaProp)               \
   X(ADOPT)                \
   X(AdaBound)             \
-  X(AMSBound)
+  X(AMSBound)             \
+  X(AdEMAMix)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,

@@ -18,7 +18,7 @@ Group = Mapping[str, Any]
 Scalars = dict[str, float]
 
 # Names of the scalars of each beta.
-_DECAYS = (("beta1", "one_minus_beta1"), ("beta2", "one_minus_beta2"))
+_DECAYS = (("beta1", "one_minus_beta1"), ("beta2", "one_minus_beta2"), ("beta3", "one_minus_beta3"))
 
 #: How a gated rule obtains its threshold; the names of ``signadam_ext._C.ThresholdPass``.
 #: NONE: a scalar. SAME_PASS: from what earlier steps left, this step's sums are taken in the same pass. PASS_BEFORE:
@@ -42,6 +42,7 @@ class Rule:
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
         follows_gradient: whether its step always goes against the gradient, so that it can be no more cautious.
         reads_param: whether its step depends on the parameter. Others read it only to move it.
+        keeps_largest: whether the third moment is a largest value, which no rounding up may enter.
         moves_at_first: whether the first step moves and decays parameters. Otherwise it only makes state.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
         threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is
@@ -61,6 +62,7 @@ class Rule:
     reads_variance: bool = False
     follows_gradient: bool = False
     reads_param: bool = False
+    keeps_largest: bool = False
     moves_at_first: bool = True
     threshold_pass: str = "NONE"
     threshold_state: str | None = None
@@ -78,7 +80,7 @@ class Rule:
             dtypes = (dtypes,) * len(self.moments)
         elif len(dtypes) != len(self.moments):
             raise ValueError(f"state_dtype={dtypes!r}: must be one dtype, or {len(self.moments)}, one for each moment")
-        if len(self.moments) > 2 and (few := [x for x in dtypes if x in formats.CODES]):
+        if self.keeps_largest and (few := [x for x in dtypes if x in formats.CODES]):
             raise ValueError(
                 f"state_dtype={few[0]!r} with {self.moments[2]}: a largest value cannot be kept in few bits; "
                 "use 'fp32' or 'bf16'"

@@ -34,7 +34,7 @@ def _scalars(group: Group, t: int) -> Scalars:
 
 
 RULE = Rule("ada_bound", moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True)
-AMS_RULE = replace(RULE, name="ams_bound", moments=(*RULE.moments, "max_exp_avg_sq"))
+AMS_RULE = replace(RULE, name="ams_bound", moments=(*RULE.moments, "max_exp_avg_sq"), keeps_largest=True)
 
 
 class AdaBound(SignOptimizer):
@@ -65,13 +65,6 @@ class AdaBound(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
-        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
-            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
-        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
-            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
-            weight_decay``. Default: "lr".
-        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; or a function of its name (or None) and shape. Default: None, 1.
         weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
             the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
         weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
@@ -192,13 +185,6 @@ class AMSBound(AdaBound):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
-        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
-            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
-        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
-            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
-            weight_decay``. Default: "lr".
-        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; or a function of its name (or None) and shape. Default: None, 1.
         weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
             the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
         weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /

@@ -27,7 +27,7 @@ def variances(param: torch.Tensor, steps: int = STEPS) -> list[torch.Tensor]:
 
 def zeros(param: torch.Tensor) -> dict[str, Bounded]:
     """Every moment there is, before the first step."""
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_var")
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_slow", "momentum_buffer", "exp_avg_var")
     return {name: Bounded.exact(np.zeros(param.shape)) for name in names}
 
 

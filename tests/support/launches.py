@@ -120,6 +120,11 @@ def _cases() -> Iterator[Case]:
     yield case("lion", bf16, param_storage="split8", state_dtype="int8")
     yield case("adam", fp32, state_dtype="int8")
     yield case("msgd", bf16, param_storage="split16", state_dtype="fp32")
+    # That of LaProp has one for small betas.
+    yield case("laprop", bf16, param_storage="master", state_dtype="int8")
+    yield case("laprop-bounded", bf16, param_storage="stochastic", state_dtype="int8")
+    yield case("adopt", bf16, param_storage="stochastic", state_dtype="int8")
+    yield case("ademamix", bf16, param_storage="stochastic", state_dtype="int8")
     yield case("sign_adam", bf16, param_storage="split8", state_dtype="int4")
     yield case("adam", bf16, param_storage="stochastic", state_dtype="bf16")
     yield case("adam_amsgrad", bf16, param_storage="master", state_dtype="bf16")

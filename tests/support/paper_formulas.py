@@ -364,6 +364,25 @@ def ada_bound(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any], *
 ams_bound = functools.partial(ada_bound, largest=True)
 
 
+def ademamix(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[PA] Alg. 1, with its schedules of alpha and beta3."""
+    b1, b2, b3 = h["betas"]
+    alpha = h["alpha"] * min(1.0, t / h["t_alpha"]) if h["t_alpha"] else h["alpha"]
+    if h["t_beta3"] and t < h["t_beta3"]:
+        half_lives = [math.log(0.5) / math.log(b + 1e-8) - 1 for b in (b1, b3)]
+        share = t / h["t_beta3"]
+        b3 = 0.5 ** (1 / ((1 - share) * half_lives[0] + share * half_lives[1] + 1))
+    for name, b, x in (
+        ("exp_avg", b1, Bounded.exact(1.0)),
+        ("exp_avg_sq", b2, g),
+        ("exp_avg_slow", b3, Bounded.exact(1.0)),
+    ):
+        state[name] = Bounded.scalar(b) * state[name] + Bounded.scalar(1 - b) * g * x
+    root = state["exp_avg_sq"].sqrt() / Bounded.scalar(math.sqrt(1 - b2**t)) + Bounded.scalar(h["eps"])
+    fast = Bounded.scalar(h["lr"] / (1 - b1**t)) * state["exp_avg"]
+    return p - (fast + Bounded.scalar(h["lr"] * alpha) * state["exp_avg_slow"]) / root
+
+
 @dataclass(frozen=True)
 class Row:
     """A rule under test: the class, the hyperparameters of its own, the formula.
@@ -444,6 +463,12 @@ TABLE = [
     Row("adopt-unclipped", signadam_ext.ADOPT, {"betas": (0.9, 0.99), "eps": 1e-6, "clip": False}, adopt, False),
     Row("ada_bound", signadam_ext.AdaBound, {"gamma": 0.01, **BOUNDS}, ada_bound),
     Row("ams_bound", signadam_ext.AMSBound, {"gamma": 0.01, **BOUNDS}, ams_bound),
+    Row(
+        "ademamix",
+        signadam_ext.AdEMAMix,
+        {"betas": (0.9, 0.99, 0.999), "alpha": 2.0, "eps": 1e-8, "t_alpha": 30, "t_beta3": 20},
+        ademamix,
+    ),
 ]
 
 #: One of each kind: what others have in state and hyperparameters, one of these has as well.

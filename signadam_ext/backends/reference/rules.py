@@ -280,6 +280,15 @@ def ams_bound(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments
     return p - bounded_rate(s, x) * m, (m, v, x)
 
 
+def ademamix(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v, x = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    x = s["beta3"] * x + s["one_minus_beta3"] * g
+    denominator = square_root(v) / s["bias_correction"] + s["eps"]
+    return p - (s["lr"] * m + s["mix"] * x) / denominator, (m, v, x)
+
+
 def as_fp32(value: float, device: torch.device) -> Tensor:
     """A scalar as it meets tensors: 0-dim fp32, rounded as IEEE has it, to infinity beyond the largest number."""
     # torch.full raises where its dtype does not reach. Rounded on the host: not every device has doubles.
