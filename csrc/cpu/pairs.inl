@@ -329,6 +329,7 @@ int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
     s.lr /= fixed_point;
     s.beta1 *= fixed_point / top;
     s.one_minus_beta1 *= fixed_point;
+    s.upper *= fixed_point;  // what a bounded momentum may not leave
   }
   if constexpr (as_it_is) s.coupled = s.cautious_decay = 0, s.gradient_scale = 1.0f;
   const TensorEntry tensor = slice.tensor;

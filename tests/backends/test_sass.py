@@ -336,7 +336,7 @@ def test_ptx_of_votes_rounds_every_operation(architecture: str, name: VoteKernel
 def test_kernels_that_begin_a_step(architecture: str, name: BeginKernelName) -> None:
     kernel = kernels(architecture)[name]
     # Four blocks of the norm fit a multiprocessor; the other one's registers of programs lie in shared memory.
-    assert 0 < kernel.registers <= 64 and kernel.stack == kernel.local == 0
+    assert 0 < kernel.registers <= (64 if name == NORM else 96) and kernel.stack == kernel.local == 0
     assert not kernel.of("LDL") and not kernel.of("STL")
     wide = kernel.wide()
     assert not wide["STG.E.EF.128"] and not wide["STG.E.EF.64"]
@@ -355,5 +355,6 @@ def test_kernels_that_begin_a_step(architecture: str, name: BeginKernelName) -> 
 def test_ptx_of_kernels_that_begin_a_step(architecture: str) -> None:
     entries = ptx(_C.__file__)[architecture]
     assert set(PTX_ARITHMETIC.findall(entries[NORM])) == {"add.rn.f64", "mul.rn.f64"}
-    assert set(PTX_ARITHMETIC.findall(entries[BEGIN])) == exact_ptx("f64")
+    # A logarithm has reciprocals of numbers, which are rounded as quotients are.
+    assert set(PTX_ARITHMETIC.findall(entries[BEGIN])) == exact_ptx("f64") | {"rcp.rn.f64"}
     assert not any(re.search(r"\.(approx|ftz|full)\b", entries[name]) for name in BEGIN_KERNELS)

@@ -194,3 +194,20 @@ def test_momentum_of_constant_gradients_is_a_sign_descent() -> None:
         optimizer.step()
         expected = -0.125 * t * param.grad.sign()
         assert torch.allclose(param, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("state_dtype", LEVELS)
+def test_codes_of_whole_groups(state_dtype: str) -> None:
+    """Kernels that keep codes as 2^16 times themselves bound those: no code is lost, and bits are the reference's."""
+    results = []
+    for backend in ("cpu", "reference"):
+        generator = torch.Generator().manual_seed(0)
+        param = torch.nn.Parameter(torch.randn(300, generator=generator).bfloat16())
+        storage = {"state_dtype": state_dtype, "param_storage": "stochastic"}
+        optimizer = LaProp([param], lr=0.01, betas=(0.9, 0.95), backend=backend, **storage)
+        for _ in range(4):
+            param.grad = torch.randn(300, generator=generator).bfloat16()
+            optimizer.step()
+        results.append((param.detach(), optimizer.state_dict()["state"][0]["exp_avg"]))
+    assert all(map(torch.equal, *results))
+    assert (results[0][1] != 0).float().mean() > 0.05
