@@ -130,8 +130,8 @@ SIGNADAM_HD double update_scale(double state, const Scalars& s) {
 }
 
 // The number that belongs to a tensor at this step. With `scales` what steps are multiplied by; otherwise the gate:
-// fixed, or alpha times the running deviation [SA, Sec. 6.3] or 1 times the threshold that is steered. In double,
-// rounded once.
+// fixed, or alpha times the running deviation [SA, Sec. 6.3], the norm that is clipped, or the threshold that is
+// steered. In double, rounded once.
 SIGNADAM_HD float threshold(const TensorEntry& tensor, const Scalars& s) {
   if (tensor.threshold_state == nullptr) return s.alpha;
   const double state = *tensor.threshold_state;

@@ -75,6 +75,7 @@ SIGNADAM_HD double next_scale(double a, const Sums& sums, double n, const Scalar
 // One gradient that is not finite must not close the gate for ever: what there is then stays.
 SIGNADAM_HD double next_threshold_state(double a, const Sums& sums, int64_t numel, const Scalars& s) {
   if (!is_finite(sums.first) || !is_finite(sums.second)) return a;
+  if (s.clips) return double_root(sums.second);
   const double n = static_cast<double>(numel);
   if (s.scales) return next_scale(a, sums, n, s);
   return s.steers ? next_threshold(a, sums, n, s) : next_deviation(a, sums, n, s);

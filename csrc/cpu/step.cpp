@@ -190,7 +190,7 @@ void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, u
   };
 
   const auto sum = [&](const Slice& slice, const Scalars& s, float alpha) {
-    return s.scales ? isa.sum_step[rule](slice, s) : isa.sum(slice, s, alpha);
+    return s.scales || s.clips ? isa.sum_step[rule](slice, s) : isa.sum(slice, s, alpha);
   };
 
   if (threshold_pass == ThresholdPass::pass_before) {

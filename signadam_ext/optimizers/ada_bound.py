@@ -34,7 +34,7 @@ def _scalars(group: Group, t: int) -> Scalars:
 
 
 RULE = Rule("ada_bound", moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True)
-AMS_RULE = replace(RULE, name="ams_bound", moments=(*RULE.moments, "max_exp_avg_sq"))
+AMS_RULE = replace(RULE, name="ams_bound", moments=(*RULE.moments, "max_exp_avg_sq"), keeps_largest=True)
 
 
 class AdaBound(SignOptimizer):

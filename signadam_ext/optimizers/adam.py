@@ -28,7 +28,13 @@ def _scalars(group: Group, t: int) -> Scalars:
 
 RULES = {
     False: Rule("adam", moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True),
-    True: Rule("adam_amsgrad", moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), scalars=_scalars, uses_step=True),
+    True: Rule(
+        "adam_amsgrad",
+        moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        scalars=_scalars,
+        uses_step=True,
+        keeps_largest=True,
+    ),
 }
 
 

@@ -73,7 +73,7 @@ def combinations(row: Row) -> list[Combination]:
     optimizer = row.optimizer([torch.zeros(1)], **row.hyperparameters)
     rule = rule_of(type(optimizer), optimizer.param_groups[0])
     wide = ("fp32", "bf16")
-    forms = itertools.product(*(wide if len(rule.moments) > 2 else rule.first_forms, wide, wide)[: len(rule.moments)])
+    forms = itertools.product(*(wide if rule.keeps_largest else rule.first_forms, wide, wide)[: len(rule.moments)])
     param_storage = {
         torch.float32: ("nearest",),
         torch.bfloat16: tuple(formats.PARAM_STORAGES),
