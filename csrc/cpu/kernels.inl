@@ -152,8 +152,8 @@ void observe_block(const float* SIGNADAM_RESTRICT g, float alpha, const float* S
   add_lanes(lanes, to);
 }
 
-// The gate as statistics see it, where the number of a tensor may be another.
-float gate(const Scalars& s, float alpha) { return s.clips ? 0.0f : s.scales ? s.alpha : alpha; }
+// The threshold as statistics see it, where the number of a tensor may be another.
+float observed_threshold(const Scalars& s, float alpha) { return s.clips ? 0.0f : s.scales ? s.alpha : alpha; }
 
 // Elements of a full chunk that are updated in one half before the other has its turn.
 constexpr int turn = 64;
@@ -206,7 +206,7 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, 
     }
     update_block<Rule>(s, alpha, arrays, count);
     if (chunk_statistics != nullptr)
-      observe_block(effective, gate(s, alpha), before, arrays.m, count, *chunk_statistics);
+      observe_block(effective, observed_threshold(s, alpha), before, arrays.m, count, *chunk_statistics);
     if (!formats.plain()) r = draw(slice.rng_keys, tensor, index, count, halves);
     store_param(tensor, index, arrays.p, r, count);
     if constexpr (Rule::moments > 0)
@@ -221,7 +221,7 @@ template <class Rule>
 void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics* chunk_statistics) {
   const Scalars s = scalars;  // a local copy cannot alias the tensors
   if (chunk_statistics != nullptr) {
-    *chunk_statistics = ChunkStatistics{0.0, 0.0, 0.0, 0.0, 0.0, gate(s, alpha)};
+    *chunk_statistics = ChunkStatistics{0.0, 0.0, 0.0, 0.0, 0.0, observed_threshold(s, alpha)};
     int done = 0;
 #if defined(__AVX2__)
     // A division takes as long as memory does.

@@ -117,7 +117,7 @@ class SignOptimizer(Optimizer):
             )
 
     def of_this_step(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group, as it has been read, with what a subclass makes of it at each step; the group itself is not changed.
+        """The group, as it has been read, with what a subclass makes of it at each step. It is not changed itself.
 
         Raises:
             RuntimeError: no step may be taken.

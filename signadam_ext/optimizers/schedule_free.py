@@ -405,7 +405,7 @@ class ScheduleFreeSign(ScheduleFree):
 
     State: ``z``, in fp32, ``step``, and in evaluation ``y``. z begins as the parameter.
 
-    Source: [SF] Defazio et al., arXiv 2405.15682, Alg. 1, with the direction of [BW] Bernstein et al., arXiv 1802.04434.
+    Sources: [SF] Defazio et al., arXiv 2405.15682, Alg. 1; the direction of [BW] Bernstein et al., arXiv 1802.04434.
     """
 
     RULE = SIGN_RULE
