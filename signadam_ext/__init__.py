@@ -4,8 +4,8 @@ The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
 :class:`Lion`; of one moment, :class:`AdamS`, :class:`BCOS`, :class:`LionK`, :class:`MARSLion`; of two, :class:`Ano`,
 :class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`, :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`,
-:class:`AMSBound`, :class:`ScheduleFreeAdamW`, with :class:`ScheduleFreeSign`; of three, :class:`MARSAdamW`. As
-functions over lists of tensors they are in :mod:`signadam_ext.functional`.
+:class:`ScheduleFreeAdamW`, with :class:`ScheduleFreeSign`; of three, :class:`AMSBound`, :class:`AdEMAMix`,
+:class:`MARSAdamW`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
 :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
 :func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
 ``python -m signadam_ext`` tells what was built and what is usable.
@@ -25,6 +25,7 @@ from .optimizers import (
     AdamS,
     AdamStar,
     AdamW,
+    AdEMAMix,
     AMSBound,
     Ano,
     Anolog,
@@ -53,6 +54,7 @@ __all__ = [
     "MSVAG",
     "SVAG",
     "AMSBound",
+    "AdEMAMix",
     "AdaBound",
     "AdaMomentum",
     "Adam",

@@ -70,10 +70,14 @@ class Fuzzer:
         return late or self.done >= self.options.actions or bool(self.options.stop and self.faults)
 
     def run(self) -> None:
-        world = 0
+        world = known = 0
         while not self.over():
             self.run_world(world)
             world += 1
+            if len(sys.modules) != known:  # collecting what a world leaves need not look at modules
+                known = len(sys.modules)
+                gc.collect()
+                gc.freeze()
 
     def run_world(self, number: int) -> None:
         import torch
@@ -85,7 +89,7 @@ class Fuzzer:
         history: list[str] = []
         kind = "world"
         try:
-            torch.set_num_threads(random.Random(name).choice((1, 1, 1, 1, 2)))
+            torch.set_num_threads(random.Random(name).choice((1, 1, 1, 1, 1, 1, 1, 2)))
             world = World(name)
             if self.loud:
                 print(world.describe(), flush=True)

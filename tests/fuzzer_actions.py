@@ -582,7 +582,7 @@ def converted(side: Side, draw: Draw) -> str | None:
     return "swap" if swaps else "data"
 
 
-@action("memory format changed", 5)
+@action("memory format changed", 3)
 def memory_format(side: Side, draw: Draw) -> str | None:
     i = one(side, draw, lambda p: p.dim() == 4)
     started(side, draw, i)
@@ -656,7 +656,7 @@ def state_edited(side: Side, draw: Draw) -> str | None:
     return how
 
 
-@action("state replaced", 5)
+@action("state replaced", 3)
 def state_replaced(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
     started(side, draw, i)
@@ -907,7 +907,7 @@ def sequences(side: Side, draw: Draw) -> str | None:
 
 @action("group added", 1)
 def group_added(side: Side, draw: Draw) -> str | None:
-    if len(side.params) > 9:
+    if len(side.params) > 5:
         raise Skip
     param_storage = draw.choice(("nearest", "stochastic", "master"))
     spec = TensorSpec(draw.choice(((6,), (4, 3), (2, 3, 4, 2))), "dense", torch.bfloat16, draw.getrandbits(30))
@@ -989,6 +989,11 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "confidence_beta": (1.0, -0.5, math.nan),
     "maximize": (3.5, "yes"),
     "decoupled_weight_decay": ("yes", 2.5),
+    "weight_decay_kind": ("careful", 1, True),
+    "weight_decay_scale": (None, "none", 1.0),
+    "lr_scale": ("size", 2.0),
+    "caution": ("always", True, 0.5),
+    "base_lr": (-1.0, math.nan, None),
     "seed": (-1, 2**64, 0.5, "x"),
     "param_storage": ("bogus", None, 3),
     "state_dtype": ("int3", 7),
@@ -1031,7 +1036,7 @@ def nonsense(side: Side, draw: Draw) -> str | None:
 # Checkpoints.
 
 
-@action("state dict round trip", 3)
+@action("state dict round trip", 2)
 def round_trip(side: Side, draw: Draw) -> str | None:
     how = draw.choice(("in memory", "file", "into a new optimizer"))
     if not side.plain:
@@ -1051,7 +1056,7 @@ def round_trip(side: Side, draw: Draw) -> str | None:
     return how
 
 
-@action("file round trip", 2)
+@action("file round trip", 0.7)
 def file_round_trip(side: Side, draw: Draw) -> str | None:
     if not side.plain:
         with tempfile.TemporaryDirectory() as folder:
@@ -1384,7 +1389,7 @@ def statistics(side: Side, draw: Draw) -> str | None:
 # Threads, and steps inside steps.
 
 
-@action("two threads", 2)
+@action("two threads", 1)
 def two_threads(side: Side, draw: Draw) -> str | None:
     give(side, draw)
     times = 3
@@ -1727,7 +1732,7 @@ def other_checkpoint(side: Side) -> dict[str, Any]:
     return saved
 
 
-@action("loading fails", 5)
+@action("loading fails", 2)
 def loading_fails(side: Side, draw: Draw) -> str | None:
     i = one(side, draw)
     started(side, draw, i)

@@ -48,6 +48,9 @@ LOCK, RELEASE = "signadam_ext/engine/step_lock.py", "signadam_ext/training/gradi
 BACKENDS, REFERENCE = "signadam_ext/backends/__init__.py", "signadam_ext/backends/reference/backend.py"
 READER, TABLE, OBJECTS = "csrc/python/gradient_reader.cpp", "csrc/python/host_table.cpp", "csrc/python/torch_objects.h"
 
+#: What a text that no longer fits where it is put leads to: that finds nothing.
+BROKEN = re.compile(r"\b(NameError|UnboundLocalError|AttributeError|ImportError|ModuleNotFoundError|SyntaxError)\b")
+
 COMMIT = "backends.commit(operations, tables, self._pending, self._written())"
 #: The parameters that a step writes.
 WRITTEN = "[self._reader.held(e.index)[0] for e in self.entries if self._reader.addresses()[e.index]]"
@@ -249,10 +252,10 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 PLAN,
-                "        self._strides: list[tuple[int, ...]] = [()] * len(items)",
+                "        for found in chosen:\n            self._enter(found)\n",
                 "        for optimizer_state, param, _, added, _ in self._pending:\n"
                 "            optimizer_state[param].update(added)\n"
-                "        self._strides: list[tuple[int, ...]] = [()] * len(items)",
+                "        for found in chosen:\n            self._enter(found)\n",
             ),
         ),
     ),
@@ -271,7 +274,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "load_state_dict puts one parameter's state in place after another",
         4,
-        ((LOADING, "state: defaultdict[Any, Any] = defaultdict(dict, others)", "state: Any = optimizer.state"),),
+        (
+            (
+                LOADING,
+                "    state, changes = _adopted(groups, numbered, entries, others)",
+                "    state, changes = _adopted(groups, numbered, entries, optimizer.state)",
+            ),
+            (LOADING, "state: defaultdict[Any, Any] = defaultdict(dict, others)", "state: Any = others"),
+        ),
     ),
     # 5 and 6: hyperparameters, step counts
     Mutation(
@@ -373,7 +383,7 @@ MUTATIONS: tuple[Mutation, ...] = (
 
 def sources_of(mutation: Mutation) -> tuple[str, ...]:
     python = ("signadam_ext", "triton_kernels")
-    return (*python, "csrc", "setup.py", "pyproject.toml", "README.md") if mutation.native else python
+    return (*python, "csrc", "setup.py", "pyproject.toml", "README.md", "CHANGELOG.md") if mutation.native else python
 
 
 def copied(names: tuple[str, ...], folder: Path) -> None:
@@ -435,6 +445,8 @@ def found(mutation: Mutation, actions: int, seed: int, native: Path) -> dict[str
             result["by"] = [f"died with status {ran.returncode} in {last}"]
             done = re.findall(r":(\d+) action (\d+)", last)
             result["actions"] = int(done[0][0]) * 100 + int(done[0][1]) if done else None
+    if BROKEN.search(" ".join(result["by"])):
+        result["found"] = False
     result["seconds"] = round(time.perf_counter() - began, 1)
     return result
 

@@ -10,6 +10,7 @@ from signadam_ext.core.native import compiled as _C
 
 from .random import mix
 from .rules import SCALAR_COUNT
+from .threshold import exponential
 
 # Columns of the table of tensors, one int64 each: the address of the step count, the seed, the number of which random
 # bits are made beside it, and which program and which row of values the tensor's group has.
@@ -32,6 +33,7 @@ SQUARE_ROOT = tl.constexpr(OPERATIONS.index("square_root"))
 POWER = tl.constexpr(OPERATIONS.index("power"))
 AT_LEAST = tl.constexpr(OPERATIONS.index("at_least"))
 LOGARITHM = tl.constexpr(OPERATIONS.index("logarithm"))
+EXPONENTIAL = tl.constexpr(OPERATIONS.index("exponential"))
 # The registers of a step and of the factor of gradients; a row of values follows.
 T, FACTOR, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Powers of two.
@@ -96,6 +98,8 @@ def result_of(operation, a, b):
         result = tl.where(b > a, b, a)
     elif operation == LOGARITHM:
         result = logarithm(a)
+    elif operation == EXPONENTIAL:
+        result = exponential(a)
     else:
         result = tl.where(a != 0.0, 1.0, 0.0).to(tl.float64)
     return result

@@ -25,6 +25,9 @@ BETA1 = tl.constexpr(SCALARS.index("beta1"))
 ONE_MINUS_BETA1 = tl.constexpr(SCALARS.index("one_minus_beta1"))
 BETA2 = tl.constexpr(SCALARS.index("beta2"))
 ONE_MINUS_BETA2 = tl.constexpr(SCALARS.index("one_minus_beta2"))
+BETA3 = tl.constexpr(SCALARS.index("beta3"))
+ONE_MINUS_BETA3 = tl.constexpr(SCALARS.index("one_minus_beta3"))
+MIX = tl.constexpr(SCALARS.index("mix"))
 EPS = tl.constexpr(SCALARS.index("eps"))
 DENOMINATOR = tl.constexpr(SCALARS.index("denominator"))
 BIAS_CORRECTION = tl.constexpr(SCALARS.index("bias_correction"))
@@ -403,6 +406,16 @@ def ams_bound(s, alpha, p, g, m, v, x):
     v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
     x = tl.where(v > x, v, tl.where(v == v, x, v))
     p = p - bounded_rate(s, x) * m
+    return p, m, v, x
+
+
+@triton.jit
+def ademamix(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    x = scalar(s, BETA3) * x + scalar(s, ONE_MINUS_BETA3) * g
+    root = divided(tl.sqrt_rn(v), scalar(s, BIAS_CORRECTION))
+    p = p - tl.div_rn(scalar(s, LR) * m + scalar(s, MIX) * x, root + scalar(s, EPS))
     return p, m, v, x
 
 

@@ -2,11 +2,12 @@
 #pragma once
 
 #include "scalars.h"
+#include "threshold.h"
 
 namespace signadam {
 
-// In the order of their numbers. Each is one rounding, but for `power` and `logarithm`, which are as in
-// core/symbols.py.
+// In the order of their numbers. Each is one rounding, but for `power`, `logarithm` and `exponential`, which are
+// as in core/symbols.py.
 #define SIGNADAM_OPERATIONS(X) \
   X(nothing)                   \
   X(add)                       \
@@ -18,6 +19,7 @@ namespace signadam {
   X(power)                     \
   X(at_least)                  \
   X(logarithm)                 \
+  X(exponential)               \
   X(is_nonzero)
 
 enum class Operation : int32_t {
@@ -79,6 +81,8 @@ SIGNADAM_HD double result_of(Operation operation, double a, double b) {
       return b > a ? b : a;
     case Operation::logarithm:
       return logarithm(a);
+    case Operation::exponential:
+      return exponential(a);
     default:
       return a != 0.0 ? 1.0 : 0.0;
   }

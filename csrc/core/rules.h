@@ -485,6 +485,21 @@ struct AMSBound : Traits {
   }
 };
 
+// AdEMAMix [PA, Alg. 1]: Adam with a second, slow momentum x. lr comes divided by 1 - beta1^t, sqrt(1 - beta2^t) is
+// `bias_correction`, and `mix` is lr times the weight of x, which no bias is corrected of.
+struct AdEMAMix : Traits {
+  static constexpr const char* name = "ademamix";
+  static constexpr int moments = 3;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F& x) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    x = s.beta3 * x + s.one_minus_beta3 * g;
+    p = p - (s.lr * m + s.mix * x) / (square_root(v) / s.bias_correction + s.eps);
+  }
+};
+
 // Schedule-Free [SF]: p is the point y at which gradients are taken, m the point z that steps move; their average x is
 // made where it is asked for. `averaging` is the weight c of z in x, `one_minus_beta1` is 1 - beta1 * (1 - c),
 // `shrinking` what decoupled decay takes of y. Two small numbers meet before the large one, whose rounding is then the
@@ -570,6 +585,7 @@ struct MARSAdamW : Traits {
   X(ADOPT)                \
   X(AdaBound)             \
   X(AMSBound)             \
+  X(AdEMAMix)             \
   X(ScheduleFreeAdamW)    \
   X(ScheduleFreeSign)     \
   X(MARSAdamW)

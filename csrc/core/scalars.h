@@ -17,6 +17,9 @@ namespace signadam {
   X(one_minus_beta1)       \
   X(beta2)                 \
   X(one_minus_beta2)       \
+  X(beta3)                 \
+  X(one_minus_beta3)       \
+  X(mix)                   \
   X(eps)                   \
   X(denominator)           \
   X(bias_correction)       \

@@ -119,23 +119,20 @@ SIGNADAM_HD Slice slice_of(const TableView& table, const Step& step, uint32_t ch
   return slice_of(table, step, chunk, table.tensor_of_chunk[chunk]);
 }
 
+// The gate of this step: fixed, or alpha times the running deviation [SA, Sec. 6.3] or 1 times the threshold that is
+// steered, in double, rounded once.
+SIGNADAM_HD float threshold(const TensorEntry& tensor, const Scalars& s) {
+  return tensor.threshold_state == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * *tensor.threshold_state);
+}
+
 // A share of entries or a root mean square below this counts as this.
 constexpr double least_scale = 0x1p-10;
 
-// What steps are multiplied by: 1 over the share of entries that agree [CO], or the parameter's root mean square.
-// Before the first step there is none.
-SIGNADAM_HD double update_scale(double state, const Scalars& s) {
+// With `scales`, what steps are multiplied by, rounded once: 1 over the share of entries that agree [CO], or the
+// parameter's root mean square. Before the first step there is none. CUDA's kernels know no scale.
+inline float update_scale(double state, const Scalars& s) {
   const double size = state < least_scale ? least_scale : state;
-  return !s.caution ? size : state == 0.0 ? 1.0 : 1.0 / size;
-}
-
-// The number that belongs to a tensor at this step. With `scales` what steps are multiplied by; otherwise the gate:
-// fixed, or alpha times the running deviation [SA, Sec. 6.3], the norm that is clipped, or the threshold that is
-// steered. In double, rounded once.
-SIGNADAM_HD float threshold(const TensorEntry& tensor, const Scalars& s) {
-  if (tensor.threshold_state == nullptr) return s.alpha;
-  const double state = *tensor.threshold_state;
-  return static_cast<float>(s.scales ? update_scale(state, s) : s.adaptive_alpha * state);
+  return static_cast<float>(!s.caution ? size : state == 0.0 ? 1.0 : 1.0 / size);
 }
 
 }  // namespace signadam

@@ -65,20 +65,20 @@ SIGNADAM_HD double next_threshold(double a, const Sums& sums, double n, const Sc
   return moved < low ? low : moved > high ? high : moved;
 }
 
-// The share of entries whose step agrees with the gradient, or the root mean square of the parameter. No share at all,
-// as where the learning rate is 0, tells nothing.
-SIGNADAM_HD double next_scale(double a, const Sums& sums, double n, const Scalars& s) {
-  if (!s.caution) return double_root(sums.second / n);
-  return sums.first == 0.0 ? a : sums.first / n;
-}
-
 // One gradient that is not finite must not close the gate for ever: what there is then stays.
 SIGNADAM_HD double next_threshold_state(double a, const Sums& sums, int64_t numel, const Scalars& s) {
   if (!is_finite(sums.first) || !is_finite(sums.second)) return a;
-  if (s.clips) return double_root(sums.second);
   const double n = static_cast<double>(numel);
-  if (s.scales) return next_scale(a, sums, n, s);
   return s.steers ? next_threshold(a, sums, n, s) : next_deviation(a, sums, n, s);
+}
+
+// The share of entries whose step agrees with the gradient, or the root mean square of the parameter. No share at all,
+// as where the learning rate is 0, tells nothing.
+inline double next_scale(double a, const Sums& sums, int64_t numel, const Scalars& s) {
+  if (!is_finite(sums.first) || !is_finite(sums.second)) return a;
+  const double n = static_cast<double>(numel);
+  if (!s.caution) return double_root(sums.second / n);
+  return sums.first == 0.0 ? a : sums.first / n;
 }
 
 }  // namespace signadam

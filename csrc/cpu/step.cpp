@@ -121,9 +121,16 @@ Sums total_of(Sums* sums, int64_t count, Sums* lanes) {
   return sums[0];
 }
 
+// Of what `Rule::corrected` makes of a gradient, in place of the last one.
+double norm(double last, const Sums& sums, int64_t, const Scalars&) {
+  return is_finite(sums.second) ? double_root(sums.second) : last;
+}
+
 void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s, Sums* lanes) {
   const Sums total = total_of(table.sums + tensor.first_chunk, chunks_of(tensor.numel), lanes);
-  *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, total, tensor.numel, s);
+  *tensor.threshold_state = (s.clips    ? norm
+                             : s.scales ? next_scale
+                                        : next_threshold_state)(*tensor.threshold_state, total, tensor.numel, s);
 }
 
 // `body(chunk, slice, index)` for the chunks of every tensor, the index-th, that has a gradient.
@@ -199,7 +206,7 @@ void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, u
   }
   each_chunk([&](uint32_t chunk, const Slice& slice, const Scalars& s) {
     // The sums come first: they need the old parameter, and leave the chunk in the cache for the update.
-    const float alpha = threshold(slice.tensor, s);
+    const float alpha = s.scales ? update_scale(*slice.tensor.threshold_state, s) : threshold(slice.tensor, s);
     if (threshold_pass == ThresholdPass::same_pass) table.sums[chunk] = sum(slice, s, alpha);
     isa.update[rule](slice, s, alpha, table.chunk_statistics == nullptr ? nullptr : table.chunk_statistics + chunk);
   });

@@ -258,7 +258,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<GradientReader>(m, "GradientReader")
       .def(py::init<const TorchShim*>(), py::keep_alive<1, 2>())
       .def("watch", &GradientReader::watch, py::arg("group"), py::arg("param"), py::arg("grad_strides"),
-           py::arg("grad_like"), py::arg("state"), py::arg("spec"))
+           py::arg("grad_like"), py::arg("state"), py::arg("spec"), py::arg("counts_there"))
       .def("read", &GradientReader::read, py::arg("param_groups"), py::arg("state"))
       .def("unchanged", &GradientReader::unchanged)
       .def("replace", &GradientReader::replace, py::arg("index"), py::arg("address"))

@@ -86,6 +86,7 @@ BETA = Number(0.0, 1.0)
 SHARE = Number(0.0, 1.0, open_low=True)
 ONE_BETA = Betas(("beta",))
 TWO_BETAS = Betas(("betas[0]", "betas[1]"))
+THREE_BETAS = Betas(("betas[0]", "betas[1]", "betas[2]"))
 
 #: Of all optimizers, in the order in which they are checked; ``state_dtype`` only of those that have moments.
 COMMON: Checks = {
@@ -125,7 +126,12 @@ class Declaring(Protocol):
 def how_betas_are_given(check: Check | None) -> str:
     """What is right where ``beta`` or ``betas`` is not."""
     count = len(check.names) if isinstance(check, Betas) else 0
-    return ("this rule has none", "this rule has one, beta=...", "this rule has two, betas=(..., ...)")[count]
+    return (
+        "this rule has none",
+        "this rule has one, beta=...",
+        "this rule has two, betas=(..., ...)",
+        "this rule has three, betas=(..., ..., ...)",
+    )[count]
 
 
 def check_beta_names(optimizer: type[Declaring], given: Mapping[str, Any], *, folded: bool = False) -> None:
@@ -141,7 +147,7 @@ def check_beta_names(optimizer: type[Declaring], given: Mapping[str, Any], *, fo
     """
     check = optimizer.HYPERPARAMETERS.get("betas")
     count = len(check.names) if isinstance(check, Betas) else 0
-    wrong = {0: ("beta",) if folded else ("beta", "betas"), 1: ("betas",), 2: ("beta",)}[count]
+    wrong = {0: ("beta",) if folded else ("beta", "betas"), 1: ("betas",)}.get(count, ("beta",))
     for name in wrong:
         if name not in given:
             continue

@@ -18,7 +18,7 @@ Group = Mapping[str, Any]
 Scalars = dict[str, float]
 
 # Names of the scalars of each beta.
-_DECAYS = (("beta1", "one_minus_beta1"), ("beta2", "one_minus_beta2"))
+_DECAYS = (("beta1", "one_minus_beta1"), ("beta2", "one_minus_beta2"), ("beta3", "one_minus_beta3"))
 
 #: How a gated rule obtains its threshold; the names of ``signadam_ext._C.ThresholdPass``.
 #: NONE: a scalar. SAME_PASS: from what earlier steps left, this step's sums are taken in the same pass. PASS_BEFORE:

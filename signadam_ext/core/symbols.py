@@ -120,6 +120,27 @@ def logarithm(x: Any) -> Any:
     return halvings * 0.6931471805599453 + 2.0 * z * series
 
 
+def exponential(x: Any) -> Any:
+    """``e ** x`` for ``|x| <= 32``, by operations that have the same bits everywhere.
+
+    Of a 32nd of it by its series, then by squaring. The error is below 1e-13 of the result.
+    """
+    found = _series(x * 2.0**-5)
+    for _ in range(5):
+        found = found * found
+    return found
+
+
+def _series(x: Any) -> Any:
+    """``e ** x`` for ``|x| <= 1``, as csrc/core/threshold.h has it."""
+    if isinstance(x, Symbol):
+        return x.recorder.record("exponential", x)
+    total = 1.0
+    for k in range(18, 0, -1):
+        total = 1.0 + x * total / k
+    return total
+
+
 def is_nonzero(x: Any) -> Any:
     """1.0 or 0.0."""
     return x.recorder.record("is_nonzero", x) if isinstance(x, Symbol) else float(x != 0)

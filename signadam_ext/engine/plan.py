@@ -191,7 +191,10 @@ class Plan:
             entries = zip(item.state_names, state, strict=True) if item.state_names else ()
             dtype = self._grad_dtypes[index]
             assert dtype is not None
-            self._reader.watch(item.group, item.key, self._strides[index], dtype, tuple(entries), item.sharding)
+            self._reader.watch(
+                *(item.group, item.key, self._strides[index], dtype, tuple(entries), item.sharding),
+                counts_there=found.counts_on_device,
+            )
 
     def _own_buffers(self) -> list[StreamGuarded]:
         """The plan's own copies of parameters and variances, by device, guarded for use on later streams."""

@@ -4,6 +4,7 @@ from .ada_bound import AdaBound, AMSBound, ada_bound, ams_bound
 from .ada_momentum import AdaMomentum, ada_momentum
 from .adam import Adam, AdamW, adam
 from .adam_s import AdamS, adam_s
+from .ademamix import AdEMAMix, ademamix
 from .adopt import ADOPT, adopt
 from .ano import Ano, Anolog, ano, anolog
 from .bcos import BCOS, bcos
@@ -28,6 +29,7 @@ __all__ = [
     "MSVAG",
     "SVAG",
     "AMSBound",
+    "AdEMAMix",
     "AdaBound",
     "AdaMomentum",
     "Adam",
@@ -53,6 +55,7 @@ __all__ = [
     "adam",
     "adam_s",
     "adam_star",
+    "ademamix",
     "adopt",
     "ams_bound",
     "ano",

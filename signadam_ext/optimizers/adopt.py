@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from ..core.hyperparameters import FLAG, LEARNING_RATE, TWO_BETAS, Checks, Number
 from ..core.options import OtherOptions, StateDtype
 from ..core.rule import Group, Rule, Scalars, decays
-from ..core.symbols import is_nonzero, number, square_root
+from ..core.symbols import at_least, is_nonzero, number, square_root
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
 
@@ -24,7 +24,8 @@ def _scalars(group: Group, t: int) -> Scalars:
         **decays(group, 2),
         "beta2": beta2,
         "one_minus_beta2": 1 - beta2,
-        "eps": number(group["eps"]),
+        # Not 0 in fp32, so that entries without a gradient stay, as do those that fill up the last block of codes.
+        "eps": at_least(number(group["eps"]), 2.0**-149),
         # Without clipping infinite in fp32; 0 at first.
         "upper": square_root(square_root(before)) if group["clip"] else before * 1e300,
     }
@@ -65,13 +66,6 @@ class ADOPT(SignOptimizer):
             largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; or a function of its name (or None) and shape. Default: None, 1.
-        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
-            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
-        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
-            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
-            weight_decay``. Default: "lr".
-        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
             columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
             None) and shape. Default: None.
         caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
@@ -103,7 +97,7 @@ class ADOPT(SignOptimizer):
     Lambda is ``weight_decay``, which the first step leaves out too; coupled decay enters its second moment. All as in
     the authors' code, which counts steps from 0: its second call clips at 1. There the limit is a function in the
     group, which no state dict can hold; here there is one limit, or ``clip=False``. A NaN gradient leaves p and v NaN,
-    but the first one v alone.
+    but the first one v alone. An ``eps`` of 0 counts as the smallest fp32, so that an entry without a gradient stays.
 
     State: ``exp_avg`` (m), ``exp_avg_sq`` (v) and ``step``.
 

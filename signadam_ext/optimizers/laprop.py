@@ -90,13 +90,6 @@ class LaProp(SignOptimizer):
             largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; or a function of its name (or None) and shape. Default: None, 1.
-        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
-            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
-        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
-            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
-            weight_decay``. Default: "lr".
-        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
             columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
             None) and shape. Default: None.
         caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:

@@ -31,7 +31,16 @@ RESIDUAL_DTYPES = {
 STEP_DTYPE = torch.float64
 
 #: Moments of all methods, torch.optim's among them where nothing else tells that an optimizer has made a state.
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_var", "z", "last_grad")
+MOMENTS = (
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_avg_slow",
+    "momentum_buffer",
+    "exp_avg_var",
+    "z",
+    "last_grad",
+)
 
 #: A parameter's own elements, while it holds those of evaluation.
 TRAINED = "y"

@@ -197,10 +197,11 @@ class Case:
 def rule_of(name: str, threshold_pass: str, in_blocks: bool) -> Rule:
     """The rule with scalars that a group names itself."""
     functor = FUNCTORS[name]
+    least_eps = 2.0**-149 if name == "adopt" else 0.0  # as its optimizer has it
     return Rule(
         name,
         ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: functor.moments],
-        lambda group, t: group["scalars"],
+        lambda group, t: {**group["scalars"], "eps": max(group["scalars"]["eps"], least_eps)},
         bound=1.0 if functor.bounded and not in_blocks else None,
         reads_variance=functor.reads_variance,
         threshold_pass=threshold_pass,
@@ -250,6 +251,9 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
             bias_correction=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
             rho=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
             one_minus_rho=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
+            beta3=draw(unit),
+            one_minus_beta3=draw(unit),
+            mix=draw(st.sampled_from((0.0, 1e-3)) | st.floats(1e-12, 10)),
             lower=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
             upper=draw(st.sampled_from((0.0, 1.0, math.inf)) | st.floats(1e-9, 10)),
             averaging=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
@@ -510,7 +514,7 @@ GROUPS = (
             *(0.9, 0.99, 0.8),
             **{"alpha": 0.25, "eps": 1e-8, "denominator": 0.37, "bias_correction": 0.19, "rho": 0.5},
             **{"one_minus_rho": 0.5, "steers": 1.0, "target": 0.3, "gain": 0.7, "quantile": 1.3},
-            **{"lower": 0.1, "upper": 1.5},
+            **{"lower": 0.1, "upper": 1.5, "beta3": 0.9999, "one_minus_beta3": 0.0001, "mix": 0.02},
             **{"averaging": 0.25, "shrinking": 0.001, "correction": 0.3},
         ),
     },
@@ -522,7 +526,7 @@ GROUPS = (
         "scalars": scalars_of(
             *(0.4, 0.9, 0.0),
             **{"alpha": 0.5, "eps": 1e-3, "denominator": 1.7, "bias_correction": 1.0, "rho": 1.0},
-            **{"one_minus_rho": 0.0, "steers": 0.0, "lower": 0.0, "upper": math.inf},
+            **{"one_minus_rho": 0.0, "steers": 0.0, "lower": 0.0, "upper": math.inf, "mix": 0.0},
             **{"averaging": 1.0, "shrinking": 0.0, "correction": 0.0},
         ),
     },

@@ -128,6 +128,7 @@ SCALED = [
 LIKE_OTHERS = (
     *("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion", "adam_s", "bcos"),
     *("lion_threshold", "lion_huber", "lion_softsign", "ano", "grams", "ada_momentum"),
+    *("laprop", "adopt", "ada_bound", "ams_bound", "ademamix"),
 )
 NVIDIA_JOBS = [
     Job(target, *kernel)

@@ -114,7 +114,8 @@ uint64_t steps(RuleIndex rule, bool third_is_moment, bool has_third, const Form&
   Scalars s{};
   s.lr = 1e-2f, s.weight_decay = 0.1f, s.decay = 0.999f, s.beta1 = 0.9f, s.one_minus_beta1 = 0.1f;
   s.beta2 = 0.99f, s.one_minus_beta2 = 0.01f, s.eps = 1e-8f, s.denominator = 0.5f, s.bias_correction = 0.7f;
-  s.rho = 0.3f, s.one_minus_rho = 0.7f, s.lower = 0.5f, s.upper = 1.0f;
+  s.rho = 0.3f, s.one_minus_rho = 0.7f, s.beta3 = 0.9999f, s.one_minus_beta3 = 0.0001f, s.mix = 0.02f, s.lower = 0.5f,
+  s.upper = 1.0f;
   s.averaging = 0.25f, s.shrinking = 0.001f, s.correction = 0.3f;
   Digest digest;
   ChunkStatistics statistics{};

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,27 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT)]
 
+#: Files of an action are not written to a disk, where there is a folder that is none.
+IN_MEMORY = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
+
 
 def run(folder: Path, seed: int, actions: int) -> dict[str, Any]:
     """One process, or what is known of it."""
     from reporting.machine import commit
 
-    file, trace = folder / f"{seed}.json", folder / f"{seed}.trace"
+    file, new, trace = (folder / f"{seed}.{name}" for name in ("json", "new", "trace"))
     if not file.exists():
         now = commit()
         command = [sys.executable, str(HERE.parent / "fuzzer.py"), f"--actions={actions}", f"--seed={seed}"]
-        command += [f"--json={folder / 'new.json'}", f"--trace={trace}"]
+        command += [f"--json={new}", f"--trace={trace}"]
         with (folder / f"{seed}.txt").open("w") as output:
-            environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+            environment = {**os.environ, "PYTHONFAULTHANDLER": "1", **IN_MEMORY}
             status = subprocess.run(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
             ).returncode
-        if (folder / "new.json").exists():
-            result = json.loads((folder / "new.json").read_text())
-            (folder / "new.json").unlink()
+        if new.exists():
+            result = json.loads(new.read_text())
+            new.unlink()
         else:
             fault = f"the process ended with {status}: {trace.read_text().strip() if trace.exists() else ''}"
             result = {"seed": seed, "actions": 0, "actions_by_kind": {}, "faults": [{"fault": fault}], "minutes": 0}
@@ -61,26 +65,37 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def write(results: Path, found: dict[str, Any]) -> None:
+    """What is known so far, with commit, versions and machine, and what an earlier fuzzer has found."""
+    from reporting.machine import facts
+
+    earlier = json.loads(results.read_text()) if results.exists() else {}
+    kept = {name: earlier[name] for name in ("before",) if name in earlier}
+    results.write_text(json.dumps({**facts(), **found, **kept}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--actions", type=int, default=1_000_000)
-    parser.add_argument("--each", type=int, default=10_000, help="actions of a process")
+    parser.add_argument("--each", type=int, default=20_000, help="actions of a process")
+    parser.add_argument("--processes", type=int, default=1, help="how many at a time")
     parser.add_argument("--seed", type=int, default=1003, help="of the first process; the others' follow")
     parser.add_argument("--folder", type=Path, required=True, help="where what is done is kept")
     parser.add_argument("--results", type=Path, help="write the sum there, with commit, versions and machine")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
-    while sum(each["actions"] for each in runs) < options.actions:
-        runs.append(run(options.folder, options.seed + len(runs), options.each))
-        if runs[-1]["actions"] == 0:
-            break  # which would come again
     found = summary(runs)
+    with ThreadPoolExecutor(options.processes) as pool:
+        while found["actions"] < options.actions:
+            seeds = range(options.seed + len(runs), options.seed + len(runs) + options.processes)
+            runs += pool.map(lambda seed: run(options.folder, seed, options.each), seeds)
+            found = summary(runs)
+            if options.results:
+                write(options.results, {**found, "wanted": options.actions})
+            if runs[-1]["actions"] == 0:
+                break  # which would come again
     print(f"{found['actions']} actions of {len(found['actions_by_kind'])} kinds, {len(found['faults'])} faults")
-    if options.results:
-        from reporting.machine import facts
-
-        options.results.write_text(json.dumps({**facts(), **found}, indent=1) + "\n")
     return int(bool(found["faults"]))
 
 

@@ -112,6 +112,17 @@ def test_eps_is_a_least_root() -> None:
     assert param.item() == -0.5
 
 
+@pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
+def test_no_eps_and_no_gradient(state_dtype: str) -> None:
+    """An entry without a gradient stays, and one whose gradient is the first that is not 0 moves by the limit."""
+    param = torch.nn.Parameter(torch.zeros(2))
+    optimizer = ADOPT([param], lr=1.0, betas=(0.0, 0.9), eps=0.0, state_dtype=(state_dtype, "fp32"))
+    for g in (torch.zeros(2), torch.tensor([0.0, 1e-3])):
+        param.grad = g
+        optimizer.step()
+    assert param.tolist() == [0.0, -1.0]
+
+
 @pytest.mark.parametrize("bad, becomes_nan", [(math.nan, True), (math.inf, False)])
 def test_bad_gradients_later(bad: float, becomes_nan: bool) -> None:
     """NaN is as loud as with Adam; an infinity is clipped, and its entry has no step from then on."""

@@ -27,7 +27,16 @@ def variances(param: torch.Tensor, steps: int = STEPS) -> list[torch.Tensor]:
 
 def zeros(param: torch.Tensor) -> dict[str, Bounded]:
     """Every moment there is, before the first step."""
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_var", "z", "last_grad")
+    names = (
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_avg_slow",
+        "momentum_buffer",
+        "exp_avg_var",
+        "z",
+        "last_grad",
+    )
     return {name: Bounded.exact(np.zeros(param.shape)) for name in names}
 
 

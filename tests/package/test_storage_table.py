@@ -24,7 +24,8 @@ def lines_of(row: Row) -> list[str]:
     optimizer = row.optimizer([torch.nn.Parameter(torch.zeros(1))], **row.hyperparameters)
     (group,) = optimizer.param_groups
     rule = rule_of(row.optimizer, group)
-    begin = f"| `{row.optimizer.__name__}` | `{rule.name}` |"
+    condition = f", `betas[1]` up to {row.largest_beta2}" if row.largest_beta2 < 1 else ""
+    begin = f"| `{row.optimizer.__name__}` | `{rule.name}`{condition} |"
     lines = []
     for i, moment in enumerate(rule.moments):
         taken = []

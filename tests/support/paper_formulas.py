@@ -364,6 +364,25 @@ def ada_bound(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any], *
 ams_bound = functools.partial(ada_bound, largest=True)
 
 
+def ademamix(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[PA] Alg. 1, with its schedules of alpha and beta3."""
+    b1, b2, b3 = h["betas"]
+    alpha = h["alpha"] * min(1.0, t / h["t_alpha"]) if h["t_alpha"] else h["alpha"]
+    if h["t_beta3"] and t < h["t_beta3"]:
+        half_lives = [math.log(0.5) / math.log(b + 1e-8) - 1 for b in (b1, b3)]
+        share = t / h["t_beta3"]
+        b3 = 0.5 ** (1 / ((1 - share) * half_lives[0] + share * half_lives[1] + 1))
+    for name, b, x in (
+        ("exp_avg", b1, Bounded.exact(1.0)),
+        ("exp_avg_sq", b2, g),
+        ("exp_avg_slow", b3, Bounded.exact(1.0)),
+    ):
+        state[name] = Bounded.scalar(b) * state[name] + Bounded.scalar(1 - b) * g * x
+    root = state["exp_avg_sq"].sqrt() / Bounded.scalar(math.sqrt(1 - b2**t)) + Bounded.scalar(h["eps"])
+    fast = Bounded.scalar(h["lr"] / (1 - b1**t)) * state["exp_avg"]
+    return p - (fast + Bounded.scalar(h["lr"] * alpha) * state["exp_avg_slow"]) / root
+
+
 def averaging(t: int, h: dict[str, Any]) -> tuple[float, float]:
     """[SF] Alg. 1 as its authors weigh: the learning rate with its warm-up, and the weight of z in x."""
     warmup = h.get("warmup_steps", 0)
@@ -424,7 +443,11 @@ def mars_adamw(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) 
 
 @dataclass(frozen=True)
 class Row:
-    """A rule under test: the class, the hyperparameters of its own, the formula."""
+    """A rule under test: the class, the hyperparameters of its own, the formula.
+
+    Attributes:
+        like: the row whose kernels serve it, with other scalars: what tests of kernels alone leave out.
+    """
 
     id: str
     optimizer: type
@@ -432,6 +455,7 @@ class Row:
     formula: Formula
     moves_at_first: bool = True  # and decays; otherwise the first step only makes state
     largest_beta2: float = 1.0  # up to which its momentum has a bound that codes can use
+    like: str = ""
 
     @property
     def state_dtypes(self) -> tuple[str, ...]:
@@ -465,7 +489,7 @@ TABLE = [
     Row("sign_sgd", signadam_ext.SignSGD, {"alpha": 0.0}, sign_sgd),
     Row("sign_sgd-gated", signadam_ext.SignSGD, {"alpha": 0.25}, sign_sgd),
     Row("signum", signadam_ext.Signum, {"beta": 0.9}, signum),
-    Row("signum-nesterov", signadam_ext.Signum, {"beta": 0.9, "nesterov": True}, signum_nesterov),
+    Row("signum-nesterov", signadam_ext.Signum, {"beta": 0.9, "nesterov": True}, signum_nesterov, like="lion"),
     Row("sign_adam", signadam_ext.SignAdam, {"betas": (0.9, 0.99), "eps": 1e-8}, sign_adam),
     Row(
         "sign_adam_analytic",
@@ -489,14 +513,14 @@ TABLE = [
     Row("lion", signadam_ext.Lion, {"betas": (0.9, 0.99)}, lion),
     Row("adam_s", signadam_ext.AdamS, {"betas": (0.9, 0.95), "eps": 1e-8}, adam_s),
     Row("bcos", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": False}, bcos),
-    Row("bcos-simple", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": True}, bcos),
+    Row("bcos-simple", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": True}, bcos, like="adam_s"),
     *(
         Row(f"lion_{kappa}", signadam_ext.LionK, {"betas": (0.9, 0.99), "kappa": kappa, "epsilon": 0.125}, lion_k)
         for kappa in ("threshold", "huber", "softsign")
     ),
-    Row("mars_lion", signadam_ext.MARSLion, {"beta": 0.95, "gamma": 0.025}, mars_lion),
+    Row("mars_lion", signadam_ext.MARSLion, {"beta": 0.95, "gamma": 0.025}, mars_lion, like="lion"),
     Row("ano", signadam_ext.Ano, {"betas": (0.92, 0.99), "eps": 1e-8}, ano),
-    Row("anolog", signadam_ext.Anolog, {"beta2": 0.99, "eps": 1e-8}, ano),
+    Row("anolog", signadam_ext.Anolog, {"beta2": 0.99, "eps": 1e-8}, ano, like="ano"),
     Row("grams", signadam_ext.Grams, {"betas": (0.9, 0.99), "eps": 1e-6}, grams),
     Row("ada_momentum", signadam_ext.AdaMomentum, {"betas": (0.9, 0.99), "eps": 1e-8}, ada_momentum),
     Row("laprop", signadam_ext.LaProp, {"betas": (0.9, 0.999), "eps": 1e-8}, laprop),
@@ -505,6 +529,12 @@ TABLE = [
     Row("adopt-unclipped", signadam_ext.ADOPT, {"betas": (0.9, 0.99), "eps": 1e-6, "clip": False}, adopt, False),
     Row("ada_bound", signadam_ext.AdaBound, {"gamma": 0.01, **BOUNDS}, ada_bound),
     Row("ams_bound", signadam_ext.AMSBound, {"gamma": 0.01, **BOUNDS}, ams_bound),
+    Row(
+        "ademamix",
+        signadam_ext.AdEMAMix,
+        {"betas": (0.9, 0.99, 0.999), "alpha": 2.0, "eps": 1e-8, "t_alpha": 30, "t_beta3": 20},
+        ademamix,
+    ),
     Row(
         "schedule_free_adamw",
         signadam_ext.ScheduleFreeAdamW,

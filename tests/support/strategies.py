@@ -99,15 +99,16 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     """Overrides of a group, of the rule's own hyperparameters and the common ones."""
     unit = st.sampled_from((0.0, 0.5, 0.9, 0.99, 0.999)) | st.floats(0, 0.999)
     large = st.sampled_from((0.5, 0.9, 0.99, 0.999)) | st.floats(0.5, 0.999)
-    second = unit.map(lambda beta: min(beta, row.largest_beta2))
+    second = large if row.optimizer is signadam_ext.Ano else unit.map(lambda beta: min(beta, row.largest_beta2))
+    inside = row.optimizer in (signadam_ext.AdaBound, signadam_ext.AMSBound)
     if row.reads_param:
         unit = unit.map(lambda beta: beta or 0.5)  # Schedule-Free's is above 0
     own = {
         "alpha": st.sampled_from((0.0, 0.25, 0.5, 5e-4)) | st.floats(0, 2),
         "beta": unit,
-        "betas": st.tuples(unit, large if row.optimizer is signadam_ext.Ano else second),
+        "betas": st.tuples(*(unit, second, unit)[: len(row.hyperparameters.get("betas", ()))]),
         "beta2": large,
-        "gamma": st.sampled_from((0.0, 0.025, 1.0)) | st.floats(0, 1),
+        "gamma": st.floats(1e-6, 0.999) if inside else st.sampled_from((0.0, 0.025, 1.0)) | st.floats(0, 1),
         "nesterov": st.booleans(),
         "eps": st.sampled_from((1e-8, 1e-3, 0.0)),
         "epsilon": st.sampled_from((0.0, 1e-3, 0.25)) | st.floats(0, 2),

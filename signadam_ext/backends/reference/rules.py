@@ -280,6 +280,15 @@ def ams_bound(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments
     return p - bounded_rate(s, x) * m, (m, v, x)
 
 
+def ademamix(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v, x = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    x = s["beta3"] * x + s["one_minus_beta3"] * g
+    denominator = square_root(v) / s["bias_correction"] + s["eps"]
+    return p - (s["lr"] * m + s["mix"] * x) / denominator, (m, v, x)
+
+
 def move_both(s: dict[str, Tensor], step: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """The point of gradients and the point that steps move, after a step of Schedule-Free."""
     step = step + s["shrinking"] * y
