@@ -97,11 +97,11 @@ class MARSAdamW(SignOptimizer):
             \mathrm{lr} \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}
 
     Lambda is ``weight_decay``, and :math:`g_0 = 0`, so that at first
-    :math:`c_1 = (1 + \gamma \beta_1 / (1 - \beta_1)) g_1`. timm's MARS takes :math:`c_1 = g_1` instead, and does not
-    clip it. The last gradient is a copy of the effective one, after clipping by ``max_grad_norm`` and coupled decay: it
-    is right while gradients are released, and after ``zero_grad(set_to_none=False)``, where the authors' code, which
-    keeps a reference, finds zeros. A norm that is not finite changes nothing of the tensor's scale: that of the step
-    before counts.
+    :math:`c_1 = (1 + \gamma \beta_1 / (1 - \beta_1)) g_1`. timm's MARS takes :math:`c_1 = g_1` instead, which is the
+    same where both are longer than ``max_norm``. The last gradient is a copy of the effective one, after clipping by
+    ``max_grad_norm`` and coupled decay: it is right while gradients are released, and after
+    ``zero_grad(set_to_none=False)``, where the authors' code, which keeps a reference, finds zeros. A norm that is not
+    finite changes nothing of the tensor's scale: that of the step before counts.
 
     The authors update tensors of one dimension by AdamW: give them a group of their own, with ``gamma=0``,
     ``max_norm=None``, ``betas=(0.9, 0.95)``. :class:`MARSLion` needs no last gradient.
