@@ -5,8 +5,8 @@
 
 :data:`PACKAGES` are installed into a folder of their own, which is removed in the end, and imported from there in a
 process of its own; they need PyPI. Each of :data:`ROWS` trains the same parameters on the same gradients, of many
-magnitudes, for :data:`STEPS` steps three times: by the other package in float64 and in fp32, and by ours. What came of it
-goes into ``tests/results/other_packages.json``, of which ``--page`` makes the table in docs/compared.md.
+magnitudes, for :data:`STEPS` steps three times: by the other package in float64 and in fp32, and by ours. What came of
+it goes into ``tests/results/other_packages.json``, of which ``--page`` makes the table in docs/compared.md.
 """
 
 from __future__ import annotations
@@ -276,8 +276,8 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 def table(found: dict[str, Any]) -> str:
     lines = [
-        f"{found['steps']} steps with torch {found['torch']}. Distances are from the other package in float64, as shares "
-        "of what its parameters have moved.",
+        f"{found['steps']} steps with torch {found['torch']}. Distances are from the other package in float64, as "
+        "shares of what its parameters have moved.",
         "",
         "| ours | the other | ours is off by | it is off by, in fp32 | |",
         "|---|---|---|---|---|",
