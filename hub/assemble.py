@@ -40,7 +40,7 @@ IMPORT = "from signadam_ext.core.native import compiled as _C"
 
 def constants() -> str:
     """A module in place of :mod:`signadam_ext.core.native`."""
-    names = ("RULES", "SCALARS", "FORMATS", "PARAM_STORAGES", "RUN", "LANES", "ROWS", "CHUNK_SIZE")
+    names = ("RULES", "SCALARS", "FORMATS", "PARAM_STORAGES", "RUN", "LANES", "ROWS", "CHUNK_SIZE", "LEAST_SCALE")
     passes = ("NONE", "SAME_PASS", "PASS_BEFORE")
     return "\n".join(
         [
