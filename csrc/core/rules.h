@@ -98,17 +98,18 @@ SIGNADAM_HD F zero_where_zero(F denominator, F x) {
 // What a rule is unless it says otherwise.
 struct Traits {
   static constexpr int moments = 1;
-  static constexpr bool bounded = false;         // |m| has a bound, so that m may be codes without a scale
-  static constexpr bool bound_by_group = false;  // and there are groups in which it has none
-  static constexpr bool divides = false;         // by an element
-  static constexpr bool reads_variance = false;  // of the gradient, given from outside
-  static constexpr bool reads_param = false;     // for its step, which then has no meaning without p
-  static constexpr bool corrects = false;        // the gradient, by `corrected`, whose norm it may clip
+  static constexpr bool bounded = false;           // |m| has a bound, so that m may be codes without a scale
+  static constexpr bool bound_by_group = false;    // and there are groups in which it has none
+  static constexpr bool divides = false;           // by an element
+  static constexpr bool reads_variance = false;    // of the gradient, given from outside
+  static constexpr bool reads_param = false;       // for its step, which then has no meaning without p
+  static constexpr bool first_is_weights = false;  // m is a copy of weights, fp32 in every group
+  static constexpr bool corrects = false;          // the gradient, by `corrected`, whose norm it may clip
 };
 
 // Whether m may be codes in blocks.
 template <class Rule>
-constexpr bool has_blocks = Rule::moments > 0 && (!Rule::bounded || Rule::bound_by_group);
+constexpr bool has_blocks = Rule::moments > 0 && (!Rule::bounded || Rule::bound_by_group) && !Rule::first_is_weights;
 
 template <class Rule>
 constexpr bool has_third = Rule::moments > 2 || Rule::reads_variance;
@@ -517,6 +518,7 @@ struct ScheduleFreeAdamW : Traits {
   static constexpr int moments = 2;
   static constexpr bool divides = true;
   static constexpr bool reads_param = true;
+  static constexpr bool first_is_weights = true;
   template <class F>
   static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
     v = s.beta2 * v + s.one_minus_beta2 * g * g;
@@ -528,6 +530,7 @@ struct ScheduleFreeAdamW : Traits {
 struct ScheduleFreeSign : Traits {
   static constexpr const char* name = "schedule_free_sign";
   static constexpr bool reads_param = true;
+  static constexpr bool first_is_weights = true;
   template <class F>
   static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F& m, F&, F&) {
     move_both(s, GatedStep<F>::of(s.lr, g, alpha), p, m);

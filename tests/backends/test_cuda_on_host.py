@@ -219,6 +219,8 @@ def state_dtypes(rule: str, in_blocks: bool) -> list[tuple[str, ...]]:
     """Every combination that the rule allows."""
     wide = ("fp32", "bf16")
     few = UNBOUNDED if in_blocks else BOUNDED
+    if FUNCTORS[rule].first_is_weights:
+        few = {"fp32": few["fp32"]}
     return list(itertools.product(*(few, wide, wide)[: FUNCTORS[rule].moments]))
 
 
