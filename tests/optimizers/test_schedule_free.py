@@ -203,6 +203,9 @@ def test_a_skipped_step_leaves_the_sums(method: type) -> None:
     take(plain, twin, given)
     assert optimizer.skipped_steps == 2 and same_bits(param, twin)
     group, expected = optimizer.param_groups[0], plain.param_groups[0]
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)  # as a GradScaler says it
+    optimizer.step()
+    assert optimizer.skipped_steps == 3 and same_bits(param, twin)
     assert [group[x] for x in ("k", "weight_sum", "lr_max")] == [expected[x] for x in ("k", "weight_sum", "lr_max")]
 
 
