@@ -3,8 +3,9 @@
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
 :class:`Lion`; of one moment, :class:`AdamS`, :class:`BCOS`, :class:`LionK`, :class:`MARSLion`; of two, :class:`Ano`,
-:class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`, :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`; of three,
-:class:`AMSBound`, :class:`AdEMAMix`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
+:class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`, :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`,
+:class:`ScheduleFreeAdamW`, with :class:`ScheduleFreeSign`; of three, :class:`AMSBound`, :class:`AdEMAMix`,
+:class:`MARSAdamW`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
 :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
 :func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
 ``python -m signadam_ext`` tells what was built and what is usable.
@@ -32,7 +33,10 @@ from .optimizers import (
     LaProp,
     Lion,
     LionK,
+    MARSAdamW,
     MARSLion,
+    ScheduleFreeAdamW,
+    ScheduleFreeSign,
     SignAdam,
     SignAdamPP,
     SignSGD,
@@ -64,8 +68,11 @@ __all__ = [
     "LaProp",
     "Lion",
     "LionK",
+    "MARSAdamW",
     "MARSLion",
     "Offload",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSign",
     "SignAdam",
     "SignAdamPP",
     "SignSGD",

@@ -35,6 +35,10 @@ RHO = tl.constexpr(SCALARS.index("rho"))
 ONE_MINUS_RHO = tl.constexpr(SCALARS.index("one_minus_rho"))
 LOWER = tl.constexpr(SCALARS.index("lower"))
 UPPER = tl.constexpr(SCALARS.index("upper"))
+AVERAGING = tl.constexpr(SCALARS.index("averaging"))
+SHRINKING = tl.constexpr(SCALARS.index("shrinking"))
+CORRECTION = tl.constexpr(SCALARS.index("correction"))
+CLIPS = tl.constexpr(SCALARS.index("clips"))
 CONFIDENCE_BETA = tl.constexpr(SCALARS.index("confidence_beta"))
 ONE_MINUS_CONFIDENCE_BETA = tl.constexpr(SCALARS.index("one_minus_confidence_beta"))
 STEERS = tl.constexpr(SCALARS.index("steers"))
@@ -413,3 +417,40 @@ def ademamix(s, alpha, p, g, m, v, x):
     root = divided(tl.sqrt_rn(v), scalar(s, BIAS_CORRECTION))
     p = p - tl.div_rn(scalar(s, LR) * m + scalar(s, MIX) * x, root + scalar(s, EPS))
     return p, m, v, x
+
+
+@triton.jit
+def move_both(s, step, y, z):
+    step = step + scalar(s, SHRINKING) * y
+    y = y + (scalar(s, AVERAGING) * (z - y) - scalar(s, ONE_MINUS_BETA1) * step)
+    return y, z - step
+
+
+@triton.jit
+def schedule_free_adamw(s, alpha, p, g, m, v, x):
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p, m = move_both(s, tl.div_rn(scalar(s, LR) * g, tl.sqrt_rn(v) + scalar(s, EPS)), p, m)
+    return p, m, v, x
+
+
+@triton.jit
+def schedule_free_sign(s, alpha, p, g, m, v, x):
+    p, m = move_both(s, scalar(s, LR) * gated_sign(g, alpha), p, m)
+    return p, m, v, x
+
+
+@triton.jit
+def corrected(s, g, x):
+    """The gradient as MARS has it."""
+    return g + scalar(s, CORRECTION) * (g - x)
+
+
+@triton.jit
+def mars_adamw(s, alpha, p, g, m, v, x):
+    longer = tl.full(g.shape, 0.0, tl.float32) + alpha
+    one = tl.full(g.shape, 1.0, tl.float32)
+    c = corrected(s, g, x) * tl.where(longer > 1.0, tl.div_rn(one, longer), one)
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * c
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * c * c
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(v) + scalar(s, EPS))
+    return p, m, v, g

@@ -85,7 +85,9 @@ def finish(sums, count, numel, a, threshold_state, s, SCALE: tl.constexpr):
     if is_finite(first_sum) and is_finite(second_sum):
         n = numel.to(tl.float64)
         if SCALE is not None:
-            if SCALE == "caution":
+            if SCALE == "norm":
+                tl.store(threshold_state, tl.sqrt(second_sum))
+            elif SCALE == "caution":
                 # No share at all, as where the learning rate is 0, tells nothing.
                 tl.store(threshold_state, tl.where(first_sum == 0.0, a, first_sum / n))
             else:

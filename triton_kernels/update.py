@@ -14,6 +14,7 @@ from .rules import (
     agreement,
     apply,
     apply_scaled,
+    corrected,
     effective_gradient,
     passes,
     scalar,
@@ -135,7 +136,11 @@ def run_rows(
         if (MOMENTS > 2) | READS_VARIANCE:
             x = load_moment(aux, exponents, row, count, AUX, WIDE)
         g = effective_gradient(s, p, g)
-        if SCALE is not None:
+        if SCALE == "norm":
+            if THRESHOLD_PASS == PASS_BEFORE:
+                wide_c = tl.where(index < count, corrected(s, g, x), 0.0).to(tl.float64)
+                second += wide_c * wide_c
+        elif SCALE is not None:
             before_p = p
             p, before_m = tl.full(p.shape, 0.0, tl.float32), m
             p, m, v, x = RULE(s, alpha, p, g, m, v, x)
@@ -158,7 +163,7 @@ def run_rows(
                 inside = tl.where(index < count, g, 0.0)
                 square = inside.to(tl.float64) * inside.to(tl.float64)
                 through = passes(inside, alpha)
-                before = m if SCALE is None else before_m
+                before = m if (SCALE is None) | (SCALE == "norm") else before_m
                 passed += through.to(tl.int32)
                 squares += square
                 passed_squares += tl.where(through, square, 0.0)
@@ -166,6 +171,8 @@ def run_rows(
                 g = CONFIDENCE(g, alpha)
             if SCALE is None:
                 p, m, v, x = apply(s, alpha, p, g, m, v, x, RULE)
+            elif SCALE == "norm":
+                p, m, v, x = apply(s, scale, p, g, m, v, x, RULE)
             else:
                 p = apply_scaled(s, scale, p, step, g, SCALE == "caution")
             if OBSERVES:
@@ -243,7 +250,8 @@ def update(
         CONFIDENCE: a function of the gradient and the threshold that takes the gradient's place, or None.
         OBSERVES: whether what optimizer.statistics() tells is gathered.
         RUNS: whether tensors are parts whose elements lie in several runs in the whole.
-        SCALE: what the threshold is instead, a number that steps are multiplied by: "caution" or "rms"; or None.
+        SCALE: what the threshold is instead, a number that steps are multiplied by: "caution" or "rms"; or "norm", that
+            of the corrected gradient over the largest allowed; or None.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(tensor_of_chunk + chunk)
@@ -262,7 +270,11 @@ def update(
             deviation = tl.load(threshold_state.to(tl.pointer_type(tl.float64)))
         alpha = scalar(s, ALPHA)
         scale = alpha
-        if SCALE is not None:
+        if SCALE == "norm":
+            alpha = alpha * 0.0
+            if threshold_state != 0:
+                scale = (tl.load(scalar_set + ALPHA) * deviation).to(tl.float32)
+        elif SCALE is not None:
             scale = update_scale(deviation, SCALE == "caution")
         elif THRESHOLD_PASS == PASS_BEFORE:
             alpha = alpha * 0.0

@@ -98,15 +98,18 @@ SIGNADAM_HD F zero_where_zero(F denominator, F x) {
 // What a rule is unless it says otherwise.
 struct Traits {
   static constexpr int moments = 1;
-  static constexpr bool bounded = false;         // |m| has a bound, so that m may be codes without a scale
-  static constexpr bool bound_by_group = false;  // and there are groups in which it has none
-  static constexpr bool divides = false;         // by an element
-  static constexpr bool reads_variance = false;  // of the gradient, given from outside
+  static constexpr bool bounded = false;           // |m| has a bound, so that m may be codes without a scale
+  static constexpr bool bound_by_group = false;    // and there are groups in which it has none
+  static constexpr bool divides = false;           // by an element
+  static constexpr bool reads_variance = false;    // of the gradient, given from outside
+  static constexpr bool reads_param = false;       // for its step, which then has no meaning without p
+  static constexpr bool first_is_weights = false;  // m is a copy of weights, fp32 in every group
+  static constexpr bool corrects = false;          // the gradient, by `corrected`, whose norm it may clip
 };
 
 // Whether m may be codes in blocks.
 template <class Rule>
-constexpr bool has_blocks = Rule::moments > 0 && (!Rule::bounded || Rule::bound_by_group);
+constexpr bool has_blocks = Rule::moments > 0 && (!Rule::bounded || Rule::bound_by_group) && !Rule::first_is_weights;
 
 template <class Rule>
 constexpr bool has_third = Rule::moments > 2 || Rule::reads_variance;
@@ -498,6 +501,64 @@ struct AdEMAMix : Traits {
   }
 };
 
+// Schedule-Free [SF]: p is the point y at which gradients are taken, m the point z that steps move; their average x is
+// made where it is asked for. `averaging` is the weight c of z in x, `one_minus_beta1` is 1 - beta1 * (1 - c),
+// `shrinking` what decoupled decay takes of y. Two small numbers meet before the large one, whose rounding is then the
+// only one.
+template <class F>
+SIGNADAM_HD void move_both(const Scalars& s, F step, F& y, F& z) {
+  step = step + s.shrinking * y;
+  y = y + (s.averaging * (z - y) - s.one_minus_beta1 * step);
+  z = z - step;
+}
+
+// With Adam's second moment; sqrt(1 - beta2^t) has gone into lr and `eps`.
+struct ScheduleFreeAdamW : Traits {
+  static constexpr const char* name = "schedule_free_adamw";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  static constexpr bool reads_param = true;
+  static constexpr bool first_is_weights = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    move_both(s, s.lr * g / (square_root(v) + s.eps), p, m);
+  }
+};
+
+// With the gated sign.
+struct ScheduleFreeSign : Traits {
+  static constexpr const char* name = "schedule_free_sign";
+  static constexpr bool reads_param = true;
+  static constexpr bool first_is_weights = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F& m, F&, F&) {
+    move_both(s, GatedStep<F>::of(s.lr, g, alpha), p, m);
+  }
+};
+
+// MARS-AdamW [MA, Alg. 2]: Adam of the gradient corrected by its difference to the last one, x. `correction` is gamma *
+// beta1 / (1 - beta1). alpha is the norm of the whole tensor's corrected gradient over the largest allowed, or 0. lr
+// and `eps` as in LaProp, beside which lr is divided by 1 - beta1^t.
+struct MARSAdamW : Traits {
+  static constexpr const char* name = "mars_adamw";
+  static constexpr int moments = 3;
+  static constexpr bool divides = true;
+  static constexpr bool corrects = true;
+  template <class F>
+  static SIGNADAM_HD F corrected(const Scalars& s, F g, F x) {
+    return g + s.correction * (g - x);
+  }
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
+    const F c = corrected(s, g, x) * (alpha > 1.0f ? 1.0f / alpha : 1.0f);
+    m = s.beta1 * m + s.one_minus_beta1 * c;
+    v = s.beta2 * v + s.one_minus_beta2 * c * c;
+    p = p - s.lr * m / (square_root(v) + s.eps);
+    x = g;
+  }
+};
+
 // The list that backends instantiate. The order numbers the rules across the binding.
 #define SIGNADAM_RULES(X) \
   X(SignSGD)              \
@@ -527,7 +588,10 @@ struct AdEMAMix : Traits {
   X(ADOPT)                \
   X(AdaBound)             \
   X(AMSBound)             \
-  X(AdEMAMix)
+  X(AdEMAMix)             \
+  X(ScheduleFreeAdamW)    \
+  X(ScheduleFreeSign)     \
+  X(MARSAdamW)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,

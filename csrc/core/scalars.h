@@ -26,7 +26,10 @@ namespace signadam {
   X(rho)                   \
   X(one_minus_rho)         \
   X(lower)                 \
-  X(upper)
+  X(upper)                 \
+  X(averaging)             \
+  X(shrinking)             \
+  X(correction)
 
 // What moves the threshold of adaptive or steered confidence is arithmetic of doubles.
 #define SIGNADAM_DOUBLES(X)    \
@@ -41,6 +44,7 @@ namespace signadam {
   X(cautious_decay)       \
   X(scales)               \
   X(caution)              \
+  X(clips)                \
   X(steers)
 
 #define SIGNADAM_SCALARS(X) \

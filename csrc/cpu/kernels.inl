@@ -152,6 +152,9 @@ void observe_block(const float* SIGNADAM_RESTRICT g, float alpha, const float* S
   add_lanes(lanes, to);
 }
 
+// The threshold as statistics see it, where the number of a tensor may be another.
+float observed_threshold(const Scalars& s, float alpha) { return s.clips ? 0.0f : s.scales ? s.alpha : alpha; }
+
 // Elements of a full chunk that are updated in one half before the other has its turn.
 constexpr int turn = 64;
 
@@ -202,7 +205,8 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, 
       if (Rule::moments > 0) std::memcpy(before, arrays.m, sizeof(float) * static_cast<std::size_t>(count));
     }
     update_block<Rule>(s, alpha, arrays, count);
-    if (chunk_statistics != nullptr) observe_block(effective, alpha, before, arrays.m, count, *chunk_statistics);
+    if (chunk_statistics != nullptr)
+      observe_block(effective, observed_threshold(s, alpha), before, arrays.m, count, *chunk_statistics);
     if (!formats.plain()) r = draw(slice.rng_keys, tensor, index, count, halves);
     store_param(tensor, index, arrays.p, r, count);
     if constexpr (Rule::moments > 0)
@@ -217,7 +221,7 @@ template <class Rule>
 void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics* chunk_statistics) {
   const Scalars s = scalars;  // a local copy cannot alias the tensors
   if (chunk_statistics != nullptr) {
-    *chunk_statistics = ChunkStatistics{0.0, 0.0, 0.0, 0.0, 0.0, alpha};
+    *chunk_statistics = ChunkStatistics{0.0, 0.0, 0.0, 0.0, 0.0, observed_threshold(s, alpha)};
     int done = 0;
 #if defined(__AVX2__)
     // A division takes as long as memory does.
@@ -303,6 +307,17 @@ Sums sum_step(const Slice& slice, const Scalars& scalars) {
     const float* const p = load_param(tensor, index, scratch_p, count);
     double* const counts = first + done % lane_count;
     double* const squares = second + done % lane_count;
+    if (s.clips) {
+      if constexpr (Rule::corrects) {
+        const float* const g = widened(slice.grad, formats.grad, index, scratch_g, count);
+        const float* const x = load_moment(tensor.aux, formats.aux, tensor.numel, index, scratch_x, count);
+        for (int i = 0; i < count; ++i) {
+          const double c = Rule::corrected(s, effective_gradient(s, p[i], g[i]), x[i]);
+          squares[i] += c * c;
+        }
+      }
+      continue;
+    }
     if (!s.caution) {
       for (int i = 0; i < count; ++i) squares[i] += static_cast<double>(p[i]) * static_cast<double>(p[i]);
       continue;

@@ -121,10 +121,16 @@ Sums total_of(Sums* sums, int64_t count, Sums* lanes) {
   return sums[0];
 }
 
+// Of what `Rule::corrected` makes of a gradient, in place of the last one.
+double norm(double last, const Sums& sums, int64_t, const Scalars&) {
+  return is_finite(sums.second) ? double_root(sums.second) : last;
+}
+
 void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s, Sums* lanes) {
   const Sums total = total_of(table.sums + tensor.first_chunk, chunks_of(tensor.numel), lanes);
-  *tensor.threshold_state =
-      (s.scales ? next_scale : next_threshold_state)(*tensor.threshold_state, total, tensor.numel, s);
+  *tensor.threshold_state = (s.clips    ? norm
+                             : s.scales ? next_scale
+                                        : next_threshold_state)(*tensor.threshold_state, total, tensor.numel, s);
 }
 
 // `body(chunk, slice, index)` for the chunks of every tensor, the index-th, that has a gradient.
@@ -191,7 +197,7 @@ void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, u
   };
 
   const auto sum = [&](const Slice& slice, const Scalars& s, float alpha) {
-    return s.scales ? isa.sum_step[rule](slice, s) : isa.sum(slice, s, alpha);
+    return s.scales || s.clips ? isa.sum_step[rule](slice, s) : isa.sum(slice, s, alpha);
   };
 
   if (threshold_pass == ThresholdPass::pass_before) {

@@ -47,6 +47,7 @@ def decay_scalars(group: Group) -> dict[str, Any]:
     return {
         "weight_decay": weight_decay,
         "decay": 1.0 if kind == "coupled" else 1 - taken,
+        "shrinking": 0.0 if kind == "coupled" else taken,
         "coupled": is_nonzero(weight_decay) if kind == "coupled" else 0.0,
         "cautious_decay": is_nonzero(weight_decay) if kind == "cautious" else 0.0,
     }
@@ -104,7 +105,12 @@ def _check_scale(group: Group, rule: Any) -> None:
     if scale in CAUTIONS and rule.follows_gradient:
         raise ValueError(f"{shown} with a rule whose step has the gradient's sign: it cannot disagree with it")
     if rule.threshold_pass != "NONE" or rule.confidence is not None:
-        raise ValueError(f"{shown} with confidence of each tensor's own: take confidence='fixed'")
+        other = (
+            "max_norm: take max_norm=None"
+            if rule.update_scale == "norm"
+            else "confidence of each tensor's own: take confidence='fixed'"
+        )
+        raise ValueError(f"{shown} with {other}")
     if rule.reads_param:
         raise ValueError(f"{shown} with a rule whose step depends on the parameter")
 

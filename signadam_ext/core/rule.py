@@ -43,13 +43,16 @@ class Rule:
         follows_gradient: whether its step always goes against the gradient, so that it can be no more cautious.
         reads_param: whether its step depends on the parameter. Others read it only to move it.
         keeps_largest: whether the third moment is a largest value, which no rounding up may enter.
+        starts_as_param: name of the moment that is a copy of the parameter at first, and no average: it is kept in fp32
+            whatever ``state_dtype`` says.
+        keeps_sums: whether groups keep sums over the steps that were taken, so that the host must know which were.
         moves_at_first: whether the first step moves and decays parameters. Otherwise it only makes state.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
         threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is
             "NONE".
         update_scale: of what ``threshold_state`` makes a number that steps are multiplied by, in place of a threshold:
             "caution", of the share of entries whose step goes against the gradient; "rms", of the parameter's root mean
-            square; or None.
+            square; "norm", of the corrected gradient, which the rule clips; or None.
         confidence: a function of the user's that gives the rule its gradient, or None.
     """
 
@@ -63,6 +66,8 @@ class Rule:
     follows_gradient: bool = False
     reads_param: bool = False
     keeps_largest: bool = False
+    starts_as_param: str | None = None
+    keeps_sums: bool = False
     moves_at_first: bool = True
     threshold_pass: str = "NONE"
     threshold_state: str | None = None
@@ -77,7 +82,7 @@ class Rule:
         """
         dtypes = _state_dtypes(group)
         if not isinstance(dtypes, tuple):
-            dtypes = (dtypes,) * len(self.moments)
+            dtypes = tuple("fp32" if name == self.starts_as_param else dtypes for name in self.moments)
         elif len(dtypes) != len(self.moments):
             raise ValueError(f"state_dtype={dtypes!r}: must be one dtype, or {len(self.moments)}, one for each moment")
         if self.keeps_largest and (few := [x for x in dtypes if x in formats.CODES]):
@@ -85,18 +90,31 @@ class Rule:
                 f"state_dtype={few[0]!r} with {self.moments[2]}: a largest value cannot be kept in few bits; "
                 "use 'fp32' or 'bf16'"
             )
+        if self.starts_as_param is not None:
+            self._check_weights(dtypes)
         return tuple(
             self._form(dtype, self.first_forms if i == 0 else formats.SECOND) for i, dtype in enumerate(dtypes)
         )
 
+    def _check_weights(self, dtypes: tuple[Any, ...]) -> None:
+        for name, dtype in zip(self.moments, dtypes, strict=True):
+            allowed = ("fp32",) if name == self.starts_as_param else ("fp32", "bf16")
+            if dtype not in allowed:
+                raise ValueError(
+                    f"state_dtype={dtype!r} of {name}: must be {' or '.join(map(repr, allowed))}; "
+                    f"{self.starts_as_param} is a copy of the weights that every step moves by little"
+                )
+
     @property
     def first_forms(self) -> Mapping[str, formats.Format]:
         """By ``state_dtype``, what the first moment of two or fewer may be stored as."""
+        if self.starts_as_param is not None:
+            return {"fp32": formats.FP32}
         return formats.UNBOUNDED if self.bound is None else formats.BOUNDED
 
     def _levels(self, group: Group) -> int | None:
         """Levels of the first moment's codes, in a group whose ``state_dtype`` has been checked; None without codes."""
-        if not self.moments:
+        if not self.moments or self.starts_as_param is not None:
             return None
         dtypes = _state_dtypes(group)
         return self.first_forms[dtypes if type(dtypes) is str else dtypes[0]].levels
@@ -123,7 +141,9 @@ class Rule:
         scalars = {**decay_scalars(group), **_direction(own), **self.scalars(own, t)}
         scalars["gradient_scale"] *= gradient_factor
         if self.update_scale is not None:
-            scalars["scales"], scalars["caution"] = 1.0, float(self.update_scale == "caution")
+            named = {"scales": self.update_scale != "norm", "clips": self.update_scale == "norm"}
+            scalars.update({name: float(value) for name, value in named.items()})
+            scalars["caution"] = float(self.update_scale == "caution")
         if not self.moves_at_first:
             moves = is_nonzero(t - 1)
             scalars["lr"] *= moves

@@ -133,7 +133,7 @@ def added_up(sums: Tensor, group: Sharers) -> Tensor:
 def _sums(rule: Rule, entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:
     """The two sums of this rank's part, float64: of the gradient, or the entries that pass, and of squares."""
     g = flat(grad)
-    if scalars["scales"]:
+    if scalars["scales"] or scalars["clips"]:
         return _step_sums(rule, entry, scalars, g)
     if scalars["coupled"] or scalars["gradient_scale"] != 1.0:
         residual = None if entry.residual is None else flat(entry.residual)
@@ -154,12 +154,14 @@ def _step_sums(rule: Rule, entry: Entry, scalars: dict[str, float], grad: Tensor
     p = formats.load_param(entry.param_storage, flat(entry.param), residual)
     g = rules.effective_gradient(scalars, p, grad.float())
     step = p
-    if scalars["caution"]:
-        s = {name: rules.as_fp32(value, p.device) for name, value in scalars.items()}
+    moments: tuple[Tensor, ...] = ()
+    if scalars["caution"] or scalars["clips"]:
         stored = [m if form.packed else flat(m) for form, m in zip(entry.forms, entry.moments, strict=True)]
         moments = tuple(formats.decode(form, x, entry.numel) for form, x in zip(entry.forms, stored, strict=True))
+    if scalars["caution"]:
+        s = {name: rules.as_fp32(value, p.device) for name, value in scalars.items()}
         step, _ = getattr(rules, rule.name)(s, s["alpha"], torch.zeros_like(p), g, moments)
-    return torch.stack(rules.step_sums(p, step, g, scalars))
+    return torch.stack(rules.step_sums(p, step, g, scalars, moments))
 
 
 def _of_all_ranks(sums: Tensor, group: Any) -> list[Tensor]:

@@ -96,11 +96,13 @@ class Participant:
 def can_begin_on_device(chosen: Sequence[Participant]) -> bool:
     """Whether a step of these can begin on the device.
 
-    It cannot where one is updated by the host, or has a threshold that ranks agree on, or shares memory with another.
+    It cannot where one is updated by the host, or has a threshold that ranks agree on, or shares memory with another,
+    or where the host must know which steps are taken.
     """
     return (
         bool(chosen)
         and all(isinstance(found.backend, backends.DeviceBackend) and found.fitted.step is not None for found in chosen)
+        and not any(found.item.rule.keeps_sums for found in chosen)
         and not any(needs_agreement(found.item.rule, found.item.sharding) for found in chosen)
         and not any(overlap_levels([found.item.param for found in chosen]))
     )
@@ -183,8 +185,8 @@ def _backend(item: Item) -> backends.Backend:
     if item.rule.update_scale is not None and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):
         if wanted == "cuda":
             raise RuntimeError(
-                f"{item.label} has steps that are scaled by a number of each tensor's (caution, or lr_scale='rms'), "
-                "which backend='cuda' does not do: take backend='auto' or 'triton'"
+                f"{item.label} has steps that are scaled by a number of each tensor's (caution, lr_scale='rms', or "
+                "max_norm), which backend='cuda' does not do: take backend='auto' or 'triton'"
             )
         wanted = "triton" if backends.get("triton").unusable(item.param.device) is None else "reference"
     if _shard(item).run and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):

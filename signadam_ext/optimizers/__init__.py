@@ -12,8 +12,10 @@ from .grams import Grams, grams
 from .laprop import LaProp, laprop
 from .lion import Lion, lion
 from .lion_k import LionK, lion_k
+from .mars_adamw import MARSAdamW, mars_adamw
 from .mars_lion import MARSLion, mars_lion
 from .msgd import MSGD, msgd
+from .schedule_free import ScheduleFreeAdamW, ScheduleFreeSign, schedule_free_adamw, schedule_free_sign
 from .sign_adam import SignAdam, sign_adam
 from .sign_adam_pp import SignAdamPP, sign_adam_pp
 from .sign_sgd import SignSGD, sign_sgd
@@ -40,7 +42,10 @@ __all__ = [
     "LaProp",
     "Lion",
     "LionK",
+    "MARSAdamW",
     "MARSLion",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSign",
     "SignAdam",
     "SignAdamPP",
     "SignSGD",
@@ -60,9 +65,12 @@ __all__ = [
     "laprop",
     "lion",
     "lion_k",
+    "mars_adamw",
     "mars_lion",
     "msgd",
     "msvag",
+    "schedule_free_adamw",
+    "schedule_free_sign",
     "sign_adam",
     "sign_adam_pp",
     "sign_sgd",

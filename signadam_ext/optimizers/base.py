@@ -116,6 +116,14 @@ class SignOptimizer(Optimizer):
                 "have to be scaled as well: clip before the variance is taken"
             )
 
+    def of_this_step(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group, as it has been read, with what a subclass makes of it at each step. It is not changed itself.
+
+        Raises:
+            RuntimeError: no step may be taken.
+        """
+        return group
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; hyperparameters it does not name take the optimizer's defaults.
 

@@ -24,6 +24,7 @@ class GroupedOptimizer(hyperparameters.Declaring, HasRule, Protocol):
     runtime: Runtime
 
     def adapt_loaded_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None: ...
+    def of_this_step(self, group: dict[str, Any]) -> dict[str, Any]: ...
     def __setstate__(self, state: dict[str, Any]) -> None: ...
 
 
@@ -108,6 +109,7 @@ def layout_of(optimizer: GroupedOptimizer, name: str, param: Tensor, group: Grou
         rule.threshold_state,
         bound=rule.bound,
         uses_step=rule.uses_step,
+        starts_as_param=rule.starts_as_param,
         owner=None if local is param else param,
         sharding=sharding,
     )

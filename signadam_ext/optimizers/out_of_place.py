@@ -18,7 +18,7 @@ from ..engine.runtime import Runtime
 from ..state.schema import fit
 from .base import SignOptimizer
 from .groups import GroupedOptimizer, layouts_of, posing_as
-from .stepping import step_all
+from .stepping import refuse_sums, step_all
 
 
 class FunctionalOptimizer:
@@ -63,6 +63,7 @@ class FunctionalOptimizer:
         self.hyperparameters = hyperparameters
         made: Any = cls
         self._template: SignOptimizer = made([torch.empty(0)], **hyperparameters)
+        refuse_sums(self._template, "FunctionalOptimizer")
 
     def __repr__(self) -> str:
         given = "".join(f", {name}={value!r}" for name, value in self.hyperparameters.items())

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
+from ..core.hyperparameters import of_group
 from ..core.modifiers import lr_factor
-from ..core.rule import Group, rule_of
+from ..core.rule import Group, method_of, rule_of
 from ..engine.decision import Conditions
 from ..engine.participants import Item
 from ..engine.plan import Plan
@@ -64,6 +65,9 @@ def step_all(optimizer: GroupedOptimizer) -> None:
             else:
                 runtime.round += 1
                 plan.round = runtime.round
+                for own, group in zip(optimizer.param_groups, groups, strict=True):
+                    if "after_step" in group:
+                        own.update(group["after_step"])
     except BaseException:
         # A signal handler may have raised just before the plan lets go of what it has read.
         if runtime.plan is not None and runtime.plan.owns:
@@ -131,13 +135,29 @@ def _read_groups(optimizer: GroupedOptimizer) -> list[dict[str, Any]]:
 
 
 def read_group(optimizer: GroupedOptimizer, index: int) -> dict[str, Any]:
-    """The same of one group. A learning rate that is the largest so far is kept where decay is scaled by it."""
+    """The same of one group. A learning rate that is the largest so far is kept where decay is scaled by it.
+
+    What the group is to keep of the step once that is taken is in its ``after_step``, where there is such a thing.
+    """
     own = optimizer.param_groups[index]
     group = optimizer.runtime.hyperparameters.read(index, own, optimizer.defaults)
     if group["weight_decay_scale"] == "corrected" and group["lr"] > group["largest_lr"]:
         own["largest_lr"] = group["lr"]
         group = {**group, "largest_lr": group["lr"]}
-    return group
+    with of_group(index):
+        return optimizer.of_this_step(group)
+
+
+def refuse_sums(optimizer: GroupedOptimizer, how: str) -> None:
+    """Raises where groups keep sums over the steps taken, and steps are not those of ``step()``.
+
+    Raises:
+        ValueError: says what takes the steps.
+    """
+    if any(rule_of(type(optimizer), group).keeps_sums for group in optimizer.param_groups):
+        raise ValueError(
+            f"{how} with {method_of(type(optimizer))}, whose groups keep sums over the steps that step() takes"
+        )
 
 
 def _conditions(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> Conditions | None:

@@ -31,7 +31,19 @@ RESIDUAL_DTYPES = {
 STEP_DTYPE = torch.float64
 
 #: Moments of all methods, torch.optim's among them where nothing else tells that an optimizer has made a state.
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_slow", "momentum_buffer", "exp_avg_var")
+MOMENTS = (
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_avg_slow",
+    "momentum_buffer",
+    "exp_avg_var",
+    "z",
+    "last_grad",
+)
+
+#: A parameter's own elements, while it holds those of evaluation.
+TRAINED = "y"
 
 #: What no momentum of signs exceeds.
 SIGNS = 1.0
@@ -52,6 +64,7 @@ class Layout:
         threshold_state: name of what the threshold is made of, or None.
         bound: what no entry of the first moment exceeds, or None.
         uses_step: whether the rule computes with the number of steps.
+        starts_as_param: name of the moment that is a copy of the parameter at first, or None.
         owner: the parameter as the optimizer has it, where ``param`` is another tensor, or None.
         sharding: how it is spread over ranks, or None.
     """
@@ -63,8 +76,14 @@ class Layout:
     threshold_state: str | None
     bound: float | None = None
     uses_step: bool = False
+    starts_as_param: str | None = None
     owner: Tensor | None = None
     sharding: Sharding | None = None
+
+    @property
+    def trained(self) -> str | None:
+        """Name of the parameter's own elements, which a rule has that puts others in their place; or None."""
+        return None if self.starts_as_param is None else TRAINED
 
     @property
     def key(self) -> Tensor:
@@ -202,7 +221,7 @@ def part_of(layout: Layout, name: str, value: Any) -> Any:
 
 def _is_spread(layout: Layout, name: str) -> bool:
     """Whether an entry is a tensor of the parameter's shape, in a checkpoint, and so is sharded as it is."""
-    return name in layout.moments or name in RESIDUAL_DTYPES
+    return name in layout.moments or name in RESIDUAL_DTYPES or name == layout.trained
 
 
 def export(layout: Layout, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -303,6 +322,8 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
         if name in saved:
             tensors.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
     check_one_residual(label, saved)
+    if layout.trained in saved:
+        tensors.state_tensor(f"state {TRAINED!r} of {label}", saved[TRAINED], param.shape, tuple(formats.DTYPE_FORMATS))
     if layout.threshold_state is not None and layout.threshold_state in saved:
         tensors.threshold_state(label, layout.threshold_state, saved[layout.threshold_state])
         tensors.threshold_state_value(label, layout.threshold_state, saved[layout.threshold_state])

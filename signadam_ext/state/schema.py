@@ -169,7 +169,9 @@ class _Fitting:
         value = self.found.get(name)
         said = moment_tags(name, form, param)
         if value is None:
-            value = _huge_pages(formats.allocate(form, param))
+            value = _huge_pages(
+                self._weights() if name == self.layout.starts_as_param else formats.allocate(form, param)
+            )
         elif not form.packed:
             value = self._strided(value)
         elif is_packed(form, value):
@@ -180,6 +182,13 @@ class _Fitting:
             if type(self.state.get(key)) is not int or self.state[key] != wanted:
                 self.changes[key] = wanted
         return self._put(name, value)
+
+    def _weights(self) -> Tensor:
+        """A copy of the parameter, with what lies beside it."""
+        param, storage = self.layout.param, self.layout.param_storage
+        residual = self.found.get(RESIDUALS[storage][0]) if storage in RESIDUALS else None
+        made = torch.empty_strided(param.shape, self.strides, dtype=torch.float32, device=param.device)
+        return made.copy_(formats.load_param(storage, param.detach(), residual))
 
     def _strided(self, value: Tensor) -> Tensor:
         return (

@@ -28,7 +28,7 @@ from ..core.dynamo import untraced
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
 from ..optimizers.groups import label
-from ..optimizers.stepping import NO_NORM, parameter_of_id, step_all, step_parameter
+from ..optimizers.stepping import NO_NORM, parameter_of_id, refuse_sums, step_all, step_parameter
 
 
 def release_gradients(
@@ -145,6 +145,7 @@ def release_gradients(
         raise RuntimeError(f"this optimizer's {how} already: call remove() of what has done that first")
     if any(group.get("max_grad_norm") is not None for group in optimizer.param_groups):
         raise ValueError(NO_NORM)
+    refuse_sums(optimizer, "release_gradients")
     params = _parameters_of(model_or_params)
     if isinstance(model_or_params, nn.Module):
         for name, module in model_or_params.named_modules():

@@ -27,7 +27,7 @@ from ..core.rule import rule_of
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
 from ..optimizers.groups import label, posing_as
-from ..optimizers.stepping import step_all
+from ..optimizers.stepping import refuse_sums, step_all
 
 #: Host memory is taken in pieces of so many bytes at most, unless a tensor is larger: torch rounds what it pins up to a
 #: power of two.
@@ -119,6 +119,7 @@ def offload(
     if optimizer.runtime.driver is not None:
         driven = "offloaded" if isinstance(optimizer.runtime.driver, Offload) else "stepped in backward"
         raise RuntimeError(f"this optimizer is {driven} already: call remove() of what has done that first")
+    refuse_sums(optimizer, "offload")
     made = Offload(optimizer, release, overlap, device)
     optimizer.runtime.driver = made
     optimizer.runtime.forget_plans()

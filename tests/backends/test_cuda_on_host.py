@@ -107,7 +107,7 @@ class Preparer(Protocol):
 
 #: Scalars as kernels take them, in csrc/core/scalars.h: doubles, floats, flags.
 DOUBLES = ("alpha", "confidence_beta", "one_minus_confidence_beta", "target", "gain", "quantile")
-FLAGS = ("coupled", "cautious_decay", "scales", "caution", "steers")
+FLAGS = ("coupled", "cautious_decay", "scales", "caution", "clips", "steers")
 FLOATS = tuple(name for name in _C.SCALARS if name not in (*DOUBLES[1:], *FLAGS))
 
 
@@ -219,6 +219,8 @@ def state_dtypes(rule: str, in_blocks: bool) -> list[tuple[str, ...]]:
     """Every combination that the rule allows."""
     wide = ("fp32", "bf16")
     few = UNBOUNDED if in_blocks else BOUNDED
+    if FUNCTORS[rule].first_is_weights:
+        few = {"fp32": few["fp32"]}
     return list(itertools.product(*(few, wide, wide)[: FUNCTORS[rule].moments]))
 
 
@@ -256,6 +258,9 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
             mix=draw(st.sampled_from((0.0, 1e-3)) | st.floats(1e-12, 10)),
             lower=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
             upper=draw(st.sampled_from((0.0, 1.0, math.inf)) | st.floats(1e-9, 10)),
+            averaging=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
+            shrinking=draw(st.sampled_from((0.0, 1e-3)) | st.floats(1e-9, 1)),
+            correction=draw(st.sampled_from((0.0, 0.5)) | st.floats(1e-9, 10)),
             steers=float(draw(st.booleans())),
             target=draw(st.floats(1e-6, 1 - 1e-6)),
             gain=draw(st.floats(1e-6, 1)),
@@ -512,6 +517,7 @@ GROUPS = (
             **{"alpha": 0.25, "eps": 1e-8, "denominator": 0.37, "bias_correction": 0.19, "rho": 0.5},
             **{"one_minus_rho": 0.5, "steers": 1.0, "target": 0.3, "gain": 0.7, "quantile": 1.3},
             **{"lower": 0.1, "upper": 1.5, "beta3": 0.9999, "one_minus_beta3": 0.0001, "mix": 0.02},
+            **{"averaging": 0.25, "shrinking": 0.001, "correction": 0.3},
         ),
     },
     {
@@ -523,6 +529,7 @@ GROUPS = (
             *(0.4, 0.9, 0.0),
             **{"alpha": 0.5, "eps": 1e-3, "denominator": 1.7, "bias_correction": 1.0, "rho": 1.0},
             **{"one_minus_rho": 0.0, "steers": 0.0, "lower": 0.0, "upper": math.inf, "mix": 0.0},
+            **{"averaging": 1.0, "shrinking": 0.0, "correction": 0.0},
         ),
     },
 )

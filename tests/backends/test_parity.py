@@ -48,7 +48,7 @@ def every_size(row: Row, dtype: torch.dtype, sizes: tuple[int, ...]) -> RunCase:
     tensors = [
         TensorCase(size, "offset", dtype, dtype, "same", offset=0, scale=1.0, specials=True, group=0) for size in sizes
     ]
-    kind = "cautious" if dtype == torch.bfloat16 else "decoupled"
+    kind = "cautious" if dtype == torch.bfloat16 and not row.reads_param else "decoupled"
     group = {"weight_decay": 0.1, "weight_decay_kind": kind}
     return RunCase(row, seed=0, steps=2, tensors=tuple(tensors), groups=(group,))
 
@@ -104,6 +104,8 @@ def beyond_fp32(row: Row, dtypes: tuple[torch.dtype, ...]) -> RunCase:
     known = {"lr", "weight_decay", "decoupled_weight_decay", "weight_decay_kind", *row.hyperparameters}
     slow = row.hyperparameters.get("betas", ())[2:]
     groups = [{}, *(group for group in BEYOND_FP32 if group.keys() <= known)]
+    if row.reads_param:
+        groups = [group for group in groups if group.get("weight_decay_kind") != "cautious"]
     if row.optimizer is signadam_ext.Ano:  # whose second beta is at least 0.5
         groups.remove({"betas": (1e-300, 5e-324)})
     if slow:  # whose schedule takes no beta so near to 1

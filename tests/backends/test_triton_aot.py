@@ -116,19 +116,22 @@ STORED = [
     ("msvag_minibatch", "none", "bf16", "fp32", "fp32", "fp32", "nearest", "with_statistics"),
     ("sign_adam_pp", "none", "bf16", "bf16", "int2", "fp32", "stochastic", "without_statistics", "several_runs"),
 ]
-#: Steps that are multiplied by a number of the tensor's.
+#: Steps that are multiplied by a number of the tensor's, and gradients.
 SCALED = [
     Job("sm_90", "adam", "pass_before", scale="caution"),
     Job("sm_90", "adam", "none", scale="caution"),
     Job("sm_90", "lion", "same_pass", "bf16", "bf16", "block8", param_storage="stochastic", scale="caution"),
     Job("sm_90", "signum", "same_pass", observes="with_statistics", scale="rms"),
     Job("sm_90", "sign_adam_pp", "same_pass", "bf16", "bf16", "int2", param_storage="stochastic", scale="rms"),
+    Job("sm_90", "mars_adamw", "pass_before", scale="norm"),
+    Job("sm_90", "mars_adamw", "none", scale="norm"),
 ]
 #: What is compiled for one architecture of NVIDIA only: rules of the same operations as others, mixed dtypes.
 LIKE_OTHERS = (
     *("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion", "adam_s", "bcos"),
     *("lion_threshold", "lion_huber", "lion_softsign", "ano", "grams", "ada_momentum"),
     *("laprop", "adopt", "ada_bound", "ams_bound", "ademamix"),
+    *("schedule_free_adamw", "schedule_free_sign", "mars_adamw"),
 )
 NVIDIA_JOBS = [
     Job(target, *kernel)
@@ -210,7 +213,8 @@ def test_ptx(nvidia: dict[AnyJob, Path], job: Job) -> None:
     assert ("div.rn.f32" in arithmetic) == divides
     assert ("sqrt.rn.f32" in arithmetic) == (divides and RULES[job.rule].roots)
     assert ("sqrt.rn.f64" in arithmetic) == (job.threshold_pass != "none" and job.scale != "caution")
-    assert ("div.rn.f64" in arithmetic) == (job.threshold_pass != "none" or job.scale == "caution")
+    divides_sums = job.threshold_pass != "none" and job.scale != "norm"
+    assert ("div.rn.f64" in arithmetic) == (divides_sums or job.scale == "caution")
     assert not re.search(r"\.(approx|ftz|full)\b", code)
 
     # A thread has 8 of 2048 lanes: two accesses of 16 bytes for fp32, one for a 16-bit format, and so on down. Evict
@@ -293,7 +297,7 @@ def test_amdgcn(amd: dict[AnyJob, Path], job: Job) -> None:
         sums, end = code.split("global_atomic_add", 1)
         if job.scale != "caution":  # which counts, and divides before
             assert "v_mul_f64" in sums and not re.search(r"\bv_fma(c)?_f64", sums)
-        assert "v_div_fixup_f64" in end
+        assert ("v_div_fixup_f64" in end) == (job.scale != "norm")
     assert keeps_subnormals_and_registers(code)
     # 8 warps of 64: a thread has 4 lanes, one access of 16 bytes for fp32, of 8 for a 16-bit format, and so on down.
     loads, stores = accesses(job, lanes=4)

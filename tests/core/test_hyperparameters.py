@@ -29,6 +29,7 @@ import signadam_ext
 from signadam_ext import SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum, functional
 from signadam_ext.backends.reference import rules
 from signadam_ext.core.hyperparameters import Hyperparameters
+from signadam_ext.optimizers.schedule_free import ScheduleFree
 
 INF, NAN = float("inf"), float("nan")
 CLASSES = [
@@ -373,7 +374,9 @@ def test_groups_of_torch(cls, twin):
 def test_options_that_ask_for_nothing(cls):
     for foreach in (None, False, True):
         for fused in (None, False, True):
-            optimizer = cls(parameters(), foreach=foreach, fused=fused, capturable=foreach, differentiable=False)
+            # The groups of Schedule-Free keep sums that the host must count.
+            capturable = None if issubclass(cls, ScheduleFree) else foreach
+            optimizer = cls(parameters(), foreach=foreach, fused=fused, capturable=capturable, differentiable=False)
             assert not {"foreach", "fused", "capturable"} & optimizer.param_groups[0].keys()
     for wrong in ({"differentiable": True}, {"foreach": "yes"}, {"fused": 1}, {"capturable": 0}):
         ((name, value),) = wrong.items()
@@ -417,7 +420,11 @@ def test_beta_and_betas_of_functions(name):
     function = getattr(functional, name)
     rights = [beta for beta in ("beta", "betas") if beta in inspect.signature(function).parameters]
     message = f"this rule has .*{rights[0]}=" if rights else "this rule has none"
-    lists = {"state_steps": [], "exp_avgs": [], "exp_avg_sqs": [], "max_exp_avg_sqs": [], "exp_avg_slows": []}
+    lists = {
+        name: []
+        for name in ("state_steps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "exp_avg_slows", "last_grads", "zs")
+    }
+    lists["averaging"] = 1.0
     lists = {key: value for key, value in lists.items() if key in inspect.signature(function).parameters}
     for wrong in {"beta", "betas"} - set(rights):
         with pytest.raises(TypeError, match=message):

@@ -119,6 +119,11 @@ MODIFIED = {
 }
 
 
+def test_averages_of_schedule_free(ranks):
+    options = {"lr": 0.01, "weight_decay": 0.1, "param_storage": "split16"}
+    assert ranks(3).run(sharded.averages_as_alone, "ScheduleFreeAdamW", options, BF16) == [None] * 3
+
+
 @pytest.mark.parametrize("modifier", MODIFIED)
 def test_modifiers_of_whole_tensors(ranks, modifier):
     name, options = MODIFIED[modifier]
@@ -217,6 +222,7 @@ THRESHOLDS = {
     "sparsity": {"confidence": "sparsity", "target": 0.3},
     "rms": {"lr_scale": "rms"},
     "coupled": {"confidence": "adaptive", "weight_decay": 0.1, "decoupled_weight_decay": False},
+    "norm": {"method": "MARSAdamW", "max_norm": 1.0, "weight_decay": 0.1, "decoupled_weight_decay": False},
 }
 
 

@@ -116,6 +116,7 @@ uint64_t steps(RuleIndex rule, bool third_is_moment, bool has_third, const Form&
   s.beta2 = 0.99f, s.one_minus_beta2 = 0.01f, s.eps = 1e-8f, s.denominator = 0.5f, s.bias_correction = 0.7f;
   s.rho = 0.3f, s.one_minus_rho = 0.7f, s.beta3 = 0.9999f, s.one_minus_beta3 = 0.0001f, s.mix = 0.02f, s.lower = 0.5f,
   s.upper = 1.0f;
+  s.averaging = 0.25f, s.shrinking = 0.001f, s.correction = 0.3f;
   Digest digest;
   ChunkStatistics statistics{};
   for (uint64_t step = 1; step <= 4; ++step) {

@@ -620,6 +620,7 @@ Scalars scalars_of(bool coupled, bool maximize, double alpha) {
   row[index_rho] = 0.25, row[index_one_minus_rho] = 0.75, row[index_beta3] = 0.9999,
   row[index_one_minus_beta3] = 1 - 0.9999, row[index_mix] = 0.02;
   row[index_lower] = 0.5, row[index_upper] = 1.0;
+  row[index_averaging] = 0.25, row[index_shrinking] = 0.001, row[index_correction] = 0.3;
   row[index_confidence_beta] = 0.9, row[index_one_minus_confidence_beta] = 1 - 0.9;
   return Scalars::from_set(row);
 }

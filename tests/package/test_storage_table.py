@@ -57,6 +57,7 @@ def test_a_rule_takes_what_its_row_says(name: str) -> None:
     """A state_dtype by itself, as users give it, is taken or refused as that of the first moment."""
     for row in TABLE:
         if row.state_dtypes:
-            taken = f'"{name}"' in lines_of(row)[0]
+            # Schedule-Free's first is weights, and fp32 whatever is said of the second.
+            taken = f'"{name}"' in lines_of(row)[-1 if row.reads_param else 0]
             amsgrad = row.hyperparameters.get("amsgrad", False)  # which refuses few bits in any moment
             assert taken == (name in row.state_dtypes) or amsgrad

@@ -383,6 +383,64 @@ def ademamix(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) ->
     return p - (fast + Bounded.scalar(h["lr"] * alpha) * state["exp_avg_slow"]) / root
 
 
+def averaging(t: int, h: dict[str, Any]) -> tuple[float, float]:
+    """[SF] Alg. 1 as its authors weigh: the learning rate with its warm-up, and the weight of z in x."""
+    warmup = h.get("warmup_steps", 0)
+    rates = [h["lr"] * (min(1.0, s / warmup) if warmup else 1.0) for s in range(1, t + 1)]
+    weights = [s ** h.get("r", 0.0) * rate ** h.get("weight_lr_power", 2.0) for s, rate in enumerate(rates, 1)]
+    return rates[-1], weights[-1] / sum(weights)
+
+
+def schedule_free(
+    p: Bounded, step: Bounded, beta: float, lr: float, c: float, state: State, h: dict[str, Any]
+) -> Bounded:
+    """[SF] Alg. 1 without x, which is kept beside it as a check. ``step`` comes times the learning rate."""
+    first = "x" not in state
+    z, x = (p, p.value) if first else (state["z"], state["x"].value)
+    step = step + Bounded.scalar(lr * h.get("weight_decay", 0.0)) * p
+    state["z"] = z - step
+    state["x"] = Bounded.exact((1 - c) * x + c * state["z"].value)
+    between = Bounded.rounded(z.value - p.value, np.float64(0.0))
+    move = Bounded.scalar(c) * between - Bounded.scalar(1 - beta * (1 - c)) * step
+    # What p and z have strayed by is averaged as they are.
+    y = Bounded.rounded(p.value + move.value, (1 - c) * p.error + c * z.error + move.error)
+    assert np.allclose(y.value, (1 - beta) * state["z"].value + beta * state["x"].value, rtol=1e-9, atol=1e-12)
+    return y
+
+
+def schedule_free_adamw(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[SF] Alg. 1 with Adam's second moment."""
+    b1, b2 = h["betas"]
+    lr, c = averaging(t, h)
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * g * g
+    correction = math.sqrt(1 - b2**t)
+    step = Bounded.scalar(lr * correction) * g / (v.sqrt() + Bounded.scalar(h["eps"] * correction))
+    return schedule_free(p, step, b1, lr, c, state, h)
+
+
+def schedule_free_sign(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[SF] Alg. 1 with the gated sign."""
+    lr, c = averaging(t, h)
+    return schedule_free(p, Bounded.scalar(lr) * gated_sign(g, h["alpha"]), h["beta"], lr, c, state, h)
+
+
+def mars_adamw(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[MA] Alg. 2, with clipping where ``max_norm`` says so."""
+    b1, b2 = h["betas"]
+    c = g + Bounded.scalar(h["gamma"] * b1 / (1 - b1)) * (g - state["last_grad"])
+    if h["max_norm"] is not None:
+        norm, error = np.linalg.norm(c.value), np.linalg.norm(c.error)
+        longer = Bounded.rounded(np.float64(norm / h["max_norm"]), np.float64(error / h["max_norm"]))
+        assert abs(longer.value - 1) > longer.error
+        c = c * (Bounded.exact(1.0) / longer) if longer.value > 1 else c
+    state["exp_avg"] = m = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * c
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * c * c
+    state["last_grad"] = g
+    correction = math.sqrt(1 - b2**t)
+    lr = Bounded.scalar(h["lr"] * correction / (1 - b1**t))
+    return p - lr * m / (v.sqrt() + Bounded.scalar(h["eps"] * correction))
+
+
 @dataclass(frozen=True)
 class Row:
     """A rule under test: the class, the hyperparameters of its own, the formula.
@@ -402,12 +460,20 @@ class Row:
     @property
     def state_dtypes(self) -> tuple[str, ...]:
         """What the rule's moments can be stored as."""
-        if self.optimizer is signadam_ext.SignSGD:
+        if self.optimizer in (signadam_ext.SignSGD, signadam_ext.ScheduleFreeSign):
             return ()
-        if self.hyperparameters.get("amsgrad") or self.optimizer is signadam_ext.AMSBound:
+        if self.hyperparameters.get("amsgrad") or self.optimizer in (
+            signadam_ext.AMSBound,
+            signadam_ext.ScheduleFreeAdamW,
+        ):
             return ("fp32", "bf16")
         bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP) or self.largest_beta2 < 1
         return tuple(BOUNDED if bounded else UNBOUNDED)
+
+    @property
+    def reads_param(self) -> bool:
+        """Whether its step depends on the parameter, and weight decay is part of it."""
+        return self.optimizer in (signadam_ext.ScheduleFreeAdamW, signadam_ext.ScheduleFreeSign)
 
     @property
     def reads_variance(self) -> bool:
@@ -468,6 +534,25 @@ TABLE = [
         signadam_ext.AdEMAMix,
         {"betas": (0.9, 0.99, 0.999), "alpha": 2.0, "eps": 1e-8, "t_alpha": 30, "t_beta3": 20},
         ademamix,
+    ),
+    Row(
+        "schedule_free_adamw",
+        signadam_ext.ScheduleFreeAdamW,
+        {"betas": (0.9, 0.99), "eps": 1e-8, "warmup_steps": 7, "r": 0.5, "weight_lr_power": 2.0},
+        schedule_free_adamw,
+    ),
+    Row("schedule_free_sign", signadam_ext.ScheduleFreeSign, {"beta": 0.9, "alpha": 0.25}, schedule_free_sign),
+    Row(
+        "mars_adamw",
+        signadam_ext.MARSAdamW,
+        {"betas": (0.9, 0.99), "gamma": 0.025, "eps": 1e-8, "max_norm": None},
+        mars_adamw,
+    ),
+    Row(
+        "mars_adamw-clipped",
+        signadam_ext.MARSAdamW,
+        {"betas": (0.9, 0.99), "gamma": 0.025, "eps": 1e-8, "max_norm": 2.0},
+        mars_adamw,
     ),
 ]
 

@@ -123,6 +123,29 @@ def sharded_as_alone(
     return None
 
 
+def averages_as_alone(name: str, options: dict[str, Any], dtype: torch.dtype) -> str | None:
+    """Whether DTensors in evaluation, and what checkpoints hold then, have the bits of plain tensors, and come back."""
+    device_mesh = mesh_of((dist.get_world_size(),))
+    alone = [nn.Parameter(value) for value in whole_parameters(SHAPES, dtype)]
+    params = [
+        nn.Parameter(distribute_tensor(value, device_mesh, [Shard(0)])) for value in whole_parameters(SHAPES, dtype)
+    ]
+    ours, theirs = make(name, params, options), make(name, alone, options)
+    for step in range(3):
+        grads = whole_gradients(SHAPES, step, dtype)
+        for optimizer, own in ((ours, params), (theirs, alone)):
+            step_on(own, optimizer, grads)
+            optimizer.eval()
+        if (found := difference(ours, theirs)) is not None:
+            return f"in evaluation after step {step + 1}: {found}"
+        ours.load_state_dict(ours.state_dict())
+        for optimizer in (ours, theirs):
+            optimizer.train()
+        if (found := difference(ours, theirs)) is not None:
+            return f"in training after step {step + 1}: {found}"
+    return None
+
+
 def agreed_thresholds(
     options: dict[str, Any], dtype: torch.dtype, mesh: Sequence[int] = (), dims: Sequence[int | None] = (0,)
 ) -> list[float]:
@@ -138,7 +161,8 @@ def agreed_thresholds(
         for i, value in enumerate(whole_parameters(shapes, dtype))
     ]
     options = {"lr": 2.0**-6, **options}
-    ours, theirs = make("SignAdamPP", params, options), make("SignAdamPP", alone, options)
+    name = options.pop("method", "SignAdamPP")
+    ours, theirs = make(name, params, options), make(name, alone, options)
     found = [0.0, 0.0]
     for step in range(4):
         grads = whole_gradients(shapes, step, dtype)
@@ -146,7 +170,7 @@ def agreed_thresholds(
         step_on(alone, theirs, grads)
         for param, single in zip(params, alone, strict=True):
             own, other = ours.state[param], theirs.state[single]
-            name = next(name for name in own if name in ("exp_avg_std", "threshold", "param_rms"))
+            name = next(name for name in own if name in ("exp_avg_std", "threshold", "param_rms", "corrected_norm"))
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, own[name].item())
             assert len(set(everyone)) == 1, f"ranks have other thresholds: {everyone}"

@@ -101,6 +101,8 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     large = st.sampled_from((0.5, 0.9, 0.99, 0.999)) | st.floats(0.5, 0.999)
     second = large if row.optimizer is signadam_ext.Ano else unit.map(lambda beta: min(beta, row.largest_beta2))
     inside = row.optimizer in (signadam_ext.AdaBound, signadam_ext.AMSBound)
+    if row.reads_param:
+        unit = unit.map(lambda beta: beta or 0.5)  # Schedule-Free's is above 0
     own = {
         "alpha": st.sampled_from((0.0, 0.25, 0.5, 5e-4)) | st.floats(0, 2),
         "beta": unit,
@@ -110,6 +112,10 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
         "nesterov": st.booleans(),
         "eps": st.sampled_from((1e-8, 1e-3, 0.0)),
         "epsilon": st.sampled_from((0.0, 1e-3, 0.25)) | st.floats(0, 2),
+        "max_norm": st.sampled_from((1e-3, 1.0, 30.0)) if row.hyperparameters.get("max_norm") else st.none(),
+        "warmup_steps": st.integers(0, 3),
+        "r": st.sampled_from((0.0, 1.0, 0.75)),
+        "weight_lr_power": st.sampled_from((0.0, 2.0, 0.5)),
         "confidence_beta": unit,
         "bias_correct_variance": st.booleans(),
     }
@@ -117,7 +123,7 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
         "lr": st.sampled_from((1e-3, 0.1, 0.0)) | st.floats(0, 1),
         "weight_decay": st.sampled_from((0.0, 0.0, 0.1)) | st.floats(0, 1),
         "decoupled_weight_decay": st.booleans(),
-        "weight_decay_kind": st.sampled_from((None, "coupled", "cautious", "cautious")),
+        "weight_decay_kind": st.sampled_from((None, "coupled", *([] if row.reads_param else ["cautious"] * 2))),
         "maximize": st.booleans(),
     }
     mine = {name: strategy for name, strategy in own.items() if name in row.hyperparameters}

@@ -263,6 +263,7 @@ class Rule:
     divides: bool  # by an element or by a scalar
     roots: bool
     reads_variance: bool
+    first_is_weights: bool
 
     @property
     def aux(self) -> bool:
@@ -287,8 +288,9 @@ def rules() -> dict[str, Rule]:
         assert own["divides"] == str(divides).lower(), struct
         roots = "square_root(" in update
         bounded = own["bounded"] == "true"
-        has_blocks = int(own["moments"]) > 0 and (not bounded or own["bound_by_group"] == "true")
-        flags = (bounded, has_blocks, divides, roots, own["reads_variance"] == "true")
+        weights = own["first_is_weights"] == "true"
+        has_blocks = int(own["moments"]) > 0 and (not bounded or own["bound_by_group"] == "true") and not weights
+        flags = (bounded, has_blocks, divides, roots, own["reads_variance"] == "true", weights)
         found[own["name"]] = Rule(struct, int(own["moments"]), *flags)
     return found
 

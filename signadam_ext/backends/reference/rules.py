@@ -289,6 +289,42 @@ def ademamix(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments:
     return p - (s["lr"] * m + s["mix"] * x) / denominator, (m, v, x)
 
 
+def move_both(s: dict[str, Tensor], step: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The point of gradients and the point that steps move, after a step of Schedule-Free."""
+    step = step + s["shrinking"] * y
+    return y + (s["averaging"] * (z - y) - s["one_minus_beta1"] * step), z - step
+
+
+def schedule_free_adamw(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    z, v = moments
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    p, z = move_both(s, s["lr"] * g / (square_root(v) + s["eps"]), p, z)
+    return p, (z, v)
+
+
+def schedule_free_sign(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    (z,) = moments
+    p, z = move_both(s, s["lr"] * gated_sign(g, alpha), p, z)
+    return p, (z,)
+
+
+def corrected(s: dict[str, Tensor], g: Tensor, x: Tensor) -> Tensor:
+    """The gradient as MARS has it."""
+    return g + s["correction"] * (g - x)
+
+
+def mars_adamw(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v, x = moments
+    c = corrected(s, g, x) * torch.where(alpha > 1, torch.ones_like(alpha) / alpha, torch.ones_like(alpha))
+    m = s["beta1"] * m + s["one_minus_beta1"] * c
+    v = s["beta2"] * v + s["one_minus_beta2"] * c * c
+    return p - s["lr"] * m / (square_root(v) + s["eps"]), (m, v, g)
+
+
 def as_fp32(value: float, device: torch.device) -> Tensor:
     """A scalar as it meets tensors: 0-dim fp32, rounded as IEEE has it, to infinity beyond the largest number."""
     # torch.full raises where its dtype does not reach. Rounded on the host: not every device has doubles.
@@ -334,6 +370,14 @@ def update(
         update_scale: what the threshold is instead, as in :class:`signadam_ext.core.rule.Rule`, or None.
     """
     s = {name: as_fp32(value, p.device) for name, value in scalars.items()}
+    if update_scale == "norm":
+        assert threshold_state is not None
+        if threshold_pass == "PASS_BEFORE":
+            sums = step_sums(p, p, g, scalars, moments)
+            threshold_state = moved_by_sums(threshold_state, *sums, g.numel(), scalars)
+        seen_alpha, alpha = as_fp32(0.0, p.device), (scalars["alpha"] * threshold_state).float()
+        p, moments = _applied(rule, scalars, s, alpha, p, g, moments)
+        return p, moments, seen_alpha, threshold_state
     if update_scale is not None:
         assert threshold_state is not None
         return _scaled(rule, threshold_pass, scalars, s, p, g, moments, threshold_state)
@@ -343,14 +387,20 @@ def update(
     if threshold_state is not None:
         alpha = (scalars["alpha"] * threshold_state).float()
     seen = g if confident is None else confident
-    if scalars["cautious_decay"]:
-        step, moments = rule(s, alpha, torch.zeros_like(p), seen, moments)
-        p = torch.where(times_sign_of(step, p) <= 0, p * s["decay"], p) + step
-    else:
-        p, moments = rule(s, alpha, p * s["decay"], seen, moments)
+    p, moments = _applied(rule, scalars, s, alpha, p, seen, moments)
     if threshold_pass == "SAME_PASS" and threshold_state is not None:
         threshold_state = next_threshold_state(threshold_state, g, alpha, scalars)
     return p, moments, alpha, threshold_state
+
+
+def _applied(
+    rule: Update, scalars: Scalars, s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    """Decoupled decay and the rule."""
+    if not scalars["cautious_decay"]:
+        return rule(s, alpha, p * s["decay"], g, moments)
+    step, moments = rule(s, alpha, torch.zeros_like(p), g, moments)
+    return torch.where(times_sign_of(step, p) <= 0, p * s["decay"], p) + step, moments
 
 
 def _scaled(
@@ -378,9 +428,13 @@ def _scaled(
     return decayed + step, moments, s["alpha"], after
 
 
-def step_sums(p: Tensor, step: Tensor, g: Tensor, scalars: Scalars) -> tuple[Tensor, Tensor]:
-    """What moves the number that steps are multiplied by: entries of the step that agree, or squares of ``p``."""
+def step_sums(p: Tensor, step: Tensor, g: Tensor, scalars: Scalars, moments: Moments = ()) -> tuple[Tensor, Tensor]:
+    """What moves the number of a tensor's: entries of the step that agree, squares of ``p``, or of the corrected
+    gradient."""
     zero = torch.zeros((), dtype=torch.float64, device=p.device)
+    if scalars["clips"]:
+        c = corrected({"correction": as_fp32(scalars["correction"], p.device)}, g, moments[2])
+        return zero, ordered_sum(c.double().square())
     if scalars["caution"]:
         return ordered_sum(((times_sign_of(step, g) < 0) & (g != 0)).double()), zero
     return zero, ordered_sum(p.double().square())
@@ -409,7 +463,9 @@ def next_threshold_state(a: Tensor, g: Tensor, alpha: Tensor, scalars: Scalars) 
 def moved_by_sums(a: Tensor, first: Tensor, second: Tensor, numel: int, scalars: Scalars) -> Tensor:
     """The same, of sums over a gradient of ``numel`` entries: itself, or the entries that pass, and its squares."""
     n = torch.full_like(a, numel)  # CUDA divides by a number by way of its reciprocal
-    if scalars["scales"]:
+    if scalars["clips"]:
+        moved = double_root(second)
+    elif scalars["scales"]:
         moved = next_scale(a, first, second, n, scalars)
     else:
         moved = (next_threshold if scalars["steers"] else next_deviation)(a, first, second, n, scalars)
