@@ -106,7 +106,10 @@ def collect(halving: Halving, plan: Run, folder: Path, command: str) -> None:
         6,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / f"{NAME}.json", compact_json(content))
+    text = compact_json(content)
+    write(folder / f"{NAME}.json", text)
+    # Page and picture show what the file says.
+    content = json.loads(text)
     write(folder / f"{NAME}.md", page(content))
     figures.draw(content, folder / f"{NAME}.png")
     print(f"{done} of about {total} runs are in {folder.name}/{NAME}.*")
@@ -258,7 +261,12 @@ def _ordinal(i: int) -> str:
     return ("first", "second", "third", "fourth")[i]
 
 
+def page_of(results: Path) -> Path:
+    """Where the page is, of all experiments' results."""
+    return results / "recipe" / f"{NAME}.md"
+
+
 def read(results: Path) -> Run | None:
     """What was collected, if anything was."""
-    path = results / "recipe" / f"{NAME}.json"
+    path = page_of(results).with_suffix(".json")
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
