@@ -90,7 +90,7 @@ def _rates(axes: Any, content: Run) -> None:
         rates.update(lr for lr, _ in points)
         lowest.append(min(loss for _, loss in points))
     axes.set(xscale="log", xlabel="learning rate", ylabel="last validation loss, nats")
-    axes.set_title(f"Rules as they are, {rung['steps']:,} steps, the seed that searches; dashed: two moments")
+    axes.set_title(f"Rules as they are, {rung['steps']:,} steps; dashed: two moments")
     axes.set_xticks(sorted(rates), [f"{lr:g}" for lr in sorted(rates)], rotation=60)
     axes.minorticks_off()
     if lowest:
