@@ -3,7 +3,7 @@
 python -m experiments.page [--check]
 
 Each experiment has a block between two comments and a function `section` that makes its text of its JSON. One without
-results keeps the block it has.
+results keeps the block it has. The recipe, which is of no paper, has a page of its own beside its results.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from reporting.pages import replaced
 from reporting.present import markdown
 
 from . import common
+from .recipe import summary as recipe
 
 EXPERIMENTS = ("stochastic_qp", "variance_factors", "wilson", "four_ways", "ablation", "lemma")
 README = Path(__file__).resolve().parent / "README.md"
@@ -44,6 +45,16 @@ def require_commits(results: Path = common.RESULTS) -> None:
         result = common.load(name, results)
         if result is not None:
             machine.require_commits(common.modules(result))
+    if (stage := recipe.read(results)) is not None:
+        machine.require_commits(common.modules(stage))
+
+
+def pages(readme: Path, results: Path) -> dict[Path, str]:
+    """Everything that is written from results, as it should be."""
+    found = {readme: written(readme.read_text(), results)}
+    if (stage := recipe.read(results)) is not None:
+        found[recipe.page_of(results)] = recipe.page(stage)
+    return found
 
 
 def tally(sections: Iterable[str]) -> str:
@@ -76,16 +87,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", type=Path, default=README)
     parser.add_argument("--results", type=Path, default=common.RESULTS)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail when the README is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail when a page is stale")
     options = parser.parse_args(arguments)
     require_commits(options.results)
-    text = options.readme.read_text()
-    new = written(text, options.results)
-    if options.check and new != text:
-        print(f"{options.readme.name} is stale: run python -m experiments.page")
+    found = pages(options.readme, options.results)
+    stale = [path.name for path, text in found.items() if not path.exists() or path.read_text() != text]
+    if options.check and stale:
+        print(f"{', '.join(stale)}: stale; run python -m experiments.page")
         return 1
     if not options.check:
-        write(options.readme, new)
+        for path, text in found.items():
+            write(path, text)
     return 0
 
 

@@ -126,9 +126,10 @@ class Images:
         return [F.cross_entropy(logits, labels).item(), wrong.item()]
 
 
-def lr_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first tenth, then a cosine down to 0."""
+def lr_factor(step: int, steps: int, last: float = 0.0) -> float:
+    """Linear warm-up over the first tenth, then a cosine down to `last`."""
     warmup = max(1, steps // 10)
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    cosine = 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    return last + (1 - last) * cosine

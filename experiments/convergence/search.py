@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,35 @@ def neighbours(lr: float) -> tuple[float, ...]:
     """The rates next to one, below and above it; fewer at the edges of all that may be tried."""
     i = RATES.index(lr)
     return (*RATES[max(i - 1, 0) : i], *RATES[i + 1 : i + 2])
+
+
+def climb(
+    first: Sequence[float], loss: Callable[[float], float | None]
+) -> tuple[list[float], dict[float, float], float | None]:
+    """From the first rates on to the neighbours of the best one, until both of them have been tried.
+
+    Args:
+        first: where the search begins.
+        loss: of a rate; None of one that was not tried yet.
+
+    Returns:
+        The rates that are asked for so far; the losses of those that were tried; and the best rate, None while another
+        is missing, and for good when it would be at the edge of all rates.
+    """
+    rates = list(first)
+    further: Sequence[float] = first
+    while further:
+        losses = {lr: found for lr in rates if (found := loss(lr)) is not None}
+        if len(losses) < len(rates):
+            return rates, losses, None
+        best = min(sorted(losses), key=losses.__getitem__)
+        if best in (RATES[0], RATES[-1]):
+            return rates, losses, None
+        further = [lr for lr in neighbours(best) if lr not in losses]
+        if not further:
+            return rates, losses, best
+        rates += further
+    return rates, {}, None
 
 
 @dataclass(frozen=True)
@@ -68,20 +97,14 @@ class Comparison:
         return tuple(sorted((best, *neighbours(best))))
 
     def search(self, problem: Problem, method: Method) -> Search:
-        """From the first rates on to the neighbours of the best one, until both of them have been tried."""
-        store, jobs = self.stores[problem.name], list[Job]()
-        further: tuple[float, ...] | list[float] = self.first_rates(problem, method) or ()
-        losses: dict[float, float] = {}
-        while further:
-            jobs += [Job(problem, method, lr, SEARCH_SEED) for lr in further]
-            losses = {job.lr: loss for job in jobs if (loss := store.final(job)) is not None}
-            if len(losses) < len(jobs):
-                return Search(jobs, losses, None)
-            best = min(sorted(losses), key=losses.__getitem__)
-            if best in (RATES[0], RATES[-1]):
-                return Search(jobs, losses, None)
-            further = [lr for lr in neighbours(best) if lr not in losses]
-        return Search(jobs, losses, min(sorted(losses), key=losses.__getitem__) if losses else None)
+        """Begun at the first rates, as `climb` goes on."""
+        store = self.stores[problem.name]
+
+        def job(lr: float) -> Job:
+            return Job(problem, method, lr, SEARCH_SEED)
+
+        rates, losses, best = climb(self.first_rates(problem, method) or (), lambda lr: store.final(job(lr)))
+        return Search([job(lr) for lr in rates], losses, best)
 
     def best(self, problem: Problem, method: Method) -> float | None:
         """The method's learning rate on the problem, once it is found."""

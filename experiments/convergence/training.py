@@ -22,7 +22,8 @@ class Problem:
     title: str
     task: type[Text] | type[Images]
     data: str
-    #: All that decides the bits of a run, but for method, rate and seed. `clip` bounds the gradient's global norm.
+    #: All that decides the bits of a run, but for method, rate and seed. `clip` bounds the gradient's global norm;
+    #: `last_factor`, where there is one, is what the cosine ends at.
     spec: dict[str, Any]
     evaluations: int
     seconds: float  # per run, measured on one core of an AMD EPYC; for an estimate before there are runs
@@ -147,7 +148,8 @@ def train(job: Job) -> Run:
         options["seed"] = job.seed  # of the random bits that round
     decay, clip = problem.spec["weight_decay"], problem.spec["clip"]
     optimizer = method.optimizer(list(params.values()), lr=job.lr, weight_decay=decay, **options)  # type: ignore[call-arg]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, problem.steps))
+    last = problem.spec.get("last_factor", 0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, problem.steps, last))
     evaluate_at = {problem.steps * i // problem.evaluations for i in range(1, problem.evaluations + 1)}
 
     losses: list[float] = []

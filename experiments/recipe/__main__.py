@@ -1,0 +1,5 @@
+import sys
+
+from experiments.recipe.program import main
+
+sys.exit(main())
