@@ -29,7 +29,7 @@ VERSION = 0
 #: The one variant there is: kernels in Triton serve every device that torch and Triton do.
 VARIANT = "torch-universal"
 
-CORE = ("__init__", "checks", "formats", "memory_order", "random_bits", "rule", "shard_index", "symbols")
+CORE = ("__init__", "checks", "formats", "memory_order", "modifiers", "random_bits", "rule", "shard_index", "symbols")
 METHODS = ("adam", "lion", "msgd", "sign_adam", "sign_adam_pp", "sign_sgd", "signum")
 KERNELS = ("formats", "random", "rules", "stored", "threshold", "update")
 #: What modules above name besides Python's and torch's.

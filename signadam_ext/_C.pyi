@@ -24,6 +24,7 @@ RUN: int
 LANES: int
 ROWS: int
 CHUNK_SIZE: int
+LEAST_SCALE: float
 
 #: What holds for one tensor of a vote; entries of a chunk of a vote; codes of a word.
 VOTE_SCALARS: tuple[str, ...]
@@ -72,6 +73,7 @@ class GradientReader:
         grad_like: Tensor,
         state: tuple[tuple[str, Tensor], ...],
         spec: Any,
+        counts_there: bool,
     ) -> None: ...
     def read(self, param_groups: Sequence[Any], state: Any) -> list[int] | None: ...
     def unchanged(self) -> bool: ...

@@ -2,7 +2,9 @@
 
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
-:class:`Lion`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
+:class:`Lion`; of one moment, :class:`AdamS`, :class:`BCOS`, :class:`LionK`, :class:`MARSLion`; of two, :class:`Ano`,
+:class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`, :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`; of three,
+:class:`AMSBound`, :class:`AdEMAMix`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
 :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
 :func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
 ``python -m signadam_ext`` tells what was built and what is usable.
@@ -10,21 +12,59 @@ The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`
 
 from . import functional
 from ._version import __version__
-from .optimizers import MSGD, MSVAG, SVAG, Adam, AdamStar, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum
+from .optimizers import (
+    ADOPT,
+    BCOS,
+    MSGD,
+    MSVAG,
+    SVAG,
+    AdaBound,
+    Adam,
+    AdaMomentum,
+    AdamS,
+    AdamStar,
+    AdamW,
+    AdEMAMix,
+    AMSBound,
+    Ano,
+    Anolog,
+    Grams,
+    LaProp,
+    Lion,
+    LionK,
+    MARSLion,
+    SignAdam,
+    SignAdamPP,
+    SignSGD,
+    Signum,
+)
 from .training.gradient_release import GradientRelease, release_gradients
 from .training.offload import Offload, offload
 from .training.per_sample_variance import per_sample_variance
 from .training.replacement import from_optimizer
 
 __all__ = [
+    "ADOPT",
+    "BCOS",
     "MSGD",
     "MSVAG",
     "SVAG",
+    "AMSBound",
+    "AdEMAMix",
+    "AdaBound",
+    "AdaMomentum",
     "Adam",
+    "AdamS",
     "AdamStar",
     "AdamW",
+    "Ano",
+    "Anolog",
     "GradientRelease",
+    "Grams",
+    "LaProp",
     "Lion",
+    "LionK",
+    "MARSLion",
     "Offload",
     "SignAdam",
     "SignAdamPP",

@@ -1,15 +1,17 @@
-"""Profiles of the property tests, what the quick one leaves out, what is built once, and skips that say why."""
+"""Profiles of the property tests, what the quick one leaves out, what is made once, and skips that say why."""
 
 from __future__ import annotations
 
 import fcntl
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support.ranks import Ranks
 
 # A fixed seed: the suite is the same every time. `--hypothesis-profile=long` draws afresh, for minutes.
 COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
@@ -93,3 +95,13 @@ def built_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         return folder
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """``ranks(4).run(function, ...)`` runs a function on four ranks, started by the first test that asks and kept."""
+    folder = tmp_path_factory.mktemp("ranks")
+    made: dict[int, Ranks] = {}
+    yield lambda count: made.setdefault(count, Ranks(count, folder))
+    for each in made.values():
+        each.stop()

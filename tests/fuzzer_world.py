@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from support.paper_formulas import TABLE, Row
+from support.strategies import scales
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -96,6 +97,8 @@ class Spec:
                 "maximize": draw.random() < 0.3,
                 "seed": draw.choice((0, 7, 2**64 - 1, draw.getrandbits(64))),
                 "param_storage": draw.choice(("nearest", "nearest", "stochastic", "split16", "split8", "master")),
+                "weight_decay_kind": draw.choice((None, None, "cautious")),
+                **draw.choice(scales(row)),
             }
             if state_dtypes:
                 hyperparameters["state_dtype"] = draw.choice(state_dtypes)

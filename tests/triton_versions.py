@@ -41,7 +41,14 @@ def jobs() -> list[tuple[str, dict[str, object], str]]:
         rule = rules()[str(given["RULE"])]
         constants: dict[str, object] = {
             **dict.fromkeys(formats, "fp32"),
-            **{"PARAM_STORAGE": "nearest", "THRESHOLD_PASS": 0, "OBSERVES": False, "CONFIDENCE": None, "RUNS": False},
+            **{
+                "PARAM_STORAGE": "nearest",
+                "THRESHOLD_PASS": 0,
+                "OBSERVES": False,
+                "CONFIDENCE": None,
+                "RUNS": False,
+                "SCALE": None,
+            },
             **{"MOMENTS": rule.moments, "READS_VARIANCE": rule.reads_variance},
             **given,
         }

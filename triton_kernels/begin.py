@@ -10,6 +10,7 @@ from signadam_ext.core.native import compiled as _C
 
 from .random import mix
 from .rules import SCALAR_COUNT
+from .threshold import exponential
 
 # Columns of the table of tensors, one int64 each: the address of the step count, the seed, the number of which random
 # bits are made beside it, and which program and which row of values the tensor's group has.
@@ -31,6 +32,8 @@ NEGATE = tl.constexpr(OPERATIONS.index("negate"))
 SQUARE_ROOT = tl.constexpr(OPERATIONS.index("square_root"))
 POWER = tl.constexpr(OPERATIONS.index("power"))
 AT_LEAST = tl.constexpr(OPERATIONS.index("at_least"))
+LOGARITHM = tl.constexpr(OPERATIONS.index("logarithm"))
+EXPONENTIAL = tl.constexpr(OPERATIONS.index("exponential"))
 # The registers of a step and of the factor of gradients; a row of values follows.
 T, FACTOR, VALUES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Powers of two.
@@ -59,6 +62,23 @@ def power(base, exponent):
 
 
 @triton.jit
+def logarithm(x):
+    """As in csrc/core/program.h."""
+    halvings = tl.full((), 0.0, tl.float64)
+    while (x >= 2.0) & (halvings < 1024.0):
+        x = x * 0.5
+        halvings += 1.0
+    z = (x - 1.0) / (x + 1.0)
+    square = z * z
+    series = tl.full((), 0.0, tl.float64)
+    k = tl.full((), 35.0, tl.float64)
+    while k > 0.0:
+        series = 1.0 / k + square * series
+        k -= 2.0
+    return halvings * tl.full((), 0.6931471805599453, tl.float64) + 2.0 * z * series
+
+
+@triton.jit
 def result_of(operation, a, b):
     if operation == ADD:
         result = a + b
@@ -76,6 +96,10 @@ def result_of(operation, a, b):
         result = power(a, b)
     elif operation == AT_LEAST:
         result = tl.where(b > a, b, a)
+    elif operation == LOGARITHM:
+        result = logarithm(a)
+    elif operation == EXPONENTIAL:
+        result = exponential(a)
     else:
         result = tl.where(a != 0.0, 1.0, 0.0).to(tl.float64)
     return result

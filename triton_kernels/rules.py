@@ -16,17 +16,25 @@ LR = tl.constexpr(SCALARS.index("lr"))
 WEIGHT_DECAY = tl.constexpr(SCALARS.index("weight_decay"))
 DECAY = tl.constexpr(SCALARS.index("decay"))
 COUPLED = tl.constexpr(SCALARS.index("coupled"))
+CAUTIOUS_DECAY = tl.constexpr(SCALARS.index("cautious_decay"))
+CAUTION = tl.constexpr(SCALARS.index("caution"))
+SCALES = tl.constexpr(SCALARS.index("scales"))
 GRADIENT_SCALE = tl.constexpr(SCALARS.index("gradient_scale"))
 ALPHA = tl.constexpr(SCALARS.index("alpha"))
 BETA1 = tl.constexpr(SCALARS.index("beta1"))
 ONE_MINUS_BETA1 = tl.constexpr(SCALARS.index("one_minus_beta1"))
 BETA2 = tl.constexpr(SCALARS.index("beta2"))
 ONE_MINUS_BETA2 = tl.constexpr(SCALARS.index("one_minus_beta2"))
+BETA3 = tl.constexpr(SCALARS.index("beta3"))
+ONE_MINUS_BETA3 = tl.constexpr(SCALARS.index("one_minus_beta3"))
+MIX = tl.constexpr(SCALARS.index("mix"))
 EPS = tl.constexpr(SCALARS.index("eps"))
 DENOMINATOR = tl.constexpr(SCALARS.index("denominator"))
 BIAS_CORRECTION = tl.constexpr(SCALARS.index("bias_correction"))
 RHO = tl.constexpr(SCALARS.index("rho"))
 ONE_MINUS_RHO = tl.constexpr(SCALARS.index("one_minus_rho"))
+LOWER = tl.constexpr(SCALARS.index("lower"))
+UPPER = tl.constexpr(SCALARS.index("upper"))
 CONFIDENCE_BETA = tl.constexpr(SCALARS.index("confidence_beta"))
 ONE_MINUS_CONFIDENCE_BETA = tl.constexpr(SCALARS.index("one_minus_confidence_beta"))
 STEERS = tl.constexpr(SCALARS.index("steers"))
@@ -87,6 +95,17 @@ def divided(x, divisor):
 
 
 @triton.jit
+def at_least(x, low):
+    """NaN stays NaN."""
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def clamped(x, low, high):
+    return tl.where(x > high, high, at_least(x, low))
+
+
+@triton.jit
 def zero_where_zero(denominator, x):
     """``x``, or 0 where the denominator is 0: a parameter of whose gradient nothing is known stays."""
     return tl.where(denominator == 0.0, 0.0, x)
@@ -100,6 +119,43 @@ def effective_gradient(s, p, g):
         if scalar(s, COUPLED) != 0.0:
             g = g + scalar(s, WEIGHT_DECAY) * p
     return g
+
+
+@triton.jit
+def times_sign_of(x, y):
+    """``x`` with its sign changed where ``y`` has a sign, that of -0 included."""
+    changed = x.to(tl.int32, bitcast=True) ^ (y.to(tl.int32, bitcast=True) & -2147483648)
+    return changed.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def apply(s, alpha, p, g, m, v, x, RULE: tl.constexpr):
+    """Decoupled decay and the rule, given the effective gradient."""
+    if scalar(s, CAUTIOUS_DECAY) != 0.0:
+        # Rules read p only to move it, so at 0 they leave the step.
+        step, m, v, x = RULE(s, alpha, tl.full(p.shape, 0.0, tl.float32), g, m, v, x)
+        p = tl.where(times_sign_of(step, p) <= 0.0, p * scalar(s, DECAY), p) + step
+    else:
+        p, m, v, x = RULE(s, alpha, p * scalar(s, DECAY), g, m, v, x)
+    return p, m, v, x
+
+
+@triton.jit
+def agreement(step, g):
+    """Whether a step goes against the gradient, as it should."""
+    return (times_sign_of(step, g) < 0.0) & (g != 0.0)
+
+
+@triton.jit
+def apply_scaled(s, scale, p, step, g, CAUTIOUS: tl.constexpr):
+    """Decoupled decay and a rule's step, multiplied by ``scale``, and if CAUTIOUS only where it goes against ``g``."""
+    if CAUTIOUS:
+        step = tl.where((times_sign_of(step, g) >= 0.0) | (g == 0.0), 0.0, step)
+    step = step * scale
+    decayed = p * scalar(s, DECAY)
+    if scalar(s, CAUTIOUS_DECAY) != 0.0:
+        decayed = tl.where(times_sign_of(step, p) <= 0.0, decayed, p)
+    return decayed + step
 
 
 @triton.jit
@@ -235,4 +291,125 @@ def lion(s, alpha, p, g, m, v, x):
     u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
     p = p - scalar(s, LR) * sign(u)
     m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def adam_s(s, alpha, p, g, m, v, x):
+    square = scalar(s, BETA2) * m * m + scalar(s, ONE_MINUS_BETA2) * g * g
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(square) + scalar(s, EPS))
+    return p, m, v, x
+
+
+@triton.jit
+def bcos(s, alpha, p, g, m, v, x):
+    ahead = g + scalar(s, BETA1) * m
+    square = scalar(s, BETA2) * m * m + scalar(s, ONE_MINUS_BETA2) * ahead * ahead
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(square) + scalar(s, EPS))
+    return p, m, v, x
+
+
+@triton.jit
+def lion_threshold(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    p = p - scalar(s, LR) * gated_sign(u, scalar(s, EPS))
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def lion_huber(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    eps = scalar(s, EPS)
+    p = p - scalar(s, LR) * tl.where(tl.abs(u) < eps, divided(u, eps), sign(u))
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def lion_softsign(s, alpha, p, g, m, v, x):
+    u = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    denominator = scalar(s, EPS) + tl.abs(u)
+    p = p - zero_where_zero(denominator, scalar(s, LR) * tl.div_rn(u, denominator))
+    m = scalar(s, BETA2) * m + scalar(s, ONE_MINUS_BETA2) * g
+    return p, m, v, x
+
+
+@triton.jit
+def ano(s, alpha, p, g, m, v, x):
+    square = g * g
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * sign(square - v) * square
+    p = p - tl.div_rn(scalar(s, LR) * tl.abs(g), tl.sqrt_rn(v + scalar(s, EPS))) * sign(m)
+    return p, m, v, x
+
+
+@triton.jit
+def grams(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p = p - tl.div_rn(scalar(s, LR) * tl.abs(m), tl.sqrt_rn(v) + scalar(s, EPS)) * sign(g)
+    return p, m, v, x
+
+
+@triton.jit
+def ada_momentum(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * m * m + scalar(s, EPS)
+    p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(v))
+    return p, m, v, x
+
+
+@triton.jit
+def laprop(s, alpha, p, g, m, v, x):
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    normalized = tl.div_rn(g, tl.sqrt_rn(v) + scalar(s, EPS))
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * normalized
+    p = p - scalar(s, LR) * m
+    m = tl.where((m <= scalar(s, UPPER)) & (m >= -scalar(s, UPPER)), m, 0.0)
+    return p, m, v, x
+
+
+@triton.jit
+def adopt(s, alpha, p, g, m, v, x):
+    upper = scalar(s, UPPER)
+    normalized = clamped(tl.div_rn(g, at_least(tl.sqrt_rn(v), scalar(s, EPS))), -upper, upper)
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * tl.where(upper > 0.0, normalized, 0.0)
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p = p - scalar(s, LR) * m
+    return p, m, v, x
+
+
+@triton.jit
+def bounded_rate(s, v):
+    rate = tl.full(v.shape, 0.0, tl.float32) + scalar(s, LR)
+    return clamped(tl.div_rn(rate, tl.sqrt_rn(v) + scalar(s, EPS)), scalar(s, LOWER), scalar(s, UPPER))
+
+
+@triton.jit
+def ada_bound(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    p = p - bounded_rate(s, v) * m
+    return p, m, v, x
+
+
+@triton.jit
+def ams_bound(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    x = tl.where(v > x, v, tl.where(v == v, x, v))
+    p = p - bounded_rate(s, x) * m
+    return p, m, v, x
+
+
+@triton.jit
+def ademamix(s, alpha, p, g, m, v, x):
+    m = scalar(s, BETA1) * m + scalar(s, ONE_MINUS_BETA1) * g
+    v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * g * g
+    x = scalar(s, BETA3) * x + scalar(s, ONE_MINUS_BETA3) * g
+    root = divided(tl.sqrt_rn(v), scalar(s, BIAS_CORRECTION))
+    p = p - tl.div_rn(scalar(s, LR) * m + scalar(s, MIX) * x, root + scalar(s, EPS))
     return p, m, v, x

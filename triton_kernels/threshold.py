@@ -10,6 +10,7 @@ from .rules import CONFIDENCE_BETA, GAIN, ONE_MINUS_CONFIDENCE_BETA, QUANTILE, S
 LANES = tl.constexpr(_C.LANES)
 ROWS = tl.constexpr(_C.ROWS)
 CHUNK = tl.constexpr(_C.CHUNK_SIZE)
+LEAST_SCALE = tl.constexpr(_C.LEAST_SCALE)
 
 
 @triton.jit
@@ -61,19 +62,35 @@ def add_up(sums, count, PAIRS: tl.constexpr):
 
 
 @triton.jit
-def finish(sums, count, numel, a, threshold_state, s):
+def update_scale(state, CAUTIOUS: tl.constexpr):
+    """What steps are multiplied by, of the share of entries that agree or the parameter's root mean square."""
+    size = tl.where(state < LEAST_SCALE, LEAST_SCALE, state)
+    if CAUTIOUS:
+        size = tl.where(state == 0.0, 1.0, 1.0 / size)
+    return size.to(tl.float32)
+
+
+@triton.jit
+def finish(sums, count, numel, a, threshold_state, s, SCALE: tl.constexpr):
     """The sum of the chunk sums at ``sums`` moves the gate from ``a``.
 
     Args:
         threshold_state: address of the gate.
         s: address of the group's scalars.
+        SCALE: as of ``update``.
     """
     add_up(sums, count, True)
     first_sum = tl.load(sums, cache_modifier=".cg")
     second_sum = tl.load(sums + 1, cache_modifier=".cg")
     if is_finite(first_sum) and is_finite(second_sum):
         n = numel.to(tl.float64)
-        if tl.load(s + STEERS) != 0.0:
+        if SCALE is not None:
+            if SCALE == "caution":
+                # No share at all, as where the learning rate is 0, tells nothing.
+                tl.store(threshold_state, tl.where(first_sum == 0.0, a, first_sum / n))
+            else:
+                tl.store(threshold_state, tl.sqrt(second_sum / n))
+        elif tl.load(s + STEERS) != 0.0:
             if second_sum != 0.0:
                 size = tl.sqrt(second_sum / n)
                 moved = a * exponential(tl.load(s + GAIN) * (first_sum / n - tl.load(s + TARGET)))

@@ -7,9 +7,20 @@ from signadam_ext.core.native import compiled as _C
 
 from .formats import FP32, SPLIT8, STOCHASTIC, widen
 from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, place_of, random_halves, random_halves_at
-from .rules import ALPHA, DECAY, SCALAR_COUNT, STEERS, effective_gradient, passes, scalar, scalars_at
+from .rules import (
+    ALPHA,
+    SCALAR_COUNT,
+    STEERS,
+    agreement,
+    apply,
+    apply_scaled,
+    effective_gradient,
+    passes,
+    scalar,
+    scalars_at,
+)
 from .stored import RUN, load, load_moment, load_param, operand, pointer_to, residual_operand, store_moment, store_param
-from .threshold import CHUNK, LANES, ROWS, finish, halve
+from .threshold import CHUNK, LANES, ROWS, finish, halve, update_scale
 
 # Columns of the table of tensors, one int64 each, as in csrc/core/table.h. ``aligned``: all but the gradient lie on
 # 16-byte boundaries.
@@ -62,6 +73,7 @@ def run_rows(
     count,
     s,
     alpha,
+    scale,
     chunk_statistics,
     RULE: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -77,6 +89,7 @@ def run_rows(
     CONFIDENCE: tl.constexpr,
     OBSERVES: tl.constexpr,
     RUNS: tl.constexpr,
+    SCALE: tl.constexpr,
     STEERS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -122,7 +135,19 @@ def run_rows(
         if (MOMENTS > 2) | READS_VARIANCE:
             x = load_moment(aux, exponents, row, count, AUX, WIDE)
         g = effective_gradient(s, p, g)
-        if THRESHOLD_PASS != NONE:
+        if SCALE is not None:
+            before_p = p
+            p, before_m = tl.full(p.shape, 0.0, tl.float32), m
+            p, m, v, x = RULE(s, alpha, p, g, m, v, x)
+            step = p
+            p = before_p
+            if THRESHOLD_PASS != NONE:
+                if SCALE == "caution":
+                    first += ((index < count) & agreement(step, g)).to(tl.float64)
+                else:
+                    wide_p = tl.where(index < count, p, 0.0).to(tl.float64)
+                    second += wide_p * wide_p
+        elif THRESHOLD_PASS != NONE:
             # Padding is +0 whatever the parameter beside it.
             inside = tl.where(index < count, g, 0.0)
             wide_g = inside.to(tl.float64)
@@ -133,13 +158,16 @@ def run_rows(
                 inside = tl.where(index < count, g, 0.0)
                 square = inside.to(tl.float64) * inside.to(tl.float64)
                 through = passes(inside, alpha)
-                before = m
+                before = m if SCALE is None else before_m
                 passed += through.to(tl.int32)
                 squares += square
                 passed_squares += tl.where(through, square, 0.0)
             if CONFIDENCE is not None:
                 g = CONFIDENCE(g, alpha)
-            p, m, v, x = RULE(s, alpha, p * scalar(s, DECAY), g, m, v, x)
+            if SCALE is None:
+                p, m, v, x = apply(s, alpha, p, g, m, v, x, RULE)
+            else:
+                p = apply_scaled(s, scale, p, step, g, SCALE == "caution")
             if OBSERVES:
                 if MOMENTS > 0:
                     after = tl.where(index < count, m, 0.0)
@@ -193,6 +221,7 @@ def update(
     CONFIDENCE: tl.constexpr,
     OBSERVES: tl.constexpr,
     RUNS: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """All chunks of a table.
 
@@ -214,6 +243,7 @@ def update(
         CONFIDENCE: a function of the gradient and the threshold that takes the gradient's place, or None.
         OBSERVES: whether what optimizer.statistics() tells is gathered.
         RUNS: whether tensors are parts whose elements lie in several runs in the whole.
+        SCALE: what the threshold is instead, a number that steps are multiplied by: "caution" or "rms"; or None.
     """
     chunk = tl.program_id(0)
     tensor = tl.load(tensor_of_chunk + chunk)
@@ -231,7 +261,10 @@ def update(
         if threshold_state != 0:
             deviation = tl.load(threshold_state.to(tl.pointer_type(tl.float64)))
         alpha = scalar(s, ALPHA)
-        if THRESHOLD_PASS == PASS_BEFORE:
+        scale = alpha
+        if SCALE is not None:
+            scale = update_scale(deviation, SCALE == "caution")
+        elif THRESHOLD_PASS == PASS_BEFORE:
             alpha = alpha * 0.0
         elif threshold_state != 0:
             alpha = (tl.load(scalar_set + ALPHA) * deviation).to(tl.float32)
@@ -249,14 +282,16 @@ def update(
         if DRAWS & (THRESHOLD_PASS != PASS_BEFORE) & (not RUNS):
             wide = wide & has_whole_words(shard_offset + begin)
         # Compiled twice, or four times where gradients are summed; a chunk takes one of them.
-        for VARIANT in tl.static_range(2 if THRESHOLD_PASS == NONE else 4):
-            steers = scalar(s, STEERS) != 0.0 if THRESHOLD_PASS != NONE else False
+        STEERABLE: tl.constexpr = (THRESHOLD_PASS != NONE) & (SCALE is None)
+        for VARIANT in tl.static_range(4 if STEERABLE else 2):
+            steers = scalar(s, STEERS) != 0.0 if STEERABLE else False
             if (wide == (VARIANT % 2 == 1)) & (steers == (VARIANT >= 2)):
                 first, second = run_rows(
-                    entry, grad, rng_keys + 2 * tensor, numel, shard_offset, begin, count, s, alpha,
+                    entry, grad, rng_keys + 2 * tensor, numel, shard_offset, begin, count, s, alpha, scale,
                     chunk_statistics + 6 * chunk,
                     RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
-                    PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, RUNS, VARIANT >= 2, VARIANT % 2 == 1,
+                    PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, RUNS, SCALE,
+                    VARIANT >= 2, VARIANT % 2 == 1,
                 )  # fmt: skip
         if THRESHOLD_PASS != NONE:
             tl.store(sums + 2 * chunk, halve(first))
@@ -269,7 +304,7 @@ def update(
                 tl.store(arrivals + tensor, 0)
                 own = sums + 2 * tl.load(entry + FIRST_CHUNK_AT)
                 at = threshold_state.to(tl.pointer_type(tl.float64))
-                finish(own, chunks.to(tl.int64), numel, deviation, at, scalar_set)
+                finish(own, chunks.to(tl.int64), numel, deviation, at, scalar_set, SCALE)
 
 
 @triton.jit

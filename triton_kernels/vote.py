@@ -8,7 +8,7 @@ import triton.language as tl
 
 from signadam_ext.core.native import compiled as _C
 
-from .formats import FP32, bits_of, narrow, narrow_stochastic, widen
+from .formats import FP32, INTERPRETED, bits_of, narrow, narrow_stochastic, widen
 from .random import random_halves
 from .rules import divided, gated_sign
 from .stored import load, operand, store
@@ -187,6 +187,8 @@ def count_votes(codes, workers, words, result, BITS: tl.constexpr, MAJORITY: tl.
     code = tl.where(spoiled != 0, -(1 << (BITS - 1)), total)
     field = (code & ((1 << BITS) - 1)) << (BITS * (place % IN_WORD))[None, :]
     packed = tl.sum(tl.reshape(field, [COUNTED_WORDS, PARTS, IN_WORD]), axis=2)
+    if INTERPRETED:  # that of Triton 3.2 adds in int64, calls it int32, and would store 8 bytes
+        packed = packed.to(tl.int64).to(tl.int32)
     to = index[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
     tl.store(result + to, packed, mask=index[:, None] < words)
 

@@ -69,10 +69,15 @@ SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece,
     else
       sum(false);
   }
-  SIGNADAM_UNROLL
-  for (int i = 0; i < piece_size; ++i) {
-    if constexpr (threshold_pass != ThresholdPass::pass_before)
-      apply_effective<Rule>(s, alpha, p[i], effective(i), m[i], v[i], x[i]);
+  if constexpr (threshold_pass != ThresholdPass::pass_before) {
+    // One jump for the piece.
+    if (s.cautious_decay) {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; ++i) apply_cautiously<Rule>(s, alpha, p[i], effective(i), m[i], v[i], x[i]);
+    } else {
+      SIGNADAM_UNROLL
+      for (int i = 0; i < piece_size; ++i) apply_plainly<Rule>(s, alpha, p[i], effective(i), m[i], v[i], x[i]);
+    }
   }
 }
 
@@ -446,7 +451,7 @@ SIGNADAM_HD ChunkKind kind_of(const Slice& slice, const Scalars& s) {
 template <class Rule, Storage storage, class Forms, ChunkKind kind, class Block>
 SIGNADAM_HD void update_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha,
                               ChunkStatistics* shares) {
-  if constexpr (storage != Storage::plain && Rule::moments > 0 && !Rule::bounded)
+  if constexpr (storage != Storage::plain && has_blocks<Rule>)
     if (slice.tensor.formats.exp_avg == Format::block8)
       return run_block_scaled<Rule, storage, kind>(block, slice, s, alpha, shares);
   block.each([&](int thread) {

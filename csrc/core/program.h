@@ -2,10 +2,12 @@
 #pragma once
 
 #include "scalars.h"
+#include "threshold.h"
 
 namespace signadam {
 
-// In the order of their numbers. Each is one rounding, but for `power`: repeated squaring, as in core/symbols.py.
+// In the order of their numbers. Each is one rounding, but for `power`, `logarithm` and `exponential`, which are
+// as in core/symbols.py.
 #define SIGNADAM_OPERATIONS(X) \
   X(nothing)                   \
   X(add)                       \
@@ -16,6 +18,8 @@ namespace signadam {
   X(square_root)               \
   X(power)                     \
   X(at_least)                  \
+  X(logarithm)                 \
+  X(exponential)               \
   X(is_nonzero)
 
 enum class Operation : int32_t {
@@ -26,7 +30,7 @@ enum class Operation : int32_t {
 
 // The first registers hold a step, and what its gradients are multiplied by; the next a row of values.
 constexpr int register_t = 0, register_factor = 1, register_values = 2;
-constexpr int program_registers = 48;
+constexpr int program_registers = 128;
 
 // registers[to] = registers[a] <operation> registers[b]; of one operand, b is a.
 struct Instruction {
@@ -42,6 +46,19 @@ SIGNADAM_HD double power(double base, double exponent) {
     base *= base;
   }
   return result;
+}
+
+// The natural logarithm of a number that is at least 1: of what is left after halvings, which are exact, by the series
+// of the inverse hyperbolic tangent. An infinite one ends as well.
+SIGNADAM_HD double logarithm(double x) {
+  double halvings = 0.0;
+  SIGNADAM_ROLLED
+  for (; x >= 2.0 && halvings < 1024.0; halvings += 1.0) x *= 0.5;
+  const double z = (x - 1.0) / (x + 1.0), square = z * z;
+  double series = 0.0;
+  SIGNADAM_ROLLED
+  for (double k = 35.0; k > 0.0; k -= 2.0) series = 1.0 / k + square * series;
+  return halvings * 0.6931471805599453 + 2.0 * z * series;
 }
 
 SIGNADAM_HD double result_of(Operation operation, double a, double b) {
@@ -62,6 +79,10 @@ SIGNADAM_HD double result_of(Operation operation, double a, double b) {
       return power(a, b);
     case Operation::at_least:
       return b > a ? b : a;
+    case Operation::logarithm:
+      return logarithm(a);
+    case Operation::exponential:
+      return exponential(a);
     default:
       return a != 0.0 ? 1.0 : 0.0;
   }

@@ -2,7 +2,8 @@
 // `reads_variance`, the variance of the gradient. F is float, or a vector of floats with the operators that compilers
 // define for them.
 //
-// Where |m| <= 1 (`bounded`), m may come as L * m, with lr / L and (1 - beta1) * L for lr and 1 - beta1.
+// Where |m| has a bound B (`bounded`), m may come as m * L / B, with lr * B / L and (1 - beta1) * L / B for lr and
+// 1 - beta1.
 //
 // The rules know nothing of lists, types or threads. Host compiler and nvcc build the same text without
 // contraction, so each operation rounds once, in the order written: that is what makes backends equal bit for bit.
@@ -22,6 +23,17 @@ SIGNADAM_HD F sign(F x) {
 template <class F>
 SIGNADAM_HD F magnitude(F x) {
   return x > 0.0f ? x : 0.0f - x;
+}
+
+// x with its sign changed where y has a sign, that of -0 included.
+template <class F>
+SIGNADAM_HD F times_sign_of(F x, F y) {
+  if constexpr (sizeof(F) == sizeof(float)) {
+    return float_of(bits_of(x) ^ (bits_of(y) & 0x80000000u));
+  } else {
+    using Bits = decltype(x < y);  // integers, as many
+    return reinterpret_cast<F>(reinterpret_cast<Bits>(x) ^ (reinterpret_cast<Bits>(y) & INT32_MIN));
+  }
 }
 
 // Confidence gate [SA, Alg. 3]: sign(g) where |g| > alpha, else 0. With alpha >= 0 this needs no absolute value.
@@ -66,6 +78,17 @@ SIGNADAM_HD F positive(F x) {
   return x > 0.0f ? x : F{};
 }
 
+// NaN stays NaN.
+template <class F>
+SIGNADAM_HD F at_least(F x, float low) {
+  return x < low ? F{} + low : x;
+}
+
+template <class F>
+SIGNADAM_HD F clamped(F x, float low, float high) {
+  return x > high ? F{} + high : at_least(x, low);
+}
+
 // Whatever the numerator: where nothing is known of a gradient, its parameter stays.
 template <class F>
 SIGNADAM_HD F zero_where_zero(F denominator, F x) {
@@ -75,10 +98,15 @@ SIGNADAM_HD F zero_where_zero(F denominator, F x) {
 // What a rule is unless it says otherwise.
 struct Traits {
   static constexpr int moments = 1;
-  static constexpr bool bounded = false;         // |m| <= 1
+  static constexpr bool bounded = false;         // |m| has a bound, so that m may be codes without a scale
+  static constexpr bool bound_by_group = false;  // and there are groups in which it has none
   static constexpr bool divides = false;         // by an element
   static constexpr bool reads_variance = false;  // of the gradient, given from outside
 };
+
+// Whether m may be codes in blocks.
+template <class Rule>
+constexpr bool has_blocks = Rule::moments > 0 && (!Rule::bounded || Rule::bound_by_group);
 
 template <class Rule>
 constexpr bool has_third = Rule::moments > 2 || Rule::reads_variance;
@@ -289,6 +317,187 @@ struct Lion : Traits {
   }
 };
 
+// AdamS: the root of a weighted sum of the squares of the last momentum and the gradient for Adam's denominator. BCOS
+// in its simple form is this rule with other scalars.
+struct AdamS : Traits {
+  static constexpr const char* name = "adam_s";
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F square = s.beta2 * m * m + s.one_minus_beta2 * g * g;
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - s.lr * m / (square_root(square) + s.eps);
+  }
+};
+
+// BCOS, conditional: (3 b^2 - 2 b^3) m^2 + (1 - b)^2 g^2 + 2 b (1 - b)^2 m g, written as a sum of two squares, which no
+// rounding makes negative. beta2 is b^2 (2 - b^2), one_minus_beta2 is (1 - b)^2, and b is 0 at the first step.
+struct BCOS : Traits {
+  static constexpr const char* name = "bcos";
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F ahead = g + s.beta1 * m;
+    const F square = s.beta2 * m * m + s.one_minus_beta2 * ahead * ahead;
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - s.lr * m / (square_root(square) + s.eps);
+  }
+};
+
+// Lion-K: what stands in place of Lion's sign is the derivative of another convex function. `eps` is where it bends;
+// with 0 each is Lion.
+struct LionThreshold : Traits {
+  static constexpr const char* name = "lion_threshold";
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F u = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - GatedStep<F>::of(s.lr, u, s.eps);
+    m = s.beta2 * m + s.one_minus_beta2 * g;
+  }
+};
+
+// Huber's function: u / eps, cut off at 1. A NaN does not move p, as in Lion.
+struct LionHuber : Traits {
+  static constexpr const char* name = "lion_huber";
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F u = s.beta1 * m + s.one_minus_beta1 * g;
+    p = p - s.lr * (magnitude(u) < s.eps ? u / s.eps : sign(u));
+    m = s.beta2 * m + s.one_minus_beta2 * g;
+  }
+};
+
+struct LionSoftsign : Traits {
+  static constexpr const char* name = "lion_softsign";
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F&, F&) {
+    const F u = s.beta1 * m + s.one_minus_beta1 * g;
+    const F denominator = s.eps + magnitude(u);
+    p = p - zero_where_zero(denominator, s.lr * (u / denominator));
+    m = s.beta2 * m + s.one_minus_beta2 * g;
+  }
+};
+
+// Ano: the direction is the momentum's, the size the gradient's. v falls where g^2 is smaller, as Yogi's, and decays
+// beside. lr comes times sqrt(1 - beta2^t), eps times 1 - beta2^t: the bias correction of v.
+struct Ano : Traits {
+  static constexpr const char* name = "ano";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const F square = g * g;
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + GatedStep<F>::of(s.one_minus_beta2, square - v, 0.0f) * square;
+    p = p - s.lr * magnitude(g) / square_root(v + s.eps) * sign(m);
+  }
+};
+
+// Grams: the direction is the gradient's, the size Adam's. lr comes times sqrt(1 - beta2^t) / (1 - beta1^t).
+struct Grams : Traits {
+  static constexpr const char* name = "grams";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    p = p - s.lr * magnitude(m) / (square_root(v) + s.eps) * sign(g);
+  }
+};
+
+// AdaMomentum: v is of the momentum, and eps is added to it at every step. lr comes as Grams has it.
+struct AdaMomentum : Traits {
+  static constexpr const char* name = "ada_momentum";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * m * m + s.eps;
+    p = p - s.lr * m / square_root(v);
+  }
+};
+
+// LaProp [LP, Alg. 1]: the normalized gradient is averaged. Of sqrt(v / (1 - beta2^t)) + eps the scalar factor has gone
+// into `one_minus_beta1` and `eps`; lr comes divided by 1 - beta1^t. Codes have no NaN: p and v keep one. What lies
+// beyond `upper` is none either, of a v that no step has made.
+struct LaProp : Traits {
+  static constexpr const char* name = "laprop";
+  static constexpr int moments = 2;
+  static constexpr bool bounded = true;
+  static constexpr bool bound_by_group = true;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    m = s.beta1 * m + s.one_minus_beta1 * (g / (square_root(v) + s.eps));
+    p = p - s.lr * m;
+    m = (m <= s.upper) & (m >= -s.upper) ? m : F{};
+  }
+};
+
+// ADOPT [AD, Alg. 2]: v is that of the gradients before. At t = 1 `upper` is 0, and nothing but v is made.
+struct ADOPT : Traits {
+  static constexpr const char* name = "adopt";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    const F normalized = clamped(g / at_least(square_root(v), s.eps), -s.upper, s.upper);
+    m = s.beta1 * m + s.one_minus_beta1 * (s.upper > 0.0f ? normalized : F{});
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    p = p - s.lr * m;
+  }
+};
+
+// Adam whose learning rate of each entry is cut off at two bounds [LX, Alg. 2]; lr comes with the bias corrections of
+// both moments.
+struct AdaBound : Traits {
+  static constexpr const char* name = "ada_bound";
+  static constexpr int moments = 2;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    const F rate = clamped(s.lr / (square_root(v) + s.eps), s.lower, s.upper);
+    p = p - rate * m;
+  }
+};
+
+// The same with the largest v so far, as x, or NaN after one.
+struct AMSBound : Traits {
+  static constexpr const char* name = "ams_bound";
+  static constexpr int moments = 3;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F& x) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    x = v > x ? v : v == v ? x : v;
+    const F rate = clamped(s.lr / (square_root(x) + s.eps), s.lower, s.upper);
+    p = p - rate * m;
+  }
+};
+
+// AdEMAMix [PA, Alg. 1]: Adam with a second, slow momentum x. lr comes divided by 1 - beta1^t, sqrt(1 - beta2^t) is
+// `bias_correction`, and `mix` is lr times the weight of x, which no bias is corrected of.
+struct AdEMAMix : Traits {
+  static constexpr const char* name = "ademamix";
+  static constexpr int moments = 3;
+  static constexpr bool divides = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F& x) {
+    m = s.beta1 * m + s.one_minus_beta1 * g;
+    v = s.beta2 * v + s.one_minus_beta2 * g * g;
+    x = s.beta3 * x + s.one_minus_beta3 * g;
+    p = p - (s.lr * m + s.mix * x) / (square_root(v) / s.bias_correction + s.eps);
+  }
+};
+
 // The list that backends instantiate. The order numbers the rules across the binding.
 #define SIGNADAM_RULES(X) \
   X(SignSGD)              \
@@ -305,7 +514,20 @@ struct Lion : Traits {
   X(AdamStarMinibatch)    \
   X(Adam)                 \
   X(AdamAMSGrad)          \
-  X(Lion)
+  X(Lion)                 \
+  X(AdamS)                \
+  X(BCOS)                 \
+  X(LionThreshold)        \
+  X(LionHuber)            \
+  X(LionSoftsign)         \
+  X(Ano)                  \
+  X(Grams)                \
+  X(AdaMomentum)          \
+  X(LaProp)               \
+  X(ADOPT)                \
+  X(AdaBound)             \
+  X(AMSBound)             \
+  X(AdEMAMix)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,
@@ -317,9 +539,48 @@ enum RuleIndex {
 // Decoupled decay and the rule, given the effective gradient. `decay` is 1 - lr * wd, and 1 where there is none, which
 // changes no bit of p.
 template <class Rule, class F>
-SIGNADAM_HD void apply_effective(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
+SIGNADAM_HD void apply_plainly(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
   p = p * s.decay;
   Rule::update(s, alpha, p, g, m, v, x);
+}
+
+// The same with cautious weight decay [CW, Alg. 1]: p decays unless the step leads it away from 0. Rules read p only to
+// move it, so at 0 they leave the step. Where the step is 0 p decays, and where it is NaN it does not.
+template <class Rule, class F>
+SIGNADAM_HD void apply_cautiously(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
+  F step{};
+  Rule::update(s, alpha, step, g, m, v, x);
+  // Signs, because the product of a small p and a small step is 0. That of p = 0 does not matter.
+  p = (times_sign_of(step, p) <= 0.0f ? p * s.decay : p) + step;
+}
+
+// Whether a step goes against the gradient, as it should: 1 or 0.
+template <class F>
+SIGNADAM_HD F agreement(F step, F g) {
+  return (times_sign_of(step, g) < 0.0f) & (g != 0.0f) ? F{} + 1.0f : F{};
+}
+
+// The same with the step multiplied by a number of the tensor's, `scale`, and with caution [CO] only where it goes
+// against the gradient. NaN stays NaN. Returns the step before that.
+template <class Rule, class F>
+SIGNADAM_HD F apply_scaled(const Scalars& s, float scale, F& p, F g, F& m, F& v, F& x) {
+  F step{};
+  Rule::update(s, s.alpha, step, g, m, v, x);
+  const F whole = step;
+  if (s.caution) step = (times_sign_of(step, g) >= 0.0f) | (g == 0.0f) ? F{} : step;
+  step = step * scale;
+  const F decayed = p * s.decay;
+  p = (!s.cautious_decay ? decayed : times_sign_of(step, p) <= 0.0f ? decayed : p) + step;
+  return whole;
+}
+
+// The first or the second, which is the same for all elements of a tensor.
+template <class Rule, class F>
+SIGNADAM_HD void apply_effective(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
+  if (s.cautious_decay)
+    apply_cautiously<Rule>(s, alpha, p, g, m, v, x);
+  else
+    apply_plainly<Rule>(s, alpha, p, g, m, v, x);
 }
 
 // The whole chain for one element.

@@ -17,11 +17,16 @@ namespace signadam {
   X(one_minus_beta1)       \
   X(beta2)                 \
   X(one_minus_beta2)       \
+  X(beta3)                 \
+  X(one_minus_beta3)       \
+  X(mix)                   \
   X(eps)                   \
   X(denominator)           \
   X(bias_correction)       \
   X(rho)                   \
-  X(one_minus_rho)
+  X(one_minus_rho)         \
+  X(lower)                 \
+  X(upper)
 
 // What moves the threshold of adaptive or steered confidence is arithmetic of doubles.
 #define SIGNADAM_DOUBLES(X)    \
@@ -33,6 +38,9 @@ namespace signadam {
 
 #define SIGNADAM_FLAGS(X) \
   X(coupled)              \
+  X(cautious_decay)       \
+  X(scales)               \
+  X(caution)              \
   X(steers)
 
 #define SIGNADAM_SCALARS(X) \

@@ -125,4 +125,14 @@ SIGNADAM_HD float threshold(const TensorEntry& tensor, const Scalars& s) {
   return tensor.threshold_state == nullptr ? s.alpha : static_cast<float>(s.adaptive_alpha * *tensor.threshold_state);
 }
 
+// A share of entries or a root mean square below this counts as this.
+constexpr double least_scale = 0x1p-10;
+
+// With `scales`, what steps are multiplied by, rounded once: 1 over the share of entries that agree [CO], or the
+// parameter's root mean square. Before the first step there is none. CUDA's kernels know no scale.
+inline float update_scale(double state, const Scalars& s) {
+  const double size = state < least_scale ? least_scale : state;
+  return static_cast<float>(!s.caution ? size : state == 0.0 ? 1.0 : 1.0 / size);
+}
+
 }  // namespace signadam

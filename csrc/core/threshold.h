@@ -72,4 +72,13 @@ SIGNADAM_HD double next_threshold_state(double a, const Sums& sums, int64_t nume
   return s.steers ? next_threshold(a, sums, n, s) : next_deviation(a, sums, n, s);
 }
 
+// The share of entries whose step agrees with the gradient, or the root mean square of the parameter. No share at all,
+// as where the learning rate is 0, tells nothing.
+inline double next_scale(double a, const Sums& sums, int64_t numel, const Scalars& s) {
+  if (!is_finite(sums.first) || !is_finite(sums.second)) return a;
+  const double n = static_cast<double>(numel);
+  if (!s.caution) return double_root(sums.second / n);
+  return sums.first == 0.0 ? a : sums.first / n;
+}
+
 }  // namespace signadam

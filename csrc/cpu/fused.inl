@@ -254,7 +254,7 @@ SIGNADAM_HD void load_moment_group(const void* base, Format format, int64_t inde
     for (int k = 0; k < 4; ++k) q[k] = widen_bytes(from + k * width);
   } else if (format == Format::int4) {
     for (int k = 0; k < 4; ++k) {
-      I words;
+      I words{};
       for (int i = 0; i < width; ++i) words[i] = word_at(from + k * width / 2 + i / 8 * 4);
       q[k] = codes_in<4>(words, 0);
     }

@@ -23,6 +23,9 @@ struct Kernels {
   ChunkUpdate update[rule_count];
   // S1 and S2 of a chunk's effective gradient, as yet unreduced over chunks.
   Sums (*sum)(const Slice& slice, const Scalars& s, float alpha);
+  // The same where steps are scaled: how many entries of the step agree with the gradient, or the squares of the
+  // parameter.
+  Sums (*sum_step[rule_count])(const Slice& slice, const Scalars& s);
   CastChunk cast[3][2];  // by VoteMemory, and whether there is a residual
   CountWords majority;   // 2 bits an entry
   CountWords count[4];   // of 2, 4, 8 and 16 bits an entry

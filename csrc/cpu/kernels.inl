@@ -64,16 +64,31 @@ SIGNADAM_HD void update_block(const Scalars& s, float alpha, const Arrays& array
   float* SIGNADAM_RESTRICT const m = arrays.m;
   float* SIGNADAM_RESTRICT const v = arrays.v;
   float* SIGNADAM_RESTRICT const x = arrays.x;
-  for (int i = 0; i < count; ++i) {
-    float m_i = 0.0f, v_i = 0.0f, x_i = 0.0f;
-    if constexpr (Rule::moments > 0) m_i = m[i];
-    if constexpr (Rule::moments > 1) v_i = v[i];
-    if constexpr (has_third<Rule>) x_i = x[i];
-    apply<Rule>(s, alpha, p[i], g[i], m_i, v_i, x_i);
-    if constexpr (Rule::moments > 0) m[i] = m_i;
-    if constexpr (Rule::moments > 1) v[i] = v_i;
-    if constexpr (Rule::moments > 2) x[i] = x_i;
-  }
+  const auto each = [&](auto apply) {
+    for (int i = 0; i < count; ++i) {
+      float m_i = 0.0f, v_i = 0.0f, x_i = 0.0f;
+      if constexpr (Rule::moments > 0) m_i = m[i];
+      if constexpr (Rule::moments > 1) v_i = v[i];
+      if constexpr (has_third<Rule>) x_i = x[i];
+      apply(p[i], effective_gradient(s, p[i], g[i]), m_i, v_i, x_i);
+      if constexpr (Rule::moments > 0) m[i] = m_i;
+      if constexpr (Rule::moments > 1) v[i] = v_i;
+      if constexpr (Rule::moments > 2) x[i] = x_i;
+    }
+  };
+  // A loop without a branch in it each, of which compilers make vectors.
+  if (s.scales)
+    each([&](float& p_i, float g_i, float& m_i, float& v_i, float& x_i) {
+      apply_scaled<Rule>(s, alpha, p_i, g_i, m_i, v_i, x_i);
+    });
+  else if (s.cautious_decay)
+    each([&](float& p_i, float g_i, float& m_i, float& v_i, float& x_i) {
+      apply_cautiously<Rule>(s, alpha, p_i, g_i, m_i, v_i, x_i);
+    });
+  else
+    each([&](float& p_i, float g_i, float& m_i, float& v_i, float& x_i) {
+      apply_plainly<Rule>(s, alpha, p_i, g_i, m_i, v_i, x_i);
+    });
 }
 
 const void* at(const void* base, Format format, int64_t index) {
@@ -206,16 +221,18 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, Chunk
     int done = 0;
 #if defined(__AVX2__)
     // A division takes as long as memory does.
-    if constexpr (!has_third<Rule> && !Rule::divides) done = update_observed<Rule>(slice, s, alpha, *chunk_statistics);
+    if constexpr (!has_third<Rule> && !Rule::divides)
+      if (!s.scales) done = update_observed<Rule>(slice, s, alpha, *chunk_statistics);
 #endif
     return update_blocks<Rule>(slice, s, alpha, done, chunk_statistics);
   }
   const Formats& formats = slice.tensor.formats;
-  if (formats.plain() && formats.param == Format::fp32 && formats.grad == Format::fp32)
+  if (!s.scales && formats.plain() && formats.param == Format::fp32 && formats.grad == Format::fp32)
     return update_fp32<Rule>(slice, s, alpha);
   int done = 0;
 #if defined(__AVX2__)
   if constexpr (!has_third<Rule>) {
+    if (s.scales) return update_blocks<Rule>(slice, s, alpha, 0, nullptr);
     done = update_pairs<Rule>(slice, s, alpha);
     if (done == 0) done = update_groups<Rule>(slice, s, alpha);
   }
@@ -272,6 +289,44 @@ Sums sum_chunk(const Slice& slice, const Scalars& scalars, float alpha) {
   return {halve(first, lanes), halve(second, lanes)};
 }
 
+template <class Rule>
+Sums sum_step(const Slice& slice, const Scalars& scalars) {
+  const Scalars s = scalars;
+  const TensorEntry& tensor = slice.tensor;
+  const Formats& formats = tensor.formats;
+  alignas(64) double first[lane_count] = {}, second[lane_count] = {};
+  alignas(64) float scratch_p[block_size], scratch_g[block_size], scratch_m[block_size], scratch_v[block_size],
+      scratch_x[block_size];
+  for (int done = 0; done < slice.count; done += block_size) {
+    const int64_t index = slice.begin + done;
+    const int count = slice.count - done < block_size ? slice.count - done : block_size;
+    const float* const p = load_param(tensor, index, scratch_p, count);
+    double* const counts = first + done % lane_count;
+    double* const squares = second + done % lane_count;
+    if (!s.caution) {
+      for (int i = 0; i < count; ++i) squares[i] += static_cast<double>(p[i]) * static_cast<double>(p[i]);
+      continue;
+    }
+    const auto load = [&](void* base, Format format, float* scratch, bool used) {
+      return used ? load_moment(base, format, tensor.numel, index, scratch, count) : nullptr;
+    };
+    const float* const g = widened(slice.grad, formats.grad, index, scratch_g, count);
+    const float* const m = load(tensor.exp_avg, formats.exp_avg, scratch_m, Rule::moments > 0);
+    const float* const v = load(tensor.exp_avg_sq, formats.exp_avg_sq, scratch_v, Rule::moments > 1);
+    const float* const x = load(tensor.aux, formats.aux, scratch_x, has_third<Rule>);
+    for (int i = 0; i < count; ++i) {
+      float step = 0.0f, m_i = 0.0f, v_i = 0.0f, x_i = 0.0f;
+      if constexpr (Rule::moments > 0) m_i = m[i];
+      if constexpr (Rule::moments > 1) v_i = v[i];
+      if constexpr (has_third<Rule>) x_i = x[i];
+      const float effective = effective_gradient(s, p[i], g[i]);
+      Rule::update(s, s.alpha, step, effective, m_i, v_i, x_i);
+      counts[i] += static_cast<double>(agreement(step, effective));
+    }
+  }
+  return {halve(first, lane_count), halve(second, lane_count)};
+}
+
 #include "vote.inl"
 
 }  // namespace
@@ -288,6 +343,11 @@ const Kernels SIGNADAM_ISA_TABLE = {SIGNADAM_ISA_NAME,
 #undef SIGNADAM_ENTRY
                                     },
                                     SIGNADAM_ISA::sum_chunk,
+                                    {
+#define SIGNADAM_ENTRY(Rule) SIGNADAM_ISA::sum_step<Rule>,
+                                        SIGNADAM_RULES(SIGNADAM_ENTRY)
+#undef SIGNADAM_ENTRY
+                                    },
                                     {SIGNADAM_CASTS(none), SIGNADAM_CASTS(gradients), SIGNADAM_CASTS(gated_signs)},
                                     SIGNADAM_ISA::count_words<2, true>,
                                     {SIGNADAM_ISA::count_words<2, false>, SIGNADAM_ISA::count_words<4, false>,

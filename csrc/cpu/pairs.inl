@@ -318,8 +318,8 @@ SIGNADAM_HD bool scales_exactly(const Scalars& s) {
   return exact(s.lr) && exact(s.beta1) && exact(s.one_minus_beta1);
 }
 
-// The whole groups of a chunk. `as_it_is`: the gradient counts as it is, neither scaled nor with decay added. Returns
-// how many elements that were.
+// The whole groups of a chunk. `as_it_is`: the gradient counts as it is, neither scaled nor with decay added, and decay
+// is not cautious. Returns how many elements that were.
 template <class Rule, Format moment, bool as_it_is>
 int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
   Scalars s = scalars;  // a local copy cannot alias the tensors
@@ -330,7 +330,7 @@ int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
     s.beta1 *= fixed_point / top;
     s.one_minus_beta1 *= fixed_point;
   }
-  if constexpr (as_it_is) s.coupled = 0, s.gradient_scale = 1.0f;
+  if constexpr (as_it_is) s.coupled = s.cautious_decay = 0, s.gradient_scale = 1.0f;
   const TensorEntry tensor = slice.tensor;
   const void* const grad = slice.grad;
   const bool stochastic = tensor.formats.param_storage == ParamStorage::stochastic;
@@ -389,9 +389,10 @@ int update_pairs(const Slice& slice, const Scalars& s, float alpha) {
   if (f.param != Format::bf16 || f.grad != Format::bf16 || (Rule::moments > 1 && f.exp_avg_sq != Format::bf16) ||
       !goes_by_groups(slice, 0) || !takes(s, alpha))
     return 0;
-#define SIGNADAM_PAIRS(moment)                                                                              \
-  return s.coupled || s.gradient_scale != 1.0f ? update_pairs<Rule, Format::moment, false>(slice, s, alpha) \
-                                               : update_pairs<Rule, Format::moment, true>(slice, s, alpha)
+  const bool as_it_is = !s.coupled && !s.cautious_decay && s.gradient_scale == 1.0f;
+#define SIGNADAM_PAIRS(moment)                                                \
+  return as_it_is ? update_pairs<Rule, Format::moment, true>(slice, s, alpha) \
+                  : update_pairs<Rule, Format::moment, false>(slice, s, alpha)
   if constexpr (Rule::moments == 0) {
     SIGNADAM_PAIRS(fp32);
   } else {
@@ -400,9 +401,9 @@ int update_pairs(const Slice& slice, const Scalars& s, float alpha) {
       if (f.exp_avg == Format::int8) SIGNADAM_PAIRS(int8);
       if (f.exp_avg == Format::int4) SIGNADAM_PAIRS(int4);
       if (f.exp_avg == Format::int2) SIGNADAM_PAIRS(int2);
-    } else {
-      if (f.exp_avg == Format::block8) SIGNADAM_PAIRS(block8);
     }
+    if constexpr (has_blocks<Rule>)
+      if (f.exp_avg == Format::block8) SIGNADAM_PAIRS(block8);
     return 0;
   }
 #undef SIGNADAM_PAIRS

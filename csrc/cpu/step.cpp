@@ -123,7 +123,8 @@ Sums total_of(Sums* sums, int64_t count, Sums* lanes) {
 
 void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s, Sums* lanes) {
   const Sums total = total_of(table.sums + tensor.first_chunk, chunks_of(tensor.numel), lanes);
-  *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, total, tensor.numel, s);
+  *tensor.threshold_state =
+      (s.scales ? next_scale : next_threshold_state)(*tensor.threshold_state, total, tensor.numel, s);
 }
 
 // `body(chunk, slice, index)` for the chunks of every tensor, the index-th, that has a gradient.
@@ -189,15 +190,18 @@ void run(RuleIndex rule, ThresholdPass threshold_pass, const TableView& table, u
     });
   };
 
+  const auto sum = [&](const Slice& slice, const Scalars& s, float alpha) {
+    return s.scales ? isa.sum_step[rule](slice, s) : isa.sum(slice, s, alpha);
+  };
+
   if (threshold_pass == ThresholdPass::pass_before) {
-    each_chunk(
-        [&](uint32_t chunk, const Slice& slice, const Scalars& s) { table.sums[chunk] = isa.sum(slice, s, 0.0f); });
+    each_chunk([&](uint32_t chunk, const Slice& slice, const Scalars& s) { table.sums[chunk] = sum(slice, s, 0.0f); });
     finish();
   }
   each_chunk([&](uint32_t chunk, const Slice& slice, const Scalars& s) {
     // The sums come first: they need the old parameter, and leave the chunk in the cache for the update.
-    const float alpha = threshold(slice.tensor, s);
-    if (threshold_pass == ThresholdPass::same_pass) table.sums[chunk] = isa.sum(slice, s, alpha);
+    const float alpha = s.scales ? update_scale(*slice.tensor.threshold_state, s) : threshold(slice.tensor, s);
+    if (threshold_pass == ThresholdPass::same_pass) table.sums[chunk] = sum(slice, s, alpha);
     isa.update[rule](slice, s, alpha, table.chunk_statistics == nullptr ? nullptr : table.chunk_statistics + chunk);
   });
   if (threshold_pass == ThresholdPass::same_pass) finish();

@@ -23,7 +23,11 @@
   X(SignAdam, none, plain, fp32, fp32, fp32, nearest)   \
   X(SignAdam, none, plain, bf16, fp32, fp32, nearest)   \
   X(Adam, none, plain, fp32, fp32, fp32, nearest)       \
-  X(Adam, none, plain, bf16, fp32, fp32, nearest)
+  X(Adam, none, plain, bf16, fp32, fp32, nearest)       \
+  X(AdamS, none, plain, fp32, fp32, fp32, nearest)      \
+  X(BCOS, none, plain, fp32, fp32, fp32, nearest)       \
+  X(LaProp, none, plain, fp32, fp32, fp32, nearest)     \
+  X(ADOPT, none, plain, fp32, fp32, fp32, nearest)
 
 // Other storage forms of rules with one moment or none.
 #define SIGNADAM_FIXED_STORED(X)                         \
@@ -52,7 +56,9 @@
   X(Signum, none, any, bf16, block8, fp32, stochastic)   \
   X(Lion, none, any, bf16, bf16, fp32, stochastic)       \
   X(Lion, none, any, bf16, block8, fp32, stochastic)     \
-  X(Lion, none, any, bf16, block8, fp32, split8)
+  X(Lion, none, any, bf16, block8, fp32, split8)         \
+  X(AdamS, none, any, bf16, bf16, fp32, stochastic)      \
+  X(BCOS, none, any, bf16, bf16, fp32, stochastic)
 
 // Other storage forms of rules with two moments.
 #define SIGNADAM_FIXED_TWO_MOMENTS(X)                  \
@@ -63,7 +69,9 @@
   X(Adam, none, any, fp32, block8, bf16, nearest)      \
   X(Adam, none, any, bf16, bf16, bf16, stochastic)     \
   X(Adam, none, any, bf16, block8, bf16, stochastic)   \
-  X(Adam, none, any, bf16, bf16, bf16, split16)
+  X(Adam, none, any, bf16, bf16, bf16, split16)        \
+  X(LaProp, none, any, bf16, int8, bf16, stochastic)   \
+  X(ADOPT, none, any, bf16, block8, bf16, stochastic)
 
 // With a threshold that is made of sums over the gradient, or with the statistics of the step.
 #define SIGNADAM_FIXED_THRESHOLDS(X)                                 \

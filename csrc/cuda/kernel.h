@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <type_traits>
 
 #include "../block/block.h"
 
@@ -74,11 +75,11 @@ struct DeviceBlock {
 };
 
 // Blocks on a multiprocessor at a time. In any form, two moments, sums beside an update, and the statistics do not fit
-// 128 registers on every architecture: one block without spills.
+// 128 registers on every architecture, nor do AdaBound's scalars: one block without spills.
 template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms>
 constexpr int blocks_at_once =
     !Forms::fixed && (storage == Storage::with_statistics || threshold_pass == ThresholdPass::same_pass ||
-                      (storage == Storage::any && Rule::moments > 1))
+                      (storage == Storage::any && Rule::moments > 1) || std::is_same_v<Rule, AdaBound>)
         ? 1
         : 2;
 

@@ -244,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("LANES") = lane_count;
   m.attr("ROWS") = row_count;
   m.attr("CHUNK_SIZE") = chunk_size;
+  m.attr("LEAST_SCALE") = least_scale;
   m.def("advise_huge_pages", &cpu::advise_huge_pages, py::arg("address"), py::arg("size"));
   m.def("step_layout", &step_layout, py::arg("tensors"), py::arg("scalar_sets"));
 
@@ -257,7 +258,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<GradientReader>(m, "GradientReader")
       .def(py::init<const TorchShim*>(), py::keep_alive<1, 2>())
       .def("watch", &GradientReader::watch, py::arg("group"), py::arg("param"), py::arg("grad_strides"),
-           py::arg("grad_like"), py::arg("state"), py::arg("spec"))
+           py::arg("grad_like"), py::arg("state"), py::arg("spec"), py::arg("counts_there"))
       .def("read", &GradientReader::read, py::arg("param_groups"), py::arg("state"))
       .def("unchanged", &GradientReader::unchanged)
       .def("replace", &GradientReader::replace, py::arg("index"), py::arg("address"))

@@ -91,11 +91,13 @@ GradientReader::Noted GradientReader::note(const py::object& tensor) {
 }
 
 void GradientReader::watch(std::size_t group, const py::object& param, const py::tuple& grad_strides,
-                           const py::object& grad_like, const py::tuple& state, const py::object& spec) {
+                           const py::object& grad_like, const py::tuple& state, const py::object& spec,
+                           bool counts_there) {
   Parameter parameter{};
   Expected expected{};
   parameter.group = group;
   parameter.known = !param.is_none();
+  parameter.count_version = unwatched;
   parameter.first_entry = entries_.size();
   if (parameter.known) {
     py::object own = param;
@@ -122,6 +124,10 @@ void GradientReader::watch(std::size_t group, const py::object& param, const py:
       PyObject* interned = entry_name.release().ptr();
       PyUnicode_InternInPlace(&interned);
       entries_.push_back({py::reinterpret_steal<py::object>(interned), note(pair[1]), 0});
+    }
+    if (counts_there && state.size() != 0) {
+      const auto last = state[state.size() - 1].cast<py::tuple>();
+      parameter.count_version = count_version_of(last[1].cast<py::object>().ptr(), {});
     }
   }
   parameter.end_entry = entries_.size();
@@ -253,6 +259,15 @@ uint64_t GradientReader::version_of(PyObject* dict) {
 #endif
 }
 
+// How often torch has written to a tensor: the device's own counting is no such write.
+int64_t GradientReader::count_version_of(PyObject* tensor, const Trace& trace) {
+  if (trace.version != nullptr) return static_cast<int64_t>(trace.version->load());
+  static PyObject* const version_name = name("_version");
+  const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, version_name));
+  if (!version) throw py::error_already_set();
+  return version.cast<int64_t>();
+}
+
 // Whether a parameter's state is as it was noted; from here on it is owned.
 bool GradientReader::take_state(std::size_t index, PyObject* own) {
   Parameter& parameter = parameters_[index];
@@ -274,6 +289,9 @@ bool GradientReader::take_state(std::size_t index, PyObject* own) {
       }
     }
     if (!same(value, entries_[e].tensor, *trace)) return false;
+    if (e + 1 == parameter.end_entry && parameter.count_version != unwatched &&
+        count_version_of(value, *trace) != parameter.count_version)
+      return false;
     state_tensors_[e] = py::reinterpret_borrow<py::object>(value);
   }
   parameter.state_version = version;

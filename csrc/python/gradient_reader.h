@@ -27,9 +27,11 @@ class GradientReader {
   // `grad_strides`: what a gradient must have to be read where it lies. `grad_like`: a tensor of its dtype.
   // `state`: (name, tensor) of each state entry that a step uses.
   // `spec`: how the parameter is spread over ranks, whose part here is what the rest describes; None: it is no DTensor.
+  // `counts_there`: whether the last state entry, the number of steps, is read by the device alone, so that the plan
+  // holds only as long as nobody else has written to it.
   // Throws std::invalid_argument for a tensor that torch does not describe.
   void watch(std::size_t group, const py::object& param, const py::tuple& grad_strides, const py::object& grad_like,
-             const py::tuple& state, const py::object& spec);
+             const py::tuple& state, const py::object& spec, bool counts_there);
 
   // Reads the addresses of all gradients. Returns the indices of those that cannot be used as they are. Returns None
   // when the plan no longer holds: groups have other parameters, a tensor that the step would use is another one, has
@@ -73,6 +75,7 @@ class GradientReader {
   py::tuple held(std::size_t index) const;
 
  private:
+  static constexpr int64_t unwatched = -1;
   // An addition that has to wait for memory would hold up all that follow.
   static constexpr std::size_t versions_ahead = 16;
 
@@ -100,6 +103,7 @@ class GradientReader {
     py::object spec;         // null: it is no DTensor
     void* grad_address;      // of the last gradient that could be read where it lies
     uint64_t state_version;  // of its state when all entries were last found in it
+    int64_t count_version;   // of its number of steps, where that is read by the device alone; otherwise `unwatched`
     std::size_t first_entry, end_entry;
     std::size_t group;
     bool known;
@@ -134,6 +138,7 @@ class GradientReader {
   bool find_parameters(const py::object& param_groups);
   bool find_states(PyObject* state);
   static PyObject* find(PyObject* own, StateEntry& entry);
+  static int64_t count_version_of(PyObject* tensor, const Trace& trace);
   static uint64_t version_of(PyObject* dict);
   bool take_state(std::size_t index, PyObject* own);
   void take_gradients();

@@ -142,6 +142,7 @@ def _launches(kind: Kind) -> list[dict[str, Any]]:
         "CONFIDENCE": None,
         "OBSERVES": False,
         "RUNS": False,
+        "SCALE": None,
     }
     own = kind.rule.threshold_pass
     launches = []

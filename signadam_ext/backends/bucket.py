@@ -35,7 +35,7 @@ class Entry:
         step: 0-dim float64 on the CPU, the number of steps taken, during a step; fp32 in the functional forms; None
             where nobody counts.
         counts_on_device: whether it is on the parameter's device instead, where kernels count it.
-        group: index of its parameter group.
+        group: number of the group that its scalars are made of, see :class:`signadam_ext.engine.plan.Plan`.
         seed, param_id, shard: what its random bits are made of: the seed, the number under which ``state_dict()`` lists
             the parameter, and where its elements lie in the unsharded tensor.
         image: where the reference computes parameters that share memory, during a step: the place of ``param`` in a

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from ..core.formats import DTYPE_FORMATS, PARAM_STORAGES
 from ..core.native import compiled as _C
@@ -49,6 +50,23 @@ def _registers(constants: dict[str, Any]) -> int | None:
     return 128 if is_large or has_residual or constants["RUNS"] else 80
 
 
+def interpreter_fault() -> str | None:
+    """Why Triton's interpreter would fail beside this NumPy, where it would.
+
+    Below 3.7 it makes the bound of a loop an ``int`` of an array with one element, as the array itself, which NumPy
+    refuses since 2.4 (triton-lang/triton#9171). What Triton compiles is not concerned.
+    """
+    import numpy
+    import triton
+
+    if TorchVersion(triton.__version__) >= "3.7" or TorchVersion(numpy.__version__) < "2.4":
+        return None
+    return (
+        f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__}: take NumPy below 2.4, "
+        "or Triton 3.7 or newer"
+    )
+
+
 class TritonBackend:
     name = "triton"
     splits_formats = True
@@ -65,7 +83,7 @@ class TritonBackend:
         from ..triton_kernels.update import update
 
         if not isinstance(update, JITFunction):
-            return None
+            return interpreter_fault()
         return "Triton takes CPU tensors only when TRITON_INTERPRET=1 was set before the import"
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
@@ -228,6 +246,7 @@ def _launches(bucket: Bucket) -> list[dict[str, Any]]:
         "PARAM_STORAGE": PARAM_STORAGES[sample.param_storage],
         "CONFIDENCE": bucket.rule.confidence,
         "RUNS": sample.shard.run > 0,
+        "SCALE": bucket.rule.update_scale,
     }
     before, none = _C.ThresholdPass.PASS_BEFORE, _C.ThresholdPass.NONE
     own: _C.ThresholdPass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)

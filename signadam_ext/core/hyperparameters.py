@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, modifiers
 from .formats import PARAM_STORAGES
 from .options import BACKENDS
 from .renamed import NAMES, VALUES, names_today, value_today
@@ -51,14 +51,16 @@ class Optional:
 
 @dataclass(frozen=True)
 class Betas:
-    """A decay in [0, 1) for each of ``names``, by which errors call them."""
+    """A decay in [0, 1) for each of ``names``, by which errors call them; the last is at least ``low``."""
 
     names: tuple[str, ...]
+    low: float = 0.0
 
     def __call__(self, name: str, value: Any) -> tuple[float, ...]:
         if not isinstance(value, (tuple, list)) or len(value) != len(self.names):
             raise ValueError(f"{name}={value!r}: must be a tuple of {len(self.names)}; {how_betas_are_given(self)}")
         found = tuple(map(BETA, self.names, value))
+        Number(self.low, 1.0)(self.names[-1], found[-1])
         # The same object where it holds Python's numbers already.
         return value if isinstance(value, tuple) and all(map(operator.is_, found, value)) else found
 
@@ -84,12 +86,19 @@ BETA = Number(0.0, 1.0)
 SHARE = Number(0.0, 1.0, open_low=True)
 ONE_BETA = Betas(("beta",))
 TWO_BETAS = Betas(("betas[0]", "betas[1]"))
+THREE_BETAS = Betas(("betas[0]", "betas[1]", "betas[2]"))
 
 #: Of all optimizers, in the order in which they are checked; ``state_dtype`` only of those that have moments.
 COMMON: Checks = {
     "lr": LEARNING_RATE,
     "weight_decay": Number(),
     "decoupled_weight_decay": FLAG,
+    "weight_decay_kind": Optional(Choice(modifiers.WEIGHT_DECAY_KINDS)),
+    "weight_decay_scale": Choice(tuple(modifiers.WEIGHT_DECAY_SCALES)),
+    "lr_scale": modifiers.lr_scale,
+    "caution": Optional(Choice(modifiers.CAUTIONS)),
+    "base_lr": LEARNING_RATE,
+    "largest_lr": LEARNING_RATE,
     "maximize": FLAG,
     "max_grad_norm": checks.max_grad_norm,
     "state_dtype": _state_dtype,
@@ -117,7 +126,12 @@ class Declaring(Protocol):
 def how_betas_are_given(check: Check | None) -> str:
     """What is right where ``beta`` or ``betas`` is not."""
     count = len(check.names) if isinstance(check, Betas) else 0
-    return ("this rule has none", "this rule has one, beta=...", "this rule has two, betas=(..., ...)")[count]
+    return (
+        "this rule has none",
+        "this rule has one, beta=...",
+        "this rule has two, betas=(..., ...)",
+        "this rule has three, betas=(..., ..., ...)",
+    )[count]
 
 
 def check_beta_names(optimizer: type[Declaring], given: Mapping[str, Any], *, folded: bool = False) -> None:
@@ -133,7 +147,7 @@ def check_beta_names(optimizer: type[Declaring], given: Mapping[str, Any], *, fo
     """
     check = optimizer.HYPERPARAMETERS.get("betas")
     count = len(check.names) if isinstance(check, Betas) else 0
-    wrong = {0: ("beta",) if folded else ("beta", "betas"), 1: ("betas",), 2: ("beta",)}[count]
+    wrong = {0: ("beta",) if folded else ("beta", "betas"), 1: ("betas",)}.get(count, ("beta",))
     for name in wrong:
         if name not in given:
             continue

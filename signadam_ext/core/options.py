@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypedDict
 
 import torch
 
-from . import checks
+from . import checks, modifiers
 from .renamed import NAMES, names_today
 
+LrScale: TypeAlias = "str | Callable[[str | None, tuple[int, ...]], float] | None"
 StateDtype: TypeAlias = "str | torch.dtype | tuple[str | torch.dtype, ...]"
 
 
-class TorchOptions(TypedDict, total=False):
-    """What code written for torch.optim passes: taken as long as it asks for nothing."""
+class OtherOptions(TypedDict, total=False):
+    """What every class takes beside what it names: modifiers of its step, and what code written for torch.optim passes,
+    which is taken as long as it asks for nothing."""
 
+    weight_decay_kind: str | None
+    weight_decay_scale: str
+    lr_scale: LrScale
+    caution: str | None
     foreach: bool | None
     fused: bool | None
     differentiable: bool | None
@@ -31,6 +37,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.0,
     "decoupled_weight_decay": True,
+    **modifiers.DEFAULTS,
     "maximize": False,
     "max_grad_norm": None,
     "state_dtype": "fp32",
@@ -39,7 +46,16 @@ DEFAULTS: dict[str, Any] = {
     "backend": "auto",
 }
 COMMON = frozenset(DEFAULTS)
+#: What a group keeps of its learning rate: as it was when the group was added, and the largest so far.
+LARGEST_RATES = ("base_lr", "largest_lr")
 TORCH_OPTIONS: dict[str, Any] = dict.fromkeys(checks.TORCH_OPTIONS)
+#: What no class names, by its default and its type.
+OTHERS: dict[str, Any] = {**modifiers.DEFAULTS, **TORCH_OPTIONS}
+_ANNOTATIONS = {
+    **dict.fromkeys(("weight_decay_kind", "caution"), "str | None"),
+    "weight_decay_scale": "str",
+    "lr_scale": "LrScale",
+}
 
 
 def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,14 +65,14 @@ def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) ->
         TypeError: a name that no argument has, or has had; or one given under both names.
     """
     for key in others:
-        if key not in TORCH_OPTIONS and key not in NAMES:
-            near = difflib.get_close_matches(key, (*given, *TORCH_OPTIONS), n=1)
+        if key not in OTHERS and key not in NAMES:
+            near = difflib.get_close_matches(key, (*given, *OTHERS), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{hint}")
     renamed = {NAMES[old] for old in others if old in NAMES}
     # A default stands in nobody's way.
     explicit = {key: value for key, value in given.items() if key not in renamed or value != DEFAULTS[key]}
-    return names_today({**TORCH_OPTIONS, **explicit, **others})
+    return names_today({**OTHERS, **explicit, **others})
 
 
 def signature(init: Any) -> inspect.Signature:
@@ -65,7 +81,12 @@ def signature(init: Any) -> inspect.Signature:
     own = list(found.parameters.values())[1:]
     if own and own[-1].kind is inspect.Parameter.VAR_KEYWORD:
         own[-1:] = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
-            for name in TORCH_OPTIONS
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=_ANNOTATIONS.get(name, "bool | None"),
+            )
+            for name, default in OTHERS.items()
         ]
     return found.replace(parameters=own)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections import ChainMap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 
 from . import checks, formats
+from .modifiers import decay_scalars, scale_of
 from .symbols import is_nonzero, number
 
 Group = Mapping[str, Any]
 Scalars = dict[str, float]
 
 # Names of the scalars of each beta.
-_DECAYS = (("beta1", "one_minus_beta1"), ("beta2", "one_minus_beta2"))
+_DECAYS = (("beta1", "one_minus_beta1"), ("beta2", "one_minus_beta2"), ("beta3", "one_minus_beta3"))
 
 #: How a gated rule obtains its threshold; the names of ``signadam_ext._C.ThresholdPass``.
 #: NONE: a scalar. SAME_PASS: from what earlier steps left, this step's sums are taken in the same pass. PASS_BEFORE:
@@ -30,25 +33,40 @@ class Rule:
     Attributes:
         name: name of the rule on every backend.
         moments: names of the state tensors, in the order of the kernels' ``m``, ``v`` and ``x``.
-        bounded: whether ``|m| <= 1`` always, so that few bits hold it without a scale.
+        bound: what ``|m|`` never exceeds, so that few bits hold it without a scale: codes q stand for
+            ``q * bound / L``. None where there is no such number.
+        unbounded: why there is none, for errors.
         scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles; of numbers or of
             symbols, see :mod:`signadam_ext.core.symbols`.
         uses_step: whether ``scalars`` depends on ``t``.
         reads_variance: whether it takes the variance of the gradient, from ``param.grad_variance``.
+        follows_gradient: whether its step always goes against the gradient, so that it can be no more cautious.
+        reads_param: whether its step depends on the parameter. Others read it only to move it.
+        keeps_largest: whether the third moment is a largest value, which no rounding up may enter.
+        moves_at_first: whether the first step moves and decays parameters. Otherwise it only makes state.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
         threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is
             "NONE".
+        update_scale: of what ``threshold_state`` makes a number that steps are multiplied by, in place of a threshold:
+            "caution", of the share of entries whose step goes against the gradient; "rms", of the parameter's root mean
+            square; or None.
         confidence: a function of the user's that gives the rule its gradient, or None.
     """
 
     name: str
     moments: tuple[str, ...]
     scalars: Callable[[Group, int], Scalars]
-    bounded: bool = False
+    bound: float | None = None
+    unbounded: str = "this momentum has no bound"
     uses_step: bool = False
     reads_variance: bool = False
+    follows_gradient: bool = False
+    reads_param: bool = False
+    keeps_largest: bool = False
+    moves_at_first: bool = True
     threshold_pass: str = "NONE"
     threshold_state: str | None = None
+    update_scale: str | None = None
     confidence: Callable[..., Any] | None = field(default=None, hash=False)  # one may have no hash
 
     def forms(self, group: Group) -> tuple[formats.Format, ...]:
@@ -62,30 +80,31 @@ class Rule:
             dtypes = (dtypes,) * len(self.moments)
         elif len(dtypes) != len(self.moments):
             raise ValueError(f"state_dtype={dtypes!r}: must be one dtype, or {len(self.moments)}, one for each moment")
-        if len(self.moments) > 2 and (few := [x for x in dtypes if x in formats.CODES]):
+        if self.keeps_largest and (few := [x for x in dtypes if x in formats.CODES]):
             raise ValueError(
                 f"state_dtype={few[0]!r} with {self.moments[2]}: a largest value cannot be kept in few bits; "
                 "use 'fp32' or 'bf16'"
             )
         return tuple(
-            self._form(dtype, self._first_forms if i == 0 else formats.SECOND) for i, dtype in enumerate(dtypes)
+            self._form(dtype, self.first_forms if i == 0 else formats.SECOND) for i, dtype in enumerate(dtypes)
         )
 
     @property
-    def _first_forms(self) -> Mapping[str, formats.Format]:
-        return formats.BOUNDED if self.bounded else formats.UNBOUNDED
+    def first_forms(self) -> Mapping[str, formats.Format]:
+        """By ``state_dtype``, what the first moment of two or fewer may be stored as."""
+        return formats.UNBOUNDED if self.bound is None else formats.BOUNDED
 
     def _levels(self, group: Group) -> int | None:
         """Levels of the first moment's codes, in a group whose ``state_dtype`` has been checked; None without codes."""
         if not self.moments:
             return None
         dtypes = _state_dtypes(group)
-        return self._first_forms[dtypes if type(dtypes) is str else dtypes[0]].levels
+        return self.first_forms[dtypes if type(dtypes) is str else dtypes[0]].levels
 
     def _form(self, dtype: object, allowed: Mapping[str, formats.Format]) -> formats.Format:
         if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
             raise ValueError(
-                f"state_dtype={dtype!r}: this momentum has no bound, so it needs a scale; use one of "
+                f"state_dtype={dtype!r}: {self.unbounded}, so it needs a scale; use one of "
                 f"{', '.join(map(repr, allowed))}"
             )
         return allowed[checks.one_of("state_dtype", dtype, formats.BOUNDED)]
@@ -95,14 +114,29 @@ class Rule:
 
         Gradients count ``gradient_factor`` times: what clipping, and a loss that was scaled, make of them.
 
-        A bounded moment in codes is ``m * L`` to the rule, which then takes ``lr / L`` and ``(1 - beta1) * L``.
+        A moment with a bound B in codes is ``m * L / B`` to the rule, which then takes ``lr / (L / B)`` and
+        ``(1 - beta1) * (L / B)``, and may not leave ``upper``, if it takes that.
         """
-        scalars = {**common_scalars(group), **self.scalars(group, t)}
+        own: Group = group
+        if (factor := group.get("lr_factor")) is not None:
+            own = ChainMap({"lr": number(group["lr"]) * factor}, group)  # type: ignore[arg-type]
+        scalars = {**decay_scalars(group), **_direction(own), **self.scalars(own, t)}
         scalars["gradient_scale"] *= gradient_factor
+        if self.update_scale is not None:
+            scalars["scales"], scalars["caution"] = 1.0, float(self.update_scale == "caution")
+        if not self.moves_at_first:
+            moves = is_nonzero(t - 1)
+            scalars["lr"] *= moves
+            scalars["decay"] = moves * scalars["decay"] + (1 - moves)  # exact: one of them is 0
         levels = self._levels(group)
         if levels is not None:
-            scalars["lr"] /= levels
-            scalars["one_minus_beta1"] *= levels
+            assert self.bound is not None
+            unit = levels / self.bound
+            scalars["lr"] /= unit
+            scalars["one_minus_beta1"] *= unit
+            if "upper" in scalars:
+                # Rounding errors go beyond L by less, and storing cuts off twice as much.
+                scalars["upper"] = levels + 2.0**-17
         return scalars
 
 
@@ -131,7 +165,24 @@ def rule_of(optimizer: type[HasRule], group: Group) -> Rule:
         TypeError, ValueError: hyperparameters that name none.
     """
     rule = optimizer.RULE
-    return rule.of(group) if isinstance(rule, RuleChoice) else rule
+    if isinstance(rule, RuleChoice):
+        rule = rule.of(group)
+    scale = scale_of(group)
+    return rule if scale is None else _scaled(rule, scale)
+
+
+@functools.cache
+def _scaled(rule: Rule, scale: str) -> Rule:
+    return replace(rule, **_SCALED[scale])
+
+
+#: What scales a rule's steps, by the modifier that asks for it: caution in two passes, and one with the last step's
+#: share; the root mean square of the parameter before the last step.
+_SCALED: dict[str, dict[str, Any]] = {
+    "exact": {"update_scale": "caution", "threshold_pass": "PASS_BEFORE", "threshold_state": "agreement"},
+    "delayed": {"update_scale": "caution", "threshold_pass": "SAME_PASS", "threshold_state": "agreement"},
+    "rms": {"update_scale": "rms", "threshold_pass": "SAME_PASS", "threshold_state": "param_rms"},
+}
 
 
 def method_of(optimizer: type[HasRule]) -> str:
@@ -153,18 +204,8 @@ def _named(dtype: Any) -> Any:
     return formats.MOMENT_DTYPES.get(dtype, dtype) if isinstance(dtype, torch.dtype) else dtype
 
 
-def common_scalars(group: Group) -> Scalars:
-    """Direction, learning rate and weight decay. Without decay ``decay`` is 1, which changes no bit of a parameter."""
-    lr = number(group["lr"])
-    weight_decay = number(group["weight_decay"])
-    decoupled = group["decoupled_weight_decay"]
-    return {
-        "gradient_scale": -1.0 if group["maximize"] else 1.0,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "decay": 1 - lr * weight_decay if decoupled else 1.0,
-        "coupled": 0.0 if decoupled else is_nonzero(weight_decay),
-    }
+def _direction(group: Group) -> Scalars:
+    return {"gradient_scale": -1.0 if group["maximize"] else 1.0, "lr": number(group["lr"])}
 
 
 def decays(group: Group, count: int) -> Scalars:

@@ -83,7 +83,7 @@ class Agreement:
         scalars = [dict(zip(_C.SCALARS, values, strict=True)) for values in scalar_sets]
         table = bucket.table
         return [
-            _Row(entry, numel, scalars[index], _sums(entry, scalars[index], grad(entry.index)))
+            _Row(entry, numel, scalars[index], _sums(self.rule, entry, scalars[index], grad(entry.index)))
             for entry, numel, index, present in zip(
                 bucket.entries, self._numels, table.scalar_indices(), table.grads(), strict=True
             )
@@ -130,9 +130,11 @@ def added_up(sums: Tensor, group: Sharers) -> Tensor:
     return sums.to(device)
 
 
-def _sums(entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:
+def _sums(rule: Rule, entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:
     """The two sums of this rank's part, float64: of the gradient, or the entries that pass, and of squares."""
     g = flat(grad)
+    if scalars["scales"]:
+        return _step_sums(rule, entry, scalars, g)
     if scalars["coupled"] or scalars["gradient_scale"] != 1.0:
         residual = None if entry.residual is None else flat(entry.residual)
         p = formats.load_param(entry.param_storage, flat(entry.param), residual)
@@ -144,6 +146,20 @@ def _sums(entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:
     else:
         first = g.sum(dtype=torch.float64)
     return torch.stack([first, torch.linalg.vector_norm(g, dtype=torch.float64).square()])
+
+
+def _step_sums(rule: Rule, entry: Entry, scalars: dict[str, float], grad: Tensor) -> Tensor:
+    """The same where steps are scaled: entries of the step that agree with the gradient, and squares of parameters."""
+    residual = None if entry.residual is None else flat(entry.residual)
+    p = formats.load_param(entry.param_storage, flat(entry.param), residual)
+    g = rules.effective_gradient(scalars, p, grad.float())
+    step = p
+    if scalars["caution"]:
+        s = {name: rules.as_fp32(value, p.device) for name, value in scalars.items()}
+        stored = [m if form.packed else flat(m) for form, m in zip(entry.forms, entry.moments, strict=True)]
+        moments = tuple(formats.decode(form, x, entry.numel) for form, x in zip(entry.forms, stored, strict=True))
+        step, _ = getattr(rules, rule.name)(s, s["alpha"], torch.zeros_like(p), g, moments)
+    return torch.stack(rules.step_sums(p, step, g, scalars))
 
 
 def _of_all_ranks(sums: Tensor, group: Any) -> list[Tensor]:

@@ -4,6 +4,9 @@ Where only the device knows whether a step is taken (a GradScaler has found infi
 nobody calls ``step()`` any more because a graph replays it, the host can neither count steps nor make scalars of the
 count. So step counts lie on the device, and kernels make scalars, random bits' keys and the list of gradients there.
 Where a step is skipped, that list is empty, and the kernels that update find nothing to do.
+
+The device can refuse no count. The host reads counts where a plan is made, and a plan holds only as long as torch has
+not written to one of them: what is no number of steps is refused there. Between replays of a graph nobody looks.
 """
 
 from __future__ import annotations

@@ -38,10 +38,12 @@ class GradientReader(Protocol):
         grad_dtype: torch.dtype,
         state: StateEntries,
         sharding: Sharding | None = None,
+        counts_there: bool = False,
     ) -> None:
         """Notes a parameter; None where the plan knows no gradient and no state of it.
 
-        Of one with a sharding, all else is about its part on this rank.
+        Of one with a sharding, all else is about its part on this rank. With ``counts_there`` only the device reads the
+        last entry, the number of steps, and the plan holds only as long as torch has not written to it.
         """
 
     def read(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any] | None) -> list[int] | None:
@@ -106,9 +108,10 @@ class CompiledReader:
         grad_dtype: torch.dtype,
         state: StateEntries,
         sharding: Sharding | None = None,
+        counts_there: bool = False,
     ) -> None:
         spec = None if sharding is None else sharding.spec
-        self.source.watch(group, param, tuple(grad_strides), _sample(grad_dtype), tuple(state), spec)
+        self.source.watch(group, param, tuple(grad_strides), _sample(grad_dtype), tuple(state), spec, counts_there)
 
     def written(self) -> Any:
         return self.source
@@ -153,6 +156,7 @@ class ListReader(Addresses):
         dtype: object,
         state: StateEntries,
         sharding: Sharding | None = None,
+        counts_there: bool = False,
     ) -> None:
         if self._runs_user_code and param is not None:
             self._known_memory += [(tensor, _memory_of(tensor)) for tensor in (param, *(value for _, value in state))]
@@ -191,10 +195,12 @@ class PythonReader(Addresses):
         grad_dtype: torch.dtype,
         state: StateEntries,
         sharding: Sharding | None = None,
+        counts_there: bool = False,
     ) -> None:
         place = None if param is None else _memory_of(shards.local(param))
         entries = [(name, _memory_of(value)) for name, value in state]
-        self._watched.append((group, place, tuple(grad_strides), grad_dtype, entries, sharding))
+        count_version = state[-1][1]._version if counts_there and state else None
+        self._watched.append((group, place, tuple(grad_strides), grad_dtype, entries, sharding, count_version))
         self._grads.append(0)
 
     def read(self, param_groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Any] | None) -> list[int] | None:
@@ -204,7 +210,7 @@ class PythonReader(Addresses):
         if [i for _, i in params] != [group for group, *_ in self._watched]:
             return None
         needs_copy = []
-        for index, ((owner, _), (_, place, strides, dtype, entries, sharding)) in enumerate(
+        for index, ((owner, _), (_, place, strides, dtype, entries, sharding, count_version)) in enumerate(
             zip(params, self._watched, strict=True)
         ):
             grad = owner.grad
@@ -225,6 +231,8 @@ class PythonReader(Addresses):
                     if not isinstance(own.get(name), Tensor) or _memory_of(own[name]) != noted:
                         return None
                     held.append(own[name])
+                if count_version is not None and held[-1]._version != count_version:
+                    return None
             self._held[index] = tuple(held)
             found = _memory_of(grad)
             if (
@@ -244,7 +252,7 @@ class PythonReader(Addresses):
 
     def unchanged(self) -> bool:
         for index, (param, grad, *state) in self._held.items():
-            _, place, _, _, entries, _ = self._watched[index]
+            _, place, _, _, entries, *_ = self._watched[index]
             if _memory_of(param) != place or (
                 index in self._known_memory and _memory_of(grad) != self._known_memory[index]
             ):

@@ -32,6 +32,7 @@ class Item:
         fit: what a step uses of its state. Raises on state that does not fit; writes nothing.
         own_state: its state in the optimizer, or None.
         state_names: of the entries of ``fit``, as the state holds them.
+        lr_factor: what its group's learning rate is multiplied by.
         at_rest: whether this is a first step without a learning rate, which needs no variance.
         owner: the parameter as the optimizer has it, where ``param`` is another tensor: its part on this rank.
         sharding: how it is spread over ranks, or None.
@@ -52,6 +53,7 @@ class Item:
     seed: int = 0
     param_id: int = 0
     shard: ShardIndex = WHOLE
+    lr_factor: float = 1.0
     at_rest: bool = False
     owner: Tensor | None = None
     sharding: Sharding | None = None
@@ -178,6 +180,13 @@ def _shard(item: Item) -> ShardIndex:
 def _backend(item: Item) -> backends.Backend:
     confidence = item.rule.confidence
     wanted = item.backend
+    if item.rule.update_scale is not None and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):
+        if wanted == "cuda":
+            raise RuntimeError(
+                f"{item.label} has steps that are scaled by a number of each tensor's (caution, or lr_scale='rms'), "
+                "which backend='cuda' does not do: take backend='auto' or 'triton'"
+            )
+        wanted = "triton" if backends.get("triton").unusable(item.param.device) is None else "reference"
     if _shard(item).run and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):
         # Its kernels number random bits from a first element on; Triton's follow runs as well.
         if wanted == "cuda":
@@ -196,8 +205,12 @@ def _backend(item: Item) -> backends.Backend:
     return backends.choose(wanted, item.param.device, item.label)
 
 
-def entry_of(found: Participant) -> Entry:
+def entry_of(found: Participant, scalar_group: int) -> Entry:
     """What kernels are given of a parameter, with the buffers that this needs.
+
+    Args:
+        found: the parameter.
+        scalar_group: number of the group that its scalars are made of.
 
     Raises:
         RuntimeError: a mode, FakeTensorMode for example, has made tensors of its own.
@@ -216,7 +229,7 @@ def entry_of(found: Participant) -> Entry:
         None,
         fitted.threshold_state,
         fitted.step,
-        item.group,
+        scalar_group,
         item.seed,
         item.param_id,
         _shard(item),

@@ -17,6 +17,7 @@ from .. import backends
 from ..backends.bucket import Bucket, Entry
 from ..backends.device import StreamGuarded, refuse_capture
 from ..core import memory_order, shards, tensors
+from ..core.modifiers import with_factor
 from ..core.native import compiled as _C
 from ..core.rule import Group, Rule
 from ..core.shards import Sharding
@@ -59,6 +60,7 @@ class Plan:
         "_holds_all",
         "_pending",
         "_reader",
+        "_scalar_groups",
         "_shardings",
         "_sharing",
         "_strides",
@@ -86,6 +88,9 @@ class Plan:
         self.labels = [item.label for item in items]
         self.entries: list[Entry] = []
         self.launches: list[tuple[Bucket, backends.Launch]] = []
+        # What scalars are made of: the index of a group, and what its learning rate is multiplied by. First the
+        # groups as they are.
+        self._scalar_groups = [(index, 1.0) for index in range(1 + max((item.group for item in items), default=0))]
         self._agreements: dict[int, Agreement] = {}  # by id of the bucket
         self._copies: dict[int, Tensor] = {}
         self.is_first = True  # whether it has taken no step
@@ -125,7 +130,10 @@ class Plan:
 
     def _enter(self, found: Participant) -> None:
         """Makes the entry of a parameter, and notes what a step will compare or read for it."""
-        entry = entry_of(found)
+        own = found.item.group, found.item.lr_factor
+        if own not in self._scalar_groups:
+            self._scalar_groups.append(own)
+        entry = entry_of(found, self._scalar_groups.index(own))
         self.entries.append(entry)
         self._strides[found.index] = entry.strides
         self._grad_dtypes[found.index] = entry.grad_dtype
@@ -183,7 +191,10 @@ class Plan:
             entries = zip(item.state_names, state, strict=True) if item.state_names else ()
             dtype = self._grad_dtypes[index]
             assert dtype is not None
-            self._reader.watch(item.group, item.key, self._strides[index], dtype, tuple(entries), item.sharding)
+            self._reader.watch(
+                *(item.group, item.key, self._strides[index], dtype, tuple(entries), item.sharding),
+                counts_there=found.counts_on_device,
+            )
 
     def _own_buffers(self) -> list[StreamGuarded]:
         """The plan's own copies of parameters and variances, by device, guarded for use on later streams."""
@@ -312,6 +323,7 @@ class Plan:
 
     def _run(self, groups: Sequence[Group], lock: StepLock | None, conditions: Conditions | None) -> Decision:
         begun = [(bucket, launch, sets) for bucket, launch in self.launches if (sets := self._begin(bucket))]
+        groups = [with_factor(groups[index], factor) for index, factor in self._scalar_groups]
         if self.device_steps is not None:
             return self._run_on_device(self.device_steps, groups, conditions or _NO_CONDITIONS)
         decision = _TAKEN

@@ -16,6 +16,7 @@ from ..backends import StreamedLaunch
 from ..core.native import compiled as _C
 
 if TYPE_CHECKING:
+    from ..backends.bucket import Bucket, Entry
     from .plan import Plan
 
 
@@ -92,8 +93,7 @@ def collect(plans: Iterable[Plan]) -> Statistics:
                 numel = entry.numel
                 end = begin + -(-numel // _C.CHUNK_SIZE)
                 if present and numel > 0:
-                    levels = entry.forms[0].levels if entry.forms else None
-                    sums = _sums(rows[begin:end], numel, levels or 1, bool(entry.forms))
+                    sums = _sums(rows[begin:end], numel, _unit(bucket, entry), bool(entry.forms))
                     label = plan.labels[entry.index]
                     named = re.fullmatch(r"parameter (['\"].*)", label)
                     found.append((entry.param_id, ast.literal_eval(named[1]) if named else label, sums))
@@ -103,11 +103,17 @@ def collect(plans: Iterable[Plan]) -> Statistics:
     return Statistics(_total(every).statistics("all"), tuple(sums.statistics(label) for _, label, sums in found))
 
 
-def _sums(rows: Tensor, numel: int, levels: int, has_momentum: bool) -> _Sums:
+def _unit(bucket: Bucket, entry: Entry) -> float:
+    """What kernels see of a momentum of 1."""
+    levels = entry.forms[0].levels if entry.forms else None
+    return 1.0 if levels is None or bucket.rule.bound is None else levels / bucket.rule.bound
+
+
+def _sums(rows: Tensor, numel: int, unit: float, has_momentum: bool) -> _Sums:
     passed, squares, passed_squares, flips, magnitude = torch.sum(rows[:, :5], dim=0).tolist()
     if not has_momentum:
         flips = magnitude = math.nan
-    return _Sums(numel, passed, squares, passed_squares, flips, magnitude / levels, {rows[0, 5].item()})
+    return _Sums(numel, passed, squares, passed_squares, flips, magnitude / unit, {rows[0, 5].item()})
 
 
 def _total(every: list[_Sums]) -> _Sums:

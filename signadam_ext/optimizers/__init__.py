@@ -1,7 +1,18 @@
 """One module per rule or family: its scalars, its classes, their functional forms."""
 
+from .ada_bound import AdaBound, AMSBound, ada_bound, ams_bound
+from .ada_momentum import AdaMomentum, ada_momentum
 from .adam import Adam, AdamW, adam
+from .adam_s import AdamS, adam_s
+from .ademamix import AdEMAMix, ademamix
+from .adopt import ADOPT, adopt
+from .ano import Ano, Anolog, ano, anolog
+from .bcos import BCOS, bcos
+from .grams import Grams, grams
+from .laprop import LaProp, laprop
 from .lion import Lion, lion
+from .lion_k import LionK, lion_k
+from .mars_lion import MARSLion, mars_lion
 from .msgd import MSGD, msgd
 from .sign_adam import SignAdam, sign_adam
 from .sign_adam_pp import SignAdamPP, sign_adam_pp
@@ -10,20 +21,46 @@ from .signum import Signum, signum
 from .variance_adaptation import MSVAG, SVAG, AdamStar, adam_star, msvag, svag
 
 __all__ = [
+    "ADOPT",
+    "BCOS",
     "MSGD",
     "MSVAG",
     "SVAG",
+    "AMSBound",
+    "AdEMAMix",
+    "AdaBound",
+    "AdaMomentum",
     "Adam",
+    "AdamS",
     "AdamStar",
     "AdamW",
+    "Ano",
+    "Anolog",
+    "Grams",
+    "LaProp",
     "Lion",
+    "LionK",
+    "MARSLion",
     "SignAdam",
     "SignAdamPP",
     "SignSGD",
     "Signum",
+    "ada_bound",
+    "ada_momentum",
     "adam",
+    "adam_s",
     "adam_star",
+    "ademamix",
+    "adopt",
+    "ams_bound",
+    "ano",
+    "anolog",
+    "bcos",
+    "grams",
+    "laprop",
     "lion",
+    "lion_k",
+    "mars_lion",
     "msgd",
     "msvag",
     "sign_adam",

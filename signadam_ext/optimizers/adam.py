@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.hyperparameters import FLAG, LEARNING_RATE, TWO_BETAS, Checks, Number
-from ..core.options import StateDtype, TorchOptions
+from ..core.options import OtherOptions, StateDtype
 from ..core.rule import Group, Rule, Scalars, decays, rule_by
 from ..core.symbols import number, power, square_root
 from .base import Params, SignOptimizer
@@ -28,7 +28,13 @@ def _scalars(group: Group, t: int) -> Scalars:
 
 RULES = {
     False: Rule("adam", moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True),
-    True: Rule("adam_amsgrad", moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), scalars=_scalars, uses_step=True),
+    True: Rule(
+        "adam_amsgrad",
+        moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+        scalars=_scalars,
+        uses_step=True,
+        keeps_largest=True,
+    ),
 }
 
 
@@ -58,6 +64,16 @@ class Adam(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
+        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
+            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
+        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
+            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
+            weight_decay``. Default: "lr".
+        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -115,7 +131,7 @@ class Adam(SignOptimizer):
         param_storage: str = "nearest",
         seed: int = 0,
         backend: str = "auto",
-        **others: Unpack[TorchOptions],
+        **others: Unpack[OtherOptions],
     ) -> None:
         given = {
             "lr": lr,
@@ -157,6 +173,16 @@ class AdamW(Adam):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
+        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
+            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
+        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
+            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
+            weight_decay``. Default: "lr".
+        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -199,7 +225,7 @@ class AdamW(Adam):
         param_storage: str = "nearest",
         seed: int = 0,
         backend: str = "auto",
-        **others: Unpack[TorchOptions],
+        **others: Unpack[OtherOptions],
     ) -> None:
         super().__init__(
             params,

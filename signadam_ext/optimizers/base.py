@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import backends
-from ..core import checks, hyperparameters, options, shards, tensors
+from ..core import checks, hyperparameters, modifiers, options, shards, tensors
 from ..core.dynamo import untraced
 from ..core.renamed import names_today
 from ..core.rule import Group, Rule, RuleChoice, method_of, rule_of
@@ -38,7 +38,8 @@ class SignOptimizer(Optimizer):
 
     **Moments**, by ``state_dtype``. "bf16" is rounded stochastically. Where a momentum of signs cannot exceed 1
     (:class:`SignAdam`, :class:`SignAdamPP` without a function of your own), "int8", "int4" and "int2" are codes q that
-    stand for q / 127, q / 7 or q; they need no scale. Rounding is stochastic, so that the stored momentum is right on
+    stand for q / 127, q / 7 or q; they need no scale. :class:`LaProp` has them for small betas, with a bound of its
+    own. Rounding is stochastic, so that the stored momentum is right on
     average, and its variance grows: a warning comes beyond the ``beta`` that each form allows. For any other momentum
     "int8" is a code with one power of two for each 32 elements in memory order. The power goes down to 2^-126, so
     however small a block is, it is right on average; nothing is flushed to zero as with 16-bit scales. Infinities
@@ -87,6 +88,7 @@ class SignOptimizer(Optimizer):
         asked = {name: checks.torch_option(name, defaults.pop(name)) for name in checks.TORCH_OPTIONS}
         self.runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))
         self._ask(asked)
+        _keep_rates(defaults)
         # Schedulers change numbers, but no seed.
         defaults["seed"] = hyperparameters.checked(type(self), defaults, asked["capturable"])["seed"]
         # In the groups, because flattened distributed checkpoints take what groups in memory have.
@@ -107,6 +109,7 @@ class SignOptimizer(Optimizer):
         backends.check_usable(group["backend"])
         rule = rule_of(cls, group)
         rule.forms(group)
+        modifiers.check(group, rule_of(cls, {**group, **modifiers.DEFAULTS}))
         if rule.reads_variance and group["max_grad_norm"] is not None:
             raise ValueError(
                 f"max_grad_norm={group['max_grad_norm']!r} with a rule that reads param.grad_variance, which would "
@@ -126,6 +129,7 @@ class SignOptimizer(Optimizer):
                     checks.torch_option(name, param_group.get(name))
                 hyperparameters.check_beta_names(type(self), param_group, folded=True)
                 hyperparameters.fold(param_group, has_one_beta(self.defaults))
+                _keep_rates(param_group, self.defaults)
                 given_now = {**self.defaults, **param_group}
                 checked = hyperparameters.checked(type(self), given_now, self._asked.get("capturable", False))
                 param_group["seed"] = checked["seed"]
@@ -351,3 +355,15 @@ class SignOptimizer(Optimizer):
         super().__setstate__(taken)
         self._ask(vars(self).get("_asked", {}))  # none in a pickle of an earlier version
         runtime.has_shards = any(shards.is_sharded(param) for group in self.param_groups for param in group["params"])
+
+
+def _keep_rates(group: dict[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    """Keeps the learning rate that a group begins with, unless it says what to keep.
+
+    Args:
+        group: that is added, or the defaults themselves.
+        defaults: of the groups.
+    """
+    lr = group.get("lr", (defaults or group).get("lr"))
+    for name in options.LARGEST_RATES:
+        group.setdefault(name, lr.detach().clone() if isinstance(lr, Tensor) else lr)

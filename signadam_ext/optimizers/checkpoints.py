@@ -213,7 +213,7 @@ def _checked_group(
     if "param_names" in own:
         group.setdefault("param_names", own["param_names"])
     optimizer.adapt_loaded_group(group, saved)
-    for name in optimizer.HYPERPARAMETERS:
+    for name in (*optimizer.HYPERPARAMETERS, "lr_scale"):
         if _is_function_name(saved.get(name)) and name not in kept:
             raise ValueError(
                 f"{name}={saved[name]!r} of group {index} of the checkpoint is a function, which no checkpoint "

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..core import hyperparameters, shards
+from ..core import hyperparameters, options, shards
 from ..core.formats import effective_param_storage
 from ..core.renamed import warn_user
 from ..core.rule import Group, HasRule, rule_of
@@ -35,6 +35,15 @@ def label(group: Group, group_index: int, index: int) -> str:
     return f"parameter {index} of group {group_index}"
 
 
+def name_of(group: Group, param: Tensor) -> str | None:
+    """A parameter's name, where the optimizer was told it."""
+    names = group.get("param_names")
+    if not isinstance(names, (list, tuple)):
+        return None
+    found = (name for name, other in zip(names, group["params"], strict=False) if other is param)
+    return next(found, None)
+
+
 def max_grad_norm_of(groups: Sequence[Group]) -> float | None:
     """The largest norm of all gradients.
 
@@ -57,6 +66,9 @@ def has_one_beta(defaults: Mapping[str, Any]) -> bool:
 def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Gives a group of an earlier version, or of another optimizer, the hyperparameters that it lacks."""
     hyperparameters.fold(group, has_one_beta(defaults), warns=False)
+    for name in options.LARGEST_RATES:
+        if "initial_lr" in group:  # a scheduler's
+            group.setdefault(name, group["initial_lr"])
     for name, value in defaults.items():
         if name != "differentiable":  # which torch adds to the defaults, and to them alone
             group.setdefault(name, value)
@@ -94,8 +106,7 @@ def layout_of(optimizer: GroupedOptimizer, name: str, param: Tensor, group: Grou
         dict(zip(rule.moments, rule.forms(group), strict=True)),
         effective_param_storage(group["param_storage"], param.dtype),
         rule.threshold_state,
-        # A function of the user's may be larger than 1.
-        bounded=rule.bounded and rule.confidence is None,
+        bound=rule.bound,
         uses_step=rule.uses_step,
         owner=None if local is param else param,
         sharding=sharding,

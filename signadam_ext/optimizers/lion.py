@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..core.hyperparameters import LEARNING_RATE, TWO_BETAS, Checks
-from ..core.options import StateDtype, TorchOptions
+from ..core.options import OtherOptions, StateDtype
 from ..core.rule import Rule, decays
 from .base import Params, SignOptimizer
 from .step_lists import step_lists
@@ -42,6 +42,16 @@ class Lion(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
+        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
+            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
+        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
+            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
+            weight_decay``. Default: "lr".
+        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -90,7 +100,7 @@ class Lion(SignOptimizer):
         param_storage: str = "nearest",
         seed: int = 0,
         backend: str = "auto",
-        **others: Unpack[TorchOptions],
+        **others: Unpack[OtherOptions],
     ) -> None:
         given = {
             "lr": lr,

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from ..backends.confidence import Confidence, backend_for
 from ..core import checks
 from ..core.hyperparameters import BETA, LEARNING_RATE, ONE_BETA, SHARE, Checks, Number, Optional
-from ..core.options import StateDtype, TorchOptions
+from ..core.options import OtherOptions, StateDtype
 from ..core.rule import Group, Rule, RuleChoice, Scalars, decays
 from ..core.symbols import made_by_host, number
 from .base import Params, SignOptimizer
@@ -53,7 +53,7 @@ def _sparsity_scalars(group: Group, t: int) -> Scalars:
     }
 
 
-_FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars, bounded=True)
+_FIXED = Rule("sign_adam_pp", moments=("exp_avg",), scalars=_scalars, bound=1.0)
 RULES = {
     "fixed": _FIXED,
     "adaptive": replace(_FIXED, threshold_pass="PASS_BEFORE", threshold_state="exp_avg_std"),
@@ -111,6 +111,16 @@ class SignAdamPP(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
+        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
+            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
+        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
+            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
+            weight_decay``. Default: "lr".
+        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -197,7 +207,7 @@ class SignAdamPP(SignOptimizer):
         param_storage: str = "nearest",
         seed: int = 0,
         backend: str = "auto",
-        **others: Unpack[TorchOptions],
+        **others: Unpack[OtherOptions],
     ) -> None:
         # Groups may differ in their confidence, so these are not asked of a group.
         if confidence == "sparsity" and alpha is not None:

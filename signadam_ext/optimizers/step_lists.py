@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import checks, memory_order, tensors
 from ..core.hyperparameters import check_beta_names, checked
-from ..core.options import DEFAULTS
+from ..core.options import DEFAULTS, LARGEST_RATES
 from ..core.rule import Rule, rule_of
 from ..engine.participants import Item
 from ..engine.plan import Plan
@@ -21,7 +21,12 @@ from .base import SignOptimizer
 #: Moments in fp32 and parameters rounded to nearest: what few bits need beside them is the optimizers' affair.
 #: So is what looks at all gradients before.
 STORAGE = {"state_dtype": "fp32", "param_storage": "nearest", "seed": 0, "max_grad_norm": None}
-COMMON = {name: DEFAULTS[name] for name in ("weight_decay", "decoupled_weight_decay", "maximize", "backend")}
+#: And what depends on the learning rates of other steps, or on a parameter's name.
+RATES = {"weight_decay_scale": "lr", "lr_scale": None, "caution": None}
+COMMON = {
+    name: DEFAULTS[name]
+    for name in ("weight_decay", "decoupled_weight_decay", "weight_decay_kind", "maximize", "backend")
+}
 
 
 @torch.no_grad()
@@ -89,7 +94,8 @@ def _group(optimizer: type[SignOptimizer], params: Sequence[Tensor], given: Mapp
             known = (*COMMON, *optimizer.HYPERPARAMETERS)
             near = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown hyperparameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return checked(optimizer, {**COMMON, **STORAGE, **hyperparameters, "params": list(params)})
+    rates = {**RATES, **dict.fromkeys(LARGEST_RATES, hyperparameters.get("lr"))}
+    return checked(optimizer, {**COMMON, **STORAGE, **rates, **hyperparameters, "params": list(params)})
 
 
 def _item(rule: Rule, group: dict[str, Any], i: int, param: Tensor, lists: Mapping[str, Sequence[Any]]) -> Item:

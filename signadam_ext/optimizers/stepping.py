@@ -10,14 +10,15 @@ from torch import Tensor
 
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
-from ..core.rule import rule_of
+from ..core.modifiers import lr_factor
+from ..core.rule import Group, rule_of
 from ..engine.decision import Conditions
 from ..engine.participants import Item
 from ..engine.plan import Plan
 from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from . import ranks
-from .groups import GroupedOptimizer, label, layout_of, max_grad_norm_of
+from .groups import GroupedOptimizer, label, layout_of, max_grad_norm_of, name_of
 from .simulated import is_simulation, simulate
 
 #: Why a parameter by itself cannot be stepped.
@@ -82,7 +83,7 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
     if parameter_of_id(optimizer, id(param)) is not param:
         return False
     index, i = runtime.places[id(param)]
-    group = runtime.hyperparameters.read(index, optimizer.param_groups[index], optimizer.defaults)
+    group = read_group(optimizer, index)
     if group["max_grad_norm"] is not None:
         raise RuntimeError(NO_NORM)
     param_id = i + sum(len(other["params"]) for other in optimizer.param_groups[:index])
@@ -126,8 +127,17 @@ def parameter_of_id(optimizer: GroupedOptimizer, key: int) -> Tensor | None:
 
 def _read_groups(optimizer: GroupedOptimizer) -> list[dict[str, Any]]:
     """The groups with the hyperparameters that hold for this step, checked, as Python numbers."""
-    read, defaults = optimizer.runtime.hyperparameters.read, optimizer.defaults
-    return [read(index, group, defaults) for index, group in enumerate(optimizer.param_groups)]
+    return [read_group(optimizer, index) for index in range(len(optimizer.param_groups))]
+
+
+def read_group(optimizer: GroupedOptimizer, index: int) -> dict[str, Any]:
+    """The same of one group. A learning rate that is the largest so far is kept where decay is scaled by it."""
+    own = optimizer.param_groups[index]
+    group = optimizer.runtime.hyperparameters.read(index, own, optimizer.defaults)
+    if group["weight_decay_scale"] == "corrected" and group["lr"] > group["largest_lr"]:
+        own["largest_lr"] = group["lr"]
+        group = {**group, "largest_lr": group["lr"]}
+    return group
 
 
 def _conditions(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> Conditions | None:
@@ -153,7 +163,7 @@ def _conditions(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -
 def _plan_key(optimizer: GroupedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
     """Values of a group that need a new plan when they change."""
     rule = rule_of(type(optimizer), group)
-    return rule, group["backend"], group.get("state_dtype"), group["param_storage"], group["seed"]
+    return rule, group["backend"], group.get("state_dtype"), group["param_storage"], group["seed"], group["lr_scale"]
 
 
 def make_plan(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> Plan:
@@ -169,8 +179,7 @@ def _plan_of(optimizer: GroupedOptimizer, items: list[Item], groups: Sequence[di
     """A plan that has read its first gradients."""
     runtime = optimizer.runtime
     if not runtime.has_compared:
-        read, defaults = runtime.hyperparameters.read, optimizer.defaults
-        ranks.compare(optimizer, [read(index, group, defaults) for index, group in enumerate(optimizer.param_groups)])
+        ranks.compare(optimizer, _read_groups(optimizer))
         runtime.has_compared = True
     # State outlives this step, so it must not be made of inference tensors.
     for _ in range(PLANNING_ATTEMPTS):
@@ -209,9 +218,16 @@ def make_item(
         shard=layout.shard,
         owner=layout.owner,
         sharding=layout.sharding,
+        lr_factor=_lr_factor(name, param, group),
         # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.
         at_rest=not own and not isinstance(group["lr"], Tensor) and group["lr"] == 0,
     )
+
+
+def _lr_factor(label: str, param: Tensor, group: Group) -> float:
+    """What the parameter's learning rate is multiplied by."""
+    scale = group["lr_scale"]
+    return 1.0 if scale is None else lr_factor(scale, label, name_of(group, param), param.shape)
 
 
 def _fitted(optimizer: GroupedOptimizer, layout: Layout, own: Mapping[str, Any], seed: int, param_id: int) -> Fitted:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..core import checks
 from ..core.hyperparameters import FLAG, LEARNING_RATE, ONE_BETA, Checks, Choice
-from ..core.options import StateDtype, TorchOptions
+from ..core.options import OtherOptions, StateDtype
 from ..core.rule import Group, Rule, RuleChoice, Scalars, decays, rule_by
 from ..core.symbols import at_least, power
 from .base import Params, SignOptimizer
@@ -43,18 +43,19 @@ def _minibatch_scalars(group: Group, t: int) -> Scalars:
     return {"beta1": mu, "beta2": mu * mu}
 
 
-def _ema(name: str) -> Rule:
-    return Rule(name, moments=("exp_avg", "exp_avg_sq"), scalars=_scalars, uses_step=True)
+def _ema(name: str, follows_gradient: bool = False) -> Rule:
+    moments = ("exp_avg", "exp_avg_sq")
+    return Rule(name, moments, _scalars, uses_step=True, follows_gradient=follows_gradient)
 
 
 def _minibatch(name: str) -> Rule:
     return Rule(name, moments=("momentum_buffer", "exp_avg_var"), scalars=_minibatch_scalars, reads_variance=True)
 
 
-SVAG_RULE = _ema("svag")
+SVAG_RULE = _ema("svag", follows_gradient=True)
 MSVAG_RULES = {"ema": _ema("msvag"), "minibatch": _minibatch("msvag_minibatch")}
 ADAM_STAR_RULES = {"ema": _ema("adam_star"), "minibatch": _minibatch("adam_star_minibatch")}
-ADAM_STAR_PLAIN_RULE = _ema("adam_star_plain")
+ADAM_STAR_PLAIN_RULE = _ema("adam_star_plain", follows_gradient=True)
 
 
 class SVAG(SignOptimizer):
@@ -84,6 +85,16 @@ class SVAG(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
+        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
+            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
+        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
+            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
+            weight_decay``. Default: "lr".
+        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -140,7 +151,7 @@ class SVAG(SignOptimizer):
         param_storage: str = "nearest",
         seed: int = 0,
         backend: str = "auto",
-        **others: Unpack[TorchOptions],
+        **others: Unpack[OtherOptions],
     ) -> None:
         given = {
             "lr": lr,
@@ -188,6 +199,16 @@ class MSVAG(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
+        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
+            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
+        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
+            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
+            weight_decay``. Default: "lr".
+        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -254,7 +275,7 @@ class MSVAG(SignOptimizer):
         param_storage: str = "nearest",
         seed: int = 0,
         backend: str = "auto",
-        **others: Unpack[TorchOptions],
+        **others: Unpack[OtherOptions],
     ) -> None:
         given = {
             "lr": lr,
@@ -315,6 +336,16 @@ class AdamStar(SignOptimizer):
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
+        weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
+            the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
+        weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
+            largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
+            weight_decay``. Default: "lr".
+        lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
+            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
+            None) and shape. Default: None.
+        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -376,7 +407,7 @@ class AdamStar(SignOptimizer):
         param_storage: str = "nearest",
         seed: int = 0,
         backend: str = "auto",
-        **others: Unpack[TorchOptions],
+        **others: Unpack[OtherOptions],
     ) -> None:
         given = {
             "lr": lr,

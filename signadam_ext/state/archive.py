@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import io
 import os
 import pickle
@@ -14,7 +16,7 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,12 @@ _SHOWN = re.compile(r"[\w.\- ]+", re.ASCII)
 #: The one member of a member, which torch.save makes a zip file of its own, that is read by running it.
 _PICKLE = "data.pkl"
 
+#: Where the records of its storages lie, by their keys.
+_STORAGES = "/data/"
+
+#: What names of files end with that are being written.
+_TEMPORARY = ".tmp"
+
 #: Flags of a member that change nothing in how it is read: a name in UTF-8, sizes behind the data.
 _HARMLESS_FLAGS = 0x808
 
@@ -43,6 +51,7 @@ def writer(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
     """A zip file that takes its name when it is complete, so that an interrupted write leaves the old file.
 
     A symbolic link is followed. A new file has the permissions that ``open`` would give it, an old one keeps its own.
+    What a writer of the same file has left that was killed is removed.
 
     Raises:
         OSError: a path that cannot be written, or that is no regular file.
@@ -62,11 +71,21 @@ def writer(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
     path = os.path.realpath(path)
-    temporary = os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.tmp")
+    folder, name = os.path.split(path)
+    # Names may be as long as the file's own can be.
+    prefix = f".{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}-"
+    _remove_leftovers(folder, prefix)
+    temporary = ""
     try:
         # Nobody reads in the meantime what the old file did not show.
         mode = 0o666 if old is None else 0o600
-        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        while True:
+            temporary = os.path.join(folder, f"{prefix}{secrets.token_hex(8)}{_TEMPORARY}")
+            file = open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
+            if _lock(file, temporary):
+                break
+            file.close()
+        with file:
             archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
             try:
                 yield archive
@@ -75,15 +94,52 @@ def writer(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
                 archive.fp = None  # it has nothing more to write, also where a member was left open
             file.flush()
             os.fsync(file.fileno())
-        if old is not None:
-            with contextlib.suppress(OSError):  # whose it is only a privileged process may say
-                os.chown(temporary, old.st_uid, old.st_gid)
-            os.chmod(temporary, stat.S_IMODE(old.st_mode))
-        os.replace(temporary, path)
+            if old is not None:
+                with contextlib.suppress(OSError):  # whose it is only a privileged process may say
+                    os.chown(temporary, old.st_uid, old.st_gid)
+                os.chmod(temporary, stat.S_IMODE(old.st_mode))
+            os.replace(temporary, path)  # before it is closed, which ends the lock
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def _lock(file: IO[bytes], path: str) -> bool:
+    """Locks a new file as one that is written; False where another writer had removed it before, as one that was left.
+
+    The lock ends with the process, however that ends. A file system without locks gives none.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_leftovers(folder: str, prefix: str) -> None:
+    """Removes the temporary files with that prefix whose writers are gone: nobody holds a lock on them."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if name.startswith(prefix) and name.endswith(_TEMPORARY):
+                with contextlib.suppress(OSError):  # being written, somebody else's, or gone
+                    _remove_unlocked(os.path.join(folder, name))
+
+
+def _remove_unlocked(path: str) -> None:
+    """Removes a file on which nobody holds a lock.
+
+    Raises:
+        OSError: somebody does, or nobody can say.
+    """
+    # No link is followed, and nothing but a file is waited for.
+    file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)  # under the lock: whoever has just made it and waits for it sees that it is gone
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager
@@ -268,13 +324,24 @@ def _read(archive: zipfile.ZipFile, name: str) -> Any:
 
 
 def _check_content(label: str, content: bytes) -> None:
-    """Raises unless what torch.load does with a member takes no more memory than the member does.
+    """Raises unless what torch.load does with a member reads nothing but the member and takes no more memory.
 
     Raises:
-        ValueError, zipfile.BadZipFile: no file of torch.save, or one that is compressed or would be unpacked further.
+        ValueError, zipfile.BadZipFile: no file of torch.save, one that is compressed or would be unpacked further, or
+            one whose storages have other sizes than it says.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as records:
         _check_sizes(f"{label} with the record", records, len(content))
-        for record in records.namelist():
+        names = records.namelist()
+        if len({name.lower() for name in names}) != len(names):
+            raise ValueError("it has two records of one name")  # of which torch might read the other
+        # torch takes the folder of the first for that of all.
+        storages = next(iter(names), "").partition("/")[0] + _STORAGES
+        sizes = {
+            info.filename.removeprefix(storages): info.file_size
+            for info in records.infolist()
+            if info.filename.startswith(storages)
+        }
+        for record in names:
             if record.endswith(_PICKLE):
-                pickles.check(records.read(record))
+                pickles.check(records.read(record), sizes)

@@ -31,7 +31,10 @@ RESIDUAL_DTYPES = {
 STEP_DTYPE = torch.float64
 
 #: Moments of all methods, torch.optim's among them where nothing else tells that an optimizer has made a state.
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_var")
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_slow", "momentum_buffer", "exp_avg_var")
+
+#: What no momentum of signs exceeds.
+SIGNS = 1.0
 
 #: Added to the step whose random bits a conversion uses: those of the step itself have decided what is converted.
 CONVERSION = 1 << 32
@@ -47,7 +50,7 @@ class Layout:
         moments: form of each moment, by name.
         param_storage: how the parameter is stored, as :func:`formats.effective_param_storage` gives it.
         threshold_state: name of what the threshold is made of, or None.
-        bounded: whether no entry of the first moment exceeds 1.
+        bound: what no entry of the first moment exceeds, or None.
         uses_step: whether the rule computes with the number of steps.
         owner: the parameter as the optimizer has it, where ``param`` is another tensor, or None.
         sharding: how it is spread over ranks, or None.
@@ -58,7 +61,7 @@ class Layout:
     moments: Mapping[str, Format]
     param_storage: str
     threshold_state: str | None
-    bounded: bool = False
+    bound: float | None = None
     uses_step: bool = False
     owner: Tensor | None = None
     sharding: Sharding | None = None
@@ -294,8 +297,8 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
             raise ValueError(f"state {name!r} of {label} is missing: the checkpoint holds {_listed(saved)}")
     for i, (name, form) in enumerate(layout.moments.items()):
         if name in saved:
-            bounded = i == 0 and layout.bounded
-            _check_moment(f"state {name!r} of {label}", name, form, saved, param, bounded=bounded)
+            bound = layout.bound if i == 0 else None
+            _check_moment(f"state {name!r} of {label}", name, form, saved, param, bound)
     for name, dtypes in RESIDUAL_DTYPES.items():
         if name in saved:
             tensors.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
@@ -323,17 +326,19 @@ def _listed(saved: Mapping[str, Any]) -> str:
 
 
 def _check_moment(
-    label: str, name: str, form: Format, saved: Mapping[str, Any], param: Tensor, *, bounded: bool
+    label: str, name: str, form: Format, saved: Mapping[str, Any], param: Tensor, bound: float | None
 ) -> None:
     source = stated_format(label, name, saved)
     if source is None:
         tensors.state_tensor(label, saved[name], param.shape, (torch.float32, torch.bfloat16))
         value = saved[name]
         largest = float(value.abs().amax()) if value.numel() else 0.0
-        # A momentum of signs exceeds 1 by rounding errors at the most.
-        if form.levels is not None and not largest <= 1.0001:
-            raise ValueError(f"{label} has entries beyond 1 or NaN: no momentum of signs has, and codes cannot hold it")
-        if bounded and largest > 1.0001:
+        # A bounded momentum exceeds its bound by rounding errors at the most.
+        if form.levels is not None and bound is not None and not largest <= 1.0001 * bound:
+            whose = "no momentum of signs" if bound == SIGNS else "no momentum of this rule"
+            raise ValueError(f"{label} has entries beyond {bound:g} or NaN: {whose} has, and codes cannot hold it")
+        # Other bounds hold in some groups, and an older momentum may be of another.
+        if bound == SIGNS and largest > 1.0001:
             raise ValueError(
                 f"{label} has entries up to {largest:g}, and no momentum of signs exceeds 1. Are they codes? A "
                 "distributed checkpoint of another state_dtype must be loaded into an optimizer that has it, and be "
@@ -395,9 +400,9 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
         else:
             m = flat.float()
             if source.levels is not None:
-                m = m / torch.full((), float(source.levels), dtype=torch.float32, device=m.device)
+                m = m / torch.full((), source.levels / _bound(layout), dtype=torch.float32, device=m.device)
             if form.levels is not None:
-                m = m.clamp(-1.0, 1.0) * form.levels
+                m = m.clamp(-_bound(layout), _bound(layout)) * (form.levels / _bound(layout))
             stored = formats.encode(form, m, conversion_bits(own_bits, seed, param_id, t, layout.shard, m))
             adopted[name] = stored if form.packed else _shaped(stored, param)
             exact = source is form and torch.equal(
@@ -408,6 +413,12 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
         adopted.update(moment_tags(name, form, param))
     changes += _adopt_residual(layout, saved, adopted)
     return adopted, changes
+
+
+def _bound(layout: Layout) -> float:
+    """What codes of the first moment stand for at their largest."""
+    assert layout.bound is not None
+    return layout.bound
 
 
 def conversion_bits(

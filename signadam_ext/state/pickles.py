@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import StorageType
 
 #: Tuples in tuples that no state needs. A hash of them takes a part of the C stack for each.
 DEEPEST = 500
@@ -19,14 +22,41 @@ _TAKES_MEMORY = b"bytearray"
 
 _CONTAINERS = (dict, list, tuple, set)
 
-_MARK = -1
+_MARK = object()
+
+#: The opcodes that take everything to a mark, and how many objects each takes, before the mark where there is one.
+_TO_A_MARK = {opcode.name for opcode in pickletools.opcodes if pickletools.markobject in opcode.stack_before}
+_TAKEN = {
+    opcode.name: (
+        opcode.stack_before.index(pickletools.markobject) if opcode.name in _TO_A_MARK else len(opcode.stack_before)
+    )
+    for opcode in pickletools.opcodes
+}
 
 
-def check(pickle: bytes) -> None:
-    """Raises where a pickle makes tuples in tuples so deep that their hash overflows the stack, or a bytearray.
+@dataclass(frozen=True, eq=False)
+class _Tuple:
+    """A tuple as a pickle makes it.
+
+    Attributes:
+        depth: how deep tuples lie in it, itself counted.
+        items: strings and numbers, a global's module and name, tuples, and None for what is anything else.
+    """
+
+    depth: int
+    items: list[Any]
+
+
+def check(pickle: bytes, sizes: Mapping[str, int]) -> None:
+    """Raises where torch.load would take a pickle's word for what is not so, or overflow the stack.
+
+    Args:
+        pickle: as torch.load reads it.
+        sizes: of the record of each storage, by its key, in bytes.
 
     Raises:
-        ValueError: such a pickle, or none.
+        ValueError: tuples in tuples so deep that their hash overflows the stack, a bytearray, a storage whose record
+            has another size than the pickle says, or no pickle.
     """
     if _TAKES_MEMORY in pickle and any(
         opcode.name == "GLOBAL" and str(argument).endswith("bytearray")
@@ -34,49 +64,84 @@ def check(pickle: bytes) -> None:
     ):
         raise ValueError("it holds a bytearray")
     # A level takes a byte at least.
-    if len(pickle) > DEEPEST and _depth(pickle) > DEEPEST:
+    if (sizes or len(pickle) > DEEPEST) and _depth(pickle, sizes) > DEEPEST:
         raise ValueError(f"it holds more than {DEEPEST} tuples in one another")
 
 
-def _depth(pickle: bytes) -> int:
-    """How deep tuples lie in tuples, or a little more than :data:`DEEPEST`. torch.load knows protocol 2 alone."""
-    deepest = 0
-    stack: list[int] = []  # of each object the depth, 0 for everything but tuples
-    memo: dict[Any, int] = {}
+def _depth(pickle: bytes, sizes: Mapping[str, int]) -> int:
+    """How deep tuples lie in tuples, or a little more than :data:`DEEPEST`. torch.load knows protocol 2 alone.
 
-    def popped(opcode: pickletools.OpcodeInfo) -> list[int]:
-        before = opcode.stack_before
-        count = before.index(pickletools.markobject) if pickletools.markobject in before else None
-        if count is None:
-            if len(before) > len(stack):
-                raise ValueError(f"its {opcode.name} lacks an argument")
-            at = len(stack) - len(before)
-            taken = stack[at:]
-            del stack[at:]
+    Raises:
+        ValueError: a storage of another size than its record's, or no pickle.
+    """
+    deepest = 0
+    stack: list[Any] = []  # marks, and what may be an item of a tuple
+    memo: dict[Any, Any] = {}
+
+    def popped(name: str) -> list[Any]:
+        count = _TAKEN[name]
+        at = len(stack) - count
+        if name in _TO_A_MARK:
+            mark = next((i for i in range(len(stack) - 1, -1, -1) if stack[i] is _MARK), None)
+            if mark is None:
+                raise ValueError(f"its {name} lacks a mark")
+            taken = stack[mark + 1 :]
+            del stack[max(mark - count, 0) :]
             return taken
-        at = len(stack) - 1 - stack[::-1].index(_MARK)  # ValueError where there is none
-        taken = stack[at + 1 :]
-        del stack[max(at - count, 0) :]
+        if at < 0:
+            raise ValueError(f"its {name} lacks an argument")
+        taken = stack[at:]
+        del stack[at:]
         return taken
 
     for opcode, argument, _ in pickletools.genops(pickle):
         name = opcode.name
         if name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1] if stack else 0
+            memo[argument] = stack[-1] if stack else None
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo.get(argument, 0))
+            stack.append(memo.get(argument))
         elif name == "MARK":
             stack.append(_MARK)
         elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-            depth = 1 + max(popped(opcode), default=0)
+            items = popped(name)
+            depth = 1 + max((item.depth for item in items if isinstance(item, _Tuple)), default=0)
             deepest = max(deepest, depth)
             if deepest > DEEPEST:
                 break
-            stack.append(depth)
+            stack.append(_Tuple(depth, items))
+        elif name == "BINPERSID":
+            (storage,) = popped(name)
+            _check_storage(storage, sizes)
+            stack.append(None)
         else:
-            popped(opcode)
-            stack.extend(0 for _ in opcode.stack_after)
+            if _TAKEN[name] or name in _TO_A_MARK:
+                popped(name)
+            if opcode.stack_after:
+                known = argument if isinstance(argument, (str, int)) else None
+                stack += [known] * len(opcode.stack_after)
     return deepest
+
+
+def _check_storage(saved: Any, sizes: Mapping[str, int]) -> None:
+    """Raises unless the record of a storage has the size that the pickle says.
+
+    torch.load makes the storage as large as the pickle says, and torch 2.6 points it at whatever the record has.
+
+    Raises:
+        ValueError: another size, or something that torch.save does not write of a storage.
+    """
+    items = saved.items if isinstance(saved, _Tuple) else []
+    if len(items) != 5 or items[0] != "storage" or not all(isinstance(item, str) for item in items[:4]):
+        raise ValueError("it holds a storage in a way that torch.save does not write")
+    _, kind, key, _, count = items
+    if not isinstance(count, int):
+        raise ValueError(f"it computes the size of storage {key!r}")
+    name = kind.rpartition(" ")[2]
+    claimed = count * (1 if name == "UntypedStorage" else StorageType(name).dtype.itemsize)
+    if key not in sizes:
+        raise ValueError(f"it has no record of storage {key!r}")
+    if claimed != sizes[key]:
+        raise ValueError(f"storage {key!r} has {claimed} bytes, and its record {sizes[key]}")
 
 
 def _held(container: Any) -> list[Any]:

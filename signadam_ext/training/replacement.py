@@ -16,13 +16,13 @@ from ..core import options
 from ..optimizers import Adam, AdamW, Lion, SignAdam, SignAdamPP, Signum
 from ..optimizers.base import SignOptimizer
 
-#: What the searched learning rate of a method is of AdamW's: medians over the problems of docs/results.md that each was
-#: searched on (150 and 1,200 steps of a GPT, digits).
+#: What the searched learning rate of a method is of AdamW's with betas of 0.9 and 0.95, to one digit: medians over the
+#: problems of docs/results.md that each was searched on (150 and 1,200 steps of a GPT, digits).
 SHARES: dict[type, float] = {Adam: 1.0, AdamW: 1.0, SignAdamPP: 0.6, Signum: 0.2, Lion: 0.2, SignAdam: 0.2}
 #: torch's that take AdamW's learning rates.
 _AS_ADAMW = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
 #: Keys of a group that are learning rates: its own, and those that schedulers keep there.
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr", *options.LARGEST_RATES)
 _TORCH = frozenset(options.TORCH_OPTIONS)
 
 
@@ -66,7 +66,7 @@ def from_optimizer(
     if not (isinstance(cls, type) and issubclass(cls, SignOptimizer)):
         raise TypeError(f"cls={cls!r}: must be an optimizer class of signadam_ext")
     share = _share(old, cls, changes)
-    own = {name for name in (*cls.HYPERPARAMETERS, *options.DEFAULTS) if name != "seed"}
+    own = {name for name in (*cls.HYPERPARAMETERS, *options.DEFAULTS, *options.LARGEST_RATES) if name != "seed"}
     groups, lines = [], []
     for index, group in enumerate(old.param_groups):
         translated = _translated(group, own, share, changes, type(old), cls)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ class Preparer(Protocol):
 
 #: Scalars as kernels take them, in csrc/core/scalars.h: doubles, floats, flags.
 DOUBLES = ("alpha", "confidence_beta", "one_minus_confidence_beta", "target", "gain", "quantile")
-FLAGS = ("coupled", "steers")
+FLAGS = ("coupled", "cautious_decay", "scales", "caution", "steers")
 FLOATS = tuple(name for name in _C.SCALARS if name not in (*DOUBLES[1:], *FLAGS))
 
 
@@ -189,28 +190,36 @@ class Case:
     steps: int
     groups: tuple[dict[str, Any], ...]
     tensors: tuple[TensorCase, ...]
+    #: Whether codes are in blocks, of a rule that has both.
+    in_blocks: bool = False
 
 
-def rule_of(name: str, threshold_pass: str) -> Rule:
+def rule_of(name: str, threshold_pass: str, in_blocks: bool) -> Rule:
     """The rule with scalars that a group names itself."""
     functor = FUNCTORS[name]
+    least_eps = 2.0**-149 if name == "adopt" else 0.0  # as its optimizer has it
     return Rule(
         name,
         ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: functor.moments],
-        lambda group, t: group["scalars"],
-        bounded=functor.bounded,
+        lambda group, t: {**group["scalars"], "eps": max(group["scalars"]["eps"], least_eps)},
+        bound=1.0 if functor.bounded and not in_blocks else None,
         reads_variance=functor.reads_variance,
         threshold_pass=threshold_pass,
         threshold_state=None if threshold_pass == "NONE" else "threshold_state",
     )
 
 
-def state_dtypes(rule: str) -> list[tuple[str, ...]]:
+def ways(rule: str) -> list[bool]:
+    """What ``in_blocks`` may be."""
+    functor = FUNCTORS[rule]
+    return [False, True] if functor.bounded and functor.has_blocks else [not functor.bounded]
+
+
+def state_dtypes(rule: str, in_blocks: bool) -> list[tuple[str, ...]]:
     """Every combination that the rule allows."""
     wide = ("fp32", "bf16")
-    few = BOUNDED if FUNCTORS[rule].bounded else UNBOUNDED
-    first = wide if FUNCTORS[rule].moments > 2 else few
-    return list(itertools.product(*(first, wide, wide)[: FUNCTORS[rule].moments]))
+    few = UNBOUNDED if in_blocks else BOUNDED
+    return list(itertools.product(*(few, wide, wide)[: FUNCTORS[rule].moments]))
 
 
 def scalars_of(beta1: float, beta2: float, confidence_beta: float, **others: float) -> Scalars:
@@ -232,7 +241,7 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "lr": draw(st.sampled_from((0.0, 1e-3, 1.0)) | st.floats(1e-12, 10)),
         "weight_decay": draw(st.sampled_from((0.0, 0.1)) | st.floats(1e-12, 2)),
-        "decoupled_weight_decay": draw(st.booleans()),
+        "weight_decay_kind": draw(st.sampled_from(("decoupled", "coupled", "cautious"))),
         "maximize": draw(st.booleans()),
         "scalars": scalars_of(
             *(draw(unit), draw(unit), draw(unit)),
@@ -242,6 +251,11 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
             bias_correction=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
             rho=draw(st.sampled_from((0.1, 1.0)) | st.floats(1e-9, 1)),
             one_minus_rho=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
+            beta3=draw(unit),
+            one_minus_beta3=draw(unit),
+            mix=draw(st.sampled_from((0.0, 1e-3)) | st.floats(1e-12, 10)),
+            lower=draw(st.sampled_from((0.0, 1.0)) | st.floats(1e-9, 1)),
+            upper=draw(st.sampled_from((0.0, 1.0, math.inf)) | st.floats(1e-9, 10)),
             steers=float(draw(st.booleans())),
             target=draw(st.floats(1e-6, 1 - 1e-6)),
             gain=draw(st.floats(1e-6, 1)),
@@ -251,13 +265,14 @@ def groups(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def tensor_cases(draw: st.DrawFn, rule: str, group_count: int, stored: bool) -> TensorCase:
+def tensor_cases(draw: st.DrawFn, rule: str, group_count: int, in_blocks: bool, stored: bool) -> TensorCase:
     dtype = draw(st.sampled_from((torch.bfloat16, *DTYPES) if stored else DTYPES))
+    moments = FUNCTORS[rule].moments
     return TensorCase(
         size=draw(st.sampled_from(SIZES) | st.integers(0, 300) | st.sampled_from(LARGE_SIZES)),
         dtype=dtype,
         grad_dtype=draw(st.sampled_from(DTYPES)),
-        state_dtype=draw(st.sampled_from(state_dtypes(rule))) if stored else ("fp32",) * FUNCTORS[rule].moments,
+        state_dtype=draw(st.sampled_from(state_dtypes(rule, in_blocks) if stored else [("fp32",) * moments])),
         param_storage=draw(st.sampled_from(PARAM_STORAGES[dtype])) if stored else "nearest",
         offsets=draw(st.tuples(*4 * [st.sampled_from((0, 0, 1, 2, 3, 4, 5, 6, 7))])),
         scale=draw(st.sampled_from((1.0, 1.0, 1e-6, 1e4, 1e-39))),
@@ -276,12 +291,14 @@ def cases(draw: st.DrawFn, rule: str, stored: bool) -> Case:
     """``stored``: tensors in any form, plain ones among them; otherwise plain ones alone, which have kernels of their
     own."""
     rows = tuple(draw(st.lists(groups(), min_size=1, max_size=2)))
+    in_blocks = draw(st.sampled_from(ways(rule)))
     return Case(
         seed=draw(st.integers(0, 2**31)),
         order=draw(st.integers(0, 2)),
         steps=draw(st.integers(1, 2)),
         groups=rows,
-        tensors=tuple(draw(st.lists(tensor_cases(rule, len(rows), stored), min_size=1, max_size=4))),
+        tensors=tuple(draw(st.lists(tensor_cases(rule, len(rows), in_blocks, stored), min_size=1, max_size=4))),
+        in_blocks=in_blocks,
     )
 
 
@@ -444,7 +461,7 @@ def take_step(
 
 
 def check(library: ctypes.CDLL, name: str, threshold_pass: str, case: Case, observes: bool = False) -> None:
-    rule = rule_of(name, threshold_pass)
+    rule = rule_of(name, threshold_pass, case.in_blocks)
     generator = torch.Generator().manual_seed(case.seed)
     own = [{**case.groups[tensor.group], "state_dtype": tensor.state_dtype} for tensor in case.tensors]
     expected = [
@@ -483,38 +500,39 @@ def test_equals_the_reference(library: ctypes.CDLL, rule: str, threshold_pass: s
     run()
 
 
-#: A coupled and a decoupled decay, and momentum that reaches the largest codes.
+#: A coupled and a cautious decay, and momentum that reaches the largest codes.
 GROUPS = (
     {
         "lr": 0.0123,
         "weight_decay": 0.1,
-        "decoupled_weight_decay": False,
+        "weight_decay_kind": "coupled",
         "maximize": True,
         "scalars": scalars_of(
             *(0.9, 0.99, 0.8),
             **{"alpha": 0.25, "eps": 1e-8, "denominator": 0.37, "bias_correction": 0.19, "rho": 0.5},
             **{"one_minus_rho": 0.5, "steers": 1.0, "target": 0.3, "gain": 0.7, "quantile": 1.3},
+            **{"lower": 0.1, "upper": 1.5, "beta3": 0.9999, "one_minus_beta3": 0.0001, "mix": 0.02},
         ),
     },
     {
         "lr": 1e-3,
         "weight_decay": 0.3,
-        "decoupled_weight_decay": True,
+        "weight_decay_kind": "cautious",
         "maximize": False,
         "scalars": scalars_of(
             *(0.4, 0.9, 0.0),
             **{"alpha": 0.5, "eps": 1e-3, "denominator": 1.7, "bias_correction": 1.0, "rho": 1.0},
-            **{"one_minus_rho": 0.0, "steers": 0.0},
+            **{"one_minus_rho": 0.0, "steers": 0.0, "lower": 0.0, "upper": math.inf, "mix": 0.0},
         ),
     },
 )
 
 
-def every_form(rule: str, thorough: bool) -> Iterator[TensorCase]:
+def every_form(rule: str, in_blocks: bool, thorough: bool) -> Iterator[TensorCase]:
     """All storage forms, each at every small size and a large one, at offsets that differ; in the quick run every
     fifth of them, so that each moment and each parameter has each of its forms."""
     stored = [(dtype, param_storage) for dtype in DTYPES for param_storage in PARAM_STORAGES[dtype]]
-    combinations = list(itertools.product(state_dtypes(rule), stored))
+    combinations = list(itertools.product(state_dtypes(rule, in_blocks), stored))
     if not thorough and len(combinations) > 40:
         combinations = combinations[::5]
     count = 0
@@ -546,7 +564,9 @@ def every_form(rule: str, thorough: bool) -> Iterator[TensorCase]:
 def test_every_form_and_size_in_one_launch(
     library: ctypes.CDLL, rule: str, threshold_pass: str, thorough: bool
 ) -> None:
-    check(library, rule, threshold_pass, Case(1, 2, 2, GROUPS, tuple(every_form(rule, thorough))))
+    for in_blocks in ways(rule):
+        tensors = tuple(every_form(rule, in_blocks, thorough))
+        check(library, rule, threshold_pass, Case(1, 2, 2, GROUPS, tensors, in_blocks))
 
 
 FIXED = fixed_kernels()
@@ -591,6 +611,7 @@ def fixed_case(kernel: KernelName) -> Case:
             )
             for i, (size, offsets, shard_offset, group) in enumerate(shapes)
         ),
+        forms.exp_avg == "block8",
     )
 
 

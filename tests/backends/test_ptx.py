@@ -321,7 +321,7 @@ MUTATIONS: dict[str, tuple[KernelName, Callable[[str], Iterator[str]], str]] = {
     ),
 }
 #: Edits of one kind that are tried: the first ones may lie on paths that the step does not take.
-TRIES = 24
+TRIES = 64
 
 
 def outcome(step: Step, run: Callable[[], None]) -> str:

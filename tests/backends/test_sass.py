@@ -177,7 +177,7 @@ def test_no_spills(architecture: str, rule: str, threshold_pass: str, storage: s
     kernel = kernel_of(architecture, rule, threshold_pass, storage)
     # Two blocks of 256 threads on a multiprocessor, or one: see blocks_at_once.
     alone = storage == "any" and RULES[rule].moments > 1 and threshold_pass != "pass_before"
-    alone = alone or threshold_pass == "same_pass" or storage == "with_statistics"
+    alone = alone or threshold_pass == "same_pass" or storage == "with_statistics" or rule == "ada_bound"
     assert 0 < kernel.registers <= (255 if alone else 128)
     assert kernel.stack == kernel.local == 0
     assert not kernel.of("LDL") and not kernel.of("STL")
@@ -187,7 +187,7 @@ def test_no_spills(architecture: str, rule: str, threshold_pass: str, storage: s
 @each_kernel
 def test_only_exponents_take_neighbours(architecture: str, rule: str, threshold_pass: str, storage: str) -> None:
     """Four threads find the largest magnitude of their block in two exchanges, without a word of shared memory."""
-    scaled = storage != "plain" and RULES[rule].moments > 0 and not RULES[rule].bounded
+    scaled = storage != "plain" and RULES[rule].has_blocks
     exchanges = kernel_of(architecture, rule, threshold_pass, storage).of("SHFL")
     assert len(exchanges) == (2 if scaled else 0)
 

@@ -50,10 +50,16 @@ class Job(NamedTuple):
     param_storage: str = "nearest"
     observes: str = "without_statistics"
     runs: str = "one_run"
+    scale: str = ""
 
     @property
     def kernel(self) -> str:
         return "update"
+
+    @property
+    def divides(self) -> bool:
+        """Whether it runs a rule that divides. A gradient alone is summed before, but for caution the rule's step."""
+        return RULES[self.rule].divides and (self.threshold_pass != "pass_before" or self.scale == "caution")
 
     def constants(self) -> dict[str, object]:
         return {
@@ -70,6 +76,7 @@ class Job(NamedTuple):
             "CONFIDENCE": None,
             "OBSERVES": self.observes == "with_statistics",
             "RUNS": self.runs == "several_runs",
+            "SCALE": self.scale or None,
         }
 
 
@@ -109,16 +116,29 @@ STORED = [
     ("msvag_minibatch", "none", "bf16", "fp32", "fp32", "fp32", "nearest", "with_statistics"),
     ("sign_adam_pp", "none", "bf16", "bf16", "int2", "fp32", "stochastic", "without_statistics", "several_runs"),
 ]
+#: Steps that are multiplied by a number of the tensor's.
+SCALED = [
+    Job("sm_90", "adam", "pass_before", scale="caution"),
+    Job("sm_90", "adam", "none", scale="caution"),
+    Job("sm_90", "lion", "same_pass", "bf16", "bf16", "block8", param_storage="stochastic", scale="caution"),
+    Job("sm_90", "signum", "same_pass", observes="with_statistics", scale="rms"),
+    Job("sm_90", "sign_adam_pp", "same_pass", "bf16", "bf16", "int2", param_storage="stochastic", scale="rms"),
+]
 #: What is compiled for one architecture of NVIDIA only: rules of the same operations as others, mixed dtypes.
-LIKE_OTHERS = ("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion")
+LIKE_OTHERS = (
+    *("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion", "adam_s", "bcos"),
+    *("lion_threshold", "lion_huber", "lion_softsign", "ano", "grams", "ada_momentum"),
+    *("laprop", "adopt", "ada_bound", "ams_bound", "ademamix"),
+)
 NVIDIA_JOBS = [
     Job(target, *kernel)
     for target in NVIDIA
     for kernel in (*KERNELS, *STORED)
     if target == "sm_90" or kernel[0] not in LIKE_OTHERS
 ]
-NVIDIA_JOBS += [Job("sm_90", *mixture) for mixture in MIXTURES]
+NVIDIA_JOBS += [*(Job("sm_90", *mixture) for mixture in MIXTURES), *SCALED]
 AMD_JOBS = [Job(AMD, *kernel) for kernel in (*KERNELS, *STORED, *MIXTURES)]
+AMD_JOBS += [job._replace(target=AMD) for job in SCALED]
 STEP_JOBS = [
     *(StepJob("sm_90", *kernel) for kernel in (("begin",), ("norm", "fp32"), ("norm", "bf16"), ("norm", "fp16"))),
     *(StepJob(target, *kernel) for target in ("sm_80", AMD) for kernel in (("begin",), ("norm", "bf16"))),
@@ -127,7 +147,7 @@ STEP_JOBS = [
 SOME = {
     *(Job("sm_90", *kernel) for kernel in (("sign_adam",), ("sign_adam_pp", "pass_before"))),
     *(Job("sm_90", *stored) for stored in (STORED[0], STORED[1], STORED[3], STORED[-2], STORED[-1])),
-    *(Job("sm_80", "sign_sgd"), Job("sm_100", "sign_adam_pp")),
+    *(Job("sm_80", "sign_sgd"), Job("sm_100", "sign_adam_pp"), SCALED[2]),
     *(Job(AMD, *kernel) for kernel in (("sign_adam",), STORED[1], STORED[3])),
     *(StepJob(target, *kernel) for target in ("sm_90", AMD) for kernel in (("begin",), ("norm", "bf16"))),
 }
@@ -186,10 +206,11 @@ def test_ptx(nvidia: dict[AnyJob, Path], job: Job) -> None:
     pairs = exact_ptx("f32x2")  # on sm_100
     assert arithmetic <= exact_ptx("f32") | exact_ptx("f64") | pairs
     assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic | {name.removesuffix("x2") for name in arithmetic & pairs}
-    divides = RULES[job.rule].divides and job.threshold_pass != "pass_before"
+    divides = job.divides
     assert ("div.rn.f32" in arithmetic) == divides
     assert ("sqrt.rn.f32" in arithmetic) == (divides and RULES[job.rule].roots)
-    assert ({"div.rn.f64", "sqrt.rn.f64"} <= arithmetic) == (job.threshold_pass != "none")
+    assert ("sqrt.rn.f64" in arithmetic) == (job.threshold_pass != "none" and job.scale != "caution")
+    assert ("div.rn.f64" in arithmetic) == (job.threshold_pass != "none" or job.scale == "caution")
     assert not re.search(r"\.(approx|ftz|full)\b", code)
 
     # A thread has 8 of 2048 lanes: two accesses of 16 bytes for fp32, one for a 16-bit format, and so on down. Evict
@@ -219,7 +240,7 @@ def test_cubin(nvidia: dict[AnyJob, Path], job: Job) -> None:
         assert not [x for x in body if x.operation.startswith("LDG") and ".EF" not in x.operation]
     # The statistics' division and root in double have an FFMA that multiplies by zero, see test_sass.py.
     fused = [x for x in code if x.operation.startswith("FFMA")]
-    if RULES[job.rule].divides and job.threshold_pass != "pass_before":
+    if job.divides:
         assert fused
     else:
         assert all(x.operands[1] == "RZ" for x in fused) and (not fused or job.threshold_pass != "none"), fused
@@ -257,7 +278,7 @@ def test_amdgcn(amd: dict[AnyJob, Path], job: Job) -> None:
     fused = r"\bv_(?:pk_)?(?:fma|fmac|mad|mac|fmaak|fmamk|fma_mix\w*)_f(?:16|32)\w*"
     if job.runs == "several_runs":
         assert "v_cvt_f32_u32" in code  # integers are divided by reciprocals; test_ptx looks at the arithmetic
-    elif RULES[job.rule].divides and job.threshold_pass != "pass_before":
+    elif job.divides:
         # Correctly rounded division ends with a fixup; it and the root are made of fused operations.
         assert "v_div_fixup_f32" in code
         assert count(r"v_div_fixup_f32", code) == count(r"v_rcp_f32", code)
@@ -270,7 +291,8 @@ def test_amdgcn(amd: dict[AnyJob, Path], job: Job) -> None:
     if job.threshold_pass != "none":
         # Gradients are summed before the count of arrivals; after it come division and root, made of fused operations.
         sums, end = code.split("global_atomic_add", 1)
-        assert "v_mul_f64" in sums and not re.search(r"\bv_fma(c)?_f64", sums)
+        if job.scale != "caution":  # which counts, and divides before
+            assert "v_mul_f64" in sums and not re.search(r"\bv_fma(c)?_f64", sums)
         assert "v_div_fixup_f64" in end
     assert keeps_subnormals_and_registers(code)
     # 8 warps of 64: a thread has 4 lanes, one access of 16 bytes for fp32, of 8 for a 16-bit format, and so on down.

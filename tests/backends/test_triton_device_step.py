@@ -5,9 +5,6 @@ Interpreted in a process of its own; on a GPU; and the PTX of the kernels execut
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.interpreted import INTERPRETED, run_interpreted
 from support.launches import CASES, SPECIALS, Case, Compiled, Step, TritonLaunch, compile_launches, same_bits
 from support.paper_formulas import TABLE
 from support.ptx import Fault
@@ -35,7 +33,6 @@ from signadam_ext.optimizers.stepping import make_item
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = 2**63 + 7
 #: Whole steps: of one moment and two, with random bits and without, with formulas that take a power of a decay, with a
@@ -46,17 +43,7 @@ EMULATED = WHOLE[:1]
 
 
 def test_interpreted() -> None:
-    if INTERPRETED:
-        pytest.skip("this is the process that interprets")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-m", "not gpu", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    run_interpreted(__file__)
 
 
 @dataclass

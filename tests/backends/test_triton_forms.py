@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.interpreted import INTERPRETED, run_interpreted
 from support.paper_formulas import OF_A_KIND, TABLE, Row, sign_adam_pp
 from support.strategies import DTYPES, SPECIALS, same_bits
 from torch import Tensor
@@ -31,7 +28,6 @@ from signadam_ext.optimizers.stepping import make_item
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 #: What the quick run does not interpret.
 THOROUGH = pytest.mark.thorough if INTERPRETED else ()
@@ -41,19 +37,7 @@ SIZES = (0, 1, 3, 31, 32, 33, 1023, 1025, 2047, 2048, 2049, 16384, 16385)
 
 
 def test_interpreted(thorough: bool) -> None:
-    if INTERPRETED:
-        pytest.skip("this is the process that interprets")
-    profile = f"--hypothesis-profile={'thorough' if thorough else 'quick'}"
-    command = [sys.executable, "-m", "pytest", "-qx", "-m", "not gpu", profile, __file__]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    run_interpreted(__file__, f"--hypothesis-profile={'thorough' if thorough else 'quick'}")
 
 
 @dataclass(frozen=True)
@@ -72,9 +56,8 @@ def combinations(row: Row) -> list[Combination]:
     """All that a rule can be asked for."""
     optimizer = row.optimizer([torch.zeros(1)], **row.hyperparameters)
     rule = rule_of(type(optimizer), optimizer.param_groups[0])
-    first = formats.BOUNDED if rule.bounded else formats.UNBOUNDED
     wide = ("fp32", "bf16")
-    forms = itertools.product(*(wide if len(rule.moments) > 2 else first, wide, wide)[: len(rule.moments)])
+    forms = itertools.product(*(wide if rule.keeps_largest else rule.first_forms, wide, wide)[: len(rule.moments)])
     param_storage = {
         torch.float32: ("nearest",),
         torch.bfloat16: tuple(formats.PARAM_STORAGES),
@@ -169,7 +152,7 @@ def assert_parity(
     [
         pytest.param(row, id=row.id, marks=() if row.id in OF_A_KIND else THOROUGH)
         for row in TABLE
-        if row.id != "sign_sgd"
+        if row.id != "sign_sgd" and not row.like
     ],
 )
 def test_every_combination(row: Row, device: str, thorough: bool) -> None:

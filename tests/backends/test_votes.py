@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import mmap
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.interpreted import INTERPRETED, run_interpreted
 from support.toolchain import HOST, build
 from torch import Tensor
 
@@ -27,7 +26,6 @@ from signadam_ext.backends.votes.table import SCALARS, WIDTHS
 from signadam_ext.core.native import compiled as _C
 from signadam_ext.core.random_bits import tensor_keys
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Elements of a tensor, and how many lie between an aligned address and its value, momentum and residual: one word,
 #: parts of words, several blocks and chunks, nothing; chunks that take the wide path, and some that one operand bars.
@@ -53,19 +51,7 @@ CPU = torch.device("cpu")
 
 
 def test_interpreted(thorough: bool) -> None:
-    pytest.importorskip("triton")
-    if INTERPRETED:
-        pytest.skip("this is the process that interprets")
-    profile = f"--hypothesis-profile={'thorough' if thorough else 'quick'}"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-m", "not gpu", profile, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    run_interpreted(__file__, f"--hypothesis-profile={'thorough' if thorough else 'quick'}")
 
 
 class HostTable(ctypes.Structure):

@@ -30,7 +30,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import Parameter
 
 import signadam_ext
-from signadam_ext import SignAdam, SignAdamPP, SignSGD, Signum
+from signadam_ext import SignAdam, SignAdamPP, SignSGD, Signum, backends
 
 ROOT = Path(__file__).resolve().parents[2]
 INF, NAN = float("inf"), float("nan")
@@ -185,6 +185,26 @@ def test_triton_on_the_cpu():
     ):
         train(optimizer, [0])
     assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(
+    "triton_version, numpy_version, fails",
+    [("3.2.0", "2.4.0", True), ("3.6.0", "2.10.1", True), ("3.6.0", "2.3.5", False), ("3.10.0", "2.4.6", False)],
+)
+def test_an_interpreter_that_fails_beside_its_numpy(triton_version, numpy_version, fails, monkeypatch):
+    numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
+    from signadam_ext.triton_kernels import update
+
+    monkeypatch.setattr(update, "update", None)  # no kernel of the compiler's
+    monkeypatch.setattr(triton, "__version__", triton_version)
+    monkeypatch.setattr(numpy, "__version__", numpy_version)
+    params = parameters()
+    if fails:
+        match = rf"of Triton {triton_version} fails with NumPy {numpy_version}: take NumPy below 2.4, or Triton 3.7"
+        with pytest.raises(RuntimeError, match=match):
+            train(Signum(params, backend="triton"), [0])
+    else:
+        assert backends.get("triton").unusable(params[0].device) is None
 
 
 def test_one_of_many_without_memory():

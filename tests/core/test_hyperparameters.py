@@ -417,7 +417,7 @@ def test_beta_and_betas_of_functions(name):
     function = getattr(functional, name)
     rights = [beta for beta in ("beta", "betas") if beta in inspect.signature(function).parameters]
     message = f"this rule has .*{rights[0]}=" if rights else "this rule has none"
-    lists = {"state_steps": [], "exp_avgs": [], "exp_avg_sqs": []}
+    lists = {"state_steps": [], "exp_avgs": [], "exp_avg_sqs": [], "max_exp_avg_sqs": [], "exp_avg_slows": []}
     lists = {key: value for key, value in lists.items() if key in inspect.signature(function).parameters}
     for wrong in {"beta", "betas"} - set(rights):
         with pytest.raises(TypeError, match=message):

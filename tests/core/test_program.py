@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import warnings
 from collections.abc import Callable, Sequence
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,17 @@ from signadam_ext import _C
 from signadam_ext.core.hyperparameters import checked
 from signadam_ext.core.program import Program, Value, pack_operations, pack_rows, program_of
 from signadam_ext.core.rule import Rule, Scalars, rule_of
-from signadam_ext.core.symbols import Symbol, at_least, is_nonzero, made_by_host, number, power, square_root
+from signadam_ext.core.symbols import (
+    Symbol,
+    at_least,
+    exponential,
+    is_nonzero,
+    logarithm,
+    made_by_host,
+    number,
+    power,
+    square_root,
+)
 
 #: Those of the papers, and the threshold that is steered, whose quantile the host makes.
 ROWS = [*TABLE, Row("sparsity", signadam_ext.SignAdamPP, {"confidence": "sparsity", "target": 0.1}, TABLE[0].formula)]
@@ -203,14 +215,45 @@ def test_too_many_registers() -> None:
         (lambda x, t: power(x, t), 1.5, 2000),  # infinite
         (lambda x, t: power(0.5, t) + power(x, 3), 0.3, 1074),
         (lambda x, t: number(x) * 0.0 + -0.0, -1.0, 1),
+        (lambda x, t: logarithm(number(t) + x), 2.0, LAST),
+        (lambda x, t: logarithm(x), 1.0, 1),
+        (lambda x, t: logarithm(x), 1.7976931348623157e308, 1),
+        (lambda x, t: logarithm(x), math.inf, 1),
+        (lambda x, t: exponential(x / t), -18.5, 7),
+        (lambda x, t: exponential(x), -0.0, 1),
+        (lambda x, t: exponential(x), 32.0, 1),
     ],
-    ids=range(11),
+    ids=range(18),
 )
 def test_operations(library: ctypes.CDLL, formula: Callable[[Any, Any], Any], alpha: float, t: int) -> None:
     """Signs of zero, infinities and NaN come out as of numbers."""
     program = program_with(formula)
     found = run(library, program, program.row({**GROUP, "alpha": alpha}), t, 1.0)["alpha"]
     assert float(found).hex() == float(formula(alpha, t)).hex()
+
+
+def test_logarithm() -> None:
+    """Within 3 units in the last place, of what steps are and between."""
+    with localcontext(prec=40):
+        for x in (
+            1,
+            1.0000000000000002,
+            *(1 + k / 64 for k in range(1, 64)),
+            *range(2, 300),
+            *(2**k + 2 for k in range(53)),
+        ):
+            exact = Decimal(x).ln()
+            assert abs(Decimal(logarithm(x)) - exact) <= 3 * Decimal(math.ulp(float(exact)))
+    assert logarithm(1) == 0.0 and logarithm(2) == math.log(2)
+
+
+def test_exponential() -> None:
+    """Within 1e-13 of the result, over the whole range."""
+    with localcontext(prec=40):
+        for x in (0.0, 2.0**-60, -1e-12, *(k / 7 for k in range(-224, 225))):
+            exact = Decimal(x).exp()
+            assert abs(Decimal(exponential(x)) - exact) <= Decimal("1e-13") * exact
+    assert exponential(0.0) == 1.0
 
 
 def test_symbols_have_no_hash() -> None:

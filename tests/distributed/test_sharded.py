@@ -110,6 +110,21 @@ def test_fsdp2(ranks, dtype, mesh):
     assert ranks(4).run(sharded.fsdp_as_alone, "SignAdamPP", options, dtype, mesh) == [None] * 4
 
 
+#: Modifiers of a step, whose factors are those of whole tensors. A share of entries is a sum of ones, in any order.
+MODIFIED = {
+    "cautious decay": ("AdamW", {"weight_decay_kind": "cautious", "lr_scale": "shape"}),
+    "exact caution": ("AdamW", {"caution": "exact", "weight_decay_kind": "coupled"}),
+    "delayed caution": ("Lion", {"caution": "delayed", "weight_decay": 0.1}),
+    "few bits": ("SignAdamPP", {"caution": "exact", "state_dtype": "int2", "backend": "reference"}),
+}
+
+
+@pytest.mark.parametrize("modifier", MODIFIED)
+def test_modifiers_of_whole_tensors(ranks, modifier):
+    name, options = MODIFIED[modifier]
+    assert ranks(3).run(sharded.sharded_as_alone, name, {"lr": 0.01, **options}) == [None] * 3
+
+
 def test_fsdp2_with_clipped_gradients(ranks):
     assert ranks(2).run(sharded.fsdp_as_alone, "SignAdam", {"lr": 0.01}, torch.float32, (), 0.1) == [None] * 2
 
@@ -200,6 +215,7 @@ THRESHOLDS = {
     "adaptive": {"confidence": "adaptive", "alpha": 0.5},
     "adaptive_delayed": {"confidence": "adaptive_delayed", "alpha": 0.5},
     "sparsity": {"confidence": "sparsity", "target": 0.3},
+    "rms": {"lr_scale": "rms"},
     "coupled": {"confidence": "adaptive", "weight_decay": 0.1, "decoupled_weight_decay": False},
 }
 

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.interpreted import INTERPRETED, run_interpreted
 from support.strategies import same_bits
 from torch import Tensor
 
 from signadam_ext import MSVAG, AdamW, Lion, SignAdam, SignAdamPP, SignSGD
+from signadam_ext.engine import plan
+from signadam_ext.engine.gradients import PythonReader, make_reader
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 gpu = pytest.mark.gpu
 DEVICES = [("cpu", "triton")] if INTERPRETED else [pytest.param("cuda", x, marks=gpu) for x in ("cuda", "triton")]
 on_each_device = pytest.mark.parametrize("device, backend", DEVICES, ids=str)
@@ -40,18 +38,7 @@ each_method = pytest.mark.parametrize("method", ("adamw", "int2") if INTERPRETED
 
 
 def test_interpreted() -> None:
-    if INTERPRETED:
-        pytest.skip("this is the process that interprets")
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-m", "not gpu", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
+    run_interpreted(__file__)
 
 
 class Twins:
@@ -195,6 +182,34 @@ def test_a_checkpoint_goes_both_ways(device: str, backend: str) -> None:
     twins.give(1)
     twins.step()
     twins.check()
+
+
+@on_each_device
+@pytest.mark.parametrize("count", [1.5, -1.0, math.nan, 2.0**53])
+@pytest.mark.parametrize("reader", [make_reader, PythonReader], ids=["compiled", "python"])
+def test_a_count_that_no_training_reaches_is_refused(
+    device: str, backend: str, reader: Any, count: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written into the tensor that the device counts in, which the host does not read at a step."""
+    monkeypatch.setattr(plan, "make_reader", reader)
+    twins = Twins("adamw", device, backend)
+    twins.give(0)
+    twins.step()
+    param = twins.params[0][2]
+    step = twins.ours.state[param]["step"]
+    before = copy.deepcopy(twins.ours.state_dict()["state"]), [param.detach().clone() for param in twins.params[0]]
+    step.fill_(count)
+    twins.give(1)
+    match = "state 'step' of parameter 1 of group 1 is .*: must be the number of steps taken, a whole number"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=match):
+            twins.ours.step()
+    step.fill_(1.0)
+    after = twins.ours.state_dict()["state"], [param.detach() for param in twins.params[0]]
+    assert str(before) == str(after)
+    twins.step()
+    twins.check()
+    assert twins.ours.state[param]["step"] is step, "one that could be right is read again, and stays"
 
 
 @on_each_device

@@ -114,14 +114,15 @@ uint64_t steps(RuleIndex rule, bool third_is_moment, bool has_third, const Form&
   Scalars s{};
   s.lr = 1e-2f, s.weight_decay = 0.1f, s.decay = 0.999f, s.beta1 = 0.9f, s.one_minus_beta1 = 0.1f;
   s.beta2 = 0.99f, s.one_minus_beta2 = 0.01f, s.eps = 1e-8f, s.denominator = 0.5f, s.bias_correction = 0.7f;
-  s.rho = 0.3f, s.one_minus_rho = 0.7f;
+  s.rho = 0.3f, s.one_minus_rho = 0.7f, s.beta3 = 0.9999f, s.one_minus_beta3 = 0.0001f, s.mix = 0.02f, s.lower = 0.5f,
+  s.upper = 1.0f;
   Digest digest;
   ChunkStatistics statistics{};
   for (uint64_t step = 1; step <= 4; ++step) {
     const auto grad = wide(numbers, form.grad, count, false, true);
     slice.grad = grad.data();
     slice.rng_keys = RngKey::of(7, 3, step);
-    s.coupled = step == 2, s.gradient_scale = step == 3 ? -0.7f : 1.0f, s.steers = step == 4;
+    s.coupled = step == 2, s.gradient_scale = step == 3 ? -0.7f : 1.0f, s.cautious_decay = s.steers = step == 4;
     SIGNADAM_TABLE.update[rule](slice, s, 0.125f, observes ? &statistics : nullptr);
     if (observes) {
       digest.add(statistics.squares);
@@ -156,8 +157,7 @@ void all_of(RuleIndex rule) {
     use(Format::bf16, Format::bf16);
     if (Rule::bounded)
       for (const Format codes : {Format::int8, Format::int4, Format::int2}) use(codes, Format::bf16);
-    else
-      use(Format::block8, Format::fp32);
+    if (has_blocks<Rule>) use(Format::block8, Format::fp32);
   };
   for (const Format param : {Format::fp32, Format::bf16, Format::fp16})
     moments([&](Format m, Format v) {

@@ -37,11 +37,14 @@ inline std::vector<uint32_t> ordered(uint32_t count, Order order, std::mt19937& 
 inline uint32_t running_chunk = 0;
 inline int running_thread = 0;
 
-// What a first moment can be stored as.
-inline std::vector<Format> first_forms(bool bounded) {
+// What a rule's first moment can be stored as.
+template <class Rule>
+std::vector<Format> first_forms() {
+  if (Rule::moments == 0) return {Format::fp32};
   std::vector<Format> forms = {Format::fp32, Format::bf16};
-#define SIGNADAM_APPEND(name) \
-  if (is_packed(Format::name) && is_scale_free(Format::name) == bounded) forms.push_back(Format::name);
+#define SIGNADAM_APPEND(name)                                                                      \
+  if (is_packed(Format::name) && (is_scale_free(Format::name) ? Rule::bounded : has_blocks<Rule>)) \
+    forms.push_back(Format::name);
   SIGNADAM_FORMATS(SIGNADAM_APPEND)
 #undef SIGNADAM_APPEND
   return forms;

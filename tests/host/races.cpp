@@ -205,7 +205,7 @@ int main() {
 
   // Neighbours in a byte, in a word, and under an exponent.
   std::vector<Spec> bounded, unbounded;
-  const std::vector<Format> forms = first_forms(true);
+  const std::vector<Format> forms = first_forms<SignAdam>();
   const ParamStorage param_storage[] = {ParamStorage::split8, ParamStorage::split16, ParamStorage::master,
                                         ParamStorage::stochastic, ParamStorage::nearest};
   for (int i = 0; i < static_cast<int>(forms.size()); ++i)

@@ -303,10 +303,10 @@ std::vector<Spec> adversarial(int repetitions, bool large) {
 
 // Every form of moments and parameter that a rule of so many moments can have, some plain ones among them, at
 // borders of runs, rows and chunks, and across the index at which random keys change.
-std::vector<Spec> stored_specs(int moments, bool bounded, bool large) {
+template <class Rule>
+std::vector<Spec> stored_specs(bool large) {
   using Forms = std::vector<Format>;
   const Forms none = {Format::fp32}, wide = {Format::fp32, Format::bf16};
-  const Forms first = moments == 0 ? none : first_forms(bounded);
   const std::pair<Format, ParamStorage> params[] = {
       {Format::fp32, ParamStorage::nearest},    {Format::bf16, ParamStorage::nearest},
       {Format::fp16, ParamStorage::nearest},    {Format::bf16, ParamStorage::stochastic},
@@ -317,8 +317,8 @@ std::vector<Spec> stored_specs(int moments, bool bounded, bool large) {
   std::vector<Spec> specs;
   std::mt19937 random(4);
   const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
-  for (const Format exp_avg : first)
-    for (const Format exp_avg_sq : moments > 1 ? wide : none)
+  for (const Format exp_avg : first_forms<Rule>())
+    for (const Format exp_avg_sq : Rule::moments > 1 ? wide : none)
       for (const auto& [param, param_storage] : params) {
         std::vector<int64_t> sizes = {0, 1, 7, 8, 9, 31, 32, 33, 255, 2047, 2049};
         if (large && below(3) == 0)
@@ -499,7 +499,7 @@ void huge() {
 template <int count>
 struct Count {
   static constexpr int moments = count;
-  static constexpr bool bounded = true, divides = false, reads_variance = false;
+  static constexpr bool bounded = true, bound_by_group = false, divides = false, reads_variance = false;
   static void update(const Scalars&, float, float& p, float, float& m, float& v, float& x) {
     p += 1.0f;
     if constexpr (count > 0) m += 1.0f;
@@ -617,7 +617,9 @@ Scalars scalars_of(bool coupled, bool maximize, double alpha) {
   row[index_eps] = 1e-8;
   row[index_denominator] = 0.1;
   row[index_bias_correction] = 0.5;
-  row[index_rho] = 0.25, row[index_one_minus_rho] = 0.75;
+  row[index_rho] = 0.25, row[index_one_minus_rho] = 0.75, row[index_beta3] = 0.9999,
+  row[index_one_minus_beta3] = 1 - 0.9999, row[index_mix] = 0.02;
+  row[index_lower] = 0.5, row[index_upper] = 1.0;
   row[index_confidence_beta] = 0.9, row[index_one_minus_confidence_beta] = 1 - 0.9;
   return Scalars::from_set(row);
 }
@@ -785,7 +787,7 @@ std::vector<std::vector<unsigned char>> after_step(const std::vector<Spec>& spec
 // Any order of blocks and threads leaves the same bytes. What they must be is compared outside, with the reference.
 template <class Rule, ThresholdPass threshold_pass>
 std::size_t compare_orders(bool large) {
-  const auto specs = stored_specs(Rule::moments, Rule::bounded, large);
+  const auto specs = stored_specs<Rule>(large);
   const auto expected = after_step<Rule, threshold_pass>(specs, Order::forward);
   for (const Order order : {Order::reversed, Order::shuffled}) {
     const auto actual = after_step<Rule, threshold_pass>(specs, order);
@@ -940,7 +942,7 @@ std::size_t count_accesses(const std::vector<Spec>& specs, Order order, bool cou
 template <class Rule, ThresholdPass threshold_pass>
 std::size_t count_all_accesses(Order order) {
   const bool coupled = order != Order::forward;
-  const auto specs = stored_specs(Rule::moments, Rule::bounded, true);
+  const auto specs = stored_specs<Rule>(true);
   return count_accesses<Rule, threshold_pass, Storage::any>(specs, order, coupled) +
          count_accesses<Rule, threshold_pass, plain_for<Rule>>(adversarial(1, Rule::moments != 1), order, coupled);
 }

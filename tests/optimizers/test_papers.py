@@ -27,7 +27,7 @@ def variances(param: torch.Tensor, steps: int = STEPS) -> list[torch.Tensor]:
 
 def zeros(param: torch.Tensor) -> dict[str, Bounded]:
     """Every moment there is, before the first step."""
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "exp_avg_var")
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_slow", "momentum_buffer", "exp_avg_var")
     return {name: Bounded.exact(np.zeros(param.shape)) for name in names}
 
 
@@ -52,7 +52,7 @@ def test_formula(row: Row, maximize: bool, decay: tuple[float, bool]) -> None:
     for t, (g, variance) in enumerate(zip(gradients(param), variances(param), strict=True), start=1):
         param.grad, param.grad_variance, h["grad_variance"] = g, variance, Bounded.exact(variance.numpy())
         optimizer.step()
-        if weight_decay:
+        if weight_decay and (row.moves_at_first or t > 1):
             p = p * Bounded.scalar(1 - h["lr"] * weight_decay)
         p = row.formula(p, Bounded.exact((-g if maximize else g).numpy()), state, t, h)
         measured = {"p": param.detach(), **{k: v for k, v in optimizer.state[param].items() if k in state}}

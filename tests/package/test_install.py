@@ -138,14 +138,14 @@ def test_kernels_have_one_name_each() -> None:
 
 
 def test_a_rule_is_five_places() -> None:
-    """What is Lion's own lies in its functor, twin, reference, class and row; beside them only lines that export it."""
+    """What is Grams' own lies in its functor, twin, reference, class and row; beside them only lines that export it."""
     own = {
         "csrc/core/rules.h",
         "triton_kernels/rules.py",
         "signadam_ext/backends/reference/rules.py",
         "tests/support/paper_formulas.py",
     }
-    own.add("signadam_ext/optimizers/lion.py")
+    own.add("signadam_ext/optimizers/grams.py")
     exports = {"signadam_ext/__init__.py", "signadam_ext/functional.py", "signadam_ext/optimizers/__init__.py"}
     sources = [path for folder in ("csrc", "triton_kernels", "signadam_ext") for path in (ROOT / folder).rglob("*.*")]
     # Votes on the update are a method of their own, which no rule computes.
@@ -157,11 +157,11 @@ def test_a_rule_is_five_places() -> None:
         path.relative_to(ROOT).as_posix()
         for path in [*sources, ROOT / "tests" / "support" / "paper_formulas.py"]
         if path.suffix in (".h", ".inl", ".cpp", ".cu", ".py")
-        and re.search(r"\blion\b", path.read_text(), re.IGNORECASE)
+        and re.search(r"\bgrams\b", path.read_text(), re.IGNORECASE)
     }
     assert found == own | exports
     for path in exports:
-        named = [line for line in (ROOT / path).read_text().splitlines() if re.search(r"\bLion\b|\blion\b", line)]
+        named = [line for line in (ROOT / path).read_text().splitlines() if re.search(r"\bGrams\b|\bgrams\b", line)]
         assert len(named) <= 4, (path, named)
 
 
@@ -209,8 +209,8 @@ def test_shared_arguments_are_described_alike() -> None:
         "backend",
     )
     assert {argument: len(said[argument]) for argument in shared} == dict.fromkeys(shared, 1)
-    # Of a momentum that cannot exceed 1, and of any other.
-    assert len(said["state_dtype"]) == 2
+    # Of a momentum that cannot exceed 1, of one that has a bound for small betas, and of any other.
+    assert len(said["state_dtype"]) == 3
     assert len(said["foreach, fused, differentiable, capturable"]) == 1
 
 

@@ -81,7 +81,7 @@ def test_arguments(name: str) -> None:
 
 
 def test_constants_have_the_types_that_are_stated() -> None:
-    kinds = {"tuple": tuple, "dict": dict, "int": int}
+    kinds = {"tuple": tuple, "dict": dict, "int": int, "float": float}
     for name, node in MODULE.items():
         if isinstance(node, ast.AnnAssign):
             assert type(getattr(compiled, name)) is kinds[ast.unparse(node.annotation).partition("[")[0]], name

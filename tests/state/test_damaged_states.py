@@ -76,6 +76,7 @@ DAMAGE = {
     "no pickle": with_record("data.pkl", None),
     "a pickle that is cut": with_record("data.pkl", b"\x80\x02J\1"),
     "a storage of another size": with_record("data/0", b"\0" * 7),
+    "a storage that is larger": with_record("data/0", b"\0" * 164),
     "no storage": with_record("data/0", None),
     "a bytearray of a gigabyte": with_pickle(b"c__builtin__\nbytearray\nJ\0\0\0\x40\x85R"),
     "a tensor of four gigabytes": with_pickle(b"ctorch\nTensor\nJ\0\0\0\x40\x85R"),
@@ -207,7 +208,7 @@ def test_depths_of_pickles() -> None:
     import pickle
 
     def depth_of(value: object) -> int:
-        return pickles._depth(pickle.dumps(value, protocol=2))
+        return pickles._depth(pickle.dumps(value, protocol=2), {})
 
     shared = ((1,),)
     assert depth_of(1) == depth_of([[]]) == depth_of({}) == 0
@@ -217,7 +218,46 @@ def test_depths_of_pickles() -> None:
     assert depth_of({(1, (2, (3,))): [4]}) == 3
     for broken in (b"\x80\x02\x85.", b"\x80\x02t.", b"\x80\x02s."):
         with pytest.raises(ValueError):
-            pickles._depth(broken)
+            pickles._depth(broken, {})
+
+
+def storage(kind: bytes = b"ctorch\nFloatStorage\n", key: bytes = b"X\1\0\0\x000", count: bytes = b"K\5") -> bytes:
+    """A pickle of one storage: 5 floats of record 0."""
+    return b"\x80\x02(X\7\0\0\0storage" + kind + key + b"X\3\0\0\0cpu" + count + b"tQ."
+
+
+def test_sizes_of_storages_are_those_of_their_records() -> None:
+    for pickle, size in (
+        (storage(), 20),
+        (storage(b"ctorch\nBFloat16Storage\n"), 10),
+        (storage(b"ctorch.storage\nUntypedStorage\n"), 5),
+        (storage(count=b"J\0\0\1\0"), 4 * 65536),
+        (storage(count=b"K\5q\0" + b"0h\0"), 20),
+    ):
+        pickles.check(pickle, {"0": size, "1": 3})
+        for other in (0, size - 1, size + 1):
+            with pytest.raises(ValueError, match=f"storage '0' has {size} bytes, and its record {other}"):
+                pickles.check(pickle, {"0": other})
+    for pickle, match in (
+        (storage(key=b"X\1\0\0\x001"), "it has no record of storage '1'"),
+        (storage(key=b"K\0"), "it holds a storage in a way that torch.save does not write"),
+        (storage(count=b"\x88"), "it computes the size of storage '0'"),
+        (storage(count=b"]"), "it computes the size of storage '0'"),
+        (b"\x80\x02K\1Q.", "it holds a storage in a way that torch.save does not write"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            pickles.check(pickle, {"0": 20})
+
+
+def test_records_that_torch_could_take_for_one_another_are_refused(tmp_path):
+    optimizer, path = trained(), tmp_path / "state"
+    optimizer.save_state(path)
+    members = records_of(path.read_bytes())
+    own = records_of(members["state/0/exp_avg"])
+    (name,) = (each for each in own if each.endswith("/data/0"))
+    twice = packed({**own, name.upper(): own[name]})
+    path.write_bytes(packed({**members, "state/0/exp_avg": twice}))
+    refuses(optimizer, lambda: optimizer.load_state(path), ValueError, "it has two records of one name")
 
 
 def test_repeated_containers_are_counted() -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import collections
+import errno
+import fcntl
 import os
+import signal
 import stat
+import subprocess
+import sys
 import zipfile
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +20,8 @@ from torch import Tensor
 
 from signadam_ext import SignAdamPP, Signum
 from signadam_ext.core.formats import FORMATS
+from signadam_ext.state import archive
+from signadam_ext.state.archive import writer
 
 
 def trained(steps=2, **options):
@@ -109,6 +117,85 @@ def test_no_temporary_file_stays(after, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         optimizer.save_state(tmp_path / "state")
     assert not list(tmp_path.iterdir())
+
+
+#: Writes a state in two parts, and waits between them to be killed.
+WRITER = """
+import sys, time
+from signadam_ext.state.archive import writer
+with writer(sys.argv[1]) as archive:
+    archive.writestr("member", b"1" * 1000)
+    print("under way", flush=True)
+    time.sleep(600)
+"""
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_a_killed_writer_leaves_is_removed_by_the_next(tmp_path):
+    """And by nobody while it lives, nor by the writer of another file."""
+    path, other = tmp_path / "state", tmp_path / "other"
+    with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline() == b"under way\n"
+            (left,) = names_in(tmp_path)
+            trained().save_state(path)
+            assert names_in(tmp_path) == sorted([left, "state"]), "its writer is alive"
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    trained().save_state(other)
+    assert names_in(tmp_path) == sorted([left, "other", "state"])
+    (tmp_path / "link").symlink_to(path)
+    trained().save_state(tmp_path / "link")
+    assert names_in(tmp_path) == ["link", "other", "state"]
+    fresh().load_state(path)
+
+
+def test_writers_of_one_file_at_once_leave_the_last(tmp_path):
+    path, one, other = tmp_path / "state", trained(1), trained(2)
+    with writer(path) as archive:
+        other.save_state(path)
+        assert len(names_in(tmp_path)) == 2
+        archive.writestr("optimizer", b"")
+    assert names_in(tmp_path) == ["state"]
+    with pytest.raises(ValueError):
+        fresh().load_state(path)
+    one.save_state(path)
+    twin = fresh()
+    twin.load_state(path)
+    assert same(one, twin)
+
+
+def test_a_new_file_that_another_writer_takes_for_a_leftover(tmp_path, monkeypatch):
+    """It is made, and looked at by another before it is locked."""
+    path, lock, removed = tmp_path / "state", fcntl.flock, []
+
+    def late(file, operation):
+        if not removed:
+            (name,) = names_in(tmp_path)
+            removed.append(name)
+            archive._remove_leftovers(str(tmp_path), name[:18])
+            assert not names_in(tmp_path)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    trained().save_state(path)
+    assert removed and names_in(tmp_path) == ["state"]
+    fresh().load_state(path)
+
+
+def test_nothing_is_removed_where_nobody_can_lock(tmp_path, monkeypatch):
+    path = tmp_path / "state"
+    with monkeypatch.context() as patched, writer(path) as other:
+        patched.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+        (left,) = names_in(tmp_path)
+        trained().save_state(path)
+        assert names_in(tmp_path) == sorted([left, "state"])
+        other.writestr("member", b"")
+    assert names_in(tmp_path) == ["state"]
 
 
 def test_an_offloaded_parameter_writes_its_whole_moment_or_nothing(tmp_path):

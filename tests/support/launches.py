@@ -96,11 +96,16 @@ def _cases() -> Iterator[Case]:
     fp32, bf16, fp16 = short
     # Every rule, and every way to come by a threshold.
     for row in rows:
-        yield case(row)
+        if not rows[row].like:
+            yield case(row)
     steered = {"confidence": "sparsity", "target": 0.25, "gain": 0.5, "lr": 0.01}
     yield Case("sign_adam_pp-sparsity-fp32", signadam_ext.SignAdamPP, steered)
     coupled = {"alpha": 0.25, "weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True}
     yield Case("sign_adam_pp-coupled-fp32", signadam_ext.SignAdamPP, coupled)
+    for row in ("sign_sgd-gated", "sign_adam_pp", "adam", "lion"):
+        yield case(row, fp32, weight_decay_kind="cautious")
+    yield case("sign_adam_pp", bf16, weight_decay_kind="cautious", param_storage="stochastic", state_dtype="int2")
+    yield case("signum", bf16, weight_decay_kind="cautious", param_storage="stochastic", state_dtype="int8")
     # 16-bit parameters, rounded to nearest.
     for row, dtype in (("sign_adam_pp", bf16), ("sign_sgd", bf16), ("adam", bf16), ("lion", fp16)):
         yield case(row, dtype)
@@ -115,6 +120,11 @@ def _cases() -> Iterator[Case]:
     yield case("lion", bf16, param_storage="split8", state_dtype="int8")
     yield case("adam", fp32, state_dtype="int8")
     yield case("msgd", bf16, param_storage="split16", state_dtype="fp32")
+    # That of LaProp has one for small betas.
+    yield case("laprop", bf16, param_storage="master", state_dtype="int8")
+    yield case("laprop-bounded", bf16, param_storage="stochastic", state_dtype="int8")
+    yield case("adopt", bf16, param_storage="stochastic", state_dtype="int8")
+    yield case("ademamix", bf16, param_storage="stochastic", state_dtype="int8")
     yield case("sign_adam", bf16, param_storage="split8", state_dtype="int4")
     yield case("adam", bf16, param_storage="stochastic", state_dtype="bf16")
     yield case("adam_amsgrad", bf16, param_storage="master", state_dtype="bf16")

@@ -6,6 +6,7 @@ The formulas are written from the papers, in real arithmetic, and share nothing 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,9 @@ class Bounded:
         certain = (np.abs(self.value) > self.error) | (self.error == 0)
         return Bounded(np.sign(self.value), np.where(certain, 0.0, 2.0))
 
+    def magnitude(self) -> Bounded:
+        return Bounded(np.abs(self.value), self.error)
+
 
 def gated_sign(g: Bounded, alpha: float) -> Bounded:
     """[SA] Sec. 4: the sign of those entries whose magnitude exceeds alpha. ``g`` and ``alpha`` are exact here."""
@@ -105,6 +109,16 @@ def signum(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> B
     beta = h["beta"]
     state["exp_avg"] = Bounded.scalar(beta) * state["exp_avg"] + Bounded.scalar(1 - beta) * g
     return p - Bounded.scalar(h["lr"]) * state["exp_avg"].sign()
+
+
+def signum_nesterov(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """NVIDIA's Emerging-Optimizers. It is computed as a blend of the old momentum and the gradient."""
+    b, m = h["beta"], state["exp_avg"]
+    state["exp_avg"] = new = Bounded.scalar(b) * m + Bounded.scalar(1 - b) * g
+    ahead, now = b / (1 - b ** (t + 1)), (1 - b) / (1 - b**t)
+    u = Bounded.scalar(ahead * b) * m + Bounded.scalar(ahead * (1 - b) + now) * g
+    assert np.allclose(u.value, ahead * new.value + now * g.value, rtol=1e-9, atol=0)
+    return p - Bounded.scalar(h["lr"]) * u.sign()
 
 
 def sign_adam(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
@@ -224,23 +238,175 @@ def lion(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bou
     return p - Bounded.scalar(h["lr"]) * u.sign()
 
 
+def adam_s(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Zhang, Wang and Chen, arXiv 2505.16363: v of the old momentum."""
+    b1, b2 = h["betas"]
+    m = state["exp_avg"]
+    v = Bounded.scalar(b2) * m * m + Bounded.scalar(1 - b2) * g * g
+    state["exp_avg"] = m = Bounded.scalar(b1) * m + Bounded.scalar(1 - b1) * g
+    return p - Bounded.scalar(h["lr"]) * m / (v.sqrt() + Bounded.scalar(h["eps"]))
+
+
+def bcos(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Jiang and Xiao, arXiv 2507.08963. The momentum begins as the first gradient."""
+    b = h["beta"]
+    m = g if t == 1 else state["exp_avg"]
+    if h["simple"]:
+        weight, rest = (0.0, 1.0) if t == 1 else (1 - (1 - b) ** 2, (1 - b) ** 2)
+        v = Bounded.scalar(weight) * m * m + Bounded.scalar(rest) * g * g
+    elif t == 1:
+        v = g * g
+    else:
+        # What is computed is a sum of squares, equal to what is printed.
+        printed = (
+            (3 * b**2 - 2 * b**3) * m.value**2 + (1 - b) ** 2 * g.value**2 + 2 * b * (1 - b) ** 2 * m.value * g.value
+        )
+        ahead = g + Bounded.scalar(b) * m
+        v = Bounded.scalar(b**2 * (2 - b**2)) * m * m + Bounded.scalar((1 - b) ** 2) * ahead * ahead
+        assert np.allclose(v.value, printed, rtol=1e-12, atol=0)
+    state["exp_avg"] = m = g if t == 1 else Bounded.scalar(b) * m + Bounded.scalar(1 - b) * g
+    return p - Bounded.scalar(h["lr"]) * m / (v.sqrt() + Bounded.scalar(h["eps"]))
+
+
+def lion_k(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Chen et al., arXiv 2310.05898, with three functions K."""
+    b1, b2 = h["betas"]
+    u = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    state["exp_avg"] = Bounded.scalar(b2) * state["exp_avg"] + Bounded.scalar(1 - b2) * g
+    size, bend = u.magnitude(), Bounded.scalar(h["epsilon"])
+    # No entry is so near the bend that fp32 might take it for one of the other side.
+    assert (np.abs(size.value - bend.value) > size.error + bend.error).all()
+    inside = size.value < bend.value
+    if h["kappa"] == "threshold":
+        slope = Bounded.exact(np.where(inside, 0.0, np.sign(u.value)))
+    elif h["kappa"] == "huber":
+        slope = (u / bend).where(inside, u.sign())
+    else:
+        slope = u / (bend + size)
+    return p - Bounded.scalar(h["lr"]) * slope
+
+
+def mars_lion(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Yuan et al., arXiv 2411.10438, as Lion with other betas; test_one_moment.py has its equations."""
+    return lion(p, g, state, t, {**h, "betas": (h["beta"] * (1 - h["gamma"]), h["beta"])})
+
+
+def ano(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Kegreisz, arXiv 2508.18258, eps under the root; Anolog where one beta is given."""
+    b1, b2 = h["betas"] if "betas" in h else (1 - 1 / math.log(t + 2), h["beta2"])
+    m, v, square = state["exp_avg"], state["exp_avg_sq"], g * g
+    state["exp_avg"] = m = Bounded.scalar(b1) * m + Bounded.scalar(1 - b1) * g
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * v + Bounded.scalar(1 - b2) * (square - v).sign() * square
+    # The bias correction of v, moved into the learning rate and eps.
+    size = Bounded.scalar(h["lr"] * math.sqrt(1 - b2**t)) * g.magnitude()
+    return p - size / (v + Bounded.scalar(h["eps"] * (1 - b2**t))).sqrt() * m.sign()
+
+
+def grams(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Cao, Li and Song, arXiv 2412.17107, eps as in their code."""
+    b1, b2 = h["betas"]
+    state["exp_avg"] = m = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * g * g
+    lr = Bounded.scalar(h["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t))
+    return p - lr * m.magnitude() / (v.sqrt() + Bounded.scalar(h["eps"])) * g.sign()
+
+
+def ada_momentum(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """Wang et al., arXiv 2106.11514."""
+    b1, b2 = h["betas"]
+    state["exp_avg"] = m = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * m * m + Bounded.scalar(h["eps"])
+    state["exp_avg_sq"] = v
+    return p - Bounded.scalar(h["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t)) * m / v.sqrt()
+
+
+def laprop(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[LP] Alg. 1."""
+    b1, b2 = h["betas"]
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * g * g
+    normalized = g / ((v / Bounded.scalar(1 - b2**t)).sqrt() + Bounded.scalar(h["eps"]))
+    state["exp_avg"] = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * normalized
+    return p - Bounded.scalar(h["lr"] / (1 - b1**t)) * state["exp_avg"]
+
+
+def adopt(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[AD] Alg. 2, with the clipping that its authors recommend."""
+    b1, b2 = h["betas"]
+    v, limit = state["exp_avg_sq"], (t - 1) ** 0.25 if h["clip"] else np.inf
+    if t == 1:
+        state["exp_avg_sq"] = g * g
+        return p
+    n = g / v.sqrt().largest(Bounded.scalar(h["eps"]))
+    # Which of the two fp32 takes does not matter where they are within an error of each other.
+    n = n.where(np.abs(n.value) < limit, Bounded(np.clip(n.value, -limit, limit), n.error + UNIT * limit))
+    state["exp_avg"] = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * n
+    state["exp_avg_sq"] = Bounded.scalar(b2) * v + Bounded.scalar(1 - b2) * g * g
+    return p - Bounded.scalar(h["lr"]) * state["exp_avg"]
+
+
+def ada_bound(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any], *, largest: bool = False) -> Bounded:
+    """[LX] Alg. 2, bias-corrected as in the authors' code, and not divided by the root of t."""
+    b1, b2 = h["betas"]
+    state["exp_avg"] = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    state["exp_avg_sq"] = v = Bounded.scalar(b2) * state["exp_avg_sq"] + Bounded.scalar(1 - b2) * g * g
+    if largest:
+        state["max_exp_avg_sq"] = v = state["max_exp_avg_sq"].largest(v)
+    rate = Bounded.scalar(h["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t)) / (v.sqrt() + Bounded.scalar(h["eps"]))
+    lower, upper = (
+        Bounded.scalar(h["final_lr"] * (1 + sign / (h["gamma"] * t + nought))) for sign, nought in ((-1, 1), (1, 0))
+    )
+    # A bound that fp32 crosses and real arithmetic does not, or the reverse, is within the error of the rate.
+    rate = rate.where(rate.value > lower.value, Bounded(lower.value, lower.error + rate.error))
+    rate = rate.where(rate.value < upper.value, Bounded(upper.value, upper.error + rate.error))
+    return p - rate * state["exp_avg"]
+
+
+ams_bound = functools.partial(ada_bound, largest=True)
+
+
+def ademamix(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[PA] Alg. 1, with its schedules of alpha and beta3."""
+    b1, b2, b3 = h["betas"]
+    alpha = h["alpha"] * min(1.0, t / h["t_alpha"]) if h["t_alpha"] else h["alpha"]
+    if h["t_beta3"] and t < h["t_beta3"]:
+        half_lives = [math.log(0.5) / math.log(b + 1e-8) - 1 for b in (b1, b3)]
+        share = t / h["t_beta3"]
+        b3 = 0.5 ** (1 / ((1 - share) * half_lives[0] + share * half_lives[1] + 1))
+    for name, b, x in (
+        ("exp_avg", b1, Bounded.exact(1.0)),
+        ("exp_avg_sq", b2, g),
+        ("exp_avg_slow", b3, Bounded.exact(1.0)),
+    ):
+        state[name] = Bounded.scalar(b) * state[name] + Bounded.scalar(1 - b) * g * x
+    root = state["exp_avg_sq"].sqrt() / Bounded.scalar(math.sqrt(1 - b2**t)) + Bounded.scalar(h["eps"])
+    fast = Bounded.scalar(h["lr"] / (1 - b1**t)) * state["exp_avg"]
+    return p - (fast + Bounded.scalar(h["lr"] * alpha) * state["exp_avg_slow"]) / root
+
+
 @dataclass(frozen=True)
 class Row:
-    """A rule under test: the class, the hyperparameters of its own, the formula."""
+    """A rule under test: the class, the hyperparameters of its own, the formula.
+
+    Attributes:
+        like: the row whose kernels serve it, with other scalars: what tests of kernels alone leave out.
+    """
 
     id: str
     optimizer: type
     hyperparameters: dict[str, Any]
     formula: Formula
+    moves_at_first: bool = True  # and decays; otherwise the first step only makes state
+    largest_beta2: float = 1.0  # up to which its momentum has a bound that codes can use
+    like: str = ""
 
     @property
     def state_dtypes(self) -> tuple[str, ...]:
         """What the rule's moments can be stored as."""
         if self.optimizer is signadam_ext.SignSGD:
             return ()
-        if self.hyperparameters.get("amsgrad"):
+        if self.hyperparameters.get("amsgrad") or self.optimizer is signadam_ext.AMSBound:
             return ("fp32", "bf16")
-        bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP)
+        bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP) or self.largest_beta2 < 1
         return tuple(BOUNDED if bounded else UNBOUNDED)
 
     @property
@@ -251,10 +417,13 @@ class Row:
 
 ADAPTIVE = {"alpha": 0.5, "beta": 0.9, "confidence_beta": 0.8}
 
+BOUNDS = {"betas": (0.9, 0.99), "final_lr": 0.1, "eps": 1e-8}
+
 TABLE = [
     Row("sign_sgd", signadam_ext.SignSGD, {"alpha": 0.0}, sign_sgd),
     Row("sign_sgd-gated", signadam_ext.SignSGD, {"alpha": 0.25}, sign_sgd),
     Row("signum", signadam_ext.Signum, {"beta": 0.9}, signum),
+    Row("signum-nesterov", signadam_ext.Signum, {"beta": 0.9, "nesterov": True}, signum_nesterov, like="lion"),
     Row("sign_adam", signadam_ext.SignAdam, {"betas": (0.9, 0.99), "eps": 1e-8}, sign_adam),
     Row(
         "sign_adam_analytic",
@@ -276,6 +445,30 @@ TABLE = [
     Row("adam", signadam_ext.Adam, {"betas": (0.9, 0.99), "eps": 1e-8}, adam),
     Row("adam_amsgrad", signadam_ext.AdamW, {"betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": True}, adam),
     Row("lion", signadam_ext.Lion, {"betas": (0.9, 0.99)}, lion),
+    Row("adam_s", signadam_ext.AdamS, {"betas": (0.9, 0.95), "eps": 1e-8}, adam_s),
+    Row("bcos", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": False}, bcos),
+    Row("bcos-simple", signadam_ext.BCOS, {"beta": 0.9, "eps": 1e-6, "simple": True}, bcos, like="adam_s"),
+    *(
+        Row(f"lion_{kappa}", signadam_ext.LionK, {"betas": (0.9, 0.99), "kappa": kappa, "epsilon": 0.125}, lion_k)
+        for kappa in ("threshold", "huber", "softsign")
+    ),
+    Row("mars_lion", signadam_ext.MARSLion, {"beta": 0.95, "gamma": 0.025}, mars_lion, like="lion"),
+    Row("ano", signadam_ext.Ano, {"betas": (0.92, 0.99), "eps": 1e-8}, ano),
+    Row("anolog", signadam_ext.Anolog, {"beta2": 0.99, "eps": 1e-8}, ano, like="ano"),
+    Row("grams", signadam_ext.Grams, {"betas": (0.9, 0.99), "eps": 1e-6}, grams),
+    Row("ada_momentum", signadam_ext.AdaMomentum, {"betas": (0.9, 0.99), "eps": 1e-8}, ada_momentum),
+    Row("laprop", signadam_ext.LaProp, {"betas": (0.9, 0.999), "eps": 1e-8}, laprop),
+    Row("laprop-bounded", signadam_ext.LaProp, {"betas": (0.9, 0.95), "eps": 1e-8}, laprop, largest_beta2=0.95),
+    Row("adopt", signadam_ext.ADOPT, {"betas": (0.9, 0.99), "eps": 1e-6, "clip": True}, adopt, False),
+    Row("adopt-unclipped", signadam_ext.ADOPT, {"betas": (0.9, 0.99), "eps": 1e-6, "clip": False}, adopt, False),
+    Row("ada_bound", signadam_ext.AdaBound, {"gamma": 0.01, **BOUNDS}, ada_bound),
+    Row("ams_bound", signadam_ext.AMSBound, {"gamma": 0.01, **BOUNDS}, ams_bound),
+    Row(
+        "ademamix",
+        signadam_ext.AdEMAMix,
+        {"betas": (0.9, 0.99, 0.999), "alpha": 2.0, "eps": 1e-8, "t_alpha": 30, "t_beta3": 20},
+        ademamix,
+    ),
 ]
 
 #: One of each kind: what others have in state and hyperparameters, one of these has as well.

@@ -146,7 +146,7 @@ def agreed_thresholds(
         step_on(alone, theirs, grads)
         for param, single in zip(params, alone, strict=True):
             own, other = ours.state[param], theirs.state[single]
-            name = next(name for name in own if name in ("exp_avg_std", "threshold"))
+            name = next(name for name in own if name in ("exp_avg_std", "threshold", "param_rms"))
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, own[name].item())
             assert len(set(everyone)) == 1, f"ranks have other thresholds: {everyone}"

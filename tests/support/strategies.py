@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from support.paper_formulas import TABLE, Row
 from torch import Tensor
 
+import signadam_ext
 from signadam_ext.core.formats import PARAM_STORAGES
+from signadam_ext.core.rule import rule_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Sizes around every border of the kernels: vectors, pieces, rows, chunks, units of threads.
@@ -96,11 +98,18 @@ def tensor_cases(draw: st.DrawFn, groups: int, large: bool) -> TensorCase:
 def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     """Overrides of a group, of the rule's own hyperparameters and the common ones."""
     unit = st.sampled_from((0.0, 0.5, 0.9, 0.99, 0.999)) | st.floats(0, 0.999)
+    large = st.sampled_from((0.5, 0.9, 0.99, 0.999)) | st.floats(0.5, 0.999)
+    second = large if row.optimizer is signadam_ext.Ano else unit.map(lambda beta: min(beta, row.largest_beta2))
+    inside = row.optimizer in (signadam_ext.AdaBound, signadam_ext.AMSBound)
     own = {
         "alpha": st.sampled_from((0.0, 0.25, 0.5, 5e-4)) | st.floats(0, 2),
         "beta": unit,
-        "betas": st.tuples(unit, unit),
+        "betas": st.tuples(*(unit, second, unit)[: len(row.hyperparameters.get("betas", ()))]),
+        "beta2": large,
+        "gamma": st.floats(1e-6, 0.999) if inside else st.sampled_from((0.0, 0.025, 1.0)) | st.floats(0, 1),
+        "nesterov": st.booleans(),
         "eps": st.sampled_from((1e-8, 1e-3, 0.0)),
+        "epsilon": st.sampled_from((0.0, 1e-3, 0.25)) | st.floats(0, 2),
         "confidence_beta": unit,
         "bias_correct_variance": st.booleans(),
     }
@@ -108,6 +117,7 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
         "lr": st.sampled_from((1e-3, 0.1, 0.0)) | st.floats(0, 1),
         "weight_decay": st.sampled_from((0.0, 0.0, 0.1)) | st.floats(0, 1),
         "decoupled_weight_decay": st.booleans(),
+        "weight_decay_kind": st.sampled_from((None, "coupled", "cautious", "cautious")),
         "maximize": st.booleans(),
     }
     mine = {name: strategy for name, strategy in own.items() if name in row.hyperparameters}
@@ -117,7 +127,19 @@ def hyperparameters(row: Row) -> st.SearchStrategy[dict[str, Any]]:
     }
     if row.state_dtypes:
         storage["state_dtype"] = st.sampled_from(row.state_dtypes)
-    return st.fixed_dictionaries({}, optional={**common, **mine, **storage})
+    group = st.fixed_dictionaries({}, optional={**common, **mine, **storage})
+    return st.builds(lambda group, scale: {**group, **scale}, group, st.sampled_from(scales(row)))
+
+
+def scales(row: Row) -> list[dict[str, Any]]:
+    """What may multiply the steps of a rule; half of the time nothing does."""
+    optimizer = row.optimizer([torch.nn.Parameter(torch.zeros(1))], **row.hyperparameters)
+    rule = rule_of(row.optimizer, optimizer.param_groups[0])
+    found = [{"lr_scale": "shape"}]
+    if rule.threshold_pass == "NONE" and rule.confidence is None and not rule.reads_param:
+        found.append({"lr_scale": "rms"})
+        found += [] if rule.follows_gradient else [{"caution": "exact"}, {"caution": "delayed"}]
+    return [{}] * len(found) + found
 
 
 @st.composite

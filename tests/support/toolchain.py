@@ -259,6 +259,7 @@ class Rule:
     struct: str
     moments: int
     bounded: bool
+    has_blocks: bool
     divides: bool  # by an element or by a scalar
     roots: bool
     reads_variance: bool
@@ -285,7 +286,9 @@ def rules() -> dict[str, Rule]:
         divides = "/" in update
         assert own["divides"] == str(divides).lower(), struct
         roots = "square_root(" in update
-        flags = (own["bounded"] == "true", divides, roots, own["reads_variance"] == "true")
+        bounded = own["bounded"] == "true"
+        has_blocks = int(own["moments"]) > 0 and (not bounded or own["bound_by_group"] == "true")
+        flags = (bounded, has_blocks, divides, roots, own["reads_variance"] == "true")
         found[own["name"]] = Rule(struct, int(own["moments"]), *flags)
     return found
 

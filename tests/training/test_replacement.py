@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 import warnings
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +14,10 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from signadam_ext import AdamW, Lion, SignAdamPP, SignSGD, Signum, from_optimizer
+from signadam_ext import Adam, AdamW, Lion, SignAdam, SignAdamPP, SignSGD, Signum, from_optimizer
+from signadam_ext.training.replacement import SHARES
 
+SEARCHES = Path(__file__).resolve().parents[2] / "experiments" / "results" / "convergence"
 SCHEDULERS = {
     "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
     "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=1e-4),
@@ -59,6 +64,25 @@ def test_groups_go_over() -> None:
     assert said[-1] == "state begins anew; schedulers: none"
     gradients(new)
     new.step()
+
+
+@pytest.mark.skipif(not SEARCHES.is_dir(), reason="neither a source distribution nor a wheel holds results")
+def test_shares_are_the_medians_of_the_searches() -> None:
+    """To one digit; against AdamW with the betas that every problem was searched with."""
+    searched = [json.loads(path.read_text("utf-8"))["methods"] for path in sorted(SEARCHES.glob("*.json"))]
+    assert len(searched) == 3
+    names = {SignAdamPP: "sign_adam_pp", Signum: "signum", Lion: "lion", SignAdam: "sign_adam"}
+    assert SHARES.keys() == {Adam, AdamW, *names} and SHARES[Adam] == SHARES[AdamW] == 1
+    shares: dict[type, list[float]] = {}
+    for cls, name in names.items():
+        for methods in searched:
+            if name in methods:
+                for method in (methods[name], methods["adamw"]):
+                    assert float(min(method["search"], key=method["search"].get)) == method["lr"]
+                shares.setdefault(cls, []).append(methods[name]["lr"] / methods["adamw"]["lr"])
+        assert round(statistics.median(shares[cls]), 1) == SHARES[cls], name
+    least, *_, most = sorted(round(share, 1) for share in shares[SignAdamPP])
+    assert f"(from {least} to {most} by problem)" in from_optimizer.__doc__
 
 
 @pytest.mark.parametrize("cls, share", [(SignAdamPP, 0.6), (Signum, 0.2), (Lion, 0.2), (AdamW, 1.0)])

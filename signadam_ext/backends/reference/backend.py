@@ -75,7 +75,15 @@ def _update(
     g = rules.effective_gradient(scalars, p, flat(grad).float())
     confident = None if rule.confidence is None else _confident(rule.confidence, scalars, g)
     p, moments, alpha, threshold_state = rules.update(
-        getattr(rules, rule.name), rule.threshold_pass, scalars, p, g, moments, entry.threshold_state, confident
+        getattr(rules, rule.name),
+        rule.threshold_pass,
+        scalars,
+        p,
+        g,
+        moments,
+        entry.threshold_state,
+        confident,
+        rule.update_scale,
     )
     if chunk_statistics is not None:
         chunk_statistics.copy_(_observe(g, alpha, before, moments[0] if moments else None))

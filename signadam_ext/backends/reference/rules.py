@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...core.native import compiled as _C
 from ...core.rule import Scalars
 
 CHUNK_ROWS, CHUNK_LANES = 8, 2048
@@ -101,6 +102,15 @@ def zero_where_zero(denominator: Tensor, x: Tensor) -> Tensor:
     return torch.where(denominator == 0, 0.0, x)
 
 
+def at_least(x: Tensor, low: Tensor) -> Tensor:
+    """NaN stays NaN."""
+    return torch.where(x < low, low, x)
+
+
+def clamped(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.where(x > high, high, at_least(x, low))
+
+
 def svag(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
     mean, variance, moments = estimate(s, g, moments)
     square = mean * mean
@@ -171,6 +181,114 @@ def lion(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Mom
     return p - s["lr"] * sign(u), (s["beta2"] * m + s["one_minus_beta2"] * g,)
 
 
+def adam_s(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    (m,) = moments
+    square = s["beta2"] * m * m + s["one_minus_beta2"] * g * g
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    return p - s["lr"] * m / (square_root(square) + s["eps"]), (m,)
+
+
+def bcos(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    (m,) = moments
+    ahead = g + s["beta1"] * m
+    square = s["beta2"] * m * m + s["one_minus_beta2"] * ahead * ahead
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    return p - s["lr"] * m / (square_root(square) + s["eps"]), (m,)
+
+
+def lion_k(s: dict[str, Tensor], g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    """The blend of momentum and gradient of which the step is made, and the momentum afterwards."""
+    (m,) = moments
+    u = s["beta1"] * m + s["one_minus_beta1"] * g
+    return u, (s["beta2"] * m + s["one_minus_beta2"] * g,)
+
+
+def lion_threshold(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    u, moments = lion_k(s, g, moments)
+    return p - s["lr"] * gated_sign(u, s["eps"]), moments
+
+
+def lion_huber(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    u, moments = lion_k(s, g, moments)
+    return p - s["lr"] * torch.where(u.abs() < s["eps"], u / s["eps"], sign(u)), moments
+
+
+def lion_softsign(
+    s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
+) -> tuple[Tensor, Moments]:
+    u, moments = lion_k(s, g, moments)
+    denominator = s["eps"] + u.abs()
+    return p - zero_where_zero(denominator, s["lr"] * (u / denominator)), moments
+
+
+def ano(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    square = g * g
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * sign(square - v) * square
+    return p - s["lr"] * g.abs() / square_root(v + s["eps"]) * sign(m), (m, v)
+
+
+def grams(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    return p - s["lr"] * m.abs() / (square_root(v) + s["eps"]) * sign(g), (m, v)
+
+
+def ada_momentum(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * m * m + s["eps"]
+    return p - s["lr"] * m / square_root(v), (m, v)
+
+
+def laprop(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    m = s["beta1"] * m + s["one_minus_beta1"] * (g / (square_root(v) + s["eps"]))
+    p = p - s["lr"] * m
+    return p, (torch.where((m <= s["upper"]) & (m >= -s["upper"]), m, 0.0), v)
+
+
+def adopt(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    normalized = clamped(g / at_least(square_root(v), s["eps"]), -s["upper"], s["upper"])
+    m = s["beta1"] * m + s["one_minus_beta1"] * torch.where(s["upper"] > 0, normalized, 0.0)
+    return p - s["lr"] * m, (m, s["beta2"] * v + s["one_minus_beta2"] * g * g)
+
+
+def bounded_rate(s: dict[str, Tensor], v: Tensor) -> Tensor:
+    """Adam's learning rate of each entry, cut off at two bounds."""
+    return clamped(s["lr"] / (square_root(v) + s["eps"]), s["lower"], s["upper"])
+
+
+def ada_bound(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    return p - bounded_rate(s, v) * m, (m, v)
+
+
+def ams_bound(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v, x = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    x = torch.maximum(x, v)
+    return p - bounded_rate(s, x) * m, (m, v, x)
+
+
+def ademamix(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    m, v, x = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    v = s["beta2"] * v + s["one_minus_beta2"] * g * g
+    x = s["beta3"] * x + s["one_minus_beta3"] * g
+    denominator = square_root(v) / s["bias_correction"] + s["eps"]
+    return p - (s["lr"] * m + s["mix"] * x) / denominator, (m, v, x)
+
+
 def as_fp32(value: float, device: torch.device) -> Tensor:
     """A scalar as it meets tensors: 0-dim fp32, rounded as IEEE has it, to infinity beyond the largest number."""
     # torch.full raises where its dtype does not reach. Rounded on the host: not every device has doubles.
@@ -186,6 +304,11 @@ def effective_gradient(scalars: Scalars, p: Tensor, g: Tensor) -> Tensor:
     return g
 
 
+def times_sign_of(x: Tensor, y: Tensor) -> Tensor:
+    """``x`` with its sign changed where ``y`` has a sign, that of -0 included."""
+    return (x.view(torch.int32) ^ (y.view(torch.int32) & torch.iinfo(torch.int32).min)).view(torch.float32)
+
+
 def update(
     rule: Update,
     threshold_pass: str,
@@ -195,6 +318,7 @@ def update(
     moments: Moments,
     threshold_state: Tensor | None,
     confident: Tensor | None = None,
+    update_scale: str | None = None,
 ) -> tuple[Tensor, Moments, Tensor, Tensor | None]:
     """One step of one tensor: the new ``p`` and moments, the threshold in force, and what the next one is made of.
 
@@ -207,17 +331,67 @@ def update(
         moments: flat, fp32.
         threshold_state: 0-dim float64, what the threshold is made of, or None.
         confident: what takes the gradient's place in the rule, or None.
+        update_scale: what the threshold is instead, as in :class:`signadam_ext.core.rule.Rule`, or None.
     """
     s = {name: as_fp32(value, p.device) for name, value in scalars.items()}
+    if update_scale is not None:
+        assert threshold_state is not None
+        return _scaled(rule, threshold_pass, scalars, s, p, g, moments, threshold_state)
     if threshold_pass == "PASS_BEFORE" and threshold_state is not None:
         threshold_state = next_threshold_state(threshold_state, g, as_fp32(0.0, p.device), scalars)
     alpha = s.get("alpha", as_fp32(0.0, p.device))
     if threshold_state is not None:
         alpha = (scalars["alpha"] * threshold_state).float()
-    p, moments = rule(s, alpha, p * s["decay"], g if confident is None else confident, moments)
+    seen = g if confident is None else confident
+    if scalars["cautious_decay"]:
+        step, moments = rule(s, alpha, torch.zeros_like(p), seen, moments)
+        p = torch.where(times_sign_of(step, p) <= 0, p * s["decay"], p) + step
+    else:
+        p, moments = rule(s, alpha, p * s["decay"], seen, moments)
     if threshold_pass == "SAME_PASS" and threshold_state is not None:
         threshold_state = next_threshold_state(threshold_state, g, alpha, scalars)
     return p, moments, alpha, threshold_state
+
+
+def _scaled(
+    rule: Update,
+    threshold_pass: str,
+    scalars: Scalars,
+    s: dict[str, Tensor],
+    p: Tensor,
+    g: Tensor,
+    moments: Moments,
+    state: Tensor,
+) -> tuple[Tensor, Moments, Tensor, Tensor]:
+    """:func:`update` with a step that is multiplied by a number of the tensor's."""
+    step, moments = rule(s, s["alpha"], torch.zeros_like(p), g, moments)
+    after = state
+    if threshold_pass != "NONE":
+        after = moved_by_sums(state, *step_sums(p, step, g, scalars), g.numel(), scalars)
+    scale = _scale(after if threshold_pass == "PASS_BEFORE" else state, scalars).float()
+    if scalars["caution"]:
+        step = torch.where((times_sign_of(step, g) >= 0) | (g == 0), 0.0, step)
+    step = step * scale
+    decayed = p * s["decay"]
+    if scalars["cautious_decay"]:
+        decayed = torch.where(times_sign_of(step, p) <= 0, decayed, p)
+    return decayed + step, moments, s["alpha"], after
+
+
+def step_sums(p: Tensor, step: Tensor, g: Tensor, scalars: Scalars) -> tuple[Tensor, Tensor]:
+    """What moves the number that steps are multiplied by: entries of the step that agree, or squares of ``p``."""
+    zero = torch.zeros((), dtype=torch.float64, device=p.device)
+    if scalars["caution"]:
+        return ordered_sum(((times_sign_of(step, g) < 0) & (g != 0)).double()), zero
+    return zero, ordered_sum(p.double().square())
+
+
+def _scale(state: Tensor, scalars: Scalars) -> Tensor:
+    """What steps are multiplied by, of the share of entries that agree [CO] or the parameter's root mean square."""
+    size = torch.clamp(state, min=_C.LEAST_SCALE)
+    if scalars["caution"]:
+        return torch.where(state == 0, torch.ones_like(state), torch.ones_like(state) / size)
+    return size
 
 
 def passes(g: Tensor, alpha: Tensor) -> Tensor:
@@ -235,8 +409,16 @@ def next_threshold_state(a: Tensor, g: Tensor, alpha: Tensor, scalars: Scalars) 
 def moved_by_sums(a: Tensor, first: Tensor, second: Tensor, numel: int, scalars: Scalars) -> Tensor:
     """The same, of sums over a gradient of ``numel`` entries: itself, or the entries that pass, and its squares."""
     n = torch.full_like(a, numel)  # CUDA divides by a number by way of its reciprocal
-    moved = (next_threshold if scalars["steers"] else next_deviation)(a, first, second, n, scalars)
+    if scalars["scales"]:
+        moved = next_scale(a, first, second, n, scalars)
+    else:
+        moved = (next_threshold if scalars["steers"] else next_deviation)(a, first, second, n, scalars)
     return torch.where(torch.isfinite(first) & torch.isfinite(second), moved, a)
+
+
+def next_scale(a: Tensor, first: Tensor, second: Tensor, n: Tensor, scalars: Scalars) -> Tensor:
+    """The share of entries that agree, which tells nothing if it is 0; or the parameter's root mean square."""
+    return torch.where(first == 0, a, first / n) if scalars["caution"] else double_root(second / n)
 
 
 def next_deviation(a: Tensor, first: Tensor, second: Tensor, n: Tensor, scalars: Scalars) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ...core.native import compiled as _C
-from .table import Casting, VoteTable, count_writes
+from .kernels import KernelVotes
+from .table import Casting, VoteTable
 
 
-class CompiledVotes:
+class CompiledVotes(KernelVotes):
     """The passes by a compiled kernel each; a subclass says how one is called on a device."""
 
     def call(self, name: str, device: torch.device, table: VoteTable | None, **arguments: Any) -> None:
@@ -25,7 +26,7 @@ class CompiledVotes:
         """
         raise NotImplementedError
 
-    def cast(self, table: VoteTable, scalars: Tensor, casting: Casting, codes: Tensor) -> None:
+    def launch_cast(self, table: VoteTable, scalars: Tensor, casting: Casting, codes: Tensor) -> None:
         self.call(
             "cast_votes",
             table.device,
@@ -37,8 +38,6 @@ class CompiledVotes:
             abstains=casting.abstains,
             codes=codes.data_ptr(),
         )
-        count_writes(table.momenta)
-        count_writes(table.residuals)
 
     def count(self, codes: Tensor, bits: int, majority: bool, result: Tensor) -> None:
         workers, words = codes.shape
@@ -54,7 +53,7 @@ class CompiledVotes:
             result=result.data_ptr(),
         )
 
-    def read(
+    def launch_read(
         self, table: VoteTable, scalars: Tensor, keys: Tensor | None, use: str, bits: int, divisor: int, result: Tensor
     ) -> None:
         self.call(
@@ -68,7 +67,6 @@ class CompiledVotes:
             divisor=divisor,
             result=result.data_ptr(),
         )
-        count_writes(table.values)
 
 
 def _of(table: VoteTable, scalars: Tensor) -> dict[str, int]:

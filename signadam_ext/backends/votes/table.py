@@ -96,12 +96,6 @@ class VoteTable:
         return self.entry_of_chunk.numel()
 
 
-def count_writes(written: Sequence[Tensor] | None) -> None:
-    """Counts what a kernel has written in the versions of tensors, by which autograd notices that one has changed."""
-    # An inference tensor has none.
-    torch._C._increment_version([tensor for tensor in written or () if not tensor.is_inference()])
-
-
 def scalars_of(rows: Sequence[Mapping[str, float]], device: torch.device) -> Tensor:
     """What holds for each tensor of a table, fp32 [tensors, 8]; what a row does not name is 0."""
     matrix = [[row.get(name, 0.0) for name in SCALARS] for row in rows]

@@ -10,14 +10,15 @@ from torch import Tensor
 from ...core.formats import DTYPE_FORMATS
 from ...core.native import compiled as _C
 from ..device import is_current
-from .table import Casting, VoteTable, count_writes
+from .kernels import KernelVotes
+from .table import Casting, VoteTable
 
 #: How the kernels are compiled.
 LAUNCH_OPTIONS: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 
 
-class TritonVotes:
-    def cast(self, table: VoteTable, scalars: Tensor, casting: Casting, codes: Tensor) -> None:
+class TritonVotes(KernelVotes):
+    def launch_cast(self, table: VoteTable, scalars: Tensor, casting: Casting, codes: Tensor) -> None:
         from ...triton_kernels.vote import cast_votes
 
         if table.chunks == 0:
@@ -32,8 +33,6 @@ class TritonVotes:
                 **casting_constants(table.format, casting),
                 **LAUNCH_OPTIONS,
             )
-        count_writes(table.momenta)
-        count_writes(table.residuals)
 
     def count(self, codes: Tensor, bits: int, majority: bool, result: Tensor) -> None:
         from ...triton_kernels.vote import COUNTED_WORDS, count_votes
@@ -45,7 +44,7 @@ class TritonVotes:
         with is_current(codes.device):
             count_votes[(programs,)](codes, workers, words, result, BITS=bits, MAJORITY=majority, **LAUNCH_OPTIONS)
 
-    def read(
+    def launch_read(
         self, table: VoteTable, scalars: Tensor, keys: Tensor | None, use: str, bits: int, divisor: int, result: Tensor
     ) -> None:
         from ...triton_kernels.vote import read_votes
@@ -64,7 +63,6 @@ class TritonVotes:
                 **reading_constants(table.format, use, bits),
                 **LAUNCH_OPTIONS,
             )
-        count_writes(table.values)
 
 
 def casting_constants(number: int, casting: Casting) -> dict[str, Any]:

@@ -1,0 +1,423 @@
+"""What acts on any rule's step: kinds and scales of weight decay, and a learning rate for each tensor."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from support.optimizer_contract import copies, gradient, make, parameters, train
+from support.paper_formulas import TABLE, Row
+from support.strategies import same_bits
+from torch import Tensor
+from torch.nn import Parameter
+
+import signadam_ext
+from signadam_ext import MSGD, AdamW, Lion, SignAdamPP, SignSGD, Signum
+
+each_rule = pytest.mark.parametrize("row", TABLE, ids=[row.id for row in TABLE])
+each_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
+
+
+def decayed(p: Tensor, step: Tensor, decay: float) -> Tensor:
+    """[CW, Alg. 1], of a step that has its sign: ``p`` decays where ``update * p >= 0``, compared in float64."""
+    agrees = -step.double().sign() * p.double().sign() >= 0
+    return torch.where(agrees, p * torch.tensor(decay), p) + step
+
+
+@each_backend
+@each_rule
+def test_cautious_decay(row: Row, backend: str) -> None:
+    """Parameters decay where the step does not lead away from 0. The step is what a parameter of 0 makes of it."""
+    lr, weight_decay = 0.05, 0.3
+    params = parameters((40, 7), (3,), ())
+    optimizer = make(row, params, backend, lr=lr, weight_decay=weight_decay, weight_decay_kind="cautious")
+    twins = copies(params)
+    twin = make(row, twins, backend, lr=lr)
+    for step in range(1, 5):
+        before = [param.detach().clone() for param in params]
+        with torch.no_grad():
+            torch._foreach_zero_(twins)
+        train(optimizer, [step])
+        train(twin, [step])
+        moves = row.moves_at_first or step > 1
+        for p, now, moved in zip(before, params, twins, strict=True):
+            expected = decayed(p, moved.detach(), 1 - lr * weight_decay if moves else 1.0)
+            assert torch.equal(now, expected)
+        assert not moves or any(((-moved.sign() * p.sign()) < 0).any() for p, moved in zip(before, twins, strict=True))
+
+
+@each_backend
+def test_gated_entries_decay(backend: str) -> None:
+    """Where the gate closes the step is 0, and the paper's ``>= 0`` lets the parameter decay."""
+    param = Parameter(torch.tensor([2.0, -2.0, 2.0, -2.0]))
+    param.grad = torch.tensor([0.1, 0.1, 1.0, 1.0])
+    kind = {"weight_decay": 0.5, "weight_decay_kind": "cautious"}
+    SignSGD([param], lr=0.5, alpha=0.5, backend=backend, **kind).step()
+    # The third moves towards 0 and decays; the fourth away from it and does not.
+    assert param.tolist() == [1.5, -1.5, 1.0, -2.5]
+
+
+@each_backend
+def test_products_that_underflow_do_not_decay(backend: str) -> None:
+    """Signs are compared: the product of a small parameter and a small step would be 0."""
+    tiny = torch.tensor([1e-30, -1e-30, 1e-30, -1e-30])
+    param = Parameter(tiny.clone())
+    param.grad = torch.tensor([1e-30, 1e-30, -1e-30, -1e-30])
+    MSGD([param], lr=0.5, beta=0.0, weight_decay=1.0, weight_decay_kind="cautious", backend=backend).step()
+    step = -0.5 * param.grad
+    assert torch.equal(param.detach(), torch.stack([0.5 * tiny[0], tiny[1], tiny[2], 0.5 * tiny[3]]) + step)
+
+
+def test_cautious_decay_of_zero_changes_no_bit() -> None:
+    for row in TABLE:
+        params = parameters()
+        twins = copies(params)
+        train(make(row, params, weight_decay=0.0, weight_decay_kind="cautious"), range(3))
+        train(make(row, twins, weight_decay=0.0), range(3))
+        assert all(map(same_bits, params, twins))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("param_storage", ["nearest", "stochastic", "master"])
+def test_cautious_decay_is_rounded_once(dtype: torch.dtype, param_storage: str) -> None:
+    """As decoupled decay, and at any storage: the reference's bits."""
+    results = []
+    for backend in ("cpu", "reference"):
+        params = parameters((65, 33), dtype=dtype)
+        optimizer = AdamW(
+            params,
+            lr=1e-2,
+            weight_decay=0.1,
+            weight_decay_kind="cautious",
+            param_storage=param_storage,
+            state_dtype="bf16",
+            backend=backend,
+        )
+        train(optimizer, range(4))
+        results.append(params[0])
+    assert same_bits(*results)
+
+
+@pytest.mark.parametrize("kind", ["decoupled", "coupled"])
+def test_kinds_have_two_names(kind: str) -> None:
+    for named in (kind == "decoupled", kind != "decoupled"):  # the kind has the last word
+        params, twins = parameters(), parameters()
+        train(SignAdamPP(params, 0.1, weight_decay=0.2, weight_decay_kind=kind, decoupled_weight_decay=named), range(3))
+        train(SignAdamPP(twins, 0.1, weight_decay=0.2, decoupled_weight_decay=kind == "decoupled"), range(3))
+        assert all(map(same_bits, params, twins))
+
+
+def shrunk(**options: Any) -> list[float]:
+    """What is left of 1 after each of three steps without a gradient's sign, at learning rates 0.5, 0.25, 0.75."""
+    param = Parameter(torch.ones(1))
+    optimizer = Signum([param], lr=0.5, **options)
+    found = []
+    for lr in (0.5, 0.25, 0.75):
+        optimizer.param_groups[0]["lr"] = lr
+        param.grad = torch.zeros(1)
+        with torch.no_grad():
+            param.fill_(1.0)
+        optimizer.step()
+        found.append(param.item())
+    return found
+
+
+def test_scales() -> None:
+    """arXiv 2506.02285 (corrected), FlashOptim and optimi (fully decoupled), Emerging-Optimizers (independent)."""
+    weight_decay = {"weight_decay": 0.125}
+    rates = [0.5, 0.25, 0.75]
+    assert shrunk(**weight_decay) == [1 - lr / 8 for lr in rates]
+    assert shrunk(**weight_decay, weight_decay_scale="independent") == [1 - 1 / 8] * 3
+    assert shrunk(**weight_decay, weight_decay_scale="fully_decoupled") == [1 - lr / 0.5 / 8 for lr in rates]
+    largest = [0.5, 0.5, 0.75]
+    corrected = [1 - lr * lr / top / 8 for lr, top in zip(rates, largest, strict=True)]
+    assert shrunk(**weight_decay, weight_decay_scale="corrected") == corrected
+    assert shrunk(**weight_decay, weight_decay_scale="corrected", weight_decay_kind="cautious") == corrected
+
+
+@pytest.mark.parametrize("scale", ["corrected", "fully_decoupled"])
+def test_a_checkpoint_keeps_the_rates_of_a_scale(scale: str) -> None:
+    options: dict[str, Any] = {"weight_decay": 0.5, "weight_decay_scale": scale}
+    params = parameters()
+    optimizer = Lion(params, lr=0.1, **options)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for step in range(3):
+        train(optimizer, [step])
+        scheduler.step()
+    twins = copies(params)
+    other = Lion(twins, lr=0.7, **options)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["base_lr"] == other.param_groups[0]["largest_lr"] == 0.1
+    for step in range(3, 6):
+        train(optimizer, [step])
+        train(other, [step])
+    assert all(map(same_bits, params, twins))
+
+
+def test_groups_have_rates_of_their_own() -> None:
+    first, second = parameters((2,), (3,))
+    optimizer = Lion([{"params": [first]}, {"params": [second], "lr": 0.5}], lr=0.25)
+    assert [group["base_lr"] for group in optimizer.param_groups] == [0.25, 0.5]
+    optimizer.add_param_group({"params": parameters((1,)), "lr": 2.0, "base_lr": 4.0})
+    assert optimizer.param_groups[2]["base_lr"] == 4.0 and optimizer.param_groups[2]["largest_lr"] == 2.0
+
+
+SHAPES = ((6, 10), (4, 2, 3, 3), (5,), ())
+
+
+@each_backend
+@pytest.mark.parametrize("cls", [Signum, AdamW, SignAdamPP])
+def test_shape_scale(cls: Any, backend: str) -> None:
+    """Each tensor as in a group of its own with its learning rate; Emerging-Optimizers' ``use_shape_scaling``."""
+    params = parameters(*SHAPES)
+    optimizer = cls(params, lr=0.5, weight_decay=0.0, lr_scale="shape", backend=backend)
+    factors = (2 / 16, 2 / (4 + 18), 1.0, 1.0)
+    twins = copies(params)
+    groups = [{"params": [twin], "lr": 0.5 * factor} for twin, factor in zip(twins, factors, strict=True)]
+    twin = cls(groups, weight_decay=0.0, backend=backend)
+    for step in range(3):
+        for i, (param, other) in enumerate(zip(params, twins, strict=True)):
+            param.grad, other.grad = gradient(param, step, i), gradient(param, step, i)
+        optimizer.step()
+        twin.step()
+    assert all(map(same_bits, params, twins))
+
+
+def test_a_function_scales() -> None:
+    """It is given a parameter's name and shape; decay sees the group's learning rate alone."""
+    model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 3))
+    seen: list[Any] = []
+
+    def scale(name: str | None, shape: tuple[int, ...]) -> float:
+        seen.append((name, shape))
+        return 0.0 if name == "1.bias" else 3.0
+
+    optimizer = Signum(model.named_parameters(), lr=0.125, weight_decay=0.5, lr_scale=scale)
+    before = [param.detach().clone() for param in model.parameters()]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert seen == [("0.weight", (7, 4)), ("1.weight", (3, 4)), ("1.bias", (3,))]
+    for (name, param), p in zip(model.named_parameters(), before, strict=True):
+        assert torch.equal(param.detach(), p * (1 - 0.0625) - (0.0 if name == "1.bias" else 0.375))
+
+
+def test_a_scale_that_changes_holds_from_the_next_step_on() -> None:
+    param = Parameter(torch.zeros(4, 4))
+    optimizer = Signum([param], lr=1.0)
+    for scale, moved in ((None, 1.0), ("shape", 0.25), (lambda name, shape: 0.5, 0.5), (None, 1.0)):
+        optimizer.param_groups[0]["lr_scale"] = scale
+        param.grad = torch.ones_like(param)
+        before = param.detach().clone()
+        optimizer.step()
+        assert torch.equal(before - param.detach(), torch.full_like(before, moved))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"weight_decay_kind": "coupled", "weight_decay_scale": "corrected"}, "coupled weight decay, which is part"),
+        ({"decoupled_weight_decay": False, "weight_decay_scale": "independent"}, "coupled weight decay, which is part"),
+        ({"weight_decay_kind": "careful"}, "weight_decay_kind='careful'"),
+        ({"weight_decay_kind": "cautios"}, "did you mean 'cautious'"),
+        ({"weight_decay_scale": "none"}, "weight_decay_scale='none'"),
+        ({"lr": 0.0, "weight_decay_scale": "fully_decoupled"}, "began at 0"),
+        ({"lr_scale": "size"}, "lr_scale='size'"),
+        ({"lr_scale": 2.0}, "lr_scale=2.0"),
+        ({"lr_scale": Signum}, "lr_scale="),
+    ],
+)
+def test_modifiers_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    params = parameters()
+    with pytest.raises(ValueError, match=message):
+        SignAdamPP(params, **{"lr": 0.1, **options})
+    optimizer = SignAdamPP(params, lr=0.1)
+    for index, param in enumerate(params):
+        param.grad = gradient(param, 0, index)
+    before = [param.detach().clone() for param in params]
+    optimizer.param_groups[0].update(options)
+    if "lr" in options:
+        optimizer.param_groups[0]["base_lr"] = 0.0
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert all(map(same_bits, params, before)) and not optimizer.state
+
+
+@pytest.mark.parametrize("value, error", [(-1.0, ValueError), (float("nan"), ValueError), ("x", TypeError)])
+def test_a_function_that_gives_no_factor(value: Any, error: type) -> None:
+    params = parameters()
+    optimizer = SignAdamPP(params, lr=0.1, lr_scale=lambda name, shape: value)
+    for index, param in enumerate(params):
+        param.grad = gradient(param, 0, index)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(error, match="lr_scale of parameter 0 of group 0"):
+        optimizer.step()
+    assert all(map(same_bits, params, before)) and not optimizer.state
+
+
+def test_a_function_stays_the_constructors() -> None:
+    """As every function: a checkpoint holds its name."""
+    params = parameters()
+    optimizer = SignAdamPP(params, lr=0.1, lr_scale=lambda name, shape: 0.5)
+    train(optimizer, range(2))
+    saved = optimizer.state_dict()
+    other = SignAdamPP(copies(params), lr=0.1, lr_scale=lambda name, shape: 0.5)
+    other.load_state_dict(saved)
+    assert callable(other.param_groups[0]["lr_scale"])
+    with pytest.raises(ValueError, match="lr_scale"):
+        SignAdamPP(copies(params), lr=0.1).load_state_dict(saved)
+
+
+def test_released_gradients_are_scaled() -> None:
+    results = []
+    for released, scale in itertools.product((False, True), ("shape", lambda name, shape: 0.25)):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(6, 4)
+        optimizer = Signum(
+            model.named_parameters(), lr=0.5, weight_decay=0.1, weight_decay_kind="cautious", lr_scale=scale
+        )
+        if released:
+            signadam_ext.release_gradients(model, optimizer)
+        for step in range(3):
+            model(torch.full((2, 6), 1.0 + step)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([param.detach().clone() for param in model.parameters()])
+    for plain, alone in zip(results[:2], results[2:], strict=True):
+        assert all(map(same_bits, plain, alone))
+
+
+# What multiplies the steps of each tensor.
+
+SCALED = ("sign_sgd", "signum", "sign_adam", "sign_adam_pp", "adam", "lion", "msvag_minibatch")
+
+
+def scaled_rows(rows: list[Row]) -> Any:
+    """One of each kind; others in the thorough run."""
+    left = pytest.mark.thorough
+    fixed = [row for row in rows if row.hyperparameters.get("confidence", "fixed") == "fixed"]
+    taken = [pytest.param(row, id=row.id, marks=() if row.id in SCALED else left) for row in fixed]
+    return pytest.mark.parametrize("row", taken)
+
+
+FLOOR = 2.0**-10
+
+
+def whole_step(row: Row, twin: torch.optim.Optimizer, twins: list[Tensor], step: int) -> list[Tensor]:
+    """What a step without modifiers makes of parameters at 0."""
+    with torch.no_grad():
+        torch._foreach_zero_(twins)
+    train(twin, [step])
+    return [param.detach().clone() for param in twins]
+
+
+@pytest.mark.parametrize("form", ["exact", "delayed"])
+@each_backend
+@scaled_rows([row for row in TABLE if not row.id.startswith(("sign_sgd", "svag", "adam_star_plain", "grams"))])
+def test_caution(row: Row, backend: str, form: str) -> None:
+    """arXiv 2411.16085: entries whose update has not the gradient's sign stay; the others take n / count of the step,
+    at least 1 in 1024. The count is this step's, or the last one's."""
+    shapes = ((40, 7), (3,), (127, 131))  # of more than a chunk
+    params = parameters(*shapes)
+    optimizer = make(row, params, backend, lr=0.05, caution=form, weight_decay=0.2, weight_decay_kind="decoupled")
+    twins = copies(params)
+    twin = make(row, twins, backend, lr=0.05)
+    last = [1.0] * len(params)
+    for step in range(1, 6):
+        before = [param.detach().clone() for param in params]
+        train(optimizer, [step])
+        moved = whole_step(row, twin, twins, step)
+        for i, (p, now, whole) in enumerate(zip(before, params, moved, strict=True)):
+            g = gradient(now, step, i) * (-1 if optimizer.param_groups[0]["maximize"] else 1)
+            agrees = whole.double().sign() * g.double().sign() < 0
+            share = float(agrees.double().sum()) / agrees.numel() or last[i]
+            taken = share if form == "exact" else last[i]
+            scale = torch.tensor(1 / max(taken, FLOOR), dtype=torch.float64).float()
+            expected = p * torch.tensor(1 - 0.05 * 0.2) + torch.where(agrees, whole, 0.0) * scale
+            assert torch.equal(now, expected)
+            assert optimizer.state[now]["agreement"].item() == share
+            last[i] = share
+    assert any(share < 1 for share in last)
+
+
+@each_backend
+@pytest.mark.parametrize("form", ["exact", "delayed"])
+def test_a_learning_rate_of_zero_tells_no_share(backend: str, form: str) -> None:
+    """A warm-up that begins at 0 must not make the next step a thousand times as long."""
+    param = Parameter(torch.zeros(64))
+    optimizer = Lion([param], lr=0.0, caution=form, backend=backend)
+    for lr in (0.0, 1.0):
+        optimizer.param_groups[0]["lr"] = lr
+        param.grad = torch.ones(64)
+        optimizer.step()
+    assert torch.equal(param.detach(), -torch.ones(64))
+
+
+@each_backend
+def test_caution_lets_nan_through(backend: str) -> None:
+    param = Parameter(torch.ones(2))
+    param.grad = torch.tensor([torch.nan, 1.0])
+    MSGD([param], lr=0.5, beta=0.5, caution="exact", backend=backend).step()
+    assert param[0].isnan() and param[1] == 1 - 0.25 / 0.5
+
+
+@each_backend
+@scaled_rows(TABLE)
+def test_rms_scale(row: Row, backend: str) -> None:
+    """Tiger: the learning rate times the root mean square that the parameter had before the last step, at least 1 in
+    1024; before the first step there is none. Decay does not see it."""
+    params = parameters((40, 7), (3,), (127, 131))
+    decay = {"weight_decay": 0.125, "weight_decay_kind": "decoupled"}
+    optimizer = make(row, params, backend, lr=0.5, lr_scale="rms", **decay)
+    twins = copies(params)
+    twin = make(row, twins, backend, lr=0.5)
+    rms = [0.0] * len(params)
+    for step in range(1, 5):
+        before = [param.detach().clone() for param in params]
+        train(optimizer, [step])
+        moved = whole_step(row, twin, twins, step)
+        for i, (p, now, whole) in enumerate(zip(before, params, moved, strict=True)):
+            scale = torch.tensor(max(rms[i], FLOOR), dtype=torch.float64).float()
+            assert torch.equal(now, p * (1 - 0.0625) + whole * scale)
+            rms[i] = optimizer.state[now]["param_rms"].item()
+            assert rms[i] == pytest.approx(p.double().square().mean().sqrt().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"caution": "exact"}, {"caution": "delayed"}, {"lr_scale": "rms"}], ids=str)
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("cls", [Signum, Lion, AdamW, SignAdamPP, signadam_ext.SignAdam])
+def test_scaled_steps_in_any_storage(cls: Any, state_dtype: str, options: dict[str, Any]) -> None:
+    """The cpu backend's bits are the reference's; a checkpoint goes on with the same."""
+    results = []
+    for backend in ("cpu", "reference"):
+        params = parameters((127, 131), (7,), dtype=torch.bfloat16)
+        storage = {"state_dtype": state_dtype, "param_storage": "stochastic", "weight_decay_kind": "cautious"}
+        optimizer = cls(params, lr=0.01, weight_decay=0.1, backend=backend, **storage, **options)
+        train(optimizer, range(3))
+        twins = copies(params)
+        other = cls(twins, lr=0.01, weight_decay=0.1, backend=backend, **storage, **options)
+        other.load_state_dict(optimizer.state_dict())
+        train(optimizer, range(3, 5))
+        train(other, range(3, 5))
+        assert all(map(same_bits, params, twins))
+        results.append(params)
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize(
+    "cls, options, message",
+    [
+        (SignSGD, {"caution": "exact"}, "cannot disagree"),
+        (signadam_ext.SVAG, {"caution": "delayed"}, "cannot disagree"),
+        (SignAdamPP, {"caution": "exact", "lr_scale": "rms"}, "one number of each tensor's"),
+        (SignAdamPP, {"caution": "exact", "confidence": "adaptive"}, "take confidence='fixed'"),
+        (SignAdamPP, {"lr_scale": "rms", "confidence": lambda g, alpha: g}, "take confidence='fixed'"),
+        (Lion, {"caution": "always"}, "caution='always'"),
+        (Lion, {"caution": True}, "caution=True"),
+    ],
+)
+def test_scales_that_make_no_sense(cls: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls(parameters(), lr=0.1, **options)
