@@ -15,7 +15,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # What programs write from measurements: a change there is no change of what is measured.
-WRITTEN = ("bench/results", "experiments/results", "README.md", "docs/results.md", "experiments/README.md")
+WRITTEN = (
+    "bench/results",
+    "experiments/results",
+    "tests/results",
+    "README.md",
+    "docs/results.md",
+    "experiments/README.md",
+)
 
 
 def _output(*command: str) -> str | None:

@@ -39,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--skip", default="", help="actions to leave out")
     parser.add_argument("--package", type=Path, default=ROOT, help="folder that holds signadam_ext")
     parser.add_argument("--trace", type=Path, help="write there what is being done, to be read after a crash")
+    parser.add_argument("--hang", type=float, default=300, help="seconds after which a world is one that hangs")
     parser.add_argument("--world", type=int, default=100, help="actions in a world")
     return parser.parse_args()
 
@@ -74,6 +75,7 @@ class Fuzzer:
         while not self.over():
             self.run_world(world)
             world += 1
+            self.write(over=self.over())
             if len(sys.modules) != known:  # collecting what a world leaves need not look at modules
                 known = len(sys.modules)
                 gc.collect()
@@ -83,7 +85,7 @@ class Fuzzer:
         import torch
         from fuzzer_world import Fault, Skip, World
 
-        faulthandler.dump_traceback_later(300, exit=True)
+        faulthandler.dump_traceback_later(self.options.hang, exit=True)
         name = f"{self.seed}:{number}"
         world: Any = None
         history: list[str] = []
@@ -153,6 +155,11 @@ class Fuzzer:
             f" --{name} {getattr(self.options, name)!r}" for name in ("only", "skip") if getattr(self.options, name)
         )
 
+    def write(self, over: bool) -> None:
+        """What is known so far, for whoever reads it after a crash, and whether that is all."""
+        if self.options.json:
+            self.options.json.write_text(json.dumps({**self.result(), "over": over}, indent=1) + "\n")
+
     def result(self) -> dict[str, Any]:
         import torch
 
@@ -192,8 +199,7 @@ def main() -> int:
         gc.freeze()  # collecting what a world leaves need not look at torch
         fuzzer.run()
     result = fuzzer.result()
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    fuzzer.write(over=True)
     print(
         f"{result['actions']} actions of {len(result['actions_by_kind'])} kinds, seed {fuzzer.seed}: "
         f"{len(fuzzer.faults)} faults in {result['minutes']} minutes",

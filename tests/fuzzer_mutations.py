@@ -436,8 +436,8 @@ def found(mutation: Mutation, actions: int, seed: int, native: Path) -> dict[str
         command += ["--stop", f"--json={out}", f"--trace={trace}"]
         ran = subprocess.run(command, capture_output=True, text=True)
         result: dict[str, Any] = {"fault": mutation.name, "kind": mutation.kind, "found": ran.returncode != 0}
-        if out.exists():
-            told = json.loads(out.read_text())
+        told = json.loads(out.read_text()) if out.exists() else {"over": False}
+        if told["over"]:
             result["actions"] = told["actions"]
             result["by"] = [f"{x['action']}: {x['fault']}" for x in told["faults"]]
         else:

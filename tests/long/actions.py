@@ -25,6 +25,9 @@ sys.path[:0] = [str(ROOT)]
 #: Files of an action are not written to a disk, where there is a folder that is none.
 IN_MEMORY = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
 
+#: Seconds for a world: under nice -n 19 there may be minutes in which nothing is done.
+HANG = 3600
+
 
 def run(folder: Path, seed: int, actions: int) -> dict[str, Any]:
     """One process, or what is known of it."""
@@ -34,18 +37,19 @@ def run(folder: Path, seed: int, actions: int) -> dict[str, Any]:
     if not file.exists():
         now = commit()
         command = [sys.executable, str(HERE.parent / "fuzzer.py"), f"--actions={actions}", f"--seed={seed}"]
-        command += [f"--json={new}", f"--trace={trace}"]
+        command += [f"--json={new}", f"--trace={trace}", f"--hang={HANG}"]
         with (folder / f"{seed}.txt").open("w") as output:
             environment = {**os.environ, "PYTHONFAULTHANDLER": "1", **IN_MEMORY}
             status = subprocess.run(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False
             ).returncode
+        result: dict[str, Any] = {"seed": seed, "actions": 0, "actions_by_kind": {}, "faults": [], "minutes": 0}
         if new.exists():
             result = json.loads(new.read_text())
             new.unlink()
-        else:
-            fault = f"the process ended with {status}: {trace.read_text().strip() if trace.exists() else ''}"
-            result = {"seed": seed, "actions": 0, "actions_by_kind": {}, "faults": [{"fault": fault}], "minutes": 0}
+        if not result.pop("over", False):
+            last = trace.read_text().strip() if trace.exists() else ""
+            result["faults"].append({"fault": f"the process ended with {status}: {last}"})
         file.write_text(json.dumps({"commit": now, **result}, indent=1) + "\n")
     found: dict[str, Any] = json.loads(file.read_text())
     return found
