@@ -924,7 +924,7 @@ def group_added(side: Side, draw: Draw) -> str | None:
 @action("hyperparameters changed", 5)
 def hyperparameters(side: Side, draw: Draw) -> str | None:
     group = draw.choice(side.optimizer.param_groups)
-    betas = tuple(draw.choice((0.0, 0.25, 0.5, 0.75, 0.875)) for _ in group["betas"])
+    betas = tuple(draw.choice((0.0, 0.25, 0.5, 0.75, 0.875)) for _ in group.get("betas", ()))
     new = {
         "lr": draw.choice((0.0, 0.125, 0.25, 2.0**-10)),
         "weight_decay": draw.choice((0.0, 0.125)),
@@ -1015,7 +1015,7 @@ def nonsense(side: Side, draw: Draw) -> str | None:
     group = side.optimizer.param_groups[side.group_of(i)[0]]
     kind = group.get("confidence")
     names = [x for x in NONSENSE if x in group and (x not in ("target", "gain") or kind == "sparsity")]
-    if not group["betas"]:
+    if not group.get("betas"):
         names.remove("betas")
     name = draw.choice(names)
     value = draw.choice(NONSENSE[name])

@@ -74,7 +74,9 @@ DTYPES = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
 def case_of(kernel: KernelName, given: tuple[Given, ...] = (Given(),)) -> Case:
     """A step that launches a kernel: of one for any form by gradients of another dtype, which no other serves."""
     (name,) = (name for name, rule in FUNCTORS.items() if rule.struct == kernel.functor)
-    row = ROWS[BY_PASS.get(kernel.threshold_pass, name)]
+    codes = kernel.forms is not None and kernel.forms.exp_avg in ("int8", "int4", "int2")
+    bounded = f"{name}-bounded" if codes and f"{name}-bounded" in ROWS else name
+    row = ROWS[BY_PASS.get(kernel.threshold_pass, bounded)]
     own: dict[str, Any] = {**row.hyperparameters, "lr": 0.01, "weight_decay": 0.1}
     observes = kernel.storage == "with_statistics"
     if kernel.forms is not None:

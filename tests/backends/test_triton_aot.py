@@ -320,7 +320,8 @@ def test_step_on_nvidia(nvidia: dict[AnyJob, Path], job: StepJob) -> None:
         return
     assert arithmetic == {"add.rn.f64", "mul.rn.f64"}
     # Four blocks on a multiprocessor, three on sm_80; as wide as the update reads, see test_ptx.
-    assert registers <= (80 if job.target == "sm_80" else 64)
+    # Programs of scalars have a logarithm, and run one block a tensor.
+    assert registers <= (96 if job.kernel == "begin" else 80 if job.target == "sm_80" else 64)
     accesses_of_row = pieces(FORMATS[job.grad][1])
     assert accesses_of_row[0] == 16
     assert len(re.findall(r"\bld\.global\.cs\.v4\.b32\b", code)) >= len(accesses_of_row)
@@ -335,6 +336,6 @@ def test_step_on_amd(amd: dict[AnyJob, Path], job: StepJob) -> None:
     if job.kernel == "norm":
         assert count("v_mul_f64", code) > 0 and fused == 0
     else:
-        # Of the division, which ends with a fixup, and the root.
-        assert count("v_div_fixup_f64", code) == count("v_rcp_f64", code) == 1
+        # Of divisions, which end with a fixup, and the root.
+        assert count("v_div_fixup_f64", code) == count("v_rcp_f64", code) > 0
         assert count("v_rsq_f64", code) == 1 and fused > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,11 @@ def combinations(row: Row) -> list[Combination]:
     optimizer = row.optimizer([torch.zeros(1)], **row.hyperparameters)
     rule = rule_of(type(optimizer), optimizer.param_groups[0])
     wide = ("fp32", "bf16")
-    forms = itertools.product(*(wide if rule.keeps_largest else rule.first_forms, wide, wide)[: len(rule.moments)])
+    forms: Iterable[tuple[str, ...]]
+    if row.reads_param:  # whose first moment is a copy of weights, which no form is chosen for
+        forms = [(form,) for form in row.state_dtypes] or [()]
+    else:
+        forms = itertools.product(*(wide if rule.keeps_largest else rule.first_forms, wide, wide)[: len(rule.moments)])
     param_storage = {
         torch.float32: ("nearest",),
         torch.bfloat16: tuple(formats.PARAM_STORAGES),
@@ -101,9 +106,10 @@ def train(
     specials = "confidence" not in row.hyperparameters
     values = Values(combination.dtype, device, specials, torch.Generator().manual_seed(1))
     params = [values.tensor(size, offset) for size, offset, _ in tensors]
-    stored = {"param_storage": combination.param_storage}
+    stored: dict[str, Any] = {"param_storage": combination.param_storage}
     if combination.state_dtype:
-        stored["state_dtype"] = combination.state_dtype
+        chosen = combination.state_dtype
+        stored["state_dtype"] = chosen[0] if row.reads_param else chosen
     options = {**row.hyperparameters, **stored, **hyperparameters}
     optimizer = row.optimizer(params, backend=backend, seed=2**63 + 7, **options)
     group = optimizer.param_groups[0]

@@ -497,7 +497,7 @@ void huge() {
 
 // Adds one to everything it is given: what is written twice shows 2, what is left out 0.
 template <int count>
-struct Count {
+struct Count : Traits {
   static constexpr int moments = count;
   static constexpr bool bounded = true, bound_by_group = false, divides = false, reads_variance = false;
   static void update(const Scalars&, float, float& p, float, float& m, float& v, float& x) {

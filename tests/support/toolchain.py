@@ -123,7 +123,7 @@ PTX_ARITHMETIC = re.compile(r"\b(?:fma|mad|add|sub|mul|div|sqrt|rcp|rsqrt)\.[\w.
 
 def exact_ptx(size: str) -> set[str]:
     """What may stand in PTX for operations that round once, to nearest."""
-    return {f"{name}.rn.{size}" for name in ("add", "sub", "mul", "div", "sqrt")}
+    return {f"{name}.rn.{size}" for name in ("add", "sub", "mul", "div", "sqrt", "rcp")}
 
 
 AnyKernelName = KernelName | VoteKernelName | BeginKernelName

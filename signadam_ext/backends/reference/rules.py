@@ -463,9 +463,9 @@ def next_threshold_state(a: Tensor, g: Tensor, alpha: Tensor, scalars: Scalars) 
 def moved_by_sums(a: Tensor, first: Tensor, second: Tensor, numel: int, scalars: Scalars) -> Tensor:
     """The same, of sums over a gradient of ``numel`` entries: itself, or the entries that pass, and its squares."""
     n = torch.full_like(a, numel)  # CUDA divides by a number by way of its reciprocal
-    if scalars["clips"]:
+    if scalars.get("clips"):
         moved = double_root(second)
-    elif scalars["scales"]:
+    elif scalars.get("scales"):
         moved = next_scale(a, first, second, n, scalars)
     else:
         moved = (next_threshold if scalars["steers"] else next_deviation)(a, first, second, n, scalars)
