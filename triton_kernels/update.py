@@ -9,7 +9,6 @@ from .formats import FP32, SPLIT8, STOCHASTIC, widen
 from .random import bits_for_aux, bits_for_m, bits_for_v, has_whole_words, place_of, random_halves, random_halves_at
 from .rules import (
     ALPHA,
-    CAUTIOUS_DECAY,
     SCALAR_COUNT,
     STEERS,
     agreement,
@@ -94,7 +93,6 @@ def run_rows(
     SCALE: tl.constexpr,
     STEERS: tl.constexpr,
     WIDE: tl.constexpr,
-    CAUTIOUS: tl.constexpr,
 ):
     """The rows of one chunk. ``STEERS``: what passes is counted, in place of a sum. ``WIDE``: every operand lies on a
     16-byte boundary, the chunk is full, and, where random bits are drawn, it has whole words."""
@@ -172,7 +170,7 @@ def run_rows(
             if CONFIDENCE is not None:
                 g = CONFIDENCE(g, alpha)
             if SCALE is None:
-                p, m, v, x = apply(s, alpha, p, g, m, v, x, RULE, CAUTIOUS)
+                p, m, v, x = apply(s, alpha, p, g, m, v, x, RULE)
             elif SCALE == "norm":
                 p, m, v, x = apply(s, scale, p, g, m, v, x, RULE)
             else:
@@ -297,19 +295,15 @@ def update(
             wide = wide & has_whole_words(shard_offset + begin)
         # Compiled twice, or four times where gradients are summed; a chunk takes one of them.
         STEERABLE: tl.constexpr = (THRESHOLD_PASS != NONE) & (SCALE is None)
-        # Both kinds of decay in one loop would not fit the registers of these.
-        SPLIT: tl.constexpr = (SCALE is None) & ((THRESHOLD_PASS == SAME_PASS) | (MOMENTS > 2))
-        KINDS: tl.constexpr = 4 if STEERABLE else 2
-        for VARIANT in tl.static_range(2 * KINDS if SPLIT else KINDS):
-            cautious = scalar(s, CAUTIOUS_DECAY) != 0.0 if SPLIT else False
+        for VARIANT in tl.static_range(4 if STEERABLE else 2):
             steers = scalar(s, STEERS) != 0.0 if STEERABLE else False
-            if (wide == (VARIANT % 2 == 1)) & (steers == (VARIANT % KINDS >= 2)) & (cautious == (VARIANT >= KINDS)):
+            if (wide == (VARIANT % 2 == 1)) & (steers == (VARIANT >= 2)):
                 first, second = run_rows(
                     entry, grad, rng_keys + 2 * tensor, numel, shard_offset, begin, count, s, alpha, scale,
                     chunk_statistics + 6 * chunk,
                     RULE, MOMENTS, PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, AUX, READS_VARIANCE,
                     PARAM_STORAGE, DRAWS, THRESHOLD_PASS, CONFIDENCE, OBSERVES, RUNS, SCALE,
-                    VARIANT % KINDS >= 2, VARIANT % 2 == 1, VARIANT // KINDS if SPLIT else 2,
+                    VARIANT >= 2, VARIANT % 2 == 1,
                 )  # fmt: skip
         if THRESHOLD_PASS != NONE:
             tl.store(sums + 2 * chunk, halve(first))

@@ -234,7 +234,12 @@ def test_cubin(nvidia: dict[AnyJob, Path], job: Job) -> None:
     registers, stack, local = used[0]
     # ptxas may put a few words aside that are used outside of the wide path: a block's addresses and counts.
     aside = 128 if job.runs == "several_runs" else 16
-    assert registers <= (255 if job.observes == "with_statistics" else 128) and stack <= aside and local == 0
+    # Where sums are taken in the same pass, or of three moments, one loop for both kinds of decay takes more registers
+    # than two blocks have, or puts more aside.
+    crowded = (job.threshold_pass == "same_pass" or RULES[job.rule].moments > 2) and not job.scale
+    aside = 176 if crowded else aside
+    assert registers <= (255 if job.observes == "with_statistics" else 192 if crowded else 128)
+    assert stack <= aside and local == 0
     code = [found for line in listing("-sass", cubin).splitlines() if (found := instruction(line))]
     wide_loops = [body for body in loops(code) if any(x.operation == "LDG.E.EF.128" for x in body)]
     assert wide_loops
