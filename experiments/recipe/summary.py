@@ -195,8 +195,10 @@ def _rung(content: Run, name: str, rung: Run, other_seed: str) -> str:
     waiting = len(rung["entrants"]) - len(rung["candidates"])
     runs = content["problems"][name]["runs"]
     says = f"{runs} runs; {len(rung['candidates'])} of {len(rung['entrants'])} candidates are finished"
+    if waiting:
+        says += f", {waiting} to come"
     if not rung["changes_known"]:
-        says += "; changes come when all rules of one moment are"
+        says += "; changes are added when all rules of one moment are finished"
     if not rung["candidates"]:
         return says + ".\n"
     header = ["", "moments", "lr", "last validation loss", "minus AdamW", f"seed {other_seed} alone", "state B"]
@@ -217,7 +219,7 @@ def _rung(content: Run, name: str, rung: Run, other_seed: str) -> str:
     rates = [f"{lr:g}" for lr in RATES if any(f"{lr:g}" in entry["search"] for entry in rung["candidates"].values())]
     searched = [[entry["label"], *(_searched(entry, lr) for lr in rates)] for entry in _ranked(rung)]
     spread = _spread(rung)
-    parts = [says + (f", {waiting} to come." if waiting else "."), ""]
+    parts = [f"{says}.", ""]
     if spread is not None:
         parts += [
             f"The two seeds' differences to AdamW lie {spread:.4f} apart in the median over the candidates: smaller "
