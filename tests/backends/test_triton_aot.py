@@ -321,8 +321,8 @@ def test_step_on_nvidia(nvidia: dict[AnyJob, Path], job: StepJob) -> None:
     ((registers, stack, local),) = [found for line in used.splitlines() if (found := resources(line))]
     assert stack == local == 0
     if job.kernel == "begin":
-        assert arithmetic == exact_ptx("f64")
-        assert registers <= 64
+        assert arithmetic | {"rcp.rn.f64"} == exact_ptx("f64")  # quotients are written as such
+        assert registers <= 96
         return
     assert arithmetic == {"add.rn.f64", "mul.rn.f64"}
     # Four blocks on a multiprocessor, three on sm_80; as wide as the update reads, see test_ptx.
