@@ -155,13 +155,15 @@ class Vote:
             workers = 1
             if self.options.threshold == "agreed":
                 sums, workers = self._agreed(sums), self.exchange.workers
-            beta = {"steers": 0.0, "confidence_beta": self.options.confidence_beta}
+            beta = {"confidence_beta": self.options.confidence_beta}
             beta["one_minus_confidence_beta"] = 1 - self.options.confidence_beta
             for i, (memory, x) in enumerate(zip(memories, voted, strict=True)):
                 if x.numel() == 0:
                     continue
                 assert memory.deviation is not None
-                moved = rules.moved_by_sums(memory.deviation, sums[i, 0], sums[i, 1], x.numel() * workers, beta)
+                moved = rules.moved(
+                    rules.next_deviation, memory.deviation, sums[i, 0], sums[i, 1], x.numel() * workers, beta
+                )
                 memory.deviation.copy_(moved)
                 scalars[i, votes.SCALARS.index("threshold")] = (self.options.alpha * moved).float()
         if self.options.error_feedback:

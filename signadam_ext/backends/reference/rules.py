@@ -400,7 +400,13 @@ def _applied(
     if not scalars["cautious_decay"]:
         return rule(s, alpha, p * s["decay"], g, moments)
     step, moments = rule(s, alpha, torch.zeros_like(p), g, moments)
-    return torch.where(times_sign_of(step, p) <= 0, p * s["decay"], p) + step, moments
+    return _decayed(scalars, s, p, step) + step, moments
+
+
+def _decayed(scalars: Scalars, s: dict[str, Tensor], p: Tensor, step: Tensor) -> Tensor:
+    """``p`` after decoupled decay, which is cautious where the step leads away from 0."""
+    decayed = p * s["decay"]
+    return torch.where(times_sign_of(step, p) <= 0, decayed, p) if scalars["cautious_decay"] else decayed
 
 
 def _scaled(
@@ -422,10 +428,7 @@ def _scaled(
     if scalars["caution"]:
         step = torch.where((times_sign_of(step, g) >= 0) | (g == 0), 0.0, step)
     step = step * scale
-    decayed = p * s["decay"]
-    if scalars["cautious_decay"]:
-        decayed = torch.where(times_sign_of(step, p) <= 0, decayed, p)
-    return decayed + step, moments, s["alpha"], after
+    return _decayed(scalars, s, p, step) + step, moments, s["alpha"], after
 
 
 def step_sums(p: Tensor, step: Tensor, g: Tensor, scalars: Scalars, moments: Moments = ()) -> tuple[Tensor, Tensor]:
@@ -462,14 +465,27 @@ def next_threshold_state(a: Tensor, g: Tensor, alpha: Tensor, scalars: Scalars) 
 
 def moved_by_sums(a: Tensor, first: Tensor, second: Tensor, numel: int, scalars: Scalars) -> Tensor:
     """The same, of sums over a gradient of ``numel`` entries: itself, or the entries that pass, and its squares."""
-    n = torch.full_like(a, numel)  # CUDA divides by a number by way of its reciprocal
-    if scalars.get("clips"):
-        moved = double_root(second)
-    elif scalars.get("scales"):
-        moved = next_scale(a, first, second, n, scalars)
+    if scalars["clips"]:
+        following = next_norm
+    elif scalars["scales"]:
+        following = next_scale
     else:
-        moved = (next_threshold if scalars["steers"] else next_deviation)(a, first, second, n, scalars)
-    return torch.where(torch.isfinite(first) & torch.isfinite(second), moved, a)
+        following = next_threshold if scalars["steers"] else next_deviation
+    return moved(following, a, first, second, numel, scalars)
+
+
+def moved(
+    following: Callable[..., Tensor], a: Tensor, first: Tensor, second: Tensor, numel: int, scalars: Scalars
+) -> Tensor:
+    """What one of the functions below makes of ``a`` and sums over ``numel`` entries; ``a`` if these are not finite."""
+    n = torch.full_like(a, numel)  # CUDA divides by a number by way of its reciprocal
+    found = following(a, first, second, n, scalars)
+    return torch.where(torch.isfinite(first) & torch.isfinite(second), found, a)
+
+
+def next_norm(a: Tensor, first: Tensor, second: Tensor, n: Tensor, scalars: Scalars) -> Tensor:
+    """The norm of a corrected gradient."""
+    return double_root(second)
 
 
 def next_scale(a: Tensor, first: Tensor, second: Tensor, n: Tensor, scalars: Scalars) -> Tensor:
