@@ -1015,8 +1015,7 @@ def nonsense(side: Side, draw: Draw) -> str | None:
     group = side.optimizer.param_groups[side.group_of(i)[0]]
     kind = group.get("confidence")
     names = [x for x in NONSENSE if x in group and (x not in ("target", "gain") or kind == "sparsity")]
-    if not group.get("betas"):
-        names.remove("betas")
+    names = [x for x in names if x != "betas" or group["betas"]]  # a rule without momentum has none
     name = draw.choice(names)
     value = draw.choice(NONSENSE[name])
     if name == "betas" and isinstance(value, tuple) and len(value) == 2 and len(group["betas"]) == 1:
