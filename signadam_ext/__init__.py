@@ -4,8 +4,8 @@ The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,
 :class:`Lion`; of one moment, :class:`AdamS`, :class:`BCOS`, :class:`LionK`, :class:`MARSLion`; of two, :class:`Ano`,
 :class:`Anolog`, :class:`Grams`, :class:`AdaMomentum`, :class:`LaProp`, :class:`ADOPT`, :class:`AdaBound`,
-:class:`ScheduleFreeAdamW`, with :class:`ScheduleFreeSign`; of three, :class:`AMSBound`, :class:`AdEMAMix`,
-:class:`MARSAdamW`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
+:class:`FOCUS`, :class:`ScheduleFreeAdamW`, with :class:`ScheduleFreeSign`; of three, :class:`AMSBound`,
+:class:`AdEMAMix`, :class:`MARSAdamW`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
 :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
 :func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
 ``python -m signadam_ext`` tells what was built and what is usable.
@@ -16,6 +16,7 @@ from ._version import __version__
 from .optimizers import (
     ADOPT,
     BCOS,
+    FOCUS,
     MSGD,
     MSVAG,
     SVAG,
@@ -50,6 +51,7 @@ from .training.replacement import from_optimizer
 __all__ = [
     "ADOPT",
     "BCOS",
+    "FOCUS",
     "MSGD",
     "MSVAG",
     "SVAG",

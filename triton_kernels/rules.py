@@ -454,3 +454,11 @@ def mars_adamw(s, alpha, p, g, m, v, x):
     v = scalar(s, BETA2) * v + scalar(s, ONE_MINUS_BETA2) * c * c
     p = p - tl.div_rn(scalar(s, LR) * m, tl.sqrt_rn(v) + scalar(s, EPS))
     return p, m, v, g
+
+
+@triton.jit
+def focus(s, alpha, p, g, m, v, x):
+    v = scalar(s, BETA1) * v + scalar(s, ONE_MINUS_BETA1) * g
+    m = m + scalar(s, AVERAGING) * (p - m)
+    step = scalar(s, LR) * sign(v) + scalar(s, MIX) * sign(p - m) + scalar(s, SHRINKING) * m
+    return p - step, m, v, x

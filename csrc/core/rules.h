@@ -559,6 +559,21 @@ struct MARSAdamW : Traits {
   }
 };
 
+// FOCUS [FO, Alg. 1]: m is the average of the weights, bias-corrected as it is kept, v the momentum. `averaging` is the
+// weight of p in m, `mix` is lr times gamma, `shrinking` what decoupled decay takes of the average.
+struct FOCUS : Traits {
+  static constexpr const char* name = "focus";
+  static constexpr int moments = 2;
+  static constexpr bool reads_param = true;
+  static constexpr bool first_is_weights = true;
+  template <class F>
+  static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
+    v = s.beta1 * v + s.one_minus_beta1 * g;
+    m = m + s.averaging * (p - m);
+    p = p - (GatedStep<F>::of(s.lr, v, 0.0f) + GatedStep<F>::of(s.mix, p - m, 0.0f) + s.shrinking * m);
+  }
+};
+
 // The list that backends instantiate. The order numbers the rules across the binding.
 #define SIGNADAM_RULES(X) \
   X(SignSGD)              \
@@ -591,7 +606,8 @@ struct MARSAdamW : Traits {
   X(AdEMAMix)             \
   X(ScheduleFreeAdamW)    \
   X(ScheduleFreeSign)     \
-  X(MARSAdamW)
+  X(MARSAdamW)            \
+  X(FOCUS)
 
 enum RuleIndex {
 #define SIGNADAM_INDEX(Rule) rule_##Rule,

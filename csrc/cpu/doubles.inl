@@ -155,6 +155,7 @@ int observe_rows(const float* g, float alpha, const float* before, const float* 
 // Returns how many elements that were.
 template <class Rule>
 int update_observed(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics& to) {
+  static_assert(Rule::moments < 2 && !has_third<Rule>);
   const Formats& formats = slice.tensor.formats;
   if (!formats.plain() || formats.param != Format::fp32 || formats.grad != Format::fp32 || !takes(scalars, alpha))
     return 0;

@@ -225,7 +225,7 @@ void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, Chunk
     int done = 0;
 #if defined(__AVX2__)
     // A division takes as long as memory does.
-    if constexpr (!has_third<Rule> && !Rule::divides)
+    if constexpr (Rule::moments < 2 && !has_third<Rule> && !Rule::divides)
       if (!s.scales) done = update_observed<Rule>(slice, s, alpha, *chunk_statistics);
 #endif
     return update_blocks<Rule>(slice, s, alpha, done, chunk_statistics);

@@ -43,9 +43,10 @@ class Rule:
         follows_gradient: whether its step always goes against the gradient, so that it can be no more cautious.
         reads_param: whether its step depends on the parameter. Others read it only to move it.
         keeps_largest: whether the third moment is a largest value, which no rounding up may enter.
-        starts_as_param: name of the moment that is a copy of the parameter at first, and no average: it is kept in fp32
-            whatever ``state_dtype`` says.
-        keeps_sums: whether groups keep sums over the steps that were taken, so that the host must know which were.
+        starts_as_param: name of the moment that is a copy of the parameter at first, and weights ever after: it is
+            kept in fp32 whatever ``state_dtype`` says.
+        keeps_sums: whether groups keep sums over the steps that were taken, so that the host must know which were:
+            those of an average, which evaluation puts in the parameter's place.
         moves_at_first: whether the first step moves and decays parameters. Otherwise it only makes state.
         threshold_pass: one of :data:`THRESHOLD_PASSES`.
         threshold_state: name of the state that keeps what the threshold is made of, unless ``threshold_pass`` is

@@ -8,6 +8,7 @@ from .ademamix import AdEMAMix, ademamix
 from .adopt import ADOPT, adopt
 from .ano import Ano, Anolog, ano, anolog
 from .bcos import BCOS, bcos
+from .focus import FOCUS, focus
 from .grams import Grams, grams
 from .laprop import LaProp, laprop
 from .lion import Lion, lion
@@ -25,6 +26,7 @@ from .variance_adaptation import MSVAG, SVAG, AdamStar, adam_star, msvag, svag
 __all__ = [
     "ADOPT",
     "BCOS",
+    "FOCUS",
     "MSGD",
     "MSVAG",
     "SVAG",
@@ -61,6 +63,7 @@ __all__ = [
     "ano",
     "anolog",
     "bcos",
+    "focus",
     "grams",
     "laprop",
     "lion",

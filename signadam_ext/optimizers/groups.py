@@ -110,6 +110,7 @@ def layout_of(optimizer: GroupedOptimizer, name: str, param: Tensor, group: Grou
         bound=rule.bound,
         uses_step=rule.uses_step,
         starts_as_param=rule.starts_as_param,
+        has_modes=rule.keeps_sums,
         owner=None if local is param else param,
         sharding=sharding,
     )

@@ -65,6 +65,7 @@ class Layout:
         bound: what no entry of the first moment exceeds, or None.
         uses_step: whether the rule computes with the number of steps.
         starts_as_param: name of the moment that is a copy of the parameter at first, or None.
+        has_modes: whether evaluation puts an average in the parameter's place, and state keeps its own elements.
         owner: the parameter as the optimizer has it, where ``param`` is another tensor, or None.
         sharding: how it is spread over ranks, or None.
     """
@@ -77,13 +78,14 @@ class Layout:
     bound: float | None = None
     uses_step: bool = False
     starts_as_param: str | None = None
+    has_modes: bool = False
     owner: Tensor | None = None
     sharding: Sharding | None = None
 
     @property
     def trained(self) -> str | None:
         """Name of the parameter's own elements, which a rule has that puts others in their place; or None."""
-        return None if self.starts_as_param is None else TRAINED
+        return TRAINED if self.has_modes else None
 
     @property
     def key(self) -> Tensor:

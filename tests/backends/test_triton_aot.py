@@ -131,7 +131,7 @@ LIKE_OTHERS = (
     *("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion", "adam_s", "bcos"),
     *("lion_threshold", "lion_huber", "lion_softsign", "ano", "grams", "ada_momentum"),
     *("laprop", "adopt", "ada_bound", "ams_bound", "ademamix"),
-    *("schedule_free_adamw", "schedule_free_sign", "mars_adamw"),
+    *("schedule_free_adamw", "schedule_free_sign", "focus", "mars_adamw"),
 )
 NVIDIA_JOBS = [
     Job(target, *kernel)

@@ -420,12 +420,10 @@ def test_beta_and_betas_of_functions(name):
     function = getattr(functional, name)
     rights = [beta for beta in ("beta", "betas") if beta in inspect.signature(function).parameters]
     message = f"this rule has .*{rights[0]}=" if rights else "this rule has none"
-    lists = {
-        name: []
-        for name in ("state_steps", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "exp_avg_slows", "last_grads", "zs")
-    }
-    lists["averaging"] = 1.0
-    lists = {key: value for key, value in lists.items() if key in inspect.signature(function).parameters}
+    parameters = list(inspect.signature(function).parameters.values())[2:]
+    lists: dict[str, object] = {each.name: [] for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
+    if "averaging" in inspect.signature(function).parameters:
+        lists["averaging"] = 1.0
     for wrong in {"beta", "betas"} - set(rights):
         with pytest.raises(TypeError, match=message):
             function([], [], lr=0.1, **lists, **{wrong: 0.9})

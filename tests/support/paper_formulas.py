@@ -424,6 +424,23 @@ def schedule_free_sign(p: Bounded, g: Bounded, state: State, t: int, h: dict[str
     return schedule_free(p, Bounded.scalar(lr) * gated_sign(g, h["alpha"]), h["beta"], lr, c, state, h)
 
 
+def focus(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
+    """[FO] Alg. 1, whose average is a sum over 1 - b2^t here. The pull of the first step is 0, not its rounding."""
+    b1, b2 = h["betas"]
+    state["exp_avg"] = m = Bounded.scalar(b1) * state["exp_avg"] + Bounded.scalar(1 - b1) * g
+    first = "sum" not in state
+    last = p if first else state["param_avg"]
+    weighed = b2 * (np.float64(0.0) if first else state["sum"].value) + (1 - b2) * p.value
+    state["sum"] = Bounded.exact(weighed)
+    average = last + Bounded.scalar((1 - b2) / (1 - b2**t)) * (p - last)
+    # What weights have strayed by is averaged as they are.
+    assert np.allclose(weighed / (1 - b2**t), average.value, rtol=1e-9, atol=1e-12)
+    state["param_avg"] = average
+    pull = Bounded.exact(np.zeros_like(p.value)) if first else (p - average).sign()
+    step = Bounded.scalar(h["lr"]) * m.sign() + Bounded.scalar(h["lr"] * h["gamma"]) * pull
+    return p - (step + Bounded.scalar(h["lr"] * h.get("weight_decay", 0.0)) * average)
+
+
 def mars_adamw(p: Bounded, g: Bounded, state: State, t: int, h: dict[str, Any]) -> Bounded:
     """[MA] Alg. 2, with clipping where ``max_norm`` says so."""
     b1, b2 = h["betas"]
@@ -465,6 +482,7 @@ class Row:
         if self.hyperparameters.get("amsgrad") or self.optimizer in (
             signadam_ext.AMSBound,
             signadam_ext.ScheduleFreeAdamW,
+            signadam_ext.FOCUS,
         ):
             return ("fp32", "bf16")
         bounded = self.optimizer in (signadam_ext.SignAdam, signadam_ext.SignAdamPP) or self.largest_beta2 < 1
@@ -473,7 +491,7 @@ class Row:
     @property
     def reads_param(self) -> bool:
         """Whether its step depends on the parameter, and weight decay is part of it."""
-        return self.optimizer in (signadam_ext.ScheduleFreeAdamW, signadam_ext.ScheduleFreeSign)
+        return self.optimizer in (signadam_ext.ScheduleFreeAdamW, signadam_ext.ScheduleFreeSign, signadam_ext.FOCUS)
 
     @property
     def reads_variance(self) -> bool:
@@ -542,6 +560,8 @@ TABLE = [
         schedule_free_adamw,
     ),
     Row("schedule_free_sign", signadam_ext.ScheduleFreeSign, {"beta": 0.9, "alpha": 0.25}, schedule_free_sign),
+    # Such that no sign of its pull is left open.
+    Row("focus", signadam_ext.FOCUS, {"betas": (0.9, 0.97), "gamma": 0.35}, focus),
     Row(
         "mars_adamw",
         signadam_ext.MARSAdamW,

@@ -325,6 +325,13 @@ def mars_adamw(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moment
     return p - s["lr"] * m / (square_root(v) + s["eps"]), (m, v, g)
 
 
+def focus(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    average, m = moments
+    m = s["beta1"] * m + s["one_minus_beta1"] * g
+    average = average + s["averaging"] * (p - average)
+    return p - (s["lr"] * m.sign() + s["mix"] * (p - average).sign() + s["shrinking"] * average), (average, m)
+
+
 def as_fp32(value: float, device: torch.device) -> Tensor:
     """A scalar as it meets tensors: 0-dim fp32, rounded as IEEE has it, to infinity beyond the largest number."""
     # torch.full raises where its dtype does not reach. Rounded on the host: not every device has doubles.
