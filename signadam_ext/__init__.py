@@ -43,6 +43,7 @@ from .optimizers import (
     SignSGD,
     Signum,
 )
+from .training.freezing import GradES
 from .training.gradient_release import GradientRelease, release_gradients
 from .training.offload import Offload, offload
 from .training.per_sample_variance import per_sample_variance
@@ -65,6 +66,7 @@ __all__ = [
     "AdamW",
     "Ano",
     "Anolog",
+    "GradES",
     "GradientRelease",
     "Grams",
     "LaProp",

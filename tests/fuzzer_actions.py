@@ -991,7 +991,7 @@ NONSENSE: dict[str, tuple[Any, ...]] = {
     "decoupled_weight_decay": ("yes", 2.5),
     "weight_decay_kind": ("careful", 1, True),
     "weight_decay_scale": (None, "none", 1.0),
-    "lr_scale": ("size", 2.0),
+    "lr_scale": ("size", -2.0, math.nan),
     "caution": ("always", True, 0.5),
     "base_lr": (-1.0, math.nan, None),
     "seed": (-1, 2**64, 0.5, "x"),

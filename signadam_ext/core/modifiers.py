@@ -28,7 +28,7 @@ WEIGHT_DECAY_SCALES: dict[str, Callable[[Any, Any, Group], Any]] = {
 _TINY = 2.0**-1000  # so that a learning rate of 0, which was never larger, decays by 0
 
 #: The modifiers of a group that asks for none.
-DEFAULTS: dict[str, Any] = {"weight_decay_kind": None, "weight_decay_scale": "lr", "lr_scale": None, "caution": None}
+DEFAULTS: dict[str, Any] = {"weight_decay_kind": None, "weight_decay_scale": "lr", "lr_scale": 1.0, "caution": None}
 #: Steps only where they go against the gradient [CO], larger in exchange: by the share of this step, or of the last.
 CAUTIONS = ("exact", "delayed")
 
@@ -120,14 +120,37 @@ def _is_tensor(value: Any) -> bool:
 
 
 def lr_scale(name: str, value: Any) -> Any:
-    """None, "shape", "rms", or a function of a parameter's name and shape.
+    """None, "shape", "rms", a function of a parameter's name and shape, or a number, which no step multiplies with.
+
+    timm keeps a number of each group under this name, and its schedulers multiply the learning rate with it.
 
     Raises:
         ValueError: something else.
     """
     if value is None or (callable(value) and not isinstance(value, type)):
         return value
+    if isinstance(value, (int, float)):
+        return checks.number(name, value, 0.0)
     return checks.one_of(name, value, (*LR_SCALES, "rms"))
+
+
+def check_constructed_lr_scale(value: Any) -> None:
+    """Raises on a number for all groups that would do nothing.
+
+    Raises:
+        ValueError: a number other than 1.
+    """
+    if isinstance(value, (int, float)) and value != 1:
+        raise ValueError(
+            f"lr_scale={value!r}: a number is an entry of a group, which schedulers like timm's multiply lr with; for "
+            "all groups, multiply lr itself"
+        )
+
+
+def scale_in_steps(group: Group) -> Any:
+    """A group's ``lr_scale`` where steps have it: None for a number."""
+    scale = group["lr_scale"]
+    return None if isinstance(scale, (int, float)) else scale
 
 
 #: Factors of the learning rate by a parameter's shape.

@@ -12,7 +12,7 @@ import torch
 from . import checks, modifiers
 from .renamed import NAMES, names_today
 
-LrScale: TypeAlias = "str | Callable[[str | None, tuple[int, ...]], float] | None"
+LrScale: TypeAlias = "str | float | Callable[[str | None, tuple[int, ...]], float]"
 StateDtype: TypeAlias = "str | torch.dtype | tuple[str | torch.dtype, ...]"
 
 
@@ -63,12 +63,14 @@ def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) ->
 
     Raises:
         TypeError: a name that no argument has, or has had; or one given under both names.
+        ValueError: an ``lr_scale`` that is a number other than 1.
     """
     for key in others:
         if key not in OTHERS and key not in NAMES:
             near = difflib.get_close_matches(key, (*given, *OTHERS), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{hint}")
+    modifiers.check_constructed_lr_scale(others.get("lr_scale"))
     renamed = {NAMES[old] for old in others if old in NAMES}
     # A default stands in nobody's way.
     explicit = {key: value for key, value in given.items() if key not in renamed or value != DEFAULTS[key]}

@@ -88,12 +88,13 @@ def collect(plans: Iterable[Plan]) -> Statistics:
             elif bucket.device.type == "cuda":
                 torch.cuda.synchronize(bucket.device)
             rows = bucket.chunk_statistics.cpu()
+            has_momentum = bool(bucket.rule.moments) and bucket.rule.starts_as_param is None
             begin = 0
             for entry, present in zip(bucket.entries, bucket.table.grads(), strict=True):
                 numel = entry.numel
                 end = begin + -(-numel // _C.CHUNK_SIZE)
                 if present and numel > 0:
-                    sums = _sums(rows[begin:end], numel, _unit(bucket, entry), bool(entry.forms))
+                    sums = _sums(rows[begin:end], numel, _unit(bucket, entry), has_momentum)
                     label = plan.labels[entry.index]
                     named = re.fullmatch(r"parameter (['\"].*)", label)
                     found.append((entry.param_id, ast.literal_eval(named[1]) if named else label, sums))

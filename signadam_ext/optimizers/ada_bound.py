@@ -72,7 +72,7 @@ class AdaBound(SignOptimizer):
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
             columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
-            None) and shape. Default: None.
+            None) and shape. A number in a group is left to schedulers that multiply with it. Default: 1.0.
         caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
             by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
@@ -192,7 +192,7 @@ class AMSBound(AdaBound):
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
             columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
-            None) and shape. Default: None.
+            None) and shape. A number in a group is left to schedulers that multiply with it. Default: 1.0.
         caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
             by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True

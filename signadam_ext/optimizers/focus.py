@@ -70,7 +70,8 @@ class FOCUS(SignOptimizer):
             largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; or a function of its name (or None) and shape. Default: None, 1.
+            columns)`` of a matrix; or a function of its name (or None) and shape. A number in a group is left to
+            schedulers that multiply with it. Default: 1.0.
         caution: refused, as "cautious" is. Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
 from ..core.hyperparameters import of_group
-from ..core.modifiers import lr_factor
+from ..core.modifiers import lr_factor, scale_in_steps
 from ..core.rule import Group, method_of, rule_of
 from ..engine.decision import Conditions
 from ..engine.participants import Item
@@ -183,7 +183,14 @@ def _conditions(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -
 def _plan_key(optimizer: GroupedOptimizer, group: dict[str, Any]) -> tuple[Any, ...]:
     """Values of a group that need a new plan when they change."""
     rule = rule_of(type(optimizer), group)
-    return rule, group["backend"], group.get("state_dtype"), group["param_storage"], group["seed"], group["lr_scale"]
+    return (
+        rule,
+        group["backend"],
+        group.get("state_dtype"),
+        group["param_storage"],
+        group["seed"],
+        scale_in_steps(group),
+    )
 
 
 def make_plan(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> Plan:
@@ -246,7 +253,7 @@ def make_item(
 
 def _lr_factor(label: str, param: Tensor, group: Group) -> float:
     """What the parameter's learning rate is multiplied by."""
-    scale = group["lr_scale"]
+    scale = scale_in_steps(group)
     return 1.0 if scale is None else lr_factor(scale, label, name_of(group, param), param.shape)
 
 

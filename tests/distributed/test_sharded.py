@@ -124,6 +124,10 @@ def test_averages_of_schedule_free(ranks):
     assert ranks(3).run(sharded.averages_as_alone, "ScheduleFreeAdamW", options, BF16) == [None] * 3
 
 
+def test_frozen_matrices(ranks):
+    assert ranks(2).run(sharded.frozen_as_alone, {"lr": 0.01, "beta": 0.25, "weight_decay": 0.1}) == [None] * 2
+
+
 @pytest.mark.parametrize("modifier", MODIFIED)
 def test_modifiers_of_whole_tensors(ranks, modifier):
     name, options = MODIFIED[modifier]

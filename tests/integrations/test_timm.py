@@ -85,8 +85,9 @@ def test_every_class_by_its_name(name: str) -> None:
     found = signadam_ext.integrations.CLASSES[name]
     model = transformer()
     # What timm hands to all of its optimizers, and takes away from those that have no such argument.
-    optimizer = create_optimizer_v2(model, name, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    if name in ("Adam", "AdamW", "Lion"):
+    betas = (0.9, 0.95, 0.999) if name == "AdEMAMix" else (0.9, 0.95)
+    optimizer = create_optimizer_v2(model, name, lr=1e-3, weight_decay=0.1, betas=betas, eps=1e-8)
+    if name in ("Adam", "AdamW", "ADOPT", "LaProp", "Lion"):  # timm has its own
         assert not isinstance(optimizer, found)
         return
     assert type(optimizer) is found and name.lower() in list_optimizers()

@@ -209,12 +209,18 @@ def test_a_function_scales() -> None:
 def test_a_scale_that_changes_holds_from_the_next_step_on() -> None:
     param = Parameter(torch.zeros(4, 4))
     optimizer = Signum([param], lr=1.0)
-    for scale, moved in ((None, 1.0), ("shape", 0.25), (lambda name, shape: 0.5, 0.5), (None, 1.0)):
+    for scale, moved in ((1.0, 1.0), ("shape", 0.25), (lambda name, shape: 0.5, 0.5), (0.125, 1.0), (None, 1.0)):
         optimizer.param_groups[0]["lr_scale"] = scale
         param.grad = torch.ones_like(param)
         before = param.detach().clone()
         optimizer.step()
         assert torch.equal(before - param.detach(), torch.full_like(before, moved))
+
+
+def test_a_number_for_all_groups_would_do_nothing() -> None:
+    with pytest.raises(ValueError, match=r"lr_scale=2\.0: a number is an entry of a group"):
+        Signum(parameters((3,)), lr_scale=2.0)
+    assert Signum(parameters((3,)), lr_scale=1.0).param_groups[0]["lr_scale"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -227,7 +233,7 @@ def test_a_scale_that_changes_holds_from_the_next_step_on() -> None:
         ({"weight_decay_scale": "none"}, "weight_decay_scale='none'"),
         ({"lr": 0.0, "weight_decay_scale": "fully_decoupled"}, "began at 0"),
         ({"lr_scale": "size"}, "lr_scale='size'"),
-        ({"lr_scale": 2.0}, "lr_scale=2.0"),
+        ({"lr_scale": -1.0}, "lr_scale=-1.0"),
         ({"lr_scale": Signum}, "lr_scale="),
     ],
 )

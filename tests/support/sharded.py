@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import signadam_ext
-from signadam_ext import per_sample_variance, release_gradients
+from signadam_ext import GradES, per_sample_variance, release_gradients
 from signadam_ext.engine import gradients
 from signadam_ext.optimizers import ranks
 
@@ -263,7 +263,7 @@ def both_step(model: nn.Module, ours: Any, theirs: Any) -> str | None:
     """Steps a sharded model and one alone, which is given the same gradients, whole: None, or what differs then."""
     alone = [param for group in theirs.param_groups for param in group["params"]]
     for param, single in zip(model.parameters(), alone, strict=True):
-        single.grad = whole(param.grad).clone()
+        single.grad = None if param.grad is None else whole(param.grad).clone()
     ours.step()
     theirs.step()
     return difference(ours, theirs)
@@ -313,6 +313,28 @@ def fsdp_as_alone(
         if (found := both_step(model, ours, theirs)) is not None:
             return f"after step {step + 1}: {found}"
     return None
+
+
+def frozen_as_alone(options: dict[str, Any]) -> str | None:
+    """Whether GradES freezes under FSDP2 what it freezes in a single model, and frozen parameters stay."""
+    model, alone = fsdp_model(torch.float32), Model(torch.float32)
+    ours, theirs = make("Signum", model.named_parameters(), options), make("Signum", alone.named_parameters(), options)
+    watching = [GradES(optimizer, tau=0.01, grace_steps=1, every=1) for optimizer in (ours, theirs)]
+    counts: list[int] = []
+    for step in range(6):
+        ours.zero_grad()
+        model(batch(step, dist.get_rank(), torch.float32)).square().sum().backward()
+        # As if one matrix had converged after the other, and of each matrix the part of a rank before the other's.
+        for i, param in enumerate(model.parameters()):
+            if param.grad is not None:
+                param.grad.to_local().mul_(0.5 ** (step * (1 + i) + 6 * dist.get_rank()))
+        if (found := both_step(model, ours, theirs)) is not None:
+            return f"after step {step + 1}: {found}"
+        names = [each.frozen for each in watching]
+        if names[0] != names[1]:
+            return f"after step {step + 1}: {names}"
+        counts.append(len(names[0]))
+    return None if len(set(counts)) > 2 else f"frozen after each step: {counts}"
 
 
 # Checkpoints

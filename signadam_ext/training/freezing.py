@@ -1,0 +1,201 @@
+"""GradES: matrices stop training one by one, each when its own statistic has fallen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import checks, shards
+from ..core.rule import rule_of
+from ..optimizers.base import SignOptimizer
+from ..optimizers.groups import label
+
+#: What may fall: mean |m|, or the share of entries that pass the threshold.
+STATISTICS = ("mean_momentum", "passed")
+
+
+def is_matrix(name: str, param: Tensor) -> bool:
+    """What is watched unless something else is asked for: two dimensions or more."""
+    return param.dim() >= 2
+
+
+class GradES:
+    r"""Freezes matrices, each when its statistic falls below a threshold: GradES, on what steps have gathered anyway.
+
+    It hooks itself into the optimizer: after each step that is looked at, a parameter whose statistic is below ``tau``
+    is frozen for good: ``requires_grad`` is turned off, its gradient dropped, and no later step moves or decays it.
+    Autograd then leaves out its gradient, which is where time is saved; state stays, for checkpoints.
+
+    Args:
+        optimizer: of this package. It is observed from now on, see ``observe``.
+        tau: at least 0, in units of the statistic.
+        grace_steps: steps of this object's life in which nothing is frozen, at least 0: the paper takes a share of the
+            run. Momentum begins at 0, so that 0 would freeze at once. Default: 100.
+        every: steps are looked at every so often, at least 1. A look waits for the device. Default: 10.
+        statistic: "mean_momentum", the mean of ``|m|``: the size of the averaged gradient, and with ``SignAdamPP`` and
+            ``SignAdam``, whose momentum averages signs, how much signs agree, at most 1; or "passed", the share of
+            entries beyond the threshold, of optimizers that have one. Default: "mean_momentum".
+        watches: which parameters may be frozen, a function of the name (or what errors call one without a name) and the
+            parameter. Default: those of two dimensions or more.
+
+    Attributes:
+        frozen: names of those frozen so far, in that order.
+        steps: steps taken so far.
+
+    Raises:
+        TypeError, ValueError: an argument outside its range; a statistic that a group's rule does not have; parameters
+            that go by one name; nothing to watch.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
+        >>> optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, beta=0.5)
+        >>> stopping = GradES(optimizer, tau=0.05, grace_steps=20, every=5)
+        >>> while not stopping.done and stopping.steps < 1000:
+        ...     optimizer.zero_grad()
+        ...     (model(torch.ones(8, 4)) - 1).abs().mean().backward()
+        ...     optimizer.step()
+
+    The paper [GE, Alg. 1] looks at the mean of ``|g|`` of one mini-batch, or of its change. Here it is the momentum's:
+    an average over steps, in which noise has mostly gone and what is left is direction. A threshold found for one is
+    none for the other.
+
+    Of a sharded parameter the parts are added up over its ranks, in one message for all that lie alike. DDP must be
+    told that parameters may get no gradient (``find_unused_parameters=True``), since its buckets wait for all. Under
+    FSDP2 gradients of frozen parameters are still taken, and dropped: only their steps are saved.
+
+    Source: [GE] Wen et al., arXiv 2509.01842, Alg. 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: SignOptimizer,
+        tau: float,
+        *,
+        grace_steps: int = 100,
+        every: int = 10,
+        statistic: str = "mean_momentum",
+        watches: Callable[[str, Tensor], bool] = is_matrix,
+    ) -> None:
+        if not isinstance(optimizer, SignOptimizer):
+            raise TypeError(f"optimizer is a {type(optimizer).__name__}: must be one of this package's")
+        self.tau = checks.number("tau", tau, 0.0)
+        self.grace_steps = _count("grace_steps", grace_steps, 0)
+        self.every = _count("every", every, 1)
+        self.statistic = checks.one_of("statistic", statistic, STATISTICS)
+        self.optimizer, self.watches = optimizer, watches
+        self.frozen: list[str] = []
+        self.steps = 0
+        self._check_rules()
+        if not self._watched():
+            raise ValueError("nothing to watch: no parameter that takes a gradient is one of those asked for")
+        optimizer.observe()
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    @property
+    def done(self) -> bool:
+        """Whether everything that is watched has been frozen, so that training may end."""
+        return all(name in self.frozen for name in self._watched())
+
+    def remove(self) -> None:
+        """Takes the hooks out of the optimizer, which goes on observing. What is frozen stays frozen."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs: ``steps``, and the names in ``frozen``."""
+        return {"steps": self.steps, "frozen": list(self.frozen)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from :meth:`state_dict`: those frozen then are frozen now, and no others.
+
+        Raises:
+            ValueError: names that are not watched here; nothing has been changed then.
+        """
+        steps, names = _count("steps", state_dict["steps"], 0), list(state_dict["frozen"])
+        watched = self._watched()
+        if unknown := [name for name in names if name not in watched]:
+            raise ValueError(f"frozen: {', '.join(map(repr, unknown))} are none of the parameters that are watched")
+        for name in self.frozen:
+            watched[name].requires_grad_(True)
+        self.steps, self.frozen = steps, []
+        for name in names:
+            self._freeze(name, watched[name])
+
+    def _check_rules(self) -> None:
+        for index, group in enumerate(self.optimizer.param_groups):
+            rule = rule_of(type(self.optimizer), group)
+            if self.statistic == "mean_momentum" and (not rule.moments or rule.starts_as_param is not None):
+                raise ValueError(
+                    f"statistic='mean_momentum' with group {index}, whose rule {rule.name!r} keeps no momentum in its "
+                    "first moment"
+                )
+            if self.statistic == "passed" and "alpha" not in group:
+                raise ValueError(f"statistic='passed' with group {index}, whose rule {rule.name!r} has no threshold")
+
+    def _watched(self) -> dict[str, Tensor]:
+        """By name, those that take a gradient and those frozen here."""
+        found: dict[str, Tensor] = {}
+        for index, group in enumerate(self.optimizer.param_groups):
+            names = group.get("param_names", ())
+            for i, param in enumerate(group["params"]):
+                name = names[i] if i < len(names) else label(group, index, i)
+                if (param.requires_grad or name in self.frozen) and self.watches(name, param):
+                    if name in found:
+                        raise ValueError(f"two parameters are called {name!r}: nothing tells which one to freeze")
+                    found[name] = param
+        return found
+
+    def _before(self, *_: Any) -> None:
+        if self.frozen:
+            watched = self._watched()
+            for name in self.frozen:
+                if name in watched:
+                    watched[name].grad = None
+
+    def _after(self, *_: Any) -> None:
+        self.steps += 1
+        if self.steps <= self.grace_steps or self.steps % self.every:
+            return
+        watched = {name: param for name, param in self._watched().items() if name not in self.frozen}
+        for name, value in self._statistics(watched).items():
+            if value < self.tau:
+                self._freeze(name, watched[name])
+
+    @torch.no_grad()
+    def _statistics(self, watched: Mapping[str, Tensor]) -> dict[str, float]:
+        """Of those that took part in the last step, over all ranks that have parts of one."""
+        told = {each.name: each for each in self.optimizer.statistics().tensors}
+        found = {name: getattr(told[name], self.statistic) for name in watched if name in told}
+        alike: dict[Any, list[str]] = {}
+        for name, param in watched.items():
+            if (sharding := shards.sharding_of(name, param)) is not None:
+                alike.setdefault((sharding.mesh, tuple(sharding.placements)), []).append(name)
+        for (mesh, placements), names in alike.items():
+            sums = torch.zeros(2, len(names), dtype=torch.float64)
+            for i, name in enumerate(names):
+                if name in told:  # a rank may have nothing of it
+                    sums[0, i], sums[1, i] = found[name] * told[name].numel, told[name].numel
+            sums = sums.to(shards.local(watched[names[0]]).device)
+            for dimension, placement in enumerate(placements):
+                if not placement.is_replicate():
+                    torch.distributed.all_reduce(sums, group=mesh.get_group(dimension))
+            total, count = sums.tolist()
+            found.update({name: total[i] / count[i] for i, name in enumerate(names) if count[i]})
+        return found
+
+    def _freeze(self, name: str, param: Tensor) -> None:
+        param.requires_grad_(False)
+        param.grad = None
+        self.frozen.append(name)
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+    return value

@@ -1,0 +1,149 @@
+"""GradES: what is frozen and when, that nothing else changes, and how it resumes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from signadam_ext import FOCUS, GradES, ScheduleFreeSign, SignAdamPP, SignSGD, Signum
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
+def grads(net: nn.Module, sizes: dict[str, float]) -> None:
+    """Constant gradients of a size for each parameter, of those that take one."""
+    for name, param in net.named_parameters():
+        if param.requires_grad:
+            param.grad = torch.full_like(param, sizes[name])
+
+
+SIZES = {"0.weight": 0.25, "0.bias": 0.0, "1.weight": 1.0, "1.bias": 0.0}
+
+
+def test_freezes_each_matrix_when_its_own_momentum_has_fallen() -> None:
+    net = model()
+    optimizer = Signum(net.named_parameters(), lr=0.5, beta=0.5, weight_decay=0.1)
+    stopping = GradES(optimizer, tau=0.3, grace_steps=2, every=2)
+    frozen = []
+    for _ in range(6):
+        grads(net, SIZES)
+        optimizer.step()
+        frozen.append(list(stopping.frozen))
+    # Means of |m| of 0.weight: 1/8, 3/16, 7/32 ..., below tau at any look; none of steps 1 and 2, for grace.
+    assert frozen == [[], [], [], ["0.weight"], ["0.weight"], ["0.weight"]]
+    assert not stopping.done
+    kept = net[0].weight.detach().clone()
+    assert not net[0].weight.requires_grad and net[0].weight.grad is None
+    assert net[0].bias.requires_grad  # a vector, which nobody watches
+    net[0].weight.grad = torch.ones_like(net[0].weight)  # as FSDP2 leaves one
+    moved = net[1].weight.detach().clone()
+    grads(net, SIZES)
+    optimizer.step()
+    assert torch.equal(net[0].weight, kept) and not torch.equal(net[1].weight, moved)
+    for _ in range(12):  # the gradient of the other vanishes: m halves
+        grads(net, {**SIZES, "1.weight": 0.0})
+        optimizer.step()
+    assert stopping.frozen == ["0.weight", "1.weight"] and stopping.done
+    assert optimizer.state[net[0].weight]["exp_avg"].shape == (3, 4)
+
+
+def test_looking_changes_no_bit() -> None:
+    nets = [model(), model()]
+    optimizers = [SignAdamPP(net.parameters(), lr=0.1, weight_decay=0.1) for net in nets]
+    GradES(optimizers[0], tau=0.0, grace_steps=0, every=1)
+    for step in range(3):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            net(torch.randn(5, 4)).square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
+def test_share_of_the_threshold() -> None:
+    """Where everything stays below the threshold nothing passes, and what passes wholly is not frozen."""
+    net = model()
+    optimizer = SignSGD(net.parameters(), lr=0.1, alpha=0.5)
+    stopping = GradES(optimizer, tau=0.5, grace_steps=0, every=1, statistic="passed")
+    grads(net, SIZES)
+    optimizer.step()
+    assert stopping.frozen == ["parameter 0 of group 0"]
+
+
+def test_a_step_without_gradients_freezes_nothing() -> None:
+    net = model()
+    optimizer = Signum(net.parameters())
+    stopping = GradES(optimizer, tau=1e30, grace_steps=0, every=1)
+    optimizer.step()
+    assert stopping.frozen == [] and stopping.steps == 1
+
+
+def test_resumes() -> None:
+    net = model()
+    optimizer = Signum(net.named_parameters(), beta=0.5)
+    stopping = GradES(optimizer, tau=0.3, grace_steps=0, every=1)
+    grads(net, SIZES)
+    optimizer.step()
+    saved = stopping.state_dict()
+    assert saved == {"steps": 1, "frozen": ["0.weight"]}
+    other = model()
+    resumed = GradES(Signum(other.named_parameters(), beta=0.5), tau=0.3)
+    resumed.load_state_dict(saved)
+    assert resumed.state_dict() == saved and not other[0].weight.requires_grad
+    with pytest.raises(ValueError, match=r"frozen: '2.weight' are none"):
+        resumed.load_state_dict({"steps": 5, "frozen": ["2.weight"]})
+    assert resumed.state_dict() == saved
+    resumed.load_state_dict({"steps": 0, "frozen": []})
+    assert other[0].weight.requires_grad and not resumed.frozen
+
+
+def test_removed_it_freezes_no_more() -> None:
+    net = model()
+    optimizer = Signum(net.named_parameters())
+    stopping = GradES(optimizer, tau=1e30, grace_steps=0, every=1)
+    stopping.remove()
+    grads(net, SIZES)
+    optimizer.step()
+    assert stopping.steps == 0 and not stopping.frozen
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "error", "message"),
+    [
+        (SignSGD, {}, ValueError, "rule 'sign_sgd' keeps no momentum"),
+        (ScheduleFreeSign, {}, ValueError, "keeps no momentum"),
+        (FOCUS, {}, ValueError, "keeps no momentum"),
+        (Signum, {"statistic": "passed"}, ValueError, "has no threshold"),
+        (Signum, {"statistic": "norm"}, ValueError, "statistic='norm'"),
+        (Signum, {"tau": -1.0}, ValueError, "tau"),
+        (Signum, {"tau": math.nan}, ValueError, "tau"),
+        (Signum, {"every": 0}, ValueError, "every=0"),
+        (Signum, {"grace_steps": 1.5}, ValueError, "grace_steps=1.5"),
+        (Signum, {"watches": lambda name, param: False}, ValueError, "nothing to watch"),
+        (torch.optim.SGD, {}, TypeError, "optimizer is a SGD"),
+    ],
+)
+def test_refused(cls: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    optimizer = cls(model().parameters(), lr=0.1)
+    with pytest.raises(error, match=message):
+        GradES(optimizer, **{"tau": 0.1, **options})
+    if cls is not torch.optim.SGD:
+        assert not optimizer.runtime.observes
+
+
+def test_weights_are_no_momentum() -> None:
+    """What rules keep that average weights says nothing about momentum."""
+    net = model()
+    optimizer = FOCUS(net.parameters())
+    optimizer.observe()
+    grads(net, SIZES)
+    optimizer.step()
+    told = optimizer.statistics().all
+    assert math.isnan(told.mean_momentum) and math.isnan(told.flipped) and told.passed == 18 / 23
