@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -99,6 +100,7 @@ def _serve(rank: int, count: int, store: str, pipe: Any, environment: Mapping[st
             function, arguments = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
+        _end_groups()  # of the last call, which has ended on all ranks
         answer, error = None, None
         try:
             answer = function(*arguments)
@@ -106,15 +108,24 @@ def _serve(rank: int, count: int, store: str, pipe: Any, environment: Mapping[st
             error = traceback.format_exc()
         function = arguments = None
         pipe.send((answer, error))
-        _end_groups()
 
 
 def _end_groups() -> None:
-    """Ends all groups of ranks but the default one: each has a thread that wakes up 100 times a second for good."""
+    """Ends what groups calls have made: each has a thread that wakes up 100 times a second for good.
+
+    Those of meshes stay, which torch keeps by their shape; see :func:`mesh_of`.
+    """
     import torch.distributed as dist
 
-    gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
+        if group is not dist.group.WORLD and not group.group_desc.startswith("mesh_"):
             dist.destroy_process_group(group)
     gc.collect()
+
+
+@functools.cache
+def mesh_of(shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> Any:
+    """One mesh of a shape for all calls, so that there is one set of groups."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=names or tuple("abc"[: len(shape)]))

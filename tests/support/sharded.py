@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from support.paper_formulas import TABLE
+from support.ranks import mesh_of
 from support.strategies import same_bits
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -85,10 +86,6 @@ def difference(ours: Any, theirs: Any) -> str | None:
     return None
 
 
-def mesh_of(shape: Sequence[int]) -> Any:
-    return init_device_mesh("cpu", tuple(shape), mesh_dim_names=tuple("abc"[: len(shape)]))
-
-
 def sharded_as_alone(
     name: str,
     options: dict[str, Any],
@@ -103,7 +100,7 @@ def sharded_as_alone(
 
     ``dims``: by dimension of the mesh, the dimension that is sharded there, or None for a copy on every rank.
     """
-    device_mesh = mesh_of(mesh or (dist.get_world_size(),))
+    device_mesh = mesh_of(tuple(mesh) or (dist.get_world_size(),))
     placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
     alone = [nn.Parameter(value) for value in whole_parameters(shapes, dtype)]
     params = [
@@ -151,7 +148,7 @@ def agreed_thresholds(
 ) -> list[float]:
     """The largest difference, as a share, of a threshold's state from that of a training on whole tensors; and of a
     parameter, whose elements may pass in one run and not in the other where they equal the threshold."""
-    device_mesh = mesh_of(mesh or (dist.get_world_size(),))
+    device_mesh = mesh_of(tuple(mesh) or (dist.get_world_size(),))
     placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
     # In one run a parameter without elements on some ranks, and one that all ranks have.
     shapes = [shape for shape in SHAPES if len(shape) > max(dim or 0 for dim in dims)]
@@ -185,7 +182,7 @@ def clipped_as_alone(
 ) -> list[float]:
     """The largest difference, as a share, of the norm of all gradients from that of a training on whole tensors; and of
     a parameter. The third of four steps is skipped: one entry, which one rank has, is not finite."""
-    device_mesh = mesh_of(mesh or (dist.get_world_size(),))
+    device_mesh = mesh_of(tuple(mesh) or (dist.get_world_size(),))
     placements = [Replicate() if dim is None else Shard(dim) for dim in dims]
     shapes = [shape for shape in SHAPES if len(shape) > max(dim or 0 for dim in dims)]
     alone = [nn.Parameter(value) for value in whole_parameters(shapes, torch.float32)]
@@ -301,7 +298,7 @@ def fsdp_as_alone(
         "mixed precision": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
         "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     }
-    model = fsdp_model(dtype, mesh_of(mesh) if mesh else None, **policies.get(policy, {}))
+    model = fsdp_model(dtype, mesh_of(tuple(mesh)) if mesh else None, **policies.get(policy, {}))
     alone = Model(dtype)
     ours, theirs = make(name, model.parameters(), options), make(name, alone.parameters(), options)
     run = torch.compile(model, backend="eager") if compiled else model
@@ -493,7 +490,7 @@ def error_of(kind: str) -> str:
             placements = [_StridedShard(0, split_factor=2)]
             param = nn.Parameter(DTensor.from_local(param.to_local().detach(), mesh, placements, run_check=False))
         if kind == "three cuts":
-            cube, block = init_device_mesh("cpu", (world, 1, 1)), torch.ones(2, 4, 4, 4)
+            cube, block = mesh_of((world, 1, 1)), torch.ones(2, 4, 4, 4)
             param = nn.Parameter(distribute_tensor(block, cube, [Shard(1), Shard(2), Shard(3)]))
         optimizer = make(name, [param], {"lr": 0.01, **options})
         param.grad = distribute_tensor(torch.ones_like(value), mesh, param.placements)
@@ -506,7 +503,7 @@ def error_of(kind: str) -> str:
             param.grad = None
             param.grad = torch.ones_like(value)
         if kind == "gradient elsewhere":
-            other = init_device_mesh("cpu", (world, 1))
+            other = mesh_of((world, 1))
             param.grad = distribute_tensor(torch.ones_like(value), other, [Shard(0), Replicate()])
         if kind == "columns":
             part = param.to_local().detach().t().contiguous().t()
@@ -535,7 +532,7 @@ def error_of(kind: str) -> str:
 def error_of_ranks(kind: str, mesh: Sequence[int] = ()) -> str:
     """What is said on this rank, where rank 1 has something otherwise than the others."""
     is_other = dist.get_rank() == 1
-    device_mesh = mesh_of(mesh or (dist.get_world_size(),))
+    device_mesh = mesh_of(tuple(mesh) or (dist.get_world_size(),))
     placements = [Shard(0)] * device_mesh.ndim
     values = whole_parameters([(8, 3), (8, 3), (8, 2)], torch.float32)
     params = [nn.Parameter(distribute_tensor(value, device_mesh, placements)) for value in values]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from support.ranks import mesh_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -220,7 +221,6 @@ def without_all_to_all(options: dict[str, Any]) -> list[str]:
 
 def fsdp_votes(options: dict[str, Any], replicated: bool = False) -> list[str]:
     """Names of parameters whose sharded gradients are not this rank's part of what the vote gives."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     rank, workers = dist.get_rank(), dist.get_world_size()
@@ -231,10 +231,10 @@ def fsdp_votes(options: dict[str, Any], replicated: bool = False) -> list[str]:
     alone.scale = None
     alone.forward = lambda x: alone.third(torch.relu(alone.second(torch.tanh(alone.first(x)))))
     if replicated:
-        mesh = init_device_mesh("cpu", (2, workers // 2), mesh_dim_names=("replicate", "shard"))
+        mesh = mesh_of((2, workers // 2), ("replicate", "shard"))
         shard, group = mesh["shard"], mesh["replicate"].get_group()
     else:
-        shard, group = init_device_mesh("cpu", (workers,)), None
+        shard, group = mesh_of((workers,)), None
     for part in (model.second, model):
         fully_shard(part, mesh=shard)
     comm = VoteAllReduce(group, **options) if replicated else VoteReduceScatter(**options)
@@ -517,11 +517,10 @@ def forgets() -> bool:
 
 def sum_in_fsdp() -> str:
     """What backward raises where FSDP2 is told to add gradients up."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     model = nn.Linear(4, 4)
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model, mesh=mesh_of((dist.get_world_size(),)))
     model.set_force_sum_reduction_for_comms(True)
     model.set_custom_reduce_scatter(VoteReduceScatter())
     try:
