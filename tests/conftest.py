@@ -64,6 +64,11 @@ def thorough(request: pytest.FixtureRequest) -> bool:
     return is_thorough(request.config)
 
 
+@pytest.fixture(scope="session")
+def nightly(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--nightly"))
+
+
 class Maker(Protocol):
     """Fills a folder that is there and empty."""
 

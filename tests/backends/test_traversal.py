@@ -1,6 +1,7 @@
 """The traversal of csrc/block/block.h on the host: every element exactly once, nothing else, and no races.
 
-The programs are in tests/host; they compile without the package, under sanitizers that abort at the first finding.
+The programs are in tests/host; they compile without the package, under sanitizers that abort at the first finding. With
+one rule of those that share code: every rule takes minutes, in the nightly run.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def run(*command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def traversal(built_once: Callable[..., Path], thorough: bool) -> Path:
-    flags = ADDRESS if thorough else (*ADDRESS_QUICK, *QUICK)
+def traversal(built_once: Callable[..., Path], thorough: bool, nightly: bool) -> Path:
+    flags = (*(ADDRESS if thorough else ADDRESS_QUICK), *(() if nightly else QUICK))
     return built_once("traversal", lambda folder: build("traversal.cpp", folder / "program", *flags)) / "program"
 
 
@@ -48,9 +49,9 @@ def test_traversal(traversal: Path, part: str) -> None:
     assert run(str(traversal), part)
 
 
-def test_accesses(tmp_path: Path, thorough: bool) -> None:
+def test_accesses(tmp_path: Path, nightly: bool) -> None:
     """Every byte is read and written as often as it must be, by one thread: codes, low bits and masters included."""
-    program = build_traced("traversal.cpp", tmp_path / "traced", *(() if thorough else QUICK))
+    program = build_traced("traversal.cpp", tmp_path / "traced", *(() if nightly else QUICK))
     assert "each by one thread" in run(str(program), "accesses")
 
 

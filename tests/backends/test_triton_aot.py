@@ -126,7 +126,7 @@ SCALED = [
     Job("sm_90", "mars_adamw", "pass_before", scale="norm"),
     Job("sm_90", "mars_adamw", "none", scale="norm"),
 ]
-#: What is compiled for one architecture of NVIDIA only: rules of the same operations as others, mixed dtypes.
+#: Rules of the same operations as others: compiled in the nightly run, for one architecture of NVIDIA's and AMD's.
 LIKE_OTHERS = (
     *("msgd", "svag", "adam_star_plain", "adam_star_minibatch", "adam", "lion", "adam_s", "bcos"),
     *("lion_threshold", "lion_huber", "lion_softsign", "ano", "grams", "ada_momentum"),
@@ -157,10 +157,16 @@ SOME = {
 assert {*NVIDIA_JOBS, *AMD_JOBS, *STEP_JOBS} >= SOME
 
 
+def is_nightly(job: AnyJob) -> bool:
+    return isinstance(job, Job) and job.rule in LIKE_OTHERS and job not in SOME and not job.scale
+
+
 def each(jobs: Sequence[AnyJob]) -> pytest.MarkDecorator:
-    rest = pytest.mark.thorough
-    params = [pytest.param(job, id="-".join(filter(None, job)), marks=() if job in SOME else rest) for job in jobs]
-    return pytest.mark.parametrize("job", params)
+    def marks(job: AnyJob) -> tuple[pytest.MarkDecorator, ...]:
+        rest = (pytest.mark.thorough, pytest.mark.nightly) if is_nightly(job) else (pytest.mark.thorough,)
+        return () if job in SOME else rest
+
+    return pytest.mark.parametrize("job", [pytest.param(x, id="-".join(filter(None, x)), marks=marks(x)) for x in jobs])
 
 
 def compiled(built_once: Callable[..., Path], name: str, jobs: Sequence[AnyJob]) -> dict[AnyJob, Path]:
@@ -170,21 +176,21 @@ def compiled(built_once: Callable[..., Path], name: str, jobs: Sequence[AnyJob])
     return {job: folder / str(number) for number, job in enumerate(jobs)}
 
 
-def wanted(jobs: Sequence[Job], thorough: bool) -> list[AnyJob]:
+def wanted(jobs: Sequence[Job], thorough: bool, nightly: bool) -> list[AnyJob]:
     """Those that are looked at, with the kernels of the same maker that begin a step."""
     is_amd = jobs[0].target == AMD
     every = [*jobs, *(job for job in STEP_JOBS if (job.target == AMD) == is_amd)]
-    return [job for job in every if thorough or job in SOME]
+    return [job for job in every if job in SOME or (thorough and (nightly or not is_nightly(job)))]
 
 
 @pytest.fixture(scope="module")
-def nvidia(built_once: Callable[..., Path], thorough: bool) -> dict[AnyJob, Path]:
-    return compiled(built_once, "triton-nvidia", wanted(NVIDIA_JOBS, thorough))
+def nvidia(built_once: Callable[..., Path], thorough: bool, nightly: bool) -> dict[AnyJob, Path]:
+    return compiled(built_once, "triton-nvidia", wanted(NVIDIA_JOBS, thorough, nightly))
 
 
 @pytest.fixture(scope="module")
-def amd(built_once: Callable[..., Path], thorough: bool) -> dict[AnyJob, Path]:
-    return compiled(built_once, "triton-amd", wanted(AMD_JOBS, thorough))
+def amd(built_once: Callable[..., Path], thorough: bool, nightly: bool) -> dict[AnyJob, Path]:
+    return compiled(built_once, "triton-amd", wanted(AMD_JOBS, thorough, nightly))
 
 
 def accesses(job: Job, lanes: int) -> tuple[Counter[int], Counter[int]]:

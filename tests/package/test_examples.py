@@ -61,6 +61,49 @@ def test_example_resumes_bit_for_bit(tmp_path):
     assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
+def test_quantized_by_sign_round(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(SCRIPT.read_bytes() * 3)
+    trained = train_gpt("--preset", "tiny", "--data", str(text), "--device", "cpu", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    command = [sys.executable, str(SCRIPT.with_name("quantize_gpt.py")), "--bits", "2", "--out", "out/quantized.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "quantized.json").read_text(encoding="utf-8"))
+    losses = found["losses"]
+    assert losses["fp32"] < losses["SignRound"] < losses["nearest"]
+    assert all(best < first for first, best in found["block_errors"])
+    nothing = subprocess.run(
+        [*command, "--run", "none.pt"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert nothing.returncode == 2 and "run python examples/train_gpt.py first" in nothing.stderr
+
+
+def test_rounded_weights_are_those_of_few_bits(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from quantize_gpt import Rounded
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 5, bias=False)
+    layer = Rounded(linear, bits=3, group_size=16)
+    weight, groups = layer.rounded().detach(), linear.weight.detach().view(5, 4, 16)
+    scale = ((groups.amax(-1) - groups.amin(-1)) / 7)[..., None]
+    assert ((weight.view(5, 4, 16) - groups).abs() <= 0.5001 * scale).all()
+    assert all(len(group.unique()) <= 8 for group in weight.view(20, 16))
+    # An offset of more than the rest moves a weight to the next level, and its gradient is the weight's.
+    with torch.no_grad():
+        layer.offset.fill_(2.0)
+    layer.clamp()
+    moved = (layer.rounded().detach().view(5, 4, 16) - weight.view(5, 4, 16)) / scale
+    assert set(moved.round().unique().tolist()) <= {0.0, 1.0} and (moved.round() == 1).any()
+    layer.rounded().sum().backward()
+    assert (layer.offset.grad >= 0).all()
+    with pytest.raises(ValueError, match="64 columns are no whole groups of 24"):
+        Rounded(linear, bits=3, group_size=24)
+
+
 def on_workers(count, *arguments, cwd):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     result = subprocess.run(
