@@ -22,7 +22,7 @@ from reporting.present import markdown
 from . import common
 from .recipe import summary as recipe
 
-EXPERIMENTS = ("stochastic_qp", "variance_factors", "wilson", "four_ways", "ablation", "lemma")
+EXPERIMENTS = ("stochastic_qp", "variance_factors", "theorems", "wilson", "four_ways", "ablation", "lemma")
 README = Path(__file__).resolve().parent / "README.md"
 MARKERS = ("<!-- {} -->", "<!-- /{} -->")
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
-from experiments import common, page, stochastic_qp, variance_factors, wilson
+from experiments import common, page, stochastic_qp, theorems, variance_factors, wilson
 from reporting import machine, runs
 from signadam_ext.optimizers.variance_adaptation import variance_share
 
@@ -351,3 +351,31 @@ def test_committed_results_are_full_runs():
     for name in page.EXPERIMENTS:
         result = common.load(name)
         assert result is None or not result["quick"]
+
+
+# theorems
+
+
+def test_slopes_and_gradients_of_the_theorems():
+    assert theorems.slope((1, 10, 100), torch.tensor([5.0, 0.5, 0.05])) == pytest.approx(-1)
+    x = torch.randn(3, 50, generator=generator(), dtype=DOUBLE, requires_grad=True)
+    (theorems.scales(50) * torch.log1p(x.square())).sum().backward()
+    assert torch.allclose(x.grad, theorems.gradient(x.detach()))
+    # Smooth, with constants 2 a, and not convex.
+    slopes = theorems.scales(1).double() * 2 * (1 - x.detach() ** 2) / (1 + x.detach() ** 2) ** 2
+    assert slopes.abs().max() <= 2 and slopes.min() < 0
+
+
+def test_a_fixed_threshold_stops_before_a_stationary_point():
+    settings = theorems.QUICK
+    _, stopped = theorems.train(settings, 4096, theorems.FIXED, 0.0)
+    assert (stopped[-1] <= theorems.FIXED).all() and (stopped[-1] > theorems.FIXED / 4).all()
+    assert torch.equal(stopped[-1], stopped[-100])
+    _, free = theorems.train(settings, 4096, 0.0, 0.0)
+    assert (free[-1] < theorems.FIXED / 4).all()
+
+
+def test_exact_factors_go_on_under_a_constant_step():
+    losses = {adapts: theorems.quadratics(theorems.QUICK, adapts)[1].mean(0) for adapts in (True, False)}
+    assert losses[True][-1] < losses[True][6] / 8
+    assert losses[False][-1] > losses[False][6] / 4
