@@ -20,8 +20,8 @@ is given beside it.
 [BH, Theorem 1]: with the exact factors gamma_i = grad_i^2 / (grad_i^2 + sigma_i^2) SVAG's loss falls as 1/t under a
 constant step of 1 / L, on a smooth and strongly convex f whose noise is bounded by c ||grad||^2 + M. Here quadratics
 of 20 dimensions with eigenvalues uniform in [0.5, 1.5], rotated at random, noise N(0, 1), from N(0, 1): the exponent is
-the slope of the log of the mean loss over seeds, from step 1,024 on, with intervals over the seeds' own slopes. SGD,
-with the same step, stays where its noise is.
+the slope of the log of the loss, from step 1,024 on, for each seed. SGD, with the same step, stays where its noise is.
+The exponent from step 8,192 on was added when the first run had shown one that still falls: the bound is asymptotic.
 
 python -m experiments.theorems                  20 seeds, a minute
 python -m experiments.theorems --quick          3 seeds of fewer steps, a few seconds
@@ -59,7 +59,7 @@ FIXED = 0.1
 THRESHOLDS = {"none": lambda steps: 0.0, "fixed": lambda steps: FIXED, "falling": lambda steps: 1 / math.sqrt(steps)}
 SHOWN = {"none": "no threshold", "fixed": f"alpha = {FIXED}", "falling": "alpha = 1 / sqrt(K)"}
 LAST = 5  # lengths, of the second exponent
-FIRST = 1024  # step, from which SVAG's exponent is fitted
+FIRST, LATER = 1024, 8192  # steps, from which SVAG's exponents are fitted
 
 
 # signADAM++ on a function that is smooth and not convex
@@ -140,14 +140,10 @@ def constant_step(settings: Settings) -> Result:
     found: Result = {}
     for name, adapts in (("SVAG", True), ("SGD", False)):
         steps, losses = quadratics(settings, adapts)
-        late = [i for i, step in enumerate(steps) if step >= FIRST]
-        x = [steps[i] for i in late]
-        found[name] = {
-            "steps": steps,
-            "loss": common.bands(losses),
-            "exponent": interval([slope(x, row[late]) for row in losses]),
-            "exponent_of_mean": slope(x, losses.mean(0)[late]),
-        }
+        found[name] = {"steps": steps, "loss": common.bands(losses)}
+        for key, first in (("exponent", FIRST), ("later_exponent", min(LATER, steps[-2]))):
+            late = [i for i, step in enumerate(steps) if step >= first]
+            found[name][key] = interval([slope([steps[i] for i in late], row[late]) for row in losses])
     return found
 
 
@@ -185,8 +181,9 @@ def run(quick: bool) -> Result:
     claims["constant_step"] = {
         "holds": svag["low"] <= -1.0 and sgd["low"] > -0.5,
         "criterion": "SVAG's exponent reaches -1 or lies below, SGD's lies above -1/2",
+        "holds_at": {f"from step {LATER:,}": quadratic["SVAG"]["later_exponent"]["low"] <= -1.0 and sgd["low"] > -0.5},
         **svag,
-        "of_mean": quadratic["SVAG"]["exponent_of_mean"],
+        "later": quadratic["SVAG"]["later_exponent"],
         "sgd": sgd,
     }
     stride = max(1, length // 400)
@@ -224,7 +221,8 @@ CLAIMS = (
         "constant_step",
         "[BH] Theorem 1",
         "Idealized SVAG's loss falls as 1/t with a constant step, where SGD's does not.",
-        EXPONENT + ", of the mean over seeds {of_mean:.2f}; SGD {sgd[mean]:+.2f}",
+        EXPONENT + " from step 1,024 on, {later[mean]:.2f} ({later[low]:.2f} .. {later[high]:.2f}) from step 8,192 on; "
+        "SGD {sgd[mean]:+.2f}",
     ),
 )
 
