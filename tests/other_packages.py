@@ -172,6 +172,15 @@ ROWS = (
         f"{POD}.ScheduleFreeAdamW",
         {**B, "warmup_steps": 10},
     ),
+    Row("FOCUS", {**B, **DECAY, "gamma": 0.0}, "pytorch-optimizer", f"{POD}.FOCUS", {**B, **DECAY, "gamma": 0.0}),
+    Row(
+        "FOCUS",
+        {**B, "gamma": 0.3},
+        "pytorch-optimizer",
+        f"{POD}.FOCUS",
+        {**B, "gamma": 0.3},
+        "the first step pulls by the signs of rounding errors, as in the authors' code, where ours pulls by none",
+    ),
     Row(
         "AdamS",
         {**B, **SMALL},
