@@ -624,14 +624,20 @@ SIGNADAM_HD void apply_plainly(const Scalars& s, float alpha, F& p, F g, F& m, F
   Rule::update(s, alpha, p, g, m, v, x);
 }
 
-// The same with cautious weight decay [CW, Alg. 1]: p decays unless the step leads it away from 0. Rules read p only to
-// move it, so at 0 they leave the step. Where the step is 0 p decays, and where it is NaN it does not.
+// Cautious weight decay [CW, Alg. 1]: p decays unless the step leads it away from 0. Where the step is 0 p decays, and
+// where it is NaN it does not. Signs, because the product of a small p and a small step is 0; that of p = 0 does not
+// matter.
+template <class F>
+SIGNADAM_HD F cautiously_decayed(const Scalars& s, F p, F step) {
+  return times_sign_of(step, p) <= 0.0f ? p * s.decay : p;
+}
+
+// The same with it. Rules read p only to move it, so at 0 they leave the step.
 template <class Rule, class F>
 SIGNADAM_HD void apply_cautiously(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
   F step{};
   Rule::update(s, alpha, step, g, m, v, x);
-  // Signs, because the product of a small p and a small step is 0. That of p = 0 does not matter.
-  p = (times_sign_of(step, p) <= 0.0f ? p * s.decay : p) + step;
+  p = cautiously_decayed(s, p, step) + step;
 }
 
 // Whether a step goes against the gradient, as it should: 1 or 0.
@@ -649,8 +655,7 @@ SIGNADAM_HD F apply_scaled(const Scalars& s, float scale, F& p, F g, F& m, F& v,
   const F whole = step;
   if (s.caution) step = (times_sign_of(step, g) >= 0.0f) | (g == 0.0f) ? F{} : step;
   step = step * scale;
-  const F decayed = p * s.decay;
-  p = (!s.cautious_decay ? decayed : times_sign_of(step, p) <= 0.0f ? decayed : p) + step;
+  p = (s.cautious_decay ? cautiously_decayed(s, p, step) : p * s.decay) + step;
   return whole;
 }
 
