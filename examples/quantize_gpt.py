@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -158,12 +159,18 @@ def main() -> None:
     add("--steps", type=positive, default=200, metavar="N", help="of SignSGD for each block, 200 by default")
     add("--out", type=Path, help="a JSON file for the losses")
     args = parser.parse_args()
-    if not args.run.exists():
+    if not args.run.is_file():
         parser.error(f"{args.run} is not there: run python examples/train_gpt.py first")
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.touch()  # rather now than when the work is done
     torch.set_num_threads(min(torch.get_num_threads(), 4))
 
-    checkpoint = torch.load(args.run, map_location="cpu", weights_only=True)
-    config = checkpoint["config"]
+    try:
+        checkpoint = torch.load(args.run, map_location="cpu", weights_only=True)
+        config = checkpoint["config"]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError):
+        parser.error(f"{args.run} is no checkpoint of train_gpt.py")
     preset: Preset = PRESETS[config["preset"]]
     model = GPT(preset.model)
     model.load_state_dict(checkpoint["model"])
@@ -171,7 +178,9 @@ def main() -> None:
     data = torch.frombuffer(bytearray(corpus), dtype=torch.uint8)
     train_data, val_data = data[: len(data) * 9 // 10], data[len(data) * 9 // 10 :]
     if any(getattr(module, name).in_features % args.group_size for module, name in linears(model.blocks[0])):
-        parser.error(f"--group-size {args.group_size}: the model's matrices have {preset.model.n_embd} columns or more")
+        parser.error(
+            f"--group-size {args.group_size}: must divide {preset.model.n_embd}, the columns of the model's matrices"
+        )
 
     losses = {"fp32": evaluate(model, val_data, preset)}
     nearest = copy.deepcopy(model)
@@ -193,7 +202,6 @@ def main() -> None:
         )
     if args.out is not None:
         options = {"bits": args.bits, "group_size": args.group_size, "steps": args.steps, "run": config}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"options": options, "losses": losses, "block_errors": errors}, indent=1) + "\n")
 
 

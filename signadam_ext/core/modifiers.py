@@ -120,36 +120,43 @@ def _is_tensor(value: Any) -> bool:
 
 
 def lr_scale(name: str, value: Any) -> Any:
-    """None, "shape", "rms", a function of a parameter's name and shape, or a number, which no step multiplies with.
+    """ "shape", "rms", a function of a parameter's name and shape, or a number, which no step multiplies with.
 
     timm keeps a number of each group under this name, and its schedulers multiply the learning rate with it.
 
     Raises:
         ValueError: something else.
     """
-    if value is None or (callable(value) and not isinstance(value, type)):
+    value = checks.plain(value)
+    if value is None:  # as groups had it before
+        return 1.0
+    if callable(value) and not isinstance(value, type):
         return value
     if isinstance(value, (int, float)):
         return checks.number(name, value, 0.0)
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={value!r}: must be 'shape', 'rms', a function of a name and a shape, or a number")
     return checks.one_of(name, value, (*LR_SCALES, "rms"))
 
 
-def check_constructed_lr_scale(value: Any) -> None:
-    """Raises on a number for all groups that would do nothing.
+def constructed_lr_scale(value: Any) -> Any:
+    """The ``lr_scale`` of a constructor, with 1 for None.
 
     Raises:
-        ValueError: a number other than 1.
+        ValueError: a number other than 1, which would do nothing.
     """
+    value = 1.0 if value is None else checks.plain(value)
     if isinstance(value, (int, float)) and value != 1:
         raise ValueError(
             f"lr_scale={value!r}: a number is an entry of a group, which schedulers like timm's multiply lr with; for "
             "all groups, multiply lr itself"
         )
+    return value
 
 
 def scale_in_steps(group: Group) -> Any:
     """A group's ``lr_scale`` where steps have it: None for a number."""
-    scale = group["lr_scale"]
+    scale = checks.plain(group["lr_scale"])
     return None if isinstance(scale, (int, float)) else scale
 
 

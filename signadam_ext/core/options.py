@@ -70,7 +70,8 @@ def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) ->
             near = difflib.get_close_matches(key, (*given, *OTHERS), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{hint}")
-    modifiers.check_constructed_lr_scale(others.get("lr_scale"))
+    if "lr_scale" in others:
+        others = {**others, "lr_scale": modifiers.constructed_lr_scale(others["lr_scale"])}
     renamed = {NAMES[old] for old in others if old in NAMES}
     # A default stands in nobody's way.
     explicit = {key: value for key, value in given.items() if key not in renamed or value != DEFAULTS[key]}

@@ -88,13 +88,12 @@ def collect(plans: Iterable[Plan]) -> Statistics:
             elif bucket.device.type == "cuda":
                 torch.cuda.synchronize(bucket.device)
             rows = bucket.chunk_statistics.cpu()
-            has_momentum = bool(bucket.rule.moments) and bucket.rule.starts_as_param is None
             begin = 0
             for entry, present in zip(bucket.entries, bucket.table.grads(), strict=True):
                 numel = entry.numel
                 end = begin + -(-numel // _C.CHUNK_SIZE)
                 if present and numel > 0:
-                    sums = _sums(rows[begin:end], numel, _unit(bucket, entry), has_momentum)
+                    sums = _sums(rows[begin:end], numel, _unit(bucket, entry), _has_momentum(bucket, entry))
                     label = plan.labels[entry.index]
                     named = re.fullmatch(r"parameter (['\"].*)", label)
                     found.append((entry.param_id, ast.literal_eval(named[1]) if named else label, sums))
@@ -102,6 +101,11 @@ def collect(plans: Iterable[Plan]) -> Statistics:
     found.sort(key=lambda item: item[0])
     every = [sums for _, _, sums in found]
     return Statistics(_total(every).statistics("all"), tuple(sums.statistics(label) for _, label, sums in found))
+
+
+def _has_momentum(bucket: Bucket, entry: Entry) -> bool:
+    """Whether the first moment is an average of gradients, and no weights."""
+    return bool(entry.forms) and bucket.rule.starts_as_param is None
 
 
 def _unit(bucket: Bucket, entry: Entry) -> float:

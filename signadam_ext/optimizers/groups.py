@@ -70,6 +70,8 @@ def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     for name in options.LARGEST_RATES:
         if "initial_lr" in group:  # a scheduler's
             group.setdefault(name, group["initial_lr"])
+    if group.get("lr_scale", 1.0) is None:  # as it was before schedulers had a number there
+        group["lr_scale"] = 1.0
     for name, value in defaults.items():
         if name != "differentiable":  # which torch adds to the defaults, and to them alone
             group.setdefault(name, value)

@@ -22,7 +22,7 @@ from .base import SignOptimizer
 #: So is what looks at all gradients before.
 STORAGE = {"state_dtype": "fp32", "param_storage": "nearest", "seed": 0, "max_grad_norm": None}
 #: And what depends on the learning rates of other steps, or on a parameter's name.
-RATES = {"weight_decay_scale": "lr", "lr_scale": None, "caution": None}
+RATES = {"weight_decay_scale": "lr", "lr_scale": 1.0, "caution": None}
 COMMON = {
     name: DEFAULTS[name]
     for name in ("weight_decay", "decoupled_weight_decay", "weight_decay_kind", "maximize", "backend")

@@ -36,6 +36,7 @@ MOMENTS = (
     "exp_avg_sq",
     "max_exp_avg_sq",
     "exp_avg_slow",
+    "param_avg",
     "momentum_buffer",
     "exp_avg_var",
     "z",

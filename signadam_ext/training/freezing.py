@@ -26,8 +26,9 @@ class GradES:
     r"""Freezes matrices, each when its statistic falls below a threshold: GradES, on what steps have gathered anyway.
 
     It hooks itself into the optimizer: after each step that is looked at, a parameter whose statistic is below ``tau``
-    is frozen for good: ``requires_grad`` is turned off, its gradient dropped, and no later step moves or decays it.
-    Autograd then leaves out its gradient, which is where time is saved; state stays, for checkpoints.
+    is frozen: ``requires_grad`` is turned off, its gradient dropped, and no later step moves or decays it. Autograd
+    then leaves out its gradient, which is where time is saved; state stays, for checkpoints. Who turns
+    ``requires_grad`` on again frees the parameter, which may be frozen again later.
 
     Args:
         optimizer: of this package. It is observed from now on, see ``observe``.
@@ -35,32 +36,35 @@ class GradES:
         grace_steps: steps of this object's life in which nothing is frozen, at least 0: the paper takes a share of the
             run. Momentum begins at 0, so that 0 would freeze at once. Default: 100.
         every: steps are looked at every so often, at least 1. A look waits for the device. Default: 10.
-        statistic: "mean_momentum", the mean of ``|m|``: the size of the averaged gradient, and with ``SignAdamPP`` and
-            ``SignAdam``, whose momentum averages signs, how much signs agree, at most 1; or "passed", the share of
-            entries beyond the threshold, of optimizers that have one. Default: "mean_momentum".
+        statistic: "mean_momentum", the mean of ``|m|``: the size of the averaged gradient. Where momentum averages
+            signs or normalized gradients (``SignAdamPP``, ``SignAdam``, ``LaProp``, ``ADOPT``) it is how much these
+            agree, and falls only where they do not. Or "passed", the share of entries beyond the threshold, of
+            optimizers that have one. Default: "mean_momentum".
         watches: which parameters may be frozen, a function of the name (or what errors call one without a name) and the
             parameter. Default: those of two dimensions or more.
 
     Attributes:
-        frozen: names of those frozen so far, in that order.
-        steps: steps taken so far.
+        steps: calls of ``step()`` so far, skipped ones among them.
 
     Raises:
         TypeError, ValueError: an argument outside its range; a statistic that a group's rule does not have; parameters
             that go by one name; nothing to watch.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
-        >>> optimizer = SignAdamPP(model.named_parameters(), lr=1e-2, beta=0.5)
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = Signum(model.named_parameters(), lr=1e-2, beta=0.5)
         >>> stopping = GradES(optimizer, tau=0.05, grace_steps=20, every=5)
         >>> while not stopping.done and stopping.steps < 1000:
         ...     optimizer.zero_grad()
-        ...     (model(torch.ones(8, 4)) - 1).abs().mean().backward()
+        ...     model(torch.eye(4)).square().mean().backward()
         ...     optimizer.step()
+        >>> stopping.frozen
+        ['weight']
 
     The paper [GE, Alg. 1] looks at the mean of ``|g|`` of one mini-batch, or of its change. Here it is the momentum's:
     an average over steps, in which noise has mostly gone and what is left is direction. A threshold found for one is
-    none for the other.
+    none for the other. A step that was skipped, for its norm or by a ``GradScaler``, is not looked at.
 
     Of a sharded parameter the parts are added up over its ranks, in one message for all that lie alike. DDP must be
     told that parameters may get no gradient (``find_unused_parameters=True``), since its buckets wait for all. Under
@@ -81,16 +85,19 @@ class GradES:
     ) -> None:
         if not isinstance(optimizer, SignOptimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}: must be one of this package's")
+        if not callable(watches):
+            raise TypeError(f"watches={watches!r}: must be a function of a name and a parameter")
         self.tau = checks.number("tau", tau, 0.0)
         self.grace_steps = _count("grace_steps", grace_steps, 0)
         self.every = _count("every", every, 1)
         self.statistic = checks.one_of("statistic", statistic, STATISTICS)
         self.optimizer, self.watches = optimizer, watches
-        self.frozen: list[str] = []
         self.steps = 0
+        self._frozen: dict[str, Tensor] = {}
+        self._skipped = 0  # before the step that is looked at
         self._check_rules()
         if not self._watched():
-            raise ValueError("nothing to watch: no parameter that takes a gradient is one of those asked for")
+            raise ValueError("nothing to watch: no parameter is one of those asked for")
         optimizer.observe()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -98,9 +105,14 @@ class GradES:
         ]
 
     @property
+    def frozen(self) -> list[str]:
+        """Names of those frozen, in the order in which they were."""
+        return list(self._frozen)
+
+    @property
     def done(self) -> bool:
-        """Whether everything that is watched has been frozen, so that training may end."""
-        return all(name in self.frozen for name in self._watched())
+        """Whether nothing that is watched takes a gradient any more, so that training may end."""
+        return not any(param.requires_grad for param in self._watched().values())
 
     def remove(self) -> None:
         """Takes the hooks out of the optimizer, which goes on observing. What is frozen stays frozen."""
@@ -109,21 +121,26 @@ class GradES:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs: ``steps``, and the names in ``frozen``."""
-        return {"steps": self.steps, "frozen": list(self.frozen)}
+        return {"steps": self.steps, "frozen": self.frozen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from :meth:`state_dict`: those frozen then are frozen now, and no others.
+        """Goes on from :meth:`state_dict`: those frozen then are frozen now, and what only this has frozen is free.
 
         Raises:
-            ValueError: names that are not watched here; nothing has been changed then.
+            TypeError, ValueError: no such dictionary, or names that are not watched here; nothing has been changed
+                then.
         """
-        steps, names = _count("steps", state_dict["steps"], 0), list(state_dict["frozen"])
-        watched = self._watched()
+        if not isinstance(state_dict, Mapping) or {"steps", "frozen"} - set(state_dict):
+            raise ValueError("no state of GradES: must be a dictionary with 'steps' and 'frozen'")
+        names = state_dict["frozen"]
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(f"frozen={names!r}: must be a list of names")
+        steps, watched = _count("steps", state_dict["steps"], 0), self._watched()
         if unknown := [name for name in names if name not in watched]:
             raise ValueError(f"frozen: {', '.join(map(repr, unknown))} are none of the parameters that are watched")
-        for name in self.frozen:
-            watched[name].requires_grad_(True)
-        self.steps, self.frozen = steps, []
+        for param in self._frozen.values():
+            param.requires_grad_(True)
+        self.steps, self._frozen = steps, {}
         for name in names:
             self._freeze(name, watched[name])
 
@@ -139,30 +156,36 @@ class GradES:
                 raise ValueError(f"statistic='passed' with group {index}, whose rule {rule.name!r} has no threshold")
 
     def _watched(self) -> dict[str, Tensor]:
-        """By name, those that take a gradient and those frozen here."""
+        """By name, all that are watched, frozen or not."""
         found: dict[str, Tensor] = {}
         for index, group in enumerate(self.optimizer.param_groups):
             names = group.get("param_names", ())
             for i, param in enumerate(group["params"]):
                 name = names[i] if i < len(names) else label(group, index, i)
-                if (param.requires_grad or name in self.frozen) and self.watches(name, param):
+                if self.watches(name, param):
                     if name in found:
                         raise ValueError(f"two parameters are called {name!r}: nothing tells which one to freeze")
                     found[name] = param
         return found
 
+    @property
+    def _looks(self) -> bool:
+        return self.steps > self.grace_steps and self.steps % self.every == 0
+
     def _before(self, *_: Any) -> None:
-        if self.frozen:
-            watched = self._watched()
-            for name in self.frozen:
-                if name in watched:
-                    watched[name].grad = None
+        self.steps += 1
+        for name, param in list(self._frozen.items()):
+            if param.requires_grad:
+                del self._frozen[name]
+            else:
+                param.grad = None
+        if self._looks:
+            self._skipped = int(self.optimizer.skipped_steps)
 
     def _after(self, *_: Any) -> None:
-        self.steps += 1
-        if self.steps <= self.grace_steps or self.steps % self.every:
+        if not self._looks or int(self.optimizer.skipped_steps) > self._skipped:
             return
-        watched = {name: param for name, param in self._watched().items() if name not in self.frozen}
+        watched = {name: param for name, param in self._watched().items() if param.requires_grad}
         for name, value in self._statistics(watched).items():
             if value < self.tau:
                 self._freeze(name, watched[name])
@@ -177,7 +200,7 @@ class GradES:
             if (sharding := shards.sharding_of(name, param)) is not None:
                 alike.setdefault((sharding.mesh, tuple(sharding.placements)), []).append(name)
         for (mesh, placements), names in alike.items():
-            sums = torch.zeros(2, len(names), dtype=torch.float64)
+            sums = torch.zeros(2, len(names), dtype=torch.float64, device="cpu")
             for i, name in enumerate(names):
                 if name in told:  # a rank may have nothing of it
                     sums[0, i], sums[1, i] = found[name] * told[name].numel, told[name].numel
@@ -192,10 +215,11 @@ class GradES:
     def _freeze(self, name: str, param: Tensor) -> None:
         param.requires_grad_(False)
         param.grad = None
-        self.frozen.append(name)
+        self._frozen[name] = param
 
 
 def _count(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    found = checks.plain(value)
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
         raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
-    return value
+    return found

@@ -220,7 +220,28 @@ def test_a_scale_that_changes_holds_from_the_next_step_on() -> None:
 def test_a_number_for_all_groups_would_do_nothing() -> None:
     with pytest.raises(ValueError, match=r"lr_scale=2\.0: a number is an entry of a group"):
         Signum(parameters((3,)), lr_scale=2.0)
+    numpy = pytest.importorskip("numpy")
+    for number in (numpy.float32(2), numpy.float64(2), numpy.int64(2), numpy.array(2.0)):
+        with pytest.raises(ValueError, match="a number is an entry of a group"):
+            Signum(parameters((3,)), lr_scale=number)
     assert Signum(parameters((3,)), lr_scale=1.0).param_groups[0]["lr_scale"] == 1.0
+    optimizer = Signum(parameters((3,)))
+    for number in (numpy.float32(0.5), numpy.float64(0.5), numpy.array(0.5)):
+        optimizer.param_groups[0]["lr_scale"] = number
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"lr_scale=tensor.*or a number"):
+        Signum(parameters((3,)), lr_scale=torch.tensor(2.0))
+
+
+def test_no_lr_scale_of_an_older_checkpoint_is_one() -> None:
+    """What schedulers multiply lr with must be a number."""
+    optimizer = Signum(parameters((3,)))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr_scale"] = None
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr_scale"] == 1.0
+    assert Signum(parameters((3,)), lr_scale=None).param_groups[0]["lr_scale"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,72 @@ def test_resumes() -> None:
     assert other[0].weight.requires_grad and not resumed.frozen
 
 
+def test_resumes_where_parameters_are_frozen_already() -> None:
+    net = model()
+    first = GradES(Signum(net.named_parameters(), beta=0.5), tau=0.3, grace_steps=0, every=1)
+    grads(net, SIZES)
+    first.optimizer.step()
+    saved = first.state_dict()
+    first.remove()
+    again = GradES(first.optimizer, tau=0.3)
+    again.load_state_dict(saved)
+    assert again.frozen == ["0.weight"] and not again.done
+    again.load_state_dict({"steps": 3, "frozen": ["0.weight", "1.weight", "1.weight"]})
+    assert again.frozen == ["0.weight", "1.weight"] and again.done
+    assert GradES(Signum(net.parameters()), tau=0.3).done  # a model that has been frozen
+    for wrong, error in (({}, ValueError), ({"steps": 1, "frozen": "0.weight"}, TypeError), (3, ValueError)):
+        with pytest.raises(error):
+            again.load_state_dict(wrong)  # type: ignore[arg-type]
+    assert again.state_dict() == {"steps": 3, "frozen": ["0.weight", "1.weight"]}
+
+
+def test_who_frees_a_parameter_trains_it() -> None:
+    net = model()
+    optimizer = Signum(net.named_parameters(), lr=0.5, beta=0.5)
+    stopping = GradES(optimizer, tau=0.3, grace_steps=0, every=2)
+    for _ in range(2):
+        grads(net, SIZES)
+        optimizer.step()
+    assert stopping.frozen == ["0.weight"]
+    net.requires_grad_(True)
+    before = net[0].weight.detach().clone()
+    grads(net, SIZES)
+    optimizer.step()
+    assert stopping.frozen == [] and not torch.equal(net[0].weight, before)
+    grads(net, SIZES)
+    optimizer.step()
+    assert stopping.frozen == ["0.weight"]
+    # A tensor that takes the place of a frozen one is another.
+    optimizer.param_groups[0]["params"][0] = new = nn.Parameter(torch.zeros(3, 4))
+    new.grad = torch.ones(3, 4)
+    optimizer.step()
+    assert torch.equal(new.detach(), torch.full((3, 4), -0.5))
+
+
+@pytest.mark.parametrize("when", [0, 1, 2])
+def test_a_skipped_step_is_not_looked_at(when: int) -> None:
+    """The first, a later one, and the first after a state was loaded."""
+    net = model()
+    optimizer = Signum(net.named_parameters(), max_grad_norm=1.0)
+    stopping = GradES(optimizer, tau=1e30, grace_steps=when, every=1)
+    for _ in range(when):
+        grads(net, SIZES)
+        optimizer.step()
+    if when == 2:
+        optimizer.load_state_dict(optimizer.state_dict())
+    grads(net, {**SIZES, "1.bias": math.nan})
+    optimizer.step()
+    assert stopping.frozen == [] and int(optimizer.skipped_steps) == 1
+    grads(net, SIZES)
+    optimizer.step()
+    assert stopping.frozen == ["0.weight", "1.weight"]
+
+
+def test_numpy_counts_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert GradES(Signum(model().parameters()), tau=numpy.float32(0.5), every=numpy.int64(3)).every == 3
+
+
 def test_removed_it_freezes_no_more() -> None:
     net = model()
     optimizer = Signum(net.named_parameters())
@@ -127,6 +193,7 @@ def test_removed_it_freezes_no_more() -> None:
         (Signum, {"every": 0}, ValueError, "every=0"),
         (Signum, {"grace_steps": 1.5}, ValueError, "grace_steps=1.5"),
         (Signum, {"watches": lambda name, param: False}, ValueError, "nothing to watch"),
+        (Signum, {"watches": 3}, TypeError, "watches=3"),
         (torch.optim.SGD, {}, TypeError, "optimizer is a SGD"),
     ],
 )
