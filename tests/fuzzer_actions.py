@@ -921,10 +921,20 @@ def group_added(side: Side, draw: Draw) -> str | None:
     return None
 
 
+def keeps_sums(side: Side) -> bool:
+    """Whether groups count the steps that were taken, so that a parameter cannot take some alone."""
+    optimizer = side.optimizer
+    return any(rule_of(type(optimizer), group).keeps_sums for group in optimizer.param_groups)
+
+
 @action("hyperparameters changed", 5)
 def hyperparameters(side: Side, draw: Draw) -> str | None:
     group = draw.choice(side.optimizer.param_groups)
     betas = tuple(draw.choice((0.0, 0.25, 0.5, 0.75, 0.875)) for _ in group.get("betas", ()))
+    if isinstance(side.optimizer, (signadam_ext.Ano, signadam_ext.Anolog)):
+        betas = (*betas[:-1], max(betas[-1], 0.5))  # what it allows
+    if keeps_sums(side) and betas:
+        betas = (betas[0] or 0.25, *betas[1:])
     new = {
         "lr": draw.choice((0.0, 0.125, 0.25, 2.0**-10)),
         "weight_decay": draw.choice((0.0, 0.125)),
@@ -936,9 +946,10 @@ def hyperparameters(side: Side, draw: Draw) -> str | None:
         "confidence_beta": 0.75,
         "gain": 0.5,
     }
-    name = draw.choice(
-        sorted(x for x in new if x in group and not (x == "alpha" and group.get("confidence") == "sparsity"))
-    )
+    names = {x for x in new if x in group} - ({"alpha"} if group.get("confidence") == "sparsity" else set())
+    if isinstance(side.optimizer, signadam_ext.LaProp) and group["state_dtype"] == "int8":
+        names -= {"betas"}  # of which the form of its codes depends
+    name = draw.choice(sorted(names))
     how = draw.choice(("number", "0-dim tensor", "numpy", "int"))
     value: Any = new[name]
     if not side.plain and not isinstance(value, bool):
@@ -1298,7 +1309,7 @@ def compiled(side: Side, draw: Draw) -> str | None:
 
 @action("gradients released", 4)
 def released(side: Side, draw: Draw) -> str | None:
-    if side.spec.shares:
+    if side.spec.shares or keeps_sums(side):
         raise Skip
     give(side, draw)
     present = side.present()
@@ -1442,7 +1453,7 @@ class quick_switches:
 
 @action("gradient dropped by another thread", 2)
 def dropped_gradient(side: Side, draw: Draw) -> str | None:
-    if side.spec.shares:
+    if side.spec.shares or keeps_sums(side):
         raise Skip
     i = one(side, draw)
     give(side, draw, only=i, everyone=True)

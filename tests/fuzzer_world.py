@@ -90,6 +90,7 @@ class Spec:
         shares = draw.random() < 0.12
         state_dtypes = ("fp32", "bf16", "int8") if row is OWN else row.state_dtypes
         for _ in range(draw.choice((1, 1, 1, 2, 3))):
+            kinds = (None,) if row.reads_param else (None, None, "cautious")
             hyperparameters: dict[str, Any] = {
                 "lr": draw.choice((1e-3, 0.1, 0.5)),
                 "weight_decay": draw.choice((0.0, 0.0, 0.1)),
@@ -97,7 +98,7 @@ class Spec:
                 "maximize": draw.random() < 0.3,
                 "seed": draw.choice((0, 7, 2**64 - 1, draw.getrandbits(64))),
                 "param_storage": draw.choice(("nearest", "nearest", "stochastic", "split16", "split8", "master")),
-                "weight_decay_kind": draw.choice((None, None, "cautious")),
+                "weight_decay_kind": draw.choice(kinds),
                 **draw.choice(scales(row)),
             }
             if state_dtypes:

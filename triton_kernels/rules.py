@@ -146,15 +146,15 @@ def apply(s, alpha, p, g, m, v, x, RULE: tl.constexpr):
 
 @triton.jit
 def agreement(step, g):
-    """Whether a step goes against the gradient, as it should."""
-    return (times_sign_of(step, g) < 0.0) & (g != 0.0)
+    """Whether a step goes against the gradient, as it should. Against a NaN none does, whatever its sign bit."""
+    return (times_sign_of(step, g) < 0.0) & ((g < 0.0) | (g > 0.0))
 
 
 @triton.jit
 def apply_scaled(s, scale, p, step, g, CAUTIOUS: tl.constexpr):
     """Decoupled decay and a rule's step, multiplied by ``scale``, and if CAUTIOUS only where it goes against ``g``."""
     if CAUTIOUS:
-        step = tl.where((times_sign_of(step, g) >= 0.0) | (g == 0.0), 0.0, step)
+        step = tl.where(agreement(step, g) | (step != step), step, 0.0)
     step = step * scale
     decayed = p * scalar(s, DECAY)
     if scalar(s, CAUTIOUS_DECAY) != 0.0:

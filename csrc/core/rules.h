@@ -640,10 +640,11 @@ SIGNADAM_HD void apply_cautiously(const Scalars& s, float alpha, F& p, F g, F& m
   p = cautiously_decayed(s, p, step) + step;
 }
 
-// Whether a step goes against the gradient, as it should: 1 or 0.
+// Whether a step goes against the gradient, as it should: 1 or 0. Against a NaN none does, whatever its sign bit, which
+// processors leave as they like.
 template <class F>
 SIGNADAM_HD F agreement(F step, F g) {
-  return (times_sign_of(step, g) < 0.0f) & (g != 0.0f) ? F{} + 1.0f : F{};
+  return (times_sign_of(step, g) < 0.0f) & ((g < 0.0f) | (g > 0.0f)) ? F{} + 1.0f : F{};
 }
 
 // The same with the step multiplied by a number of the tensor's, `scale`, and with caution [CO] only where it goes
@@ -653,7 +654,7 @@ SIGNADAM_HD F apply_scaled(const Scalars& s, float scale, F& p, F g, F& m, F& v,
   F step{};
   Rule::update(s, s.alpha, step, g, m, v, x);
   const F whole = step;
-  if (s.caution) step = (times_sign_of(step, g) >= 0.0f) | (g == 0.0f) ? F{} : step;
+  if (s.caution) step = (agreement(step, g) > 0.0f) | (step != step) ? step : F{};
   step = step * scale;
   p = (s.cautious_decay ? cautiously_decayed(s, p, step) : p * s.decay) + step;
   return whole;

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..core import checks
 from ..core.hyperparameters import LEARNING_RATE, TWO_BETAS, Checks, Number
 from ..core.options import OtherOptions, StateDtype
 from ..core.rule import Group, Rule, RuleChoice, Scalars, decays
@@ -52,7 +53,7 @@ RULES = {
 
 
 def _rule(group: Group) -> Rule:
-    beta2 = group["betas"][1]
+    beta2 = checks.plain(group["betas"][1])
     # A tensor on an accelerator is not waited for.
     is_known = isinstance(beta2, (int, float)) or (isinstance(beta2, Tensor) and beta2.device.type == "cpu")
     return RULES[is_known and float(beta2) <= LARGEST_BETA2]

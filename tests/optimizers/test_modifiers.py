@@ -234,6 +234,30 @@ def test_a_number_for_all_groups_would_do_nothing() -> None:
         Signum(parameters((3,)), lr_scale=torch.tensor(2.0))
 
 
+@pytest.mark.parametrize("caution", ["exact", "delayed"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_the_sign_of_a_nan_decides_nothing(backend: str, caution: str) -> None:
+    """Of rules whose step is finite at a NaN gradient: the entry goes against nothing. Found by the fuzzer."""
+    found = []
+    for sign in (1.0, -1.0):
+        nan = torch.full((4,), torch.nan).copysign(torch.tensor([sign] * 4))
+        param = Parameter(torch.zeros(12))
+        optimizer = SignAdamPP([param], lr=0.5, beta=0.5, caution=caution, backend=backend)
+        for g in (torch.ones(12), torch.cat((nan, torch.ones(8)))):
+            param.grad = g
+            optimizer.step()
+        found.append(param.detach().clone())
+        assert optimizer.state[param]["agreement"] == 8 / 12
+    assert torch.equal(*found) and torch.equal(found[0][:4], found[0][:4].new_full((4,), found[0][0].item()))
+    # A momentum that has become NaN stays so, wherever the gradient is.
+    param = Parameter(torch.zeros(2))
+    optimizer = Signum([param], lr=0.5, caution=caution, backend=backend)
+    for g in (torch.tensor([torch.nan, 1.0]), torch.tensor([0.0, 1.0])):
+        param.grad = g
+        optimizer.step()
+    assert optimizer.state[param]["exp_avg"].isnan().tolist() == [True, False]
+
+
 def test_no_lr_scale_of_an_older_checkpoint_is_one() -> None:
     """What schedulers multiply lr with must be a number."""
     optimizer = Signum(parameters((3,)))

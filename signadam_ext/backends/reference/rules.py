@@ -400,6 +400,11 @@ def update(
     return p, moments, alpha, threshold_state
 
 
+def agreement(step: Tensor, g: Tensor) -> Tensor:
+    """Whether a step goes against the gradient, as it should. Against a NaN none does, whatever its sign bit."""
+    return (times_sign_of(step, g) < 0) & ((g < 0) | (g > 0))
+
+
 def _applied(
     rule: Update, scalars: Scalars, s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments
 ) -> tuple[Tensor, Moments]:
@@ -433,7 +438,7 @@ def _scaled(
         after = moved_by_sums(state, *step_sums(p, step, g, scalars), g.numel(), scalars)
     scale = _scale(after if threshold_pass == "PASS_BEFORE" else state, scalars).float()
     if scalars["caution"]:
-        step = torch.where((times_sign_of(step, g) >= 0) | (g == 0), 0.0, step)
+        step = torch.where(agreement(step, g) | step.isnan(), step, 0.0)
     step = step * scale
     return _decayed(scalars, s, p, step) + step, moments, s["alpha"], after
 
@@ -446,7 +451,7 @@ def step_sums(p: Tensor, step: Tensor, g: Tensor, scalars: Scalars, moments: Mom
         c = corrected({"correction": as_fp32(scalars["correction"], p.device)}, g, moments[2])
         return zero, ordered_sum(c.double().square())
     if scalars["caution"]:
-        return ordered_sum(((times_sign_of(step, g) < 0) & (g != 0)).double()), zero
+        return ordered_sum(agreement(step, g).double()), zero
     return zero, ordered_sum(p.double().square())
 
 
