@@ -931,7 +931,7 @@ def keeps_sums(side: Side) -> bool:
 def hyperparameters(side: Side, draw: Draw) -> str | None:
     group = draw.choice(side.optimizer.param_groups)
     betas = tuple(draw.choice((0.0, 0.25, 0.5, 0.75, 0.875)) for _ in group.get("betas", ()))
-    if isinstance(side.optimizer, (signadam_ext.Ano, signadam_ext.Anolog)):
+    if betas and isinstance(side.optimizer, signadam_ext.Ano):
         betas = (*betas[:-1], max(betas[-1], 0.5))  # what it allows
     if keeps_sums(side) and betas:
         betas = (betas[0] or 0.25, *betas[1:])
@@ -1703,6 +1703,8 @@ def interrupted(side: Side, draw: Draw) -> str | None:
 
 @action("step interrupted by a timer", 5)
 def interrupted_by_timer(side: Side, draw: Draw) -> str | None:
+    if keeps_sums(side):  # which may be left uncounted then, as their docstring says
+        raise Skip
     mine = failing_step(side, draw)
     kind = draw.choice(("alarm", "alarm", "SIGINT"))
     if side.plain:
