@@ -1029,6 +1029,8 @@ def nonsense(side: Side, draw: Draw) -> str | None:
     names = [x for x in names if x != "betas" or group["betas"]]  # a rule without momentum has none
     name = draw.choice(names)
     value = draw.choice(NONSENSE[name])
+    if name == "betas" and value == (0.5, 0.5, 0.5) and len(group["betas"]) == 3:  # which makes sense there
+        value = (0.5, 0.5)
     if name == "betas" and isinstance(value, tuple) and len(value) == 2 and len(group["betas"]) == 1:
         value = value[:1] if value[0] != 0.5 else value[1:]
     if side.plain:
