@@ -97,12 +97,17 @@ def slope(x: Sequence[float], y: Tensor) -> float:
     return float((logs * (values - values.mean())).sum() / logs.square().sum())
 
 
-def rates(settings: Settings) -> Result:
+def rates(settings: Settings) -> tuple[Result, dict[str, Tensor]]:
+    """What came of every run; and by threshold the largest |grad f_i| after each step of the longest without noise."""
     found: Result = {}
+    paths: dict[str, Tensor] = {}
     with common.progress(len(NOISE) * len(THRESHOLDS), "signADAM++") as bar:
         for sigma in NOISE:
             for name, alpha in THRESHOLDS.items():
-                means = torch.stack([train(settings, k, alpha(k), sigma)[0] for k in settings.lengths], dim=1)
+                runs = [train(settings, k, alpha(k), sigma) for k in settings.lengths]
+                means = torch.stack([mean for mean, _ in runs], dim=1)
+                if not sigma:
+                    paths[name] = runs[-1][1]
                 slopes = [[slope(settings.lengths[-n:], row[-n:]) for row in means] for n in (0, LAST)]
                 found[f"{name}/{sigma:g}"] = {
                     "norm": common.bands(means),
@@ -110,7 +115,7 @@ def rates(settings: Settings) -> Result:
                     "last_exponent": interval(slopes[1]),
                 }
                 bar.update()
-    return found
+    return found, paths
 
 
 # SVAG with a constant step on strongly convex quadratics
@@ -152,10 +157,8 @@ def constant_step(settings: Settings) -> Result:
 
 def run(quick: bool) -> Result:
     settings = QUICK if quick else FULL
-    found, quadratic = rates(settings), constant_step(settings)
-    length = settings.lengths[-1]
-    _, largest = train(settings, length, FIXED, 0.0)
-    left = largest[-1]
+    (found, paths), quadratic = rates(settings), constant_step(settings)
+    length, left = settings.lengths[-1], paths["fixed"][-1]
     still = float(((left > 0) & (left <= FIXED)).double().mean())
     claims: Result = {}
     for key, sigma in (("rate_without_noise", "0"), ("rate_with_noise", "0.5")):
@@ -193,8 +196,7 @@ def run(quick: bool) -> Result:
         "constant_step": quadratic,
         "counterexample": {
             "step": list(range(0, length, stride)),
-            "fixed": common.bands(largest[::stride].T),
-            "none": common.bands(train(settings, length, 0.0, 0.0)[1][::stride].T),
+            **{name: common.bands(paths[name][::stride].T) for name in ("fixed", "none")},
         },
         "claims": claims,
     }

@@ -155,8 +155,8 @@ def constructed_lr_scale(value: Any) -> Any:
 
 
 def scale_in_steps(group: Group) -> Any:
-    """A group's ``lr_scale`` where steps have it: None for a number."""
-    scale = checks.plain(group["lr_scale"])
+    """What steps have of the ``lr_scale`` of a group that has been read: None for a number."""
+    scale = group["lr_scale"]
     return None if isinstance(scale, (int, float)) else scale
 
 

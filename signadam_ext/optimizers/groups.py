@@ -28,12 +28,17 @@ class GroupedOptimizer(hyperparameters.Declaring, HasRule, Protocol):
     def __setstate__(self, state: dict[str, Any]) -> None: ...
 
 
+def given_name(group: Group, index: int) -> str | None:
+    """The name of a group's parameter, where the optimizer was told it."""
+    names = group.get("param_names")
+    # Parameters may have been appended without a name.
+    return names[index] if isinstance(names, (list, tuple)) and index < len(names) else None
+
+
 def label(group: Group, group_index: int, index: int) -> str:
     """What errors call a parameter."""
-    names = group.get("param_names")
-    if isinstance(names, (list, tuple)) and index < len(names):  # parameters may have been appended without a name
-        return f"parameter {names[index]!r}"
-    return f"parameter {index} of group {group_index}"
+    name = given_name(group, index)
+    return f"parameter {index} of group {group_index}" if name is None else f"parameter {name!r}"
 
 
 def name_of(group: Group, param: Tensor) -> str | None:

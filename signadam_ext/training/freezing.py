@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core import checks, shards
 from ..core.rule import rule_of
 from ..optimizers.base import SignOptimizer
-from ..optimizers.groups import label
+from ..optimizers.groups import given_name, label
 
 #: What may fall: mean |m|, or the share of entries that pass the threshold.
 STATISTICS = ("mean_momentum", "passed")
@@ -159,9 +159,8 @@ class GradES:
         """By name, all that are watched, frozen or not."""
         found: dict[str, Tensor] = {}
         for index, group in enumerate(self.optimizer.param_groups):
-            names = group.get("param_names", ())
             for i, param in enumerate(group["params"]):
-                name = names[i] if i < len(names) else label(group, index, i)
+                name = given_name(group, i) or label(group, index, i)
                 if self.watches(name, param):
                     if name in found:
                         raise ValueError(f"two parameters are called {name!r}: nothing tells which one to freeze")

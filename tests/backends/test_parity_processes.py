@@ -53,10 +53,6 @@ def test_instruction_sets(capability: str) -> None:
     run("medium", SIGNADAM_CPU_CAPABILITY=capability)
 
 
-def test_triton_interpreted(request: pytest.FixtureRequest) -> None:
+def test_triton_interpreted(nightly: bool) -> None:
     pytest.importorskip("triton")
-    run(
-        "short" if request.config.getoption("--nightly") else "few",
-        SIGNADAM_TEST_BACKEND="triton",
-        TRITON_INTERPRET="1",
-    )
+    run("short" if nightly else "few", SIGNADAM_TEST_BACKEND="triton", TRITON_INTERPRET="1")

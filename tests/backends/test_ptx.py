@@ -239,12 +239,11 @@ def triton_launches(name: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def compiled(request: pytest.FixtureRequest, built_once: Callable[..., Path]) -> dict[str, Compiled]:
+def compiled(built_once: Callable[..., Path], nightly: bool) -> dict[str, Compiled]:
     """The Triton kernels that are executed, compiled at once."""
     pytest.importorskip("triton")
-    every = request.config.getoption("--nightly")
-    launches = [launch for name in (CASES if every else SOME_TRITON) for launch in triton_launches(name)]
-    folder = built_once("triton-ptx-every" if every else "triton-ptx", lambda folder: None)
+    launches = [launch for name in (CASES if nightly else SOME_TRITON) for launch in triton_launches(name)]
+    folder = built_once("triton-ptx-every" if nightly else "triton-ptx", lambda folder: None)
     return compile_launches(launches, "sm_90", folder)
 
 

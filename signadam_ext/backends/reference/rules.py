@@ -329,7 +329,7 @@ def focus(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Mo
     average, m = moments
     m = s["beta1"] * m + s["one_minus_beta1"] * g
     average = average + s["averaging"] * (p - average)
-    return p - (s["lr"] * m.sign() + s["mix"] * (p - average).sign() + s["shrinking"] * average), (average, m)
+    return p - (s["lr"] * sign(m) + s["mix"] * sign(p - average) + s["shrinking"] * average), (average, m)
 
 
 def as_fp32(value: float, device: torch.device) -> Tensor:
