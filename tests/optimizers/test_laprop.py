@@ -211,3 +211,17 @@ def test_codes_of_whole_groups(state_dtype: str) -> None:
         results.append((param.detach(), optimizer.state_dict()["state"][0]["exp_avg"]))
     assert all(map(torch.equal, *results))
     assert (results[0][1] != 0).float().mean() > 0.05
+
+
+def test_betas_of_numpy_choose_the_form_of_codes_as_others_do() -> None:
+    """np.float32 is no Python float: a group that holds one was taken for one whose betas nobody knows."""
+    numpy = pytest.importorskip("numpy")
+    param = torch.nn.Parameter(torch.ones(5))
+    optimizer = LaProp([param], betas=(0.9, 0.95), state_dtype="int4")
+    param.grad = torch.ones(5)
+    optimizer.step()
+    optimizer.param_groups[0]["betas"] = (numpy.float32(0.5), numpy.float32(0.875))
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 3
