@@ -1705,8 +1705,6 @@ def interrupted(side: Side, draw: Draw) -> str | None:
 
 @action("step interrupted by a timer", 5)
 def interrupted_by_timer(side: Side, draw: Draw) -> str | None:
-    if keeps_sums(side):  # which may be left uncounted then, as their docstring says
-        raise Skip
     mine = failing_step(side, draw)
     kind = draw.choice(("alarm", "alarm", "SIGINT"))
     if side.plain:

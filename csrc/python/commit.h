@@ -27,7 +27,8 @@ struct CpuLaunch {
 
 // `operations`: in order, each a CpuLaunch, or a tuple of one of torch's builtin functions and its arguments.
 // `tables`: those whose tensors count the step.
-// `states`: (optimizer's state, parameter, the parameter's state or None, entries to put in, names to take out).
+// `states`: (optimizer's state, parameter, the parameter's state or None, entries to put in, names to take out). What a
+// group keeps of the step is such an entry as well, with the group in the place of the parameter's state.
 // `written`: the parameters that are written, as a list or in a GradientReader; where their versions are not counted
 // here, `increment_version`, torch's builtin, does it. `guards`: context managers of torch's that keep its builtins
 // from running Python code. Throws what the first operation throws; after that nothing fails.

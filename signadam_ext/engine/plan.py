@@ -33,6 +33,9 @@ from .step_lock import StepLock
 _NO_SCALARS = dict.fromkeys(_C.SCALARS, 0.0)
 _TAKEN, _NO_CONDITIONS = Decision(), Conditions()
 
+#: A group of the optimizer's and the entries that it keeps of a step.
+Kept = tuple[dict[str, Any], dict[str, Any]]
+
 
 class Plan:
     """All that a step needs to know, for one list of parameters.
@@ -298,7 +301,11 @@ class Plan:
         return True
 
     def run(
-        self, groups: Sequence[Group], lock: StepLock | None = None, conditions: Conditions | None = None
+        self,
+        groups: Sequence[Group],
+        lock: StepLock | None = None,
+        conditions: Conditions | None = None,
+        kept: Sequence[Kept] = (),
     ) -> Decision:
         """Takes the step whose gradients :meth:`read` has found, as a whole or not at all.
 
@@ -309,6 +316,7 @@ class Plan:
             groups: the parameter groups, in plain numbers.
             lock: of the optimizer, to be told while functions of its user run.
             conditions: under which the step is taken; None: in any case.
+            kept: what groups keep of the step, written with it where it is taken.
 
         Returns:
             What became of it. A plan whose first step is skipped holds no longer.
@@ -316,12 +324,18 @@ class Plan:
         try:
             if self._writes_by_torch:
                 with torch.no_grad():
-                    return self._run(groups, lock, conditions)
-            return self._run(groups, lock, conditions)
+                    return self._run(groups, lock, conditions, kept)
+            return self._run(groups, lock, conditions, kept)
         finally:
             self.release()
 
-    def _run(self, groups: Sequence[Group], lock: StepLock | None, conditions: Conditions | None) -> Decision:
+    def _run(
+        self,
+        groups: Sequence[Group],
+        lock: StepLock | None,
+        conditions: Conditions | None,
+        kept: Sequence[Kept],
+    ) -> Decision:
         begun = [(bucket, launch, sets) for bucket, launch in self.launches if (sets := self._begin(bucket))]
         groups = [with_factor(groups[index], factor) for index, factor in self._scalar_groups]
         if self.device_steps is not None:
@@ -371,7 +385,8 @@ class Plan:
                 for entry in non_dense:
                     entry.param.detach().copy_(entry.dense_param)
         tables = [bucket.table for bucket, _, _ in prepared]
-        backends.commit(operations, tables, self._pending, self._written())
+        of_groups = [(None, None, own, entries, ()) for own, entries in kept]
+        backends.commit(operations, tables, [*self._pending, *of_groups], self._written())
         self._pending = []
         self.is_first = False
         return decision

@@ -284,9 +284,6 @@ class ScheduleFreeAdamW(ScheduleFree):
     ``max_grad_norm`` on a GPU a step waits for the norm. Refused, too, are ``release_gradients``, ``offload`` and
     :class:`signadam_ext.functional.FunctionalOptimizer`, which have no groups that last.
 
-    The sums are written after the step: where a signal handler raises in between (Ctrl-C), the parameters have moved
-    and the sums have not. The next average is then off by one step's weight; load a checkpoint to have it exact.
-
     State: ``z``, ``exp_avg_sq`` (v), ``step``, and in evaluation ``y``. z begins as the parameter.
 
     Source: [SF] Defazio et al., arXiv 2405.15682, Alg. 1; facebookresearch/schedule_free.
@@ -407,9 +404,6 @@ class ScheduleFreeSign(ScheduleFree):
     GradScaler changes none of them. So the host must know which steps are taken: ``capturable`` is refused, and with
     ``max_grad_norm`` on a GPU a step waits for the norm. Refused, too, are ``release_gradients``, ``offload`` and
     :class:`signadam_ext.functional.FunctionalOptimizer`, which have no groups that last.
-
-    The sums are written after the step: where a signal handler raises in between (Ctrl-C), the parameters have moved
-    and the sums have not. The next average is then off by one step's weight; load a checkpoint to have it exact.
 
     State: ``z``, in fp32, ``step``, and in evaluation ``y``. z begins as the parameter.
 

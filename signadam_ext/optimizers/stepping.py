@@ -51,7 +51,12 @@ def step_all(optimizer: GroupedOptimizer) -> None:
                     simulate(optimizer, groups)
                     return
                 plan = make_plan(optimizer, groups)
-            decision = plan.run(groups, runtime.lock, conditions)
+            kept = [
+                (own, group["after_step"])
+                for own, group in zip(optimizer.param_groups, groups, strict=True)
+                if "after_step" in group
+            ]
+            decision = plan.run(groups, runtime.lock, conditions, kept)
             runtime.plan, runtime.plan_key = plan, key
             runtime.last_grad_norm = decision.norm
             if plan.device_steps is not None:
@@ -65,9 +70,6 @@ def step_all(optimizer: GroupedOptimizer) -> None:
             else:
                 runtime.round += 1
                 plan.round = runtime.round
-                for own, group in zip(optimizer.param_groups, groups, strict=True):
-                    if "after_step" in group:
-                        own.update(group["after_step"])
     except BaseException:
         # A signal handler may have raised just before the plan lets go of what it has read.
         if runtime.plan is not None and runtime.plan.owns:

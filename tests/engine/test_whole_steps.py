@@ -14,15 +14,16 @@ from fuzzer_failures import at_point
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from signadam_ext import Adam, AdamW, SignAdamPP, Signum, release_gradients
+from signadam_ext import Adam, AdamW, ScheduleFreeAdamW, SignAdamPP, Signum, release_gradients
 
 FORMATS: list[tuple[Any, dict[str, Any]]] = [
     (SignAdamPP, {}),
     (SignAdamPP, {"state_dtype": "int2", "param_storage": "stochastic", "confidence": "sparsity", "target": 0.5}),
     (Signum, {"state_dtype": "int8", "param_storage": "split16"}),
     (Adam, {"param_storage": "master"}),
+    (ScheduleFreeAdamW, {}),
 ]
-NAMES = ["plain", "int2", "int8", "master"]
+NAMES = ["plain", "int2", "int8", "master", "sums"]
 form = pytest.mark.parametrize("cls, options", FORMATS, ids=NAMES)
 both = pytest.mark.parametrize("backend", ["cpu", "reference"])
 #: The reference calls torch hundreds of times for codes: the quick run takes the forms without any.
@@ -67,12 +68,13 @@ def make(cls, options, backend: str, steps: int, gaps: bool = False):
 
 
 def seen(params, optimizer) -> str:
-    """All that a step writes; state as it lies in memory."""
+    """All that a step writes; state as it lies in memory, and what groups keep of a step."""
     state = [
         {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
         for p in params
     ]
-    return str([[p.tolist() for p in params], [p._version for p in params], state, len(optimizer.state)])
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return str([[p.tolist() for p in params], [p._version for p in params], state, len(optimizer.state), groups])
 
 
 @backend_and_form
