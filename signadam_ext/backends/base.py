@@ -44,8 +44,8 @@ def commit(
     Args:
         operations: of :class:`HostLaunch`, in order: CPU launches, and builtin functions of torch with arguments.
         tables: those whose tensors count the step.
-        states: (optimizer's state, parameter, its state or None, entries to put in, names to take out); for what a group
-            keeps of the step, the group stands for a parameter's state.
+        states: (optimizer's state, parameter, its state or None, entries to put in, names to take out); for what a
+            group keeps of the step, the group stands for a parameter's state.
         written: the parameters that are written, or the compiled reader that has read them, or None.
 
     Raises:

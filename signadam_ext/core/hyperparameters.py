@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -234,6 +235,18 @@ def of_groups(optimizer: type[Declaring]) -> dict[str, Check]:
     return {**common, **optimizer.HYPERPARAMETERS}
 
 
+def _looked_at(optimizer: type[Declaring]) -> tuple[tuple[tuple[str, Check], ...], Callable[[Mapping[str, Any]], Any]]:
+    """What groups of this class hold beside ``lr``: names with their checks, and all values of a group at once."""
+    if optimizer not in _LOOKED_AT:
+        found = tuple((name, check) for name, check in of_groups(optimizer).items() if name != "lr")
+        _LOOKED_AT[optimizer] = found, operator.itemgetter(*(name for name, _ in found))
+    return _LOOKED_AT[optimizer]
+
+
+#: By class, which optimizers share; one that its user drops goes from here as well.
+_LOOKED_AT: WeakKeyDictionary[type, Any] = WeakKeyDictionary()
+
+
 def _value(group: Mapping[str, Any], name: str) -> Any:
     try:
         return group[name]
@@ -255,8 +268,7 @@ class Hyperparameters:
 
     def __init__(self, optimizer: type[Declaring]) -> None:
         self._optimizer = optimizer
-        self._checks = tuple((name, check) for name, check in of_groups(optimizer).items() if name != "lr")
-        self._values = operator.itemgetter(*(name for name, _ in self._checks))
+        self._checks, self._values = _looked_at(optimizer)
         self.on_device = False  # whether tensors on an accelerator stay tensors
         self._has_one_beta = optimizer.HYPERPARAMETERS.get("betas") is ONE_BETA
         self._seen: dict[int, tuple[Any, ...]] = {}
