@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from support import voting
+from support.ranks import with_fsdp2
 
 from signadam_ext.distributed import VoteHook
 
@@ -65,12 +66,14 @@ def test_options_that_differ_are_found_on_all_ranks(ranks):
         assert "ranks do not have the same VoteHook: alpha is 0.1 on ranks 0, 1; 0.2 on rank 2" in error
 
 
+@with_fsdp2
 @pytest.mark.parametrize("options", ({}, {"vote": "mean", "alpha": 0.02}), ids=str)
 def test_fsdp2_gets_its_part_of_the_result(ranks, options):
     assert ranks(2).run(voting.fsdp_votes, options) == [[]] * 2
     assert ranks(3).run(voting.fsdp_votes, options) == [[]] * 3
 
 
+@with_fsdp2
 def test_replicas_of_shards_vote(ranks):
     assert ranks(4).run(voting.fsdp_votes, {"alpha": 0.02}, True) == [[]] * 4
 
@@ -115,6 +118,7 @@ def test_loading_what_was_saved_before_the_first_vote_forgets(ranks):
     assert ranks(2).run(voting.forgets) == [True, True]
 
 
+@with_fsdp2
 def test_a_sum_in_fsdp2_is_refused(ranks):
     for error in ranks(2).run(voting.sum_in_fsdp):
         assert "FSDP2 adds up and then divides" in error

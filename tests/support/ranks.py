@@ -13,6 +13,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+IS_2_6 = torch.__version__.startswith("2.6.")
+#: Of tests that train with FSDP2, whose ranks are processes on the CPU.
+with_fsdp2 = pytest.mark.skipif(IS_2_6, reason="torch 2.6's FSDP2 asks the CPU for events, which it does not have")
 #: Seconds after which a call that has not ended is taken for a deadlock.
 PATIENCE = 240
 
