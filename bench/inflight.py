@@ -196,6 +196,9 @@ def _readable(symbol: str) -> str:
     if kernel.forms is not None:
         param, _, *others = kernel.forms
         return " ".join([*kernel[:3], param, *others])
+    if kernel.functor == "AnyRule":
+        before, observes = kernel.threshold_pass == "pass_before", kernel.storage == "with_statistics"
+        return "scaled" + "+pass_before" * before + "+step_statistics" * observes
     rule = {name.replace("_", ""): name for name in _C.RULES}[kernel.functor.lower()]
     name = {"none": rule, "same_pass": f"{rule}+same_pass"}.get(kernel.threshold_pass, "pass_before")
     # A kernel for certain forms alone is told from the one for any by them.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from signadam_ext.core.native import compiled as _C
 
-#: The enum classes of csrc/block/block.h, in order: a symbol has their numbers.
+#: The enum classes of csrc/block/forms.h, in order: a symbol has their numbers.
 THRESHOLD_PASSES = ("none", "same_pass", "pass_before")
 #: Tensors of a table: fp32 moments and parameters rounded to nearest, or any storage form; or that, with statistics().
 STORAGES = ("plain", "any", "with_statistics")
@@ -26,7 +26,7 @@ class Forms(NamedTuple):
 
 
 class KernelName(NamedTuple):
-    """Which of the kernels in csrc/cuda/kernel.h: the functor of its rule, by its name in csrc/core/rules.h.
+    """Which of the kernels in csrc/cuda/kernel.h: its rule by the functor in csrc/core/rules.h, or AnyRule.
 
     ``forms`` are those of a kernel for just these, from csrc/cuda/instances.h, and None of one for any.
     """

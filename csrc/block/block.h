@@ -5,23 +5,13 @@
 #include <type_traits>
 
 #include "../core/rules.h"
-#include "../core/step_statistics.h"
-#include "../core/threshold.h"
+#include "any_rule.h"
 #include "forms.h"
 #include "operand.h"
 #include "stored.h"
+#include "sums.h"
 
 namespace signadam {
-
-enum class ThresholdPass {
-  none,         // update only
-  same_pass,    // update, and sum the gradient for the next step's threshold (adaptive_delayed)
-  pass_before,  // sum the gradient for this step's threshold (adaptive, first launch)
-};
-
-// `plain`: tables of plain tensors only, and rules that have no auxiliary operand; `any`: all; `with_statistics`: all,
-// and gathers the statistics of each chunk.
-enum class Storage { plain, any, with_statistics };
 
 // Pieces whose loads a thread issues before it uses the first: as many as stay in 128 registers beside the arithmetic.
 // One piece of four operands is 128 bytes under way, 64 KB per multiprocessor with two blocks.
@@ -48,6 +38,12 @@ SIGNADAM_HD void make_effective(const Scalars& s, const float* p, float* g) {
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i) g[i] = g[i] + s.weight_decay * p[i];
   }
+}
+
+// As `observed_threshold`, of rules whose threshold may be in no other's place.
+template <class Rule>
+SIGNADAM_HD float threshold_seen(const Scalars& s, float alpha) {
+  return Rule::corrects ? observed_threshold(s, alpha) : alpha;
 }
 
 // The elements of a piece in registers: summed into the thread's lanes, updated, or both. `is_effective`: whether the
@@ -127,37 +123,6 @@ SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float al
     }
   }
 }
-
-// What a thread adds to the statistics of its piece.
-template <bool has_momentum>
-struct Observer {
-  uint32_t negative = 0, positive = 0;  // entries of the momentum before the step, a bit each
-
-  SIGNADAM_HD void before(float alpha, const Piece& piece, const float* g, const float* m, ChunkStatistics* found) {
-    SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) {
-      const int k = i - piece.offset;
-      if (k < 0 || k >= piece.count) continue;
-      observe_gradient(*found, g[i], alpha);
-      if constexpr (has_momentum) {
-        negative |= (m[i] < 0.0f ? 1u : 0u) << i;
-        positive |= (m[i] > 0.0f ? 1u : 0u) << i;
-      }
-    }
-  }
-
-  SIGNADAM_HD void after(const Piece& piece, const float* m, ChunkStatistics* found) {
-    if constexpr (has_momentum) {
-      SIGNADAM_UNROLL
-      for (int i = 0; i < piece_size; ++i) {
-        const int k = i - piece.offset;
-        if (k < 0 || k >= piece.count) continue;
-        const float before = (negative >> i & 1u) != 0 ? -1.0f : (positive >> i & 1u) != 0 ? 1.0f : 0.0f;
-        observe_momentum(*found, before, m[i]);
-      }
-    }
-  }
-};
 
 // A piece as its loads bring it.
 struct StoredRaw {
@@ -240,7 +205,7 @@ struct StoredSlice {
     if constexpr (is_effective && updates) make_effective(s, p, g);
     if constexpr (is_effective && !updates) scale_gradient(s, g);  // of full chunks, where decay is not coupled
     Observer<(moments > 0)> observer;
-    if constexpr (observes) observer.before(alpha, piece, g, m, own);
+    if constexpr (observes) observer.before(threshold_seen<Rule>(s, alpha), piece, g, m, own);
     update_piece<Rule, threshold_pass, is_effective>(s, alpha, piece, p, g, m, v, x, lanes);
     if constexpr (observes) observer.after(piece, m, own);
     if constexpr (updates) {
@@ -291,12 +256,6 @@ SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float a
   }
 }
 
-// A piece of m between the update and the exponent that it shares with three others.
-struct PendingMoment {
-  float m[piece_size];
-  RandomHalves r;
-};
-
 // Block-scaled moments: four neighbouring threads have the pieces of one exponent.
 template <class Rule, Storage storage, ChunkKind kind, class Block>
 SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha,
@@ -337,93 +296,6 @@ SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, i
     run_thread_plain<Rule, threshold_pass>(slice, s, alpha, thread, lanes);
   else
     run_thread_stored<Rule, threshold_pass, storage, kind>(slice, s, alpha, thread, lanes, own);
-}
-
-// Eight lanes that lie `apart`, halved until the first has their sum.
-template <class Sum>
-SIGNADAM_HD void halve_eight(Sum* lanes, int apart) {
-  Sum own[8];
-  SIGNADAM_UNROLL
-  for (int i = 0; i < 8; ++i) own[i] = lanes[i * apart];
-  SIGNADAM_UNROLL
-  for (int h = 4; h >= 1; h /= 2) {
-    SIGNADAM_UNROLL
-    for (int i = 0; i < h; ++i) add(own[i], own[i + h]);
-  }
-  lanes[0] = own[0];
-}
-
-// The sum of all lanes, at their places: x[:h] + x[h:] for h = 1024, 512, ..., 1. A thread takes three turns at once,
-// of eight lanes that nobody else needs; the last five are left to `sum_of_halved`.
-template <class Sum, class Block>
-SIGNADAM_HD void halve(Block& block, Sum* lanes) {
-  static_assert(threads_per_block == 8 * 32 && piece_size == 8);
-  block.each([=](int thread) { halve_eight(lanes + thread / 32 * threads_per_block + thread % 32, 32); });
-  block.each([=](int thread) {
-    if (thread < 32) halve_eight(lanes + thread / 4 * threads_per_block + thread % 4, 4);
-  });
-}
-
-template <class Sum>
-SIGNADAM_HD Sum sum_of_halved(const Sum* lanes) {
-  Sum own[piece_size];
-  SIGNADAM_UNROLL
-  for (int i = 0; i < piece_size; ++i) {
-    const Sum* const four = lanes + i * threads_per_block;
-    own[i] = four[0];
-    Sum odd = four[1];
-    add(own[i], four[2]);
-    add(odd, four[3]);
-    add(own[i], odd);
-  }
-  halve_eight(own, 1);
-  return own[0];
-}
-
-// The sums of a tensor's `count` chunks go through the chunk procedure until the first is that of the tensor.
-template <class Sum, class Block>
-SIGNADAM_HD void sum_chunks(Block& block, Sum* lanes, Sum* sums, int64_t count) {
-  while (count > 1) {
-    const int64_t next = chunks_of(count);
-    for (int64_t k = 0; k < next; ++k) {
-      const Sum* const x = sums + k * chunk_size;
-      const int64_t left = count - k * chunk_size;
-      const int64_t size = left < chunk_size ? left : chunk_size;
-      block.each([=](int thread) {
-        for (int lane = thread; lane < lane_count; lane += threads_per_block)
-          lanes[place_of(lane)] = lane_of_sums(x, size, lane);
-      });
-      halve(block, lanes);
-      block.each([=](int thread) {
-        if (thread == 0) sums[k] = sum_of_halved(lanes);
-      });
-    }
-    count = next;
-  }
-}
-
-// The sums of a tensor move its threshold.
-template <class Block>
-SIGNADAM_HD void finish_statistics(Block& block, const TableView& table, const TensorEntry& tensor, const Scalars& s) {
-  Sums* const sums = table.sums + tensor.first_chunk;
-  sum_chunks(block, block.lanes(), sums, chunks_of(tensor.numel));
-  block.alone(
-      [&] { *tensor.threshold_state = next_threshold_state(*tensor.threshold_state, sums[0], tensor.numel, s); });
-}
-
-// The threads' shares of the statistics become the chunk's.
-template <class Block>
-SIGNADAM_HD void finish_chunk_statistics(Block& block, ChunkStatistics* shares, float alpha, ChunkStatistics* to) {
-  block.each([](int) {});  // in_fours synchronised groups of 4 threads, not the block
-  for (int h = threads_per_block / 2; h >= 1; h /= 2)
-    block.each([=](int thread) {
-      if (thread < h) add(shares[thread], shares[thread + h]);
-    });
-  block.each([=](int thread) {
-    if (thread != 0) return;
-    shares[0].threshold = alpha;
-    *to = shares[0];
-  });
 }
 
 // Which kind the chunk is. Nothing depends on a thread.
@@ -484,7 +356,7 @@ SIGNADAM_HD void run_chunk(Block& block, const Slice& slice, const Scalars& s, f
 }
 
 template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms, class Block>
-SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& step, uint32_t chunk) {
+SIGNADAM_HD void run_block_of_rule(Block& block, const TableView& table, const Step& step, uint32_t chunk) {
   Slice slice = slice_of(table, step, chunk);
   if (slice.grad == nullptr) return;
   Forms::fix(slice.tensor.formats);
@@ -513,14 +385,24 @@ SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& ste
     block.alone([&] { table.sums[chunk] = sum_of_halved(block.lanes()); });
   }
   if constexpr (storage == Storage::with_statistics)
-    finish_chunk_statistics(block, shares, alpha, table.chunk_statistics + chunk);
+    finish_chunk_statistics(block, shares, threshold_seen<Rule>(s, alpha), table.chunk_statistics + chunk);
   if constexpr (threshold_pass != ThresholdPass::none) {
     // The last block of a tensor to finish has every other's threshold read behind it, so it may move the gate.
     // Read again: kept in registers over the update, it would be spilled.
     const TensorEntry& tensor = table.tensors[index];
     if (block.arrives_last(table.arrivals + index, static_cast<uint32_t>(chunks_of(tensor.numel))))
-      finish_statistics(block, table, tensor, kept);
+      finish_statistics(block, table, tensor, [&](double state, const Sums& sums) {
+        return next_threshold_state(state, sums, tensor.numel, kept);
+      });
   }
+}
+
+template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms, class Block>
+SIGNADAM_HD void run_block(Block& block, const TableView& table, const Step& step, uint32_t chunk) {
+  if constexpr (std::is_same_v<Rule, AnyRule>)
+    run_block_of_any_rule<threshold_pass, storage>(block, table, step, chunk);
+  else
+    run_block_of_rule<Rule, threshold_pass, storage, Forms>(block, table, step, chunk);
 }
 
 }  // namespace signadam

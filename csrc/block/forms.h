@@ -1,11 +1,29 @@
-// Which dtypes and storage forms a kernel serves: all, tested where they matter, or one combination, known when it is
-// compiled. A test of a format for each element of an unrolled loop takes more than half of what a few-bit step
-// executes.
+// What a kernel is compiled for: sums, storage, and which dtypes and storage forms it serves.
 #pragma once
 
 #include "../core/table.h"
 
 namespace signadam {
+
+enum class ThresholdPass {
+  none,         // update only
+  same_pass,    // update, and sum the gradient for the next step's threshold (adaptive_delayed)
+  pass_before,  // sum the gradient for this step's threshold (adaptive, first launch)
+};
+
+// `plain`: tables of plain tensors only, and rules that have no auxiliary operand; `any`: all; `with_statistics`: all,
+// and gathers the statistics of each chunk.
+enum class Storage { plain, any, with_statistics };
+
+// What of each tensor's own multiplies its steps.
+enum class Scaling {
+  none,
+  norm,   // the corrected gradient's norm, in the place of a threshold
+  steps,  // the share of entries that agree, or the parameter's root mean square, outside of the rule
+};
+
+// Dtypes and storage forms: all, tested where they matter, or one combination, known when the kernel is compiled. A
+// test of a format for each element of an unrolled loop takes more than half of what a few-bit step executes.
 
 struct AnyForms {
   static constexpr bool fixed = false;

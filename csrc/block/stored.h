@@ -295,4 +295,10 @@ struct StoredMoment {
   }
 };
 
+// A piece of m between the update and the exponent that it shares with three others.
+struct PendingMoment {
+  float m[piece_size];
+  RandomHalves r;
+};
+
 }  // namespace signadam

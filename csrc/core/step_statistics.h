@@ -6,6 +6,11 @@
 
 namespace signadam {
 
+// The threshold as statistics see it, where the number of a tensor may be another.
+SIGNADAM_HD float observed_threshold(const Scalars& s, float alpha) {
+  return s.clips ? 0.0f : s.scales ? s.alpha : alpha;
+}
+
 // A gradient entry as the gate sees it.
 SIGNADAM_HD void observe_gradient(ChunkStatistics& to, float g, float alpha) {
   const double square = static_cast<double>(g) * static_cast<double>(g);

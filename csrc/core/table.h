@@ -84,6 +84,7 @@ struct Step {
   const RngKey* rng_keys;
   const uint32_t* scalar_indices;
   const Scalars* scalars;
+  uint32_t rule = 0;  // of kernels for any rule: its index
 };
 
 // Everything a chunk's work needs, on whichever side it runs.
@@ -129,8 +130,8 @@ SIGNADAM_HD float threshold(const TensorEntry& tensor, const Scalars& s) {
 constexpr double least_scale = 0x1p-10;
 
 // With `scales`, what steps are multiplied by, rounded once: 1 over the share of entries that agree [CO], or the
-// parameter's root mean square. Before the first step there is none. CUDA's kernels know no scale.
-inline float update_scale(double state, const Scalars& s) {
+// parameter's root mean square. Before the first step there is none.
+SIGNADAM_HD float update_scale(double state, const Scalars& s) {
   const double size = state < least_scale ? least_scale : state;
   return static_cast<float>(!s.caution ? size : state == 0.0 ? 1.0 : 1.0 / size);
 }

@@ -74,11 +74,16 @@ SIGNADAM_HD double next_threshold_state(double a, const Sums& sums, int64_t nume
 
 // The share of entries whose step agrees with the gradient, or the root mean square of the parameter. No share at all,
 // as where the learning rate is 0, tells nothing.
-inline double next_scale(double a, const Sums& sums, int64_t numel, const Scalars& s) {
+SIGNADAM_HD double next_scale(double a, const Sums& sums, int64_t numel, const Scalars& s) {
   if (!is_finite(sums.first) || !is_finite(sums.second)) return a;
   const double n = static_cast<double>(numel);
   if (!s.caution) return double_root(sums.second / n);
   return sums.first == 0.0 ? a : sums.first / n;
+}
+
+// The norm of what `Rule::corrected` makes of a gradient, in place of the last one.
+SIGNADAM_HD double next_norm(double a, const Sums& sums) {
+  return is_finite(sums.second) ? double_root(sums.second) : a;
 }
 
 }  // namespace signadam

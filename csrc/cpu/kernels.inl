@@ -152,9 +152,6 @@ void observe_block(const float* SIGNADAM_RESTRICT g, float alpha, const float* S
   add_lanes(lanes, to);
 }
 
-// The threshold as statistics see it, where the number of a tensor may be another.
-float observed_threshold(const Scalars& s, float alpha) { return s.clips ? 0.0f : s.scales ? s.alpha : alpha; }
-
 // Elements of a full chunk that are updated in one half before the other has its turn.
 constexpr int turn = 64;
 

@@ -121,16 +121,12 @@ Sums total_of(Sums* sums, int64_t count, Sums* lanes) {
   return sums[0];
 }
 
-// Of what `Rule::corrected` makes of a gradient, in place of the last one.
-double norm(double last, const Sums& sums, int64_t, const Scalars&) {
-  return is_finite(sums.second) ? double_root(sums.second) : last;
-}
-
 void finish_statistics(const TableView& table, const TensorEntry& tensor, const Scalars& s, Sums* lanes) {
   const Sums total = total_of(table.sums + tensor.first_chunk, chunks_of(tensor.numel), lanes);
-  *tensor.threshold_state = (s.clips    ? norm
-                             : s.scales ? next_scale
-                                        : next_threshold_state)(*tensor.threshold_state, total, tensor.numel, s);
+  double& state = *tensor.threshold_state;
+  state = s.clips    ? next_norm(state, total)
+          : s.scales ? next_scale(state, total, tensor.numel, s)
+                     : next_threshold_state(state, total, tensor.numel, s);
 }
 
 // `body(chunk, slice, index)` for the chunks of every tensor, the index-th, that has a gradient.

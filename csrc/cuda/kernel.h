@@ -23,6 +23,7 @@ struct alignas(16) LaunchHeader {
   TableView table;
   const unsigned char* step;                 // device memory, or null: then the bytes below
   uint32_t grads, rng_keys, scalar_indices;  // offsets of StepLayout; no random bits: 0
+  uint32_t rule;                             // of kernels for any rule
 };
 
 template <std::size_t bytes>
@@ -93,11 +94,11 @@ __global__ void __launch_bounds__(threads_per_block, blocks_at_once<Rule, thresh
   const unsigned char* bytes = header.step == nullptr ? arguments.step : header.step;
   const RngKey* rng_keys = nullptr;
   if constexpr (storage != Storage::plain)
-    if (storage == Storage::any || header.rng_keys != 0)
+    if ((storage == Storage::any && !std::is_same_v<Rule, AnyRule>) || header.rng_keys != 0)
       rng_keys = reinterpret_cast<const RngKey*>(bytes + header.rng_keys);
   const Step step{reinterpret_cast<const void* const*>(bytes + header.grads), rng_keys,
                   reinterpret_cast<const uint32_t*>(bytes + header.scalar_indices),
-                  reinterpret_cast<const Scalars*>(bytes)};
+                  reinterpret_cast<const Scalars*>(bytes), header.rule};
   DeviceBlock block{nullptr, nullptr};
   if constexpr (threshold_pass != ThresholdPass::none) {
     __shared__ Sums lanes[lane_count];

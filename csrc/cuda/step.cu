@@ -54,8 +54,18 @@ void each_fixed(Use use) {
     for (const FixedKernel& fixed : *unit) use(fixed);
 }
 
+// Of steps that are scaled, and of what scales them.
+Kernel kernel_for_any_rule(ThresholdPass threshold_pass, Storage storage) {
+  if (threshold_pass == ThresholdPass::pass_before)
+    return Kernel::of<AnyRule, ThresholdPass::pass_before, Storage::any, AnyForms>();
+  return storage == Storage::with_statistics
+             ? Kernel::of<AnyRule, ThresholdPass::same_pass, Storage::with_statistics, AnyForms>()
+             : Kernel::of<AnyRule, ThresholdPass::same_pass, Storage::any, AnyForms>();
+}
+
 // The kernel for just these forms where there is one, otherwise the general one.
 Kernel kernel_of(const KernelChoice& choice) {
+  if (choice.scaling != Scaling::none) return kernel_for_any_rule(choice.threshold_pass, choice.storage);
   Kernel found = kernel_of(choice.rule, choice.threshold_pass, choice.storage);
   if (choice.formats == nullptr) return found;
   const bool before = choice.threshold_pass == ThresholdPass::pass_before;
@@ -88,9 +98,14 @@ void launch(const KernelChoice& choice, const TableView& table, uint32_t chunks,
   // Parameters of every kernel begin alike: one that takes fewer gets the first of these.
   LaunchArguments<many_parameter_bytes> arguments;
   const auto offset = [](std::size_t bytes) { return static_cast<uint32_t>(bytes); };
-  arguments.header = {table, static_cast<const unsigned char*>(device_step), offset(layout.grads),
+  arguments.header = {table,
+                      static_cast<const unsigned char*>(device_step),
+                      offset(layout.grads),
                       layout.rng_keys == layout.scalar_indices ? 0 : offset(layout.rng_keys),
-                      offset(layout.scalar_indices)};
+                      offset(layout.scalar_indices),
+                      static_cast<uint32_t>(choice.rule)};
+  // Sums that a launch before has taken are not taken again.
+  if (choice.threshold_pass == ThresholdPass::none) arguments.header.table.sums = nullptr;
   if (device_step == nullptr) {
     if (layout.size > kernel.inline_bytes)
       throw std::runtime_error("the step data does not fit the kernel's parameters");
@@ -161,6 +176,10 @@ std::vector<KernelInfo> kernel_info(int device) {
     if (storage != Storage::with_statistics)
       add("pass_before" + suffix, kernel_of(rule_SignAdamPP, ThresholdPass::pass_before, storage));
   }
+  for (const Storage storage : {Storage::any, Storage::with_statistics})
+    add(storage == Storage::any ? "scaled" : "scaled+step_statistics",
+        kernel_for_any_rule(ThresholdPass::same_pass, storage));
+  add("scaled+pass_before", kernel_for_any_rule(ThresholdPass::pass_before, Storage::any));
   each_fixed([&](const FixedKernel& fixed) { add(fixed.name, fixed.kernel); });
   for (const DeviceStepKernel& kernel : device_step_kernels())
     add_function(kernel.name, kernel.function, kernel.threads);

@@ -22,6 +22,7 @@ struct KernelChoice {
   ThresholdPass threshold_pass;
   Storage storage;
   const Formats* formats;
+  Scaling scaling = Scaling::none;
 };
 
 // Bytes of step data that travel in the kernel's parameters; more goes by a copy.

@@ -116,18 +116,22 @@ void write_cuda_step(const HostTable& table, const std::vector<ScalarSet>& sets,
 
 // The kernels of a step, in the order of their launches.
 std::vector<cuda::KernelChoice> cuda_kernels(const HostTable& table, int rule_index, ThresholdPass threshold_pass,
-                                             bool with_statistics) {
+                                             Scaling scaling, bool with_statistics) {
   const auto rule = static_cast<RuleIndex>(rule_index);
   const Storage storage = with_statistics ? Storage::with_statistics : table.storage();
-  if (threshold_pass != ThresholdPass::pass_before) return {{rule, threshold_pass, storage, table.formats()}};
-  return {{rule, ThresholdPass::pass_before, table.storage(), table.formats()},
-          {rule, ThresholdPass::none, storage, table.formats()}};
+  // A norm is a threshold to the update.
+  const Scaling of_update = scaling == Scaling::steps ? scaling : Scaling::none;
+  const auto update = [&](ThresholdPass which) {
+    return cuda::KernelChoice{rule, which, storage, table.formats(), of_update};
+  };
+  if (threshold_pass != ThresholdPass::pass_before) return {update(threshold_pass)};
+  return {{rule, ThresholdPass::pass_before, table.storage(), table.formats(), scaling}, update(ThresholdPass::none)};
 }
 
-std::size_t cuda_inline_capacity(const HostTable& table, int rule_index, ThresholdPass threshold_pass,
+std::size_t cuda_inline_capacity(const HostTable& table, int rule_index, ThresholdPass threshold_pass, Scaling scaling,
                                  bool with_statistics) {
   std::size_t least = std::numeric_limits<std::size_t>::max();
-  for (const auto& choice : cuda_kernels(table, rule_index, threshold_pass, with_statistics))
+  for (const auto& choice : cuda_kernels(table, rule_index, threshold_pass, scaling, with_statistics))
     least = std::min(least, cuda::inline_capacity(choice));
   return least;
 }
@@ -141,7 +145,7 @@ TableView device_view(const HostTable& table, uintptr_t device_table, uintptr_t 
 
 // `device_step`: where the stream finds what `write_cuda_step` wrote; 0: it travels in the kernel's parameters. Without
 // sets: what `launch_cuda_begin` left.
-void launch_cuda(const HostTable& table, int rule_index, ThresholdPass threshold_pass,
+void launch_cuda(const HostTable& table, int rule_index, ThresholdPass threshold_pass, Scaling scaling,
                  const std::optional<std::vector<ScalarSet>>& sets, uintptr_t device_table, uintptr_t sums,
                  uintptr_t arrivals, uintptr_t chunk_statistics, uintptr_t device_step, int device, uintptr_t stream) {
   const auto layout = cuda_layout(table, sets ? sets->size() : table.size());
@@ -152,7 +156,7 @@ void launch_cuda(const HostTable& table, int rule_index, ThresholdPass threshold
     write_cuda_step(table, *sets, reinterpret_cast<uintptr_t>(own.data()));
   }
   const TableView view = device_view(table, device_table, sums, arrivals, chunk_statistics);
-  const auto kernels = cuda_kernels(table, rule_index, threshold_pass, chunk_statistics != 0);
+  const auto kernels = cuda_kernels(table, rule_index, threshold_pass, scaling, chunk_statistics != 0);
   py::gil_scoped_release release;
   for (const auto& choice : kernels)
     cuda::launch(choice, view, table.chunks(), layout, own.data(), pointer<void>(device_step), device,
@@ -328,11 +332,11 @@ PYBIND11_MODULE(_C, m) {
 #if defined(SIGNADAM_CUDA)
       .def("cuda_step_bytes", &cuda_step_bytes, py::arg("scalar_sets"))
       .def("cuda_inline_capacity", &cuda_inline_capacity, py::arg("rule"), py::arg("threshold_pass"),
-           py::arg("with_statistics"))
+           py::arg("scaling"), py::arg("with_statistics"))
       .def("write_cuda_step", &write_cuda_step, py::arg("scalars"), py::arg("address"))
-      .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("threshold_pass"), py::arg("scalars"), py::kw_only(),
-           py::arg("device_table"), py::arg("sums"), py::arg("arrivals"), py::arg("chunk_statistics"),
-           py::arg("device_step"), py::arg("device"), py::arg("stream"))
+      .def("launch_cuda", &launch_cuda, py::arg("rule"), py::arg("threshold_pass"), py::arg("scaling"),
+           py::arg("scalars"), py::kw_only(), py::arg("device_table"), py::arg("sums"), py::arg("arrivals"),
+           py::arg("chunk_statistics"), py::arg("device_step"), py::arg("device"), py::arg("stream"))
       .def("cuda_device_step_bytes", &cuda_device_step_bytes)
       .def("launch_cuda_norm", &launch_cuda_norm, py::kw_only(), py::arg("device_table"), py::arg("grads"),
            py::arg("sums"), py::arg("arrivals"), py::arg("totals"), py::arg("places"), py::arg("device"),
@@ -356,6 +360,11 @@ PYBIND11_MODULE(_C, m) {
       .value("NONE", ThresholdPass::none)
       .value("SAME_PASS", ThresholdPass::same_pass)
       .value("PASS_BEFORE", ThresholdPass::pass_before);
+
+  py::enum_<Scaling>(m, "Scaling")
+      .value("NONE", Scaling::none)
+      .value("NORM", Scaling::norm)
+      .value("STEPS", Scaling::steps);
 
   add_votes(m);
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,21 @@ from .device import StreamGuarded, StreamLaunch, to_device
 if TYPE_CHECKING:
     from .base import Launch, ScalarSet
     from .bucket import Bucket
+
+
+#: By what a rule's ``update_scale`` is.
+SCALINGS = {
+    None: _C.Scaling.NONE,
+    "norm": _C.Scaling.NORM,
+    "caution": _C.Scaling.STEPS,
+    "rms": _C.Scaling.STEPS,
+}
+
+
+def _kernels(bucket: Bucket) -> tuple[int, Any, Any]:
+    """What says which kernels take the step of a bucket: its rule, threshold pass and scaling."""
+    rule = bucket.rule
+    return _C.RULES.index(rule.name), getattr(_C.ThresholdPass, rule.threshold_pass), SCALINGS[rule.update_scale]
 
 
 class CudaBackend:
@@ -37,8 +52,7 @@ class CudaBackend:
         return _device_reason(torch.cuda.current_device() if device.index is None else device.index)
 
     def prepare(self, bucket: Bucket, grad: Callable[[int], Tensor]) -> Launch:
-        rule = _C.RULES.index(bucket.rule.name)
-        threshold_pass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)
+        kernels = _kernels(bucket)
         table, device = bucket.table, bucket.device
         if table.chunks == 0:
             return lambda scalar_sets: None
@@ -48,7 +62,7 @@ class CudaBackend:
         sums = torch.empty(2 * table.chunks if gathers else 0, dtype=torch.float64, device=device)
         arrivals = torch.zeros(len(table) if gathers else 0, dtype=torch.int32, device=device)
         chunk_statistics = 0 if bucket.chunk_statistics is None else bucket.chunk_statistics.data_ptr()
-        capacity = table.cuda_inline_capacity(rule, threshold_pass, bucket.chunk_statistics is not None)
+        capacity = table.cuda_inline_capacity(*kernels, bucket.chunk_statistics is not None)
 
         def copied(scalar_sets: int) -> int:
             size: int = table.cuda_step_bytes(scalar_sets)
@@ -57,8 +71,7 @@ class CudaBackend:
         def start(scalar_sets: Sequence[ScalarSet], step: Tensor | None, stream: torch.cuda.Stream | None) -> None:
             assert stream is not None
             table.launch_cuda(
-                rule,
-                threshold_pass,
+                *kernels,
                 scalar_sets,
                 device_table=resident.data_ptr(),
                 sums=sums.data_ptr(),
@@ -86,8 +99,7 @@ class DeviceStep:
     def __init__(self, bucket: Bucket) -> None:
         device, table = bucket.device, bucket.table
         self._table, self._bucket = table, bucket
-        self._rule = _C.RULES.index(bucket.rule.name)
-        self._threshold_pass = getattr(_C.ThresholdPass, bucket.rule.threshold_pass)
+        self._kernels_of_step = _kernels(bucket)
         self._resident = to_device(torch.frombuffer(bytearray(table.device_bytes()), dtype=torch.uint8), device)
         self._step = torch.zeros(table.cuda_device_step_bytes(), dtype=torch.uint8, device=device)
         # S1 and S2 of each chunk, and a count of finished chunks per tensor that kernels leave at zero.
@@ -137,8 +149,7 @@ class DeviceStep:
             return
         gathered = self._bucket.chunk_statistics
         self._table.launch_cuda(
-            self._rule,
-            self._threshold_pass,
+            *self._kernels_of_step,
             None,
             device_table=self._resident.data_ptr(),
             sums=self._sums.data_ptr(),

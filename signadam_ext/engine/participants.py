@@ -182,13 +182,6 @@ def _shard(item: Item) -> ShardIndex:
 def _backend(item: Item) -> backends.Backend:
     confidence = item.rule.confidence
     wanted = item.backend
-    if item.rule.update_scale is not None and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):
-        if wanted == "cuda":
-            raise RuntimeError(
-                f"{item.label} has steps that are scaled by a number of each tensor's (caution, lr_scale='rms', or "
-                "max_norm), which backend='cuda' does not do: take backend='auto' or 'triton'"
-            )
-        wanted = "triton" if backends.get("triton").unusable(item.param.device) is None else "reference"
     if _shard(item).run and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):
         # Its kernels number random bits from a first element on; Triton's follow runs as well.
         if wanted == "cuda":

@@ -25,6 +25,7 @@ from torch import Tensor
 from reporting.machine_code import KernelName, kernel_label
 from signadam_ext import _C, backends
 from signadam_ext.backends import Bucket, Entry
+from signadam_ext.backends.cuda import SCALINGS
 from signadam_ext.core import formats
 from signadam_ext.core.formats import (
     BF16,
@@ -152,6 +153,7 @@ class CudaOnHost:
             status = self.library.cuda_on_host(
                 _C.RULES.index(bucket.rule.name),
                 getattr(_C.ThresholdPass, bucket.rule.threshold_pass).value,
+                SCALINGS[bucket.rule.update_scale].value,
                 *(ctypes.c_int64(len(table)), ctypes.c_int64(table.chunks)),
                 *(ctypes.c_void_p(device_table.ctypes.data), ctypes.c_int64(device_table.size)),
                 ctypes.c_void_p(step.ctypes.data),
@@ -194,7 +196,7 @@ class Case:
     in_blocks: bool = False
 
 
-def rule_of(name: str, threshold_pass: str, in_blocks: bool) -> Rule:
+def rule_of(name: str, threshold_pass: str, in_blocks: bool, update_scale: str | None = None) -> Rule:
     """The rule with scalars that a group names itself."""
     functor = FUNCTORS[name]
     least_eps = 2.0**-149 if name == "adopt" else 0.0  # as its optimizer has it
@@ -205,7 +207,8 @@ def rule_of(name: str, threshold_pass: str, in_blocks: bool) -> Rule:
         bound=1.0 if functor.bounded and not in_blocks else None,
         reads_variance=functor.reads_variance,
         threshold_pass=threshold_pass,
-        threshold_state=None if threshold_pass == "NONE" else "threshold_state",
+        threshold_state=None if threshold_pass == "NONE" and update_scale is None else "threshold_state",
+        update_scale=update_scale,
     )
 
 
@@ -411,7 +414,7 @@ def initial_state(case: TensorCase, rule: Rule, forms: tuple[Format, ...], gener
         residual = Operand(low, dtype, case.offsets[3])
         residual.exact = not dtype.is_floating_point
     deviation = None
-    if rule.threshold_pass != "NONE":
+    if rule.threshold_state is not None:
         deviation = torch.rand((), dtype=torch.float64, generator=generator)
     variance = None
     if rule.reads_variance:
@@ -465,8 +468,15 @@ def take_step(
     return bucket.chunk_statistics
 
 
-def check(library: ctypes.CDLL, name: str, threshold_pass: str, case: Case, observes: bool = False) -> None:
-    rule = rule_of(name, threshold_pass, case.in_blocks)
+def check(
+    library: ctypes.CDLL,
+    name: str,
+    threshold_pass: str,
+    case: Case,
+    observes: bool = False,
+    update_scale: str | None = None,
+) -> None:
+    rule = rule_of(name, threshold_pass, case.in_blocks, update_scale)
     generator = torch.Generator().manual_seed(case.seed)
     own = [{**case.groups[tensor.group], "state_dtype": tensor.state_dtype} for tensor in case.tensors]
     expected = [
@@ -574,6 +584,43 @@ def test_every_form_and_size_in_one_launch(
     for in_blocks in ways(rule):
         tensors = tuple(every_form(rule, in_blocks, thorough))
         check(library, rule, threshold_pass, Case(1, 2, 2, GROUPS, tensors, in_blocks))
+
+
+#: What scales steps, and the pass that makes it; "known": of parts of tensors, for which ranks agree.
+SCALED = {
+    "exact caution": ("caution", "PASS_BEFORE"),
+    "delayed caution": ("caution", "SAME_PASS"),
+    "known caution": ("caution", "NONE"),
+    "rms": ("rms", "SAME_PASS"),
+}
+#: Those of the quick run.
+SOME_SCALED = {
+    *((rule, "delayed caution") for rule in ("signum", "msvag_minibatch", "adam_amsgrad")),
+    *(("signum", how) for how in SCALED),
+    ("sign_sgd", "rms"),
+}
+
+
+@pytest.mark.parametrize("observes", [False, True], ids=["", "observed"])
+@pytest.mark.parametrize(
+    ("rule", "how"),
+    [
+        pytest.param(rule, how, id=f"{rule}-{how}", marks=() if (rule, how) in SOME_SCALED else pytest.mark.thorough)
+        for rule, how in itertools.product(_C.RULES, SCALED)
+    ],
+)
+def test_scaled_steps(library: ctypes.CDLL, rule: str, how: str, observes: bool, thorough: bool) -> None:
+    """Of every rule, those too whose optimizers refuse it; by one kernel for all."""
+    update_scale, threshold_pass = SCALED[how]
+    for in_blocks in ways(rule):
+        tensors = tuple(every_form(rule, in_blocks, thorough))[:: 1 if thorough or not observes else 3]
+        check(library, rule, threshold_pass, Case(1, 2, 2, GROUPS, tensors, in_blocks), observes, update_scale)
+
+
+@pytest.mark.thorough
+def test_norm_of_the_corrected_gradient(library: ctypes.CDLL, thorough: bool) -> None:
+    tensors = tuple(every_form("mars_adamw", True, thorough))
+    check(library, "mars_adamw", "PASS_BEFORE", Case(1, 2, 2, GROUPS, tensors, True), update_scale="norm")
 
 
 FIXED = fixed_kernels()
@@ -760,7 +807,7 @@ def test_block_scaling(library: ctypes.CDLL, every_upper_half: Tensor, random_ha
 def test_there_is_no_kernel_for_what_no_rule_does(library: ctypes.CDLL) -> None:
     status = library.cuda_on_host(
         _C.RULES.index("signum"),
-        _C.ThresholdPass.SAME_PASS.value,
+        *(_C.ThresholdPass.SAME_PASS.value, _C.Scaling.NONE.value),
         *(ctypes.c_int64(0), ctypes.c_int64(0), None, ctypes.c_int64(0), None),
         *((ctypes.c_int64 * 4)(), ctypes.c_int64(0), None, 0, ctypes.c_uint32(0)),
     )

@@ -230,6 +230,9 @@ WHOLE = (
     "sign_adam-bf16-split8-int4",
     "lion-bf16-split8-int8",
     "svag-fp16-master-bf16",
+    "signum-bf16-exact-stochastic-int8",
+    "adam_amsgrad-bf16-rms-master-bf16",
+    "mars_adamw-clipped-fp32",
 )
 
 

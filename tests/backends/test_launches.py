@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 import torch
 from support.launches import (
+    ANY_RULE,
+    ANY_RULE_KERNELS,
     CASES,
     FUNCTORS,
     Case,
@@ -140,9 +142,10 @@ def test_cuda_launches(library: ctypes.CDLL) -> None:
     launches = list(all_cuda(library))
     for launch in launches:
         assert (launch.grid, launch.threads, launch.dynamic_shared) == (1, 256, 0)
-        assert launch.kernel.functor == "SignAdamPP" or launch.kernel.threshold_pass == "none"
+        assert launch.kernel.functor in ("SignAdamPP", ANY_RULE) or launch.kernel.threshold_pass == "none"
     kernels = {launch.kernel for launch in launches}
-    assert {kernel.functor for kernel in kernels} == {rule.struct for rule in FUNCTORS.values()}
+    assert {kernel.functor for kernel in kernels} == {rule.struct for rule in FUNCTORS.values()} | {ANY_RULE}
+    assert {kernel for kernel in kernels if kernel.functor == ANY_RULE} == set(ANY_RULE_KERNELS)
     gated = {kernel[1:3] for kernel in kernels if kernel.functor == "SignAdamPP"}
     every = {(threshold_pass, storage) for threshold_pass in THRESHOLD_PASSES for storage in STORAGES}
     assert gated == every - {("pass_before", "with_statistics")}
@@ -159,6 +162,21 @@ def test_two_launches_where_the_threshold_comes_first(library: ctypes.CDLL) -> N
         made = [launch.kernel[:3] for launch in Step(CASES[name]).cuda(library)]
         passes = ("pass_before", "none")
         assert made == [("SignAdamPP", *each) for each in zip(passes, storage, strict=True)]
+
+
+@pytest.mark.thorough
+def test_kernels_for_any_rule_are_taken(library: ctypes.CDLL) -> None:
+    """Where steps are scaled; of a corrected gradient only the norm, which is a threshold to the rule's own kernel."""
+    for name, made in {
+        "lion-fp32-delayed": [(ANY_RULE, "same_pass", "any")],
+        "adam-fp32-exact": [(ANY_RULE, "pass_before", "any"), (ANY_RULE, "same_pass", "any")],
+        "signum-bf16-delayed-stochastic-int8-observed": [(ANY_RULE, "same_pass", "with_statistics")],
+        "mars_adamw-clipped-bf16-stochastic-int8-observed": [
+            (ANY_RULE, "pass_before", "any"),
+            ("MARSAdamW", "none", "with_statistics"),
+        ],
+    }.items():
+        assert [launch.kernel[:3] for launch in Step(CASES[name]).cuda(library)] == made
 
 
 @pytest.mark.thorough
@@ -193,7 +211,7 @@ def test_symbols_are_read(library: ctypes.CDLL) -> None:
         pytest.skip("no nm to list the symbols of a library")
     listed = subprocess.run([nm, library._name], capture_output=True, text=True, check=True).stdout
     found = {name for line in listed.splitlines() if (name := kernel_name(line)) is not None}
-    assert {kernel.functor for kernel in found} == {rule.struct for rule in FUNCTORS.values()}
+    assert {kernel.functor for kernel in found} == {rule.struct for rule in FUNCTORS.values()} | {ANY_RULE}
     assert {launch.kernel for launch in all_cuda(library)} <= found
     assert kernel_name("_ZN8signadam4cuda6launchENS_9RuleIndexENS_13ThresholdPassENS_7StorageE") is None
 
@@ -212,8 +230,8 @@ def test_kernels_are_in_the_module(library: ctypes.CDLL) -> None:
 @pytest.mark.thorough
 @with_cuda
 def test_parameters_are_as_many_bytes_as_kernels_declare(library: ctypes.CDLL) -> None:
-    rule, no_sums = _C.RULES.index("sign_sgd"), _C.ThresholdPass.NONE
-    if _C.Table(scalars_by_step=False).cuda_inline_capacity(rule, no_sums, False) != library.capacity():
+    kernels = _C.RULES.index("sign_sgd"), _C.ThresholdPass.NONE, _C.Scaling.NONE
+    if _C.Table(scalars_by_step=False).cuda_inline_capacity(*kernels, False) != library.capacity():
         pytest.skip("the module was built with CUDA before 12.1, whose kernels take fewer bytes of parameters")
     for launch in all_cuda(library):
         for architecture, entries in ptx(_C.__file__).items():

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.launches import CASES, FUNCTORS, Case, Compiled, Given, Step, compile_launches
-from support.paper_formulas import TABLE
+from support.launches import ANY_RULE, ANY_RULE_KERNELS, CASES, FUNCTORS, Case, Compiled, Given, Step, compile_launches
+from support.paper_formulas import TABLE, Row
 from support.ptx import SCHEDULES, Counts, Fault
 from support.ptx.steps import program, run_cuda, run_triton
 from support.toolchain import cuda_launch_library, fixed_kernels, ptx
@@ -39,7 +39,7 @@ KERNELS = [
         *((FUNCTORS["sign_adam_pp"], threshold_pass) for threshold_pass in ("same_pass", "pass_before")),
     ]
     if not (storage == "plain" and rule.aux) and not (storage == "with_statistics" and threshold_pass == "pass_before")
-] + fixed_kernels()
+] + [*fixed_kernels(), *ANY_RULE_KERNELS]
 ROWS = {row.id: row for row in TABLE}
 #: The rows of the gated rule that lead to each way to come by a threshold.
 BY_PASS = {"same_pass": "sign_adam_pp-delayed", "pass_before": "sign_adam_pp-adaptive"}
@@ -66,13 +66,22 @@ LARGE = (
     Given(16391, offset=2, grad_offset=3, group=2),
 )
 GROUPS: tuple[dict[str, Any], ...] = ({}, {"lr": 0.003}, {"lr": 0.1, "weight_decay": 0.0, "maximize": True})
-
+#: Cases that launch the kernels for any rule.
+BY_ANY_RULE = dict(
+    zip(
+        ANY_RULE_KERNELS,
+        ("adam-fp32-exact", "lion-fp32-delayed", "signum-bf16-delayed-stochastic-int8-observed"),
+        strict=True,
+    )
+)
 
 DTYPES = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
 
 
 def case_of(kernel: KernelName, given: tuple[Given, ...] = (Given(),)) -> Case:
     """A step that launches a kernel: of one for any form by gradients of another dtype, which no other serves."""
+    if kernel.functor == ANY_RULE:
+        return replace(CASES[BY_ANY_RULE[kernel]], given=given)
     (name,) = (name for name, rule in FUNCTORS.items() if rule.struct == kernel.functor)
     codes = kernel.forms is not None and kernel.forms.exp_avg in ("int8", "int4", "int2")
     bounded = f"{name}-bounded" if codes and f"{name}-bounded" in ROWS else name
@@ -138,6 +147,39 @@ BANKS = {
     ("same_pass", True): (2004, 1031),
     ("pass_before", False): (1296, 644),
 }
+
+
+def scaled(row: Row) -> Iterator[Case]:
+    """Steps of a rule that are scaled, as far as its optimizer lets them be."""
+    own = {**row.hyperparameters, "lr": 0.01, "weight_decay": 0.1}
+    for how in ({"caution": "exact"}, {"caution": "delayed"}, {"lr_scale": "rms"}):
+        case = Case(f"{row.id}-{next(iter(how.values()))}", row.optimizer, {**own, **how}, given=SMALL)
+        try:
+            row.optimizer([torch.nn.Parameter(torch.zeros(1))], backend="cpu", **case.hyperparameters)
+        except ValueError:
+            continue
+        yield case
+
+
+SCALED = [case for row in TABLE if not row.like for case in scaled(row)]
+
+
+@with_cuda
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=() if i % 6 == 0 else pytest.mark.nightly)
+        for i, case in enumerate(SCALED)
+    ],
+)
+def test_scaled_steps(case: Case, library: ctypes.CDLL, texts: dict[Any, str]) -> None:
+    """One kernel has the arithmetic of every rule."""
+    step = Step(case)
+    launches = step.cuda(library)
+    assert {launch.kernel.functor for launch in launches} == {ANY_RULE}
+    run_cuda(step, launches, texts, schedule="interleaved", seed=len(case.name))
+    assert step.unequal() == []
 
 
 @with_cuda

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
+from support.launches import ANY_RULE_KERNELS
 from support.toolchain import (
     PTX_ARITHMETIC,
     AnyKernelName,
@@ -136,7 +137,7 @@ def test_architectures_and_kernels(thorough: bool) -> None:
     general = {KernelName(RULES[rule].struct, threshold_pass, storage) for rule, threshold_pass, storage in KERNELS}
     assert len(general) == len(KERNELS)
     assert len(set(FIXED)) == len(FIXED) <= 80
-    expected = {*general, *FIXED, *VOTE_KERNELS, *BEGIN_KERNELS}
+    expected = {*general, *FIXED, *ANY_RULE_KERNELS, *VOTE_KERNELS, *BEGIN_KERNELS}
     assert set(RULES) == set(_C.RULES)
     assert set(kernels_without_code()) == set(ARCHITECTURES)
     for architecture, found in kernels_without_code().items():
@@ -274,6 +275,24 @@ def test_ptx_of_kernels_for_fixed_forms(architecture: str, name: KernelName) -> 
     assert arithmetic <= exact_ptx("f32") | exact_ptx("f64")
     assert {"add.rn.f32", "mul.rn.f32"} <= arithmetic
     assert ("div.rn.f32" in arithmetic) == (rule.divides and name.threshold_pass != "pass_before")
+    assert not re.search(r"\.(approx|ftz|full)\b", entry)
+
+
+@each_architecture
+@pytest.mark.parametrize("name", ANY_RULE_KERNELS, ids=["-".join(name[1:3]) for name in ANY_RULE_KERNELS])
+def test_kernels_for_any_rule(architecture: str, name: KernelName) -> None:
+    """One block, whose registers hold a piece of every operand; nothing spills."""
+    kernel = kernels(architecture)[name]
+    assert 0 < kernel.registers <= 255 and kernel.stack == kernel.local == 0
+    assert not kernel.of("LDL") and not kernel.of("STL")
+    assert bool(kernel.wide()["STG.E.EF.128"]) == (name.threshold_pass == "same_pass")
+
+
+@pytest.mark.parametrize("architecture", VIRTUAL)
+@pytest.mark.parametrize("name", ANY_RULE_KERNELS, ids=["-".join(name[1:3]) for name in ANY_RULE_KERNELS])
+def test_ptx_of_kernels_for_any_rule(architecture: str, name: KernelName) -> None:
+    entry = ptx(_C.__file__)[architecture][name]
+    assert set(PTX_ARITHMETIC.findall(entry)) <= exact_ptx("f32") | exact_ptx("f64")
     assert not re.search(r"\.(approx|ftz|full)\b", entry)
 
 

@@ -54,6 +54,14 @@ bool find(const void* function, Known& known) {
         found = true;
         known = {static_cast<RuleIndex>(rule), which, storage, nullptr, step_begins + kernel.inline_bytes};
       }
+  // A kernel for any rule is known as that of none.
+  for (const auto which : {ThresholdPass::same_pass, ThresholdPass::pass_before})
+    for (const auto storage : {Storage::any, Storage::with_statistics}) {
+      const Kernel kernel = kernel_for_any_rule(which, storage);
+      if (found || kernel.function != function) continue;
+      found = true;
+      known = {rule_count, which, storage, nullptr, step_begins + kernel.inline_bytes};
+    }
   return found;
 }
 
@@ -134,9 +142,10 @@ const unsigned char* launched_bytes() { return fake.launches.back().parameters.d
 // to the device. `step`: the step's data with the places of gradients, keys, indices and scalars in it, as
 // Table.write_step writes them. What the kernels get beyond the step's data is 0xa5. Where `device_step` is not null
 // the device has begun the step there, and both are nothing.
-int launch_table(int rule_index, int threshold_pass_index, int64_t tensors, int64_t chunks, const unsigned char* table,
-                 int64_t table_size, const unsigned char* step, const int64_t* offsets, int64_t scalar_sets, void* sums,
-                 void* arrivals, void* chunk_statistics, void* device_step, char* message, int64_t room) {
+int launch_table(int rule_index, int threshold_pass_index, int scaling_index, int64_t tensors, int64_t chunks,
+                 const unsigned char* table, int64_t table_size, const unsigned char* step, const int64_t* offsets,
+                 int64_t scalar_sets, void* sums, void* arrivals, void* chunk_statistics, void* device_step,
+                 char* message, int64_t room) {
   return report(message, static_cast<std::size_t>(room), [&] {
     const auto count = static_cast<std::size_t>(tensors);
     const auto* const entries = entries_of(table, tensors, chunks, table_size);
@@ -158,9 +167,12 @@ int launch_table(int rule_index, int threshold_pass_index, int64_t tensors, int6
     const Storage own_storage = plain ? Storage::plain : Storage::any;
     const bool alike = std::all_of(entries, entries + tensors,
                                    [entries](const TensorEntry& entry) { return entry.formats == entries->formats; });
+    const auto scaling = static_cast<Scaling>(scaling_index);
     const auto run = [&](ThresholdPass which, Storage storage) {
-      launch({static_cast<RuleIndex>(rule_index), which, storage, alike ? &entries->formats : nullptr}, view,
-             static_cast<uint32_t>(chunks), layout, own.data(), device_step, 0, nullptr);
+      const bool is_norm_known = which != ThresholdPass::pass_before && scaling == Scaling::norm;
+      launch({static_cast<RuleIndex>(rule_index), which, storage, alike ? &entries->formats : nullptr,
+              is_norm_known ? Scaling::none : scaling},
+             view, static_cast<uint32_t>(chunks), layout, own.data(), device_step, 0, nullptr);
       auto& parameters = fake.launches.back().parameters;
       const auto used = step_begins + (device_step == nullptr ? layout.size : 0);
       std::fill(parameters.begin() + static_cast<std::ptrdiff_t>(used), parameters.end(), 0xa5);

@@ -15,7 +15,15 @@ template <Storage>
 Launch launch_of(int, ThresholdPass) {
   return nullptr;
 }
+Launch scaled_launch_of(ThresholdPass, bool) { return nullptr; }
 #else
+// As kernel_for_any_rule in csrc/cuda/step.cu.
+Launch scaled_launch_of(ThresholdPass threshold_pass, bool observes) {
+  if (threshold_pass == ThresholdPass::pass_before) return launch<AnyRule, ThresholdPass::pass_before, Storage::any>;
+  return observes ? launch<AnyRule, ThresholdPass::same_pass, Storage::with_statistics>
+                  : launch<AnyRule, ThresholdPass::same_pass, Storage::any>;
+}
+
 // As kernel_of in csrc/cuda/step.cu.
 template <Storage storage>
 Launch launch_of(int rule, ThresholdPass threshold_pass) {
@@ -98,11 +106,12 @@ int64_t fixed_launches_so_far() { return fixed_count; }
 
 // One step of all tensors. `table`: the bytes that the CUDA backend sends to the device. `step`: the step's data with
 // the places of gradients, keys, rows and scalars in it, as Table.write_step writes them. `chunk_statistics`: null, or
-// where they go, of kernels for fixed forms alone. Returns 0, 1 when there is no such kernel, 2 when a count of
-// arrivals was left behind, 3 when the table was not built from these headers.
-int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks, const unsigned char* table_bytes,
-                 int64_t table_size, const unsigned char* step_bytes, const int64_t* offsets, int64_t scalar_sets,
-                 ChunkStatistics* chunk_statistics, int order, uint32_t seed) {
+// where they go, of kernels for fixed forms or any rule alone. Returns 0, 1 when there is no such kernel, 2 when a
+// count of arrivals was left behind, 3 when the table was not built from these headers.
+int cuda_on_host(int rule, int statistics_index, int scaling_index, int64_t tensors, int64_t chunks,
+                 const unsigned char* table_bytes, int64_t table_size, const unsigned char* step_bytes,
+                 const int64_t* offsets, int64_t scalar_sets, ChunkStatistics* chunk_statistics, int order,
+                 uint32_t seed) {
   auto threshold_pass = static_cast<ThresholdPass>(statistics_index);
   if (table_size != tensors * static_cast<int64_t>(sizeof(TensorEntry)) + chunks * 4) return 3;
   const auto* const entries = reinterpret_cast<const TensorEntry*>(table_bytes);
@@ -110,15 +119,17 @@ int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks
   const double nan = std::numeric_limits<double>::quiet_NaN();
   std::vector<Sums> sums(static_cast<std::size_t>(chunks), Sums{nan, nan});
   std::vector<uint32_t> arrivals(static_cast<std::size_t>(tensors), 0);
-  const TableView table{entries, reinterpret_cast<const uint32_t*>(entries + tensors), sums.data(), arrivals.data(),
-                        chunk_statistics};
+  TableView table{entries, reinterpret_cast<const uint32_t*>(entries + tensors), sums.data(), arrivals.data(),
+                  chunk_statistics};
   std::vector<Scalars> scalars;
   const auto* const rows = reinterpret_cast<const double*>(step_bytes + offsets[3]);
   for (int64_t i = 0; i < scalar_sets; ++i) scalars.push_back(Scalars::from_set(rows + i * scalar_count));
   const bool plain = std::all_of(entries, entries + tensors, [](const TensorEntry& entry) { return entry.plain(); });
   const Step step{reinterpret_cast<const void* const*>(step_bytes + offsets[0]),
                   plain ? nullptr : reinterpret_cast<const RngKey*>(step_bytes + offsets[1]),
-                  reinterpret_cast<const uint32_t*>(step_bytes + offsets[2]), scalars.data()};
+                  reinterpret_cast<const uint32_t*>(step_bytes + offsets[2]), scalars.data(),
+                  static_cast<uint32_t>(rule)};
+  const auto scaling = static_cast<Scaling>(scaling_index);
 
   const bool alike = tensors > 0 && std::all_of(entries, entries + tensors, [entries](const TensorEntry& entry) {
                        return entry.formats == entries->formats;
@@ -127,8 +138,13 @@ int cuda_on_host(int rule, int statistics_index, int64_t tensors, int64_t chunks
   const auto run = [&](ThresholdPass which) {
     const Storage own = plain ? Storage::plain : Storage::any;
     const Storage storage = observes && which != ThresholdPass::pass_before ? Storage::with_statistics : own;
-    Launch function = alike ? fixed_launch_of(rule, which, storage, entries->formats) : nullptr;
-    if (function != nullptr)
+    const bool before = which == ThresholdPass::pass_before;
+    const bool scaled = before ? scaling != Scaling::none : scaling == Scaling::steps;
+    if (which == ThresholdPass::none) table.sums = nullptr;
+    Launch function = alike && !scaled ? fixed_launch_of(rule, which, storage, entries->formats) : nullptr;
+    if (scaled)
+      function = scaled_launch_of(which, storage == Storage::with_statistics);
+    else if (function != nullptr)
       ++fixed_count;
     else
       function = storage == Storage::with_statistics ? nullptr

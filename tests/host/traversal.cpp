@@ -989,7 +989,9 @@ void levels() {
         next_threshold_state(threshold_state, {ordered_sum(first), ordered_sum(second)}, tensor.numel, s);
     HostBlock block(Order::shuffled, 9);
     block.start();
-    finish_statistics(block, TableView{nullptr, nullptr, sums.data(), nullptr, nullptr}, tensor, s);
+    finish_statistics(
+        block, TableView{nullptr, nullptr, sums.data(), nullptr, nullptr}, tensor,
+        [&](double state, const Sums& sums) { return next_threshold_state(state, sums, tensor.numel, s); });
     REQUIRE(threshold_state == expected && expected != 0.75, "%lld chunks: %.17g, not %.17g",
             static_cast<long long>(chunks), threshold_state, expected);
     REQUIRE(

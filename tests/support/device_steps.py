@@ -156,8 +156,12 @@ class DeviceBegun:
         rule = self.bucket.rule
         addresses = {name: getattr(self, name).data_ptr() for name in ("sums", "arrivals")}
         addresses |= {"device_table": self.table.data_ptr(), "chunk_statistics": 0}
-        threshold_pass = getattr(_C.ThresholdPass, rule.threshold_pass)
-        own = (self.library, self.bucket.table, _C.RULES.index(rule.name), threshold_pass, scalar_sets, addresses, ())
+        kernels = (
+            _C.RULES.index(rule.name),
+            getattr(_C.ThresholdPass, rule.threshold_pass),
+            cuda_backend.SCALINGS[rule.update_scale],
+        )
+        own = (self.library, self.bucket.table, kernels, scalar_sets, addresses, ())
         return list(cuda_launches(*own, device_step=self.step.data_ptr() if scalar_sets is None else 0))
 
 
@@ -255,6 +259,7 @@ def emulated_cuda(
         table: Any,
         rule: int,
         threshold_pass: Any,
+        scaling: Any,
         scalar_sets: None,
         *,
         device_step: int,
@@ -262,7 +267,7 @@ def emulated_cuda(
         stream: int,
         **addresses: int,
     ) -> None:
-        own = (library, table, rule, threshold_pass, scalar_sets, addresses, ())
+        own = (library, table, (rule, threshold_pass, scaling), scalar_sets, addresses, ())
         run(list(cuda_launches(*own, device_step=device_step)))
 
     with contextlib.ExitStack() as patches:

@@ -38,6 +38,13 @@ ELEMENTS: int = _C.CHUNK_SIZE
 #: Steps of the CPU backend before the one whose launches are made.
 STEPS_BEFORE = 2
 FUNCTORS = rules()
+#: In the place of a rule, of the kernels for any.
+ANY_RULE = "AnyRule"
+ANY_RULE_KERNELS = (
+    KernelName(ANY_RULE, "pass_before", "any"),
+    KernelName(ANY_RULE, "same_pass", "any"),
+    KernelName(ANY_RULE, "same_pass", "with_statistics"),
+)
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,18 @@ def _cases() -> Iterator[Case]:
     yield case("msvag_minibatch", bf16, param_storage="split16", state_dtype="bf16")
     yield case("sign_adam_pp-adaptive", bf16, param_storage="split16", state_dtype="int4")
     yield case("sign_adam_pp-delayed", bf16, param_storage="stochastic", state_dtype="int2")
+    # Steps that are scaled by a number of each tensor's.
+    for row, how in (
+        ("lion", {"caution": "delayed"}),
+        ("adam", {"caution": "exact"}),
+        ("sign_sgd-gated", {"lr_scale": "rms"}),
+    ):
+        yield case(row, **how)
+    yield case("signum", bf16, caution="exact", param_storage="stochastic", state_dtype="int8")
+    yield case("sign_adam_pp", bf16, caution="delayed", param_storage="split8", state_dtype="int2")
+    yield case("adam_amsgrad", bf16, lr_scale="rms", param_storage="master", state_dtype="bf16")
+    yield case("signum", bf16, observes=True, caution="delayed", param_storage="stochastic", state_dtype="int8")
+    yield case("mars_adamw-clipped", bf16, observes=True, param_storage="stochastic", state_dtype="int8")
     # With statistics().
     for row in ("sign_adam_pp", "sign_adam_pp-adaptive", "sign_sgd-gated", "msvag_minibatch"):
         yield case(row, observes=True)
@@ -480,6 +499,7 @@ class Step:
             table: Any,
             rule: int,
             threshold_pass: Any,
+            scaling: Any,
             scalar_sets: Sequence[ScalarSet],
             *,
             device_step: int,
@@ -494,7 +514,8 @@ class Step:
             for name, address in addresses.items():
                 facts = {"writable": name != "device_table", "defined": name != "sums"}
                 recorder.add({f"{name}{number}": named.get(address)}, **facts)
-            made = list(cuda_launches(library, table, rule, threshold_pass, scalar_sets, addresses, tuple(kept)))
+            kernels = rule, threshold_pass, scaling
+            made = list(cuda_launches(library, table, kernels, scalar_sets, addresses, tuple(kept)))
             if on_device:
                 made = [_with_step_on_device(library, launch) for launch in made]
                 for launch in made:
@@ -593,14 +614,18 @@ def _with_step_on_device(library: ctypes.CDLL, launch: CudaLaunch) -> CudaLaunch
 def cuda_launches(
     library: ctypes.CDLL,
     table: Any,
-    rule: int,
-    threshold_pass: Any,
+    kernels: tuple[int, Any, Any],
     scalar_sets: Sequence[ScalarSet] | None,
     addresses: dict[str, int],
     keep: tuple[Tensor, ...],
     device_step: int = 0,
 ) -> Iterator[CudaLaunch]:
-    """What csrc/cuda/step.cu hands to the runtime, given what the backend hands to the module."""
+    """What csrc/cuda/step.cu hands to the runtime, given what the backend hands to the module.
+
+    Args:
+        kernels: the rule's index, its threshold pass and scaling.
+    """
+    rule, threshold_pass, scaling = kernels
     count = len(table) if scalar_sets is None else len(scalar_sets)
     *offsets, size = _C.step_layout(tensors=len(table), scalar_sets=count)
     step = ctypes.create_string_buffer(size)
@@ -609,7 +634,7 @@ def cuda_launches(
     message = ctypes.create_string_buffer(200)
     library.begin(1, 0, 0, 0)
     failed = library.launch_table(
-        *(rule, threshold_pass.value, ctypes.c_int64(len(table)), ctypes.c_int64(table.chunks)),
+        *(rule, threshold_pass.value, scaling.value, ctypes.c_int64(len(table)), ctypes.c_int64(table.chunks)),
         *(ctypes.c_void_p(addresses["device_table"]), ctypes.c_int64(len(table.device_bytes()))),
         *(step, (ctypes.c_int64 * 4)(*offsets), ctypes.c_int64(count)),
         *(ctypes.c_void_p(addresses[name]) for name in ("sums", "arrivals", "chunk_statistics")),
@@ -622,7 +647,7 @@ def cuda_launches(
         room = ctypes.create_string_buffer(table.cuda_step_bytes(scalar_sets=len(scalar_sets)))
         table.write_cuda_step(scalars=scalar_sets, address=ctypes.addressof(room))
         own = room.raw
-    functors = [FUNCTORS[name].struct for name in _C.RULES]
+    functors = [*(FUNCTORS[name].struct for name in _C.RULES), ANY_RULE]
     for index in range(library.launches()):
         facts = (ctypes.c_int64 * 13)()
         assert library.launched_kernel(index, facts) == 0
