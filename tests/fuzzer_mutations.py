@@ -51,7 +51,7 @@ READER, TABLE, OBJECTS = "csrc/python/gradient_reader.cpp", "csrc/python/host_ta
 #: What a text that no longer fits where it is put leads to: that finds nothing.
 BROKEN = re.compile(r"\b(NameError|UnboundLocalError|AttributeError|ImportError|ModuleNotFoundError|SyntaxError)\b")
 
-COMMIT = "backends.commit(operations, tables, [*self._pending, *of_groups], self._written())"
+COMMIT = "backends.commit(operations, tables, self._pending + _as_states(kept), self._written())"
 #: The parameters that a step writes.
 WRITTEN = "[self._reader.held(e.index)[0] for e in self.entries if self._reader.addresses()[e.index]]"
 
@@ -188,7 +188,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 PLAN,
                 COMMIT,
                 f"params = {WRITTEN}\n        self._reader.release()\n"
-                "        backends.commit(operations, tables, [*self._pending, *of_groups], params)",
+                "        backends.commit(operations, tables, self._pending + _as_states(kept), params)",
             ),
         ),
     ),
@@ -240,7 +240,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             (
                 PLAN,
                 COMMIT,
-                "backends.commit(operations, tables, [*self._pending, *of_groups], [])\n"
+                "backends.commit(operations, tables, self._pending + _as_states(kept), [])\n"
                 f"        own = [p for p in {WRITTEN} if not p.is_inference()]\n"
                 "        torch.autograd.graph.increment_version(own)",
             ),

@@ -52,7 +52,7 @@ def number(
     below = found < high if open_high else found <= high
     if not (above and below and -sys.float_info.max <= found <= sys.float_info.max):
         brackets = "(" if open_low else "[", ")" if open_high else "]"
-        least = "" if low == -math.inf else f" and at least {low:g}"
+        least = "" if low == -math.inf else f" and {'above' if open_low else 'at least'} {low:g}"
         bounds = f"in {brackets[0]}{low:g}, {high:g}{brackets[1]}" if math.isfinite(high) else f"finite{least}"
         raise ValueError(f"{name}={found!r}: must be {bounds}")
     return found
@@ -92,11 +92,14 @@ def learning_rate(name: str, value: Any, slack: float = 0.0) -> float:
 
 
 def max_grad_norm(name: str, value: Any) -> float | None:
-    """None, or a norm of at least 0, which may be infinite."""
+    """None, or a norm above 0, which may be infinite."""
     value = plain(value)
     if value is None or (isinstance(value, float) and value == math.inf):
         return value
-    return float(number(name, value, 0.0))
+    try:
+        return float(number(name, value, 0.0, open_low=True))
+    except ValueError:
+        raise ValueError(f"{name}={value!r}: must be above 0, or None where nothing is to be clipped") from None
 
 
 def look_up(name: str, value: Any, table: Mapping[str, T]) -> T:

@@ -113,7 +113,7 @@ def outside_inference_mode() -> contextlib.AbstractContextManager[object]:
 
 def effective_param_storage(param_storage: str, dtype: torch.dtype) -> str:
     """What ``param_storage`` means for a parameter of that dtype: an fp32 parameter is its own master."""
-    return "nearest" if dtype == torch.float32 and param_storage in ("stochastic", "master") else param_storage
+    return "nearest" if dtype == torch.float32 else param_storage
 
 
 def draws(param_storage: str, forms: Iterable[Format]) -> bool:

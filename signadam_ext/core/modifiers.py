@@ -22,7 +22,8 @@ WEIGHT_DECAY_KINDS = ("decoupled", "coupled", "cautious")
 WEIGHT_DECAY_SCALES: dict[str, Callable[[Any, Any, Group], Any]] = {
     "lr": lambda lr, weight_decay, group: lr * weight_decay,
     "corrected": lambda lr, weight_decay, group: lr * lr / at_least(number(group["largest_lr"]), _TINY) * weight_decay,
-    "independent": lambda lr, weight_decay, group: weight_decay,
+    # A learning rate of 0 moves nothing: torch.distributed.checkpoint makes state by a step with it.
+    "independent": lambda lr, weight_decay, group: weight_decay * is_nonzero(lr),
     "fully_decoupled": lambda lr, weight_decay, group: weight_decay * lr / at_least(number(group["base_lr"]), _TINY),
 }
 _TINY = 2.0**-1000  # so that a learning rate of 0, which was never larger, decays by 0
@@ -152,6 +153,25 @@ def constructed_lr_scale(value: Any) -> Any:
             "all groups, multiply lr itself"
         )
     return value
+
+
+def check_group_scale(group: Group, defaults: Group) -> None:
+    """Raises on a number that a group would have in the place of the optimizer's ``lr_scale``.
+
+    Args:
+        group: that is added, as it was given.
+        defaults: the optimizer's.
+
+    Raises:
+        ValueError: a number other than 1, which no step multiplies with, where steps have a scale.
+    """
+    scale, others = checks.plain(group.get("lr_scale", 1.0)), defaults["lr_scale"]
+    if isinstance(scale, (int, float)) and scale != 1 and not isinstance(others, (int, float)):
+        raise ValueError(
+            f"lr_scale={scale!r} in a group, where lr_scale={others!r} is the optimizer's: a number in a group is left "
+            "to schedulers, as timm's layer decay has it, and would take the place of the other; multiply the group's "
+            "lr instead"
+        )
 
 
 def scale_in_steps(group: Group) -> Any:

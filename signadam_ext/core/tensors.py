@@ -115,11 +115,10 @@ def variance(label: str, value: Any, param: Tensor) -> None:
 
 def param_storage(label: str, value: str, dtype: torch.dtype) -> None:
     """Raises unless a parameter of that dtype can be stored that way."""
-    if value in ("split16", "split8") and dtype != torch.bfloat16:
-        hint = "is its own master: use 'nearest'" if dtype == torch.float32 else "has other low bits: use 'master'"
+    if value in ("split16", "split8") and dtype == torch.float16:
         raise TypeError(
             f"param_storage={value!r} splits fp32 into a bfloat16 parameter and its low bits, and {label}, {dtype}, "
-            f"{hint}"
+            "has other low bits: use 'master'"
         )
 
 

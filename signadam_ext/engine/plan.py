@@ -339,7 +339,7 @@ class Plan:
         begun = [(bucket, launch, sets) for bucket, launch in self.launches if (sets := self._begin(bucket))]
         groups = [with_factor(groups[index], factor) for index, factor in self._scalar_groups]
         if self.device_steps is not None:
-            return self._run_on_device(self.device_steps, groups, conditions or _NO_CONDITIONS)
+            return self._run_on_device(self.device_steps, groups, conditions or _NO_CONDITIONS, kept)
         decision = _TAKEN
         if conditions is not None:
             launches = [(bucket, launch) for bucket, launch, _ in begun]
@@ -385,13 +385,14 @@ class Plan:
                 for entry in non_dense:
                     entry.param.detach().copy_(entry.dense_param)
         tables = [bucket.table for bucket, _, _ in prepared]
-        of_groups = [(None, None, own, entries, ()) for own, entries in kept]
-        backends.commit(operations, tables, [*self._pending, *of_groups], self._written())
+        backends.commit(operations, tables, self._pending + _as_states(kept), self._written())
         self._pending = []
         self.is_first = False
         return decision
 
-    def _run_on_device(self, steps: DeviceSteps, groups: Sequence[Group], conditions: Conditions) -> Decision:
+    def _run_on_device(
+        self, steps: DeviceSteps, groups: Sequence[Group], conditions: Conditions, kept: Sequence[Kept]
+    ) -> Decision:
         """Only the device will know whether the step was taken: on the host it counts as one."""
         self.round = 0
         self._bind()
@@ -401,7 +402,7 @@ class Plan:
         steps.run(self._reader.addresses(), groups, conditions)
         for entry in non_dense:
             entry.param.detach().copy_(entry.dense_param)
-        backends.commit([], [], self._pending, self._written())
+        backends.commit([], [], self._pending + _as_states(kept), self._written())
         self._pending = []
         self.is_first = False
         return _TAKEN
@@ -470,6 +471,11 @@ class Plan:
         self._holds_all = False
         self._reader.release()
         self.owns = False
+
+
+def _as_states(kept: Sequence[Kept]) -> list[Any]:
+    """What groups keep, as a commit takes it."""
+    return [(None, None, own, entries, ()) for own, entries in kept]
 
 
 def _scalar_set(rule: Rule, group: Group, t: int, gradient_factor: float) -> tuple[float, ...]:

@@ -63,8 +63,8 @@ class Ano(SignOptimizer):
             "bf16"; a tuple gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
-            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
-            "stochastic" or "master", all the same for it. Default: "nearest".
+            ("split8", "split16", not of fp16); an fp32 copy ("master"). An fp32 parameter is its own master under
+            each of them. Default: "nearest".
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
@@ -170,8 +170,8 @@ class Anolog(SignOptimizer):
             "bf16"; a tuple gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
-            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
-            "stochastic" or "master", all the same for it. Default: "nearest".
+            ("split8", "split16", not of fp16); an fp32 copy ("master"). An fp32 parameter is its own master under
+            each of them. Default: "nearest".
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".
@@ -211,7 +211,8 @@ class Anolog(SignOptimizer):
 
     The logarithm is made of additions, multiplications and divisions, with the same bits on every backend.
 
-    State: ``exp_avg`` (m), ``exp_avg_sq`` (v) and ``step``.
+    State: ``exp_avg`` (m), ``exp_avg_sq`` (v) and ``step``. Groups also carry an empty ``betas``, only so that
+    OneCycleLR and CyclicLR accept the optimizer; what they write there is not used.
 
     Source: [AN] Kegreisz, arXiv 2508.18258.
     """
@@ -239,6 +240,7 @@ class Anolog(SignOptimizer):
         given = {
             "lr": lr,
             "beta2": beta2,
+            "betas": (),
             "eps": eps,
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,

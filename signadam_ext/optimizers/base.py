@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import os
 import weakref
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from .. import backends
 from ..core import checks, hyperparameters, modifiers, options, shards, tensors
 from ..core.dynamo import untraced
-from ..core.renamed import names_today
+from ..core.renamed import names_today, warn_user
 from ..core.rule import Group, Rule, RuleChoice, method_of, rule_of
 from ..engine.runtime import Runtime
 from ..engine.statistics import Statistics, collect
@@ -26,6 +27,9 @@ from .groups import complete, has_one_beta, keep_first_of_each, label, warn_of_v
 from .stepping import step_all
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+#: How alike names are of which one is taken for the other misspelt, as difflib measures it.
+NEARLY = 0.85
 
 
 class SignOptimizer(Optimizer):
@@ -47,10 +51,10 @@ class SignOptimizer(Optimizer):
     begins.
 
     **Parameters** of bf16 or fp16, by ``param_storage``. "nearest": rounded to nearest, so that steps below half its
-    last place are lost. "stochastic": rounded up or down at random, right on average. "split16", "split8" (bf16 only):
-    the low 16 bits of fp32, so that the optimizer updates an exact fp32 weight of 4 bytes, or the next 8 and the rest
-    stochastically, are kept beside it. "master": an fp32 copy is. An fp32 parameter is its own master under
-    "stochastic" and "master". A parameter that is set from outside wins over a master copy; low bits stay as they were,
+    last place are lost. "stochastic": rounded up or down at random, right on average. "split16", "split8" (not of
+    fp16): the low 16 bits of fp32, so that the optimizer updates an exact fp32 weight of 4 bytes, or the next 8 and the
+    rest stochastically, are kept beside it. "master": an fp32 copy is. An fp32 parameter is its own master under each
+    of them. A parameter that is set from outside wins over a master copy; low bits stay as they were,
     and are added to it.
 
     **Random bits** are a function of ``seed``, parameter, step and element, so they are the same on every backend and
@@ -137,6 +141,8 @@ class SignOptimizer(Optimizer):
                     checks.torch_option(name, param_group.get(name))
                 hyperparameters.check_beta_names(type(self), param_group, folded=True)
                 hyperparameters.fold(param_group, has_one_beta(self.defaults))
+                modifiers.check_group_scale(param_group, self.defaults)
+                self._warn_of_misspelt(param_group)
                 _keep_rates(param_group, self.defaults)
                 given_now = {**self.defaults, **param_group}
                 checked = hyperparameters.checked(type(self), given_now, self._asked.get("capturable", False))
@@ -165,6 +171,14 @@ class SignOptimizer(Optimizer):
         self.runtime.has_shards |= any(map(shards.is_sharded, group["params"]))
         if self.runtime.driver is not None:
             self.runtime.driver.extend(group["params"])
+
+    def _warn_of_misspelt(self, group: Group) -> None:
+        """Warns of names that are nearly those of hyperparameters. Groups take any other, as torch.optim's do."""
+        known = {*self.defaults, *type(self).HYPERPARAMETERS, "beta", "params", "param_names"}
+        for name in group:
+            if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=NEARLY)):
+                index = len(self.param_groups)
+                warn_user(f"group {index} has {name!r}, which is no hyperparameter: did you mean {near[0]!r}?")
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -26,6 +26,10 @@ from .groups import GroupedOptimizer, complete, label, layout_of, layouts_of, ma
 #: Group entries that stay the constructor's when a checkpoint is loaded.
 CONSTRUCTORS = ("backend", "state_dtype", "param_storage")
 
+#: Methods whose groups did not say it in versions before 0.2. Torch's Adam and AdamW never do.
+WITHOUT_METHOD = frozenset(
+    ("Adam", "AdamStar", "Lion", "MSGD", "MSVAG", "SVAG", "SignAdam", "SignAdamPP", "SignSGD", "Signum")
+)
 #: Names of hyperparameters by which a checkpoint of another method is recognised: those that only torch.optim uses, and
 #: the HYPERPARAMETERS of every subclass of SignOptimizer.
 DISTINCTIVE = {
@@ -258,6 +262,8 @@ def _check_method(optimizer: GroupedOptimizer, index: int, saved: Mapping[str, A
             f"group {index} of the checkpoint has the hyperparameter {foreign[0]!r}, which {ours} has not: it is "
             "of another method"
         )
+    if ours not in WITHOUT_METHOD or ("amsgrad" in optimizer.HYPERPARAMETERS and "amsgrad" not in saved):
+        raise ValueError(f"group {index} of the checkpoint does not say its method, so it is not of {ours}")
 
 
 def _constructors_of(group: dict[str, Any]) -> dict[str, Any]:

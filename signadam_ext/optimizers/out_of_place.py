@@ -64,6 +64,7 @@ class FunctionalOptimizer:
         made: Any = cls
         self._template: SignOptimizer = made([torch.empty(0)], **hyperparameters)
         refuse_sums(self._template, "FunctionalOptimizer")
+        _refuse_largest_rate(self._template.param_groups[0])
 
     def __repr__(self) -> str:
         given = "".join(f", {name}={value!r}" for name, value in self.hyperparameters.items())
@@ -164,11 +165,21 @@ class FunctionalOptimizer:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise TypeError(f"unknown hyperparameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         group = {**template.param_groups[0], **changes}
+        _refuse_largest_rate(group)
         group["params"] = [param for _, param in named]
         group["param_names"] = [name for name, _ in named]
         made = posing_as(template, param_groups=[group], state={})
         made.runtime = Runtime(weakref.ref(cast(Any, made)), hyperparameters.Hyperparameters(self.cls))
         return made
+
+
+def _refuse_largest_rate(group: Mapping[str, Any]) -> None:
+    """Raises where decay is scaled by the largest learning rate so far, for which the state has no place."""
+    if group["weight_decay_scale"] == "corrected":
+        raise ValueError(
+            "weight_decay_scale='corrected' in FunctionalOptimizer, which has no group that lasts to keep the largest "
+            "learning rate so far in: take 'fully_decoupled', which is in proportion to the lr given at first"
+        )
 
 
 def _named(params: Any) -> tuple[list[tuple[str, Tensor]], Any]:

@@ -106,8 +106,8 @@ class SignAdamPP(SignOptimizer):
             gives each moment its own. Default: "fp32".
         param_storage: what is kept of a bf16 or fp16 parameter beyond its dtype: nothing, rounding to nearest
             ("nearest"), so that steps below half its last place are lost, or at random ("stochastic"); low bits
-            ("split8", "split16", of bf16 only); an fp32 copy ("master"). An fp32 parameter takes "nearest",
-            "stochastic" or "master", all the same for it. Default: "nearest".
+            ("split8", "split16", not of fp16); an fp32 copy ("master"). An fp32 parameter is its own master under
+            each of them. Default: "nearest".
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
         backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
             "auto".

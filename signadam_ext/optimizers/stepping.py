@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..core import options
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
 from ..core.hyperparameters import of_group
@@ -15,7 +16,7 @@ from ..core.modifiers import lr_factor, scale_in_steps
 from ..core.rule import Group, method_of, rule_of
 from ..engine.decision import Conditions
 from ..engine.participants import Item
-from ..engine.plan import Plan
+from ..engine.plan import Kept, Plan
 from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from . import ranks
@@ -51,11 +52,7 @@ def step_all(optimizer: GroupedOptimizer) -> None:
                     simulate(optimizer, groups)
                     return
                 plan = make_plan(optimizer, groups)
-            kept = [
-                (own, group["after_step"])
-                for own, group in zip(optimizer.param_groups, groups, strict=True)
-                if "after_step" in group
-            ]
+            kept = _kept(optimizer, groups)
             decision = plan.run(groups, runtime.lock, conditions, kept)
             runtime.plan, runtime.plan_key = plan, key
             runtime.last_grad_norm = decision.norm
@@ -65,6 +62,8 @@ def step_all(optimizer: GroupedOptimizer) -> None:
                     runtime.last_grad_norm = plan.device_steps.norm
             if decision.skips:
                 runtime.skipped_steps += 1
+                for own, entries in kept:  # as where the device skips, and the host does not know
+                    own.update((name, entries[name]) for name in options.LARGEST_RATES if name in entries)
                 if plan.is_first:
                     runtime.plan = None
             else:
@@ -106,7 +105,8 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
                 return True
             item = make_item(optimizer, label(group, index, i), param, group, 0, param_id)
             plan = _plan_of(optimizer, [item], alone)
-        plan.run(alone, runtime.lock)
+        kept = [(optimizer.param_groups[index], group["after_step"])] if "after_step" in group else []
+        plan.run(alone, runtime.lock, kept=kept)
     except BaseException:
         if plan is not None and plan.owns:  # as above
             runtime.plans_alone.pop(id(param), None)
@@ -137,17 +137,28 @@ def _read_groups(optimizer: GroupedOptimizer) -> list[dict[str, Any]]:
 
 
 def read_group(optimizer: GroupedOptimizer, index: int) -> dict[str, Any]:
-    """The same of one group. A learning rate that is the largest so far is kept where decay is scaled by it.
+    """The same of one group.
 
-    What the group is to keep of the step once that is taken is in its ``after_step``, where there is such a thing.
+    What the group is to keep of the step once that is taken is in its ``after_step``, where there is such a thing; a
+    learning rate that is the largest so far, where decay is scaled by it.
     """
     own = optimizer.param_groups[index]
     group = optimizer.runtime.hyperparameters.read(index, own, optimizer.defaults)
+    kept = {}
     if group["weight_decay_scale"] == "corrected" and group["lr"] > group["largest_lr"]:
-        own["largest_lr"] = group["lr"]
-        group = {**group, "largest_lr": group["lr"]}
+        kept = {"largest_lr": group["lr"]}
     with of_group(index):
-        return optimizer.of_this_step(group)
+        group = optimizer.of_this_step({**group, **kept} if kept else group)
+    return {**group, "after_step": {**group.get("after_step", {}), **kept}} if kept else group
+
+
+def _kept(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> list[Kept]:
+    """What the optimizer's groups are to keep of the step that these were read for."""
+    return [
+        (own, group["after_step"])
+        for own, group in zip(optimizer.param_groups, groups, strict=True)
+        if "after_step" in group
+    ]
 
 
 def refuse_sums(optimizer: GroupedOptimizer, how: str) -> None:

@@ -73,7 +73,7 @@ BACKENDS = ("cpu", "reference")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6, math.inf])
+@pytest.mark.parametrize("max_norm", [1e-30, 0.5, 1e6, math.inf])
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_clipped_step_is_one_of_scaled_gradients(cls: Any, max_norm: float, backend: str) -> None:
     """Each gradient times one fp32 number, which nobody writes into it."""
@@ -186,6 +186,13 @@ def test_statistics_are_of_the_last_step_taken() -> None:
     params[1].grad.fill_(math.nan)
     optimizer.step()
     assert str(optimizer.statistics()) == str(before)
+
+
+@pytest.mark.parametrize("norm", [0, -1.0, math.nan])
+def test_a_norm_that_nothing_has_is_refused(norm: float) -> None:
+    """0 is how others turn clipping off; torch's function would stop the training."""
+    with pytest.raises(ValueError, match=r"max_grad_norm=.*: must be above 0, or None where nothing is to be clipped"):
+        AdamW([torch.ones(3, requires_grad=True)], max_grad_norm=norm)
 
 
 def test_groups_have_one_norm() -> None:

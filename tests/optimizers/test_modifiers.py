@@ -11,6 +11,7 @@ from support.optimizer_contract import copies, gradient, make, parameters, train
 from support.paper_formulas import TABLE, Row
 from support.strategies import same_bits
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
 
 import signadam_ext
@@ -156,6 +157,49 @@ def test_a_checkpoint_keeps_the_rates_of_a_scale(scale: str) -> None:
         train(optimizer, [step])
         train(other, [step])
     assert all(map(same_bits, params, twins))
+
+
+@each_backend
+@pytest.mark.parametrize("scale", ["lr", "corrected", "independent", "fully_decoupled"])
+def test_a_learning_rate_of_0_moves_nothing(scale: str, backend: str) -> None:
+    """Nor does torch.distributed.checkpoint, which makes state by such a step."""
+    params = parameters()
+    optimizer = Lion(params, lr=0.1, weight_decay=0.5, weight_decay_scale=scale, backend=backend)
+    before = copies(params)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(optimizer, [0])
+    assert all(map(same_bits, params, before))
+    if scale != "corrected":  # which asks for another lr
+        module = torch.nn.ParameterList(copies(params))
+        get_optimizer_state_dict(module, Lion(module.parameters(), weight_decay=0.5, weight_decay_scale=scale))
+        assert all(map(same_bits, module, before))
+
+
+def test_the_largest_rate_is_of_steps_that_were_not_refused() -> None:
+    (param,) = params = parameters((3,))
+    optimizer = Lion(params, lr=0.1, weight_decay=0.5, weight_decay_scale="corrected", max_grad_norm=1.0)
+    train(optimizer, [0])
+    (group,) = optimizer.param_groups
+    kept, group["lr"] = optimizer.state[param]["exp_avg"], 1e6
+    optimizer.state[param]["exp_avg"] = torch.zeros(7)
+    with pytest.raises(ValueError, match="exp_avg"):
+        optimizer.step()
+    assert group["largest_lr"] == 0.1
+    optimizer.state[param]["exp_avg"], group["lr"] = kept, 0.2
+    param.grad = torch.full((3,), torch.nan)
+    optimizer.step()  # a device does not tell whether it has skipped one
+    assert optimizer.skipped_steps == 1 and group["largest_lr"] == 0.2
+
+
+def test_a_number_of_a_group_is_no_scale() -> None:
+    (param,) = parameters((6, 10))
+    with pytest.raises(
+        ValueError, match=r"group 0: lr_scale=0\.5 in a group, where lr_scale='shape' is the optimizer's"
+    ):
+        SignSGD([{"params": [param], "lr_scale": 0.5}], lr_scale="shape")
+    optimizer = SignSGD([{"params": [param], "lr_scale": 1.0}], lr_scale="shape")
+    assert optimizer.param_groups[0]["lr_scale"] == 1.0
+    assert SignSGD([{"params": [param], "lr_scale": 0.5}]).param_groups[0]["lr_scale"] == 0.5
 
 
 def test_groups_have_rates_of_their_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 import weakref
 from collections import defaultdict
 from typing import Any
@@ -31,7 +32,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 import signadam_ext.engine.plan
-from signadam_ext import SignAdamPP
+from signadam_ext import Anolog, SignAdamPP
 from signadam_ext.engine.gradients import CompiledReader, PythonReader, make_reader
 from signadam_ext.engine.overlap import overlap_levels
 from signadam_ext.optimizers import stepping
@@ -809,6 +810,38 @@ def test_a_subclass_may_have_defaults_of_its_own():
 
     assert Mine([nn.Parameter(torch.ones(2))]).param_groups[0]["weight_decay"] == 0.125
     assert list(inspect.signature(Mine).parameters)[:2] == ["params", "weight_decay"]
+
+
+def test_schedulers_of_momentum_take_a_rule_without_betas():
+    optimizer = Anolog([Parameter(torch.ones(3))], lr=0.1)
+    for scheduler in (lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=7), SCHEDULERS["CyclicLR"](optimizer)):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_misspelt_names_in_groups():
+    params = [Parameter(torch.ones(3)) for _ in range(3)]
+    with pytest.warns(UserWarning, match="group 0 has 'state_dtyp', which is no hyperparameter: did you mean 'state_d"):
+        optimizer = SignAdamPP([{"params": params[:1], "state_dtyp": "int2"}])
+    with pytest.warns(UserWarning, match="group 1 has 'weight_decai', .* did you mean 'weight_decay'"):
+        optimizer.add_param_group({"params": params[1:2], "weight_decai": 0.1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": params[2:], "name": "head", "lr_mult": 2.0, "initial_lr": 0.1})
+
+
+def test_one_storage_for_parameters_of_several_dtypes():
+    """An fp32 parameter is its own master."""
+    for param_storage in ("nearest", "stochastic", "split16", "split8", "master"):
+        params = [Parameter(torch.ones(33, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+        twin = Parameter(torch.ones(33))
+        for optimizer in (SignAdamPP(params, lr=1e-3, param_storage=param_storage), SignAdamPP([twin], lr=1e-3)):
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.linspace(-1, 1, 33, dtype=param.dtype)
+            optimizer.step()
+        assert torch.equal(params[1], twin)
 
 
 def test_the_dictionary_that_is_handed_in_is_the_group():

@@ -310,5 +310,14 @@ def test_other_betas_of_a_step_and_a_warning_that_comes_once() -> None:
     assert params.tolist() == [-1.0] * 3
 
 
+def test_the_largest_rate_so_far_has_no_place() -> None:
+    with pytest.raises(ValueError, match="weight_decay_scale='corrected' in FunctionalOptimizer"):
+        FunctionalOptimizer(AdamW, weight_decay_scale="corrected")
+    optimizer = FunctionalOptimizer(AdamW)
+    params = {"w": torch.ones(3)}
+    with pytest.raises(ValueError, match="weight_decay_scale='corrected' in FunctionalOptimizer"):
+        optimizer.step(params, params, optimizer.init(params), weight_decay_scale="corrected")
+
+
 def test_it_says_what_it_is() -> None:
     assert repr(FunctionalOptimizer(SignAdamPP, lr=0.1)) == "FunctionalOptimizer(SignAdamPP, lr=0.1)"

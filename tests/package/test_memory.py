@@ -210,7 +210,6 @@ def test_command_takes_shapes() -> None:
             "--params 1e9 --state int2 --optimizer Signum",
             "state_dtype='int2': this momentum has no bound",
         ),
-        ("--params 1e9 --param-dtype fp32 --param-storage split16", "is its own master: use 'nearest'"),
         ("--params 1e9 --param-dtype fp16 --param-storage split8", "has other low bits: use 'master'"),
         ("--params 1e9 --optimizer SignAdamP", "did you mean 'SignAdam"),
         ("--params 1e9 --state int3", "state_dtype='int3'.*did you mean 'int"),

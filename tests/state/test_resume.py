@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import state_dict as dcp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import signadam_ext
-from signadam_ext import MSGD, Adam, AdamW, SignAdam, SignAdamPP, SignSGD, Signum
+from signadam_ext import MSGD, Adam, AdamW, LaProp, SignAdam, SignAdamPP, SignSGD, Signum
 from signadam_ext.core.formats import BOUNDED
 from signadam_ext.core.rule import rule_of
 from signadam_ext.optimizers.base import SignOptimizer
@@ -175,7 +175,9 @@ TORCHS = {
     "Adam to Signum": (torch.optim.Adam, Signum, "hyperparameter 'amsgrad'"),
     "NAdam": (torch.optim.NAdam, Adam, "hyperparameter 'momentum_decay'"),
     "RMSprop": (torch.optim.RMSprop, SignSGD, "hyperparameter 'centered'"),
-    "Adamax": (torch.optim.Adamax, Adam, "state 'exp_avg_sq' of parameter 0 of group 0 is missing"),
+    "Adamax": (torch.optim.Adamax, Adam, "does not say its method, so it is not of Adam"),
+    "RAdam": (torch.optim.RAdam, Adam, "does not say its method, so it is not of Adam"),
+    "RAdam to LaProp": (torch.optim.RAdam, LaProp, "does not say its method, so it is not of LaProp"),
     "Rprop": (torch.optim.Rprop, SignSGD, "hyperparameter 'etas'"),
     "Adagrad": (torch.optim.Adagrad, Adam, "hyperparameter 'initial_accumulator_value'"),
 }

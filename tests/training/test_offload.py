@@ -166,6 +166,23 @@ def test_same_bits_in_each_form_of_storage(row: Any, options: dict[str, Any], re
     pair.check()
 
 
+def test_the_largest_rate_so_far() -> None:
+    """It is kept in the optimizer's own group."""
+    found = []
+    for offloaded in (False, True):
+        param = torch.nn.Parameter(torch.ones(3))
+        optimizer = AdamW([param], lr=1e-2, weight_decay=0.3, weight_decay_scale="corrected")
+        if offloaded:
+            offload(optimizer, device="cpu")
+        for lr in (0.1, 0.01, 0.01):
+            optimizer.param_groups[0]["lr"] = lr
+            param.grad = torch.ones(3)
+            optimizer.step()
+        assert optimizer.param_groups[0]["largest_lr"] == 0.1
+        found.append(param.detach())
+    assert torch.equal(*found)
+
+
 def test_backends_of_a_gpu_become_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair()
     pair.train(0)
