@@ -84,11 +84,6 @@ class Layout:
     sharding: Sharding | None = None
 
     @property
-    def trained(self) -> str | None:
-        """Name of the parameter's own elements, which a rule has that puts others in their place; or None."""
-        return TRAINED if self.has_modes else None
-
-    @property
     def key(self) -> Tensor:
         """The parameter as the optimizer has it."""
         return self.param if self.owner is None else self.owner
@@ -224,7 +219,7 @@ def part_of(layout: Layout, name: str, value: Any) -> Any:
 
 def _is_spread(layout: Layout, name: str) -> bool:
     """Whether an entry is a tensor of the parameter's shape, in a checkpoint, and so is sharded as it is."""
-    return name in layout.moments or name in RESIDUAL_DTYPES or name == layout.trained
+    return name in layout.moments or name in RESIDUAL_DTYPES or (layout.has_modes and name == TRAINED)
 
 
 def export(layout: Layout, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,7 +320,7 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
         if name in saved:
             tensors.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
     check_one_residual(label, saved)
-    if layout.trained in saved:
+    if layout.has_modes and TRAINED in saved:
         tensors.state_tensor(f"state {TRAINED!r} of {label}", saved[TRAINED], param.shape, tuple(formats.DTYPE_FORMATS))
     if layout.threshold_state is not None and layout.threshold_state in saved:
         tensors.threshold_state(label, layout.threshold_state, saved[layout.threshold_state])

@@ -206,6 +206,14 @@ def test_what_is_no_hyperparameter_of_another_method_is_taken():
     assert {"initial_lr", "max_lr", "max_momentum", "name"} <= other.param_groups[0].keys()
 
 
+def test_an_entry_without_a_name_is_a_users_own():
+    saved = copy.deepcopy(stepped(Signum).state_dict())
+    saved["state"][0][None] = torch.ones(2)
+    other = stepped(Signum)
+    other.load_state_dict(saved)
+    assert torch.equal(other.state[other.param_groups[0]["params"][0]][None], torch.ones(2))
+
+
 def test_notes_before_the_first_step_are_no_missing_moments():
     param = nn.Parameter(torch.ones(3))
     optimizer, other = Adam([param]), Adam([param])
