@@ -34,7 +34,9 @@ def flat(x: Tensor) -> Tensor:
 
 def strides_of(param: Tensor) -> tuple[int, ...]:
     """The strides of what kernels update: the parameter's, without gaps."""
-    return torch.empty_like(param, device="meta").stride()
+    # Nobody who watches what is made of tensors takes this for memory.
+    with torch._C._DisableTorchDispatch():
+        return torch.empty_like(param, device="meta").stride()
 
 
 def restrided(value: Tensor, param: Tensor) -> Tensor:

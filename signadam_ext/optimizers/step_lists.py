@@ -155,8 +155,8 @@ def _check_step(label: str, value: Any) -> None:
 def _check_layout(label: str, name: str, moment: Tensor, param: Tensor) -> None:
     tensors.moment(label, name, moment, param)
     _refuse_negative(f"{name} of {label}", moment)
-    like = torch.empty_like(param, device="meta")
-    if not memory_order.same_strides(moment, like.stride()):
+    strides = memory_order.strides_of(param)
+    if not memory_order.same_strides(moment, strides):
         raise ValueError(
-            f"{name} of {label} has strides {moment.stride()}: must be {like.stride()}, the parameter's memory order"
+            f"{name} of {label} has strides {moment.stride()}: must be {strides}, the parameter's memory order"
         )

@@ -331,7 +331,7 @@ def _fits(place: Any, param: Tensor) -> bool:
         and place.shape == param.shape
         and place.device == param.device
         and not (place.requires_grad or place.is_inference() or place.is_neg())
-        and memory_order.same_strides(place, torch.empty_like(param, device="meta").stride())
+        and memory_order.same_strides(place, memory_order.strides_of(param))
     )
 
 

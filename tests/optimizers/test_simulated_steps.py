@@ -100,6 +100,8 @@ def tracked(mode: Any, cls: Any, options: dict[str, Any]) -> tuple[dict[str, int
             backward(model)
             optimizer.step()
             after = tracker.get_tracker_snapshot("current")
+            peak = tracker.get_tracker_snapshot("peak")
+    assert torch.device("meta") not in peak
     found = {str(kind.value if hasattr(kind, "value") else kind): n for kind, n in after[torch.device("cpu")].items()}
     shapes = [param.shape for param in model.parameters()]
     return found, memory.estimate(shapes, cls, param_dtype="bf16", **options)
