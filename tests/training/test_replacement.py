@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import warnings
 import weakref
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.recipes import PAGE
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
@@ -107,6 +109,13 @@ def test_shares_are_the_medians_of_the_searches() -> None:
         assert round(statistics.median(shares[cls]), 1) == SHARES[cls], name
     least, *_, most = sorted(round(share, 1) for share in shares[SignAdamPP])
     assert f"(from {least} to {most} by problem)" in from_optimizer.__doc__
+
+
+def test_the_page_names_what_has_a_rule_of_thumb() -> None:
+    (section,) = re.findall(r"There is one from torch's (.*?), and between\n(.*?) here;", PAGE, re.DOTALL)
+    torchs, ours = (re.findall(r"`(\w+)`", part) for part in section)
+    assert {getattr(torch.optim, name) for name in torchs} == set(replacement._AS_ADAMW)
+    assert set(ours) == {cls.__name__ for cls in SHARES}
 
 
 @pytest.mark.parametrize("cls, share", [(SignAdamPP, 0.6), (Signum, 0.2), (Lion, 0.2), (AdamW, 1.0)])
@@ -283,7 +292,9 @@ def test_changes_are_of_all_groups_and_of_those_that_come() -> None:
 
 def replaced(old: Any, cls: type, **changes: Any) -> dict[str, Any]:
     """The first group of what comes in place of an optimizer, after a step."""
-    new = from_optimizer(old, cls, log=lambda line: None, lr=1e-3, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replacement, "_schedulers_of", lambda optimizer: [])  # which looks at every object there is
+        new = from_optimizer(old, cls, log=lambda line: None, lr=1e-3, **changes)
     gradients(new)
     new.step()
     group: dict[str, Any] = new.param_groups[0]
@@ -377,8 +388,7 @@ def test_betas_of_every_number() -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES.values(), ids=CLASSES)
-def test_every_class_takes_the_place_of_others(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replacement, "_schedulers_of", lambda optimizer: [])  # which looks at every object there is
+def test_every_class_takes_the_place_of_others(cls: type) -> None:
     for old in (torch.optim.AdamW, torch.optim.SGD, AdEMAMix, AdaBound, AdamStar, ScheduleFreeSign, SignAdamPP):
         replaced(old(groups()), cls)
 
