@@ -139,6 +139,7 @@ def from_optimizer(
     # What a group does not say is then the constructor's, so that changes reach all groups.
     groups = [{**_translated(old, group, share, cls, changes), **rates} for group in old.param_groups]
     arguments = {**_constructors(_translated(old, old.defaults, share, cls, changes), cls), **kept, **arguments}
+    known = [{*group, *map(_name_in_groups, changes)} for group in groups]
     new: SignOptimizer = cast(Any, cls)(groups, **arguments)
     takes_state = len(old.state) > 0 and _is_same(type(old), cls)
     if takes_state:
@@ -149,8 +150,8 @@ def from_optimizer(
     if schedulers:
         _tell_schedulers(new)
     log(f"{type(old).__name__} -> {cls.__name__}: learning rates {share.said}")
-    for index, (before, after) in enumerate(zip(old.param_groups, new.param_groups, strict=True)):
-        log(f"group {index}: {_told(before, after)}")
+    for index, (before, after, names) in enumerate(zip(old.param_groups, new.param_groups, known, strict=True)):
+        log(f"group {index}: {_told(before, after, names)}")
     state = "state taken over" if takes_state else "state begins anew"
     log(f"{state}; schedulers: {', '.join(type(scheduler).__name__ for scheduler in schedulers) or 'none'}")
     return new
@@ -217,7 +218,7 @@ def _translated(
 ) -> dict[str, Any]:
     """What goes over of a group, or of the defaults: without what ``changes`` say."""
     takes = hyperparameters.of_groups(cls)
-    said = {"betas" if name == "beta" else NAMES.get(name, name) for name in changes}
+    said = set(map(_name_in_groups, changes))
     found = {name: group[name] for name in _going_over(old, group, cls, changes) & takes.keys() & group.keys()}
     if "decoupled_weight_decay" not in group:
         found["decoupled_weight_decay"] = not isinstance(old, _COUPLED)
@@ -290,6 +291,11 @@ def _threshold(old: Optimizer, group: Mapping[str, Any], cls: type, changes: Map
     return 0.0 if group["alpha"] is None else group["alpha"]
 
 
+def _name_in_groups(name: str) -> str:
+    """What groups call an argument of a constructor."""
+    return "betas" if name == "beta" else NAMES.get(name, name)
+
+
 def _constructors(defaults: Mapping[str, Any], cls: type[SignOptimizer]) -> dict[str, Any]:
     """Arguments of the constructor that make these the defaults, which groups that are added later take."""
     found = dict(defaults)
@@ -316,11 +322,11 @@ def _state_for(old: Optimizer, new: SignOptimizer) -> dict[str, Any]:
     return {"state": saved["state"], "param_groups": groups}
 
 
-def _told(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What has become of a group, in words."""
-    common = (before.keys() & after.keys()) - {"params", "method"}
+def _told(before: Mapping[str, Any], after: Mapping[str, Any], names: set[str]) -> str:
+    """What has become of a group, in words; ``names`` are those that went over or were given."""
+    common = (before.keys() & names & after.keys()) - {"params"}
     told = [f"{name} {before[name]} -> {after[name]}" for name in common if before[name] != after[name]]
-    left = before.keys() - after.keys() - _TORCH
+    left = before.keys() - names - _TORCH - {"method"}
     if "momentum" in left and "betas" not in before and after.get("betas") == (before["momentum"],):
         told.append(f"momentum {before['momentum']} -> betas {after['betas']}")
         left -= {"momentum"}

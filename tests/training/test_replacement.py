@@ -212,9 +212,12 @@ def test_the_log_says_where_the_learning_rate_comes_from() -> None:
 def test_the_log_says_what_is_left_out() -> None:
     said: list[str] = []
     from_optimizer(torch.optim.SGD(groups(), momentum=0.7, nesterov=True), Signum, log=said.append, lr=0.1)
-    assert said[1] == "group 0: momentum 0.7 -> betas (0.7,), nesterov True -> False; without dampening"
+    assert said[1] == "group 0: momentum 0.7 -> betas (0.7,); without dampening, nesterov"
     from_optimizer(FOCUS(groups(), betas=(0.8, 0.95)), Signum, log=said.append, lr=0.1)
     assert said[5] == "group 0: betas (0.8, 0.95) -> (0.8,); without gamma"
+    said.clear()
+    from_optimizer(torch.optim.RMSprop(groups(), alpha=0.7), SignAdamPP, log=said.append, lr=0.1, beta=0.8)
+    assert said[1] == "group 0: as it was; without alpha, centered, eps, momentum"  # alpha is no threshold
 
 
 def test_the_learning_rate_that_is_said_is_the_first_group_s_exactly() -> None:
