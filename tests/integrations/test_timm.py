@@ -80,6 +80,12 @@ def test_layer_decay_under_a_scheduler() -> None:
     assert same(model.parameters(), plain.parameters())
 
 
+def test_one_beta_goes_by_its_own_name() -> None:
+    for given, expected in (({"beta": 0.6}, 0.6), ({"betas": (0.6, 0.9)}, 0.9), ({"momentum": 0.6}, 0.9)):
+        optimizer = create_optimizer_v2(nn.Linear(2, 2), "signadampp", lr=1e-3, **given)
+        assert {group["betas"] for group in optimizer.param_groups} == {(expected,)}
+
+
 @pytest.mark.parametrize("name", sorted(name for name in signadam_ext.integrations.CLASSES))
 def test_every_class_by_its_name(name: str) -> None:
     found = signadam_ext.integrations.CLASSES[name]

@@ -10,7 +10,7 @@ import torch
 from support.tiny import copies, same
 from torch import Tensor, nn
 
-from signadam_ext import SignAdamPP
+from signadam_ext import ScheduleFreeAdamW, SignAdamPP
 
 transformers = pytest.importorskip("transformers")
 
@@ -81,3 +81,30 @@ def test_a_resumed_training_ends_where_an_undisturbed_one_ends(how: str, tmp_pat
     second = trainer_of(how, tmp_path)
     second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
     assert same(second.model.parameters(), undisturbed)
+
+
+def test_what_the_trainer_reads_of_its_arguments(tmp_path: Path) -> None:
+    """Its weight decay, and no learning rate; its wrapper hides what torch.optim has not, but the two modes."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        lr_scheduler_type="constant",
+        learning_rate=0.123,
+        weight_decay=0.05,
+    )
+    options = {"weight_decay": 0.3, "max_grad_norm": 1.0}
+    trainer = transformers.Trainer(
+        language_model(), arguments, train_dataset=Tokens(), optimizer_cls_and_kwargs=(ScheduleFreeAdamW, options)
+    )
+    trainer.train()
+    groups = trainer.optimizer.param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.0025, 0.05), (0.0025, 0.0)]
+    assert not hasattr(trainer.optimizer, "last_grad_norm") and trainer.optimizer.optimizer.last_grad_norm > 0
+    assert all(group["train_mode"] for group in groups)  # without an evaluation, weights are the point y
+    trainer.optimizer.eval()
+    assert not any(group["train_mode"] for group in groups)
