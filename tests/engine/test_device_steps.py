@@ -139,6 +139,23 @@ def test_a_scaled_loss(device: str, backend: str) -> None:
 
 
 @on_each_device
+def test_a_scale_that_has_backed_off_to_nothing(device: str, backend: str) -> None:
+    """Skipped where the reciprocal is infinite in fp32, said or not; with a norm, what clipping leaves of it counts."""
+    twins = Twins("adamw", device, backend, capturable=None, fused=True)
+    cases = ((0.0, 1.0, None), (0.0, 0.0, None), (2.0**-128, 0.0, None), (0.0, 0.0, 1.0), (2.0**-128, 0.0, 1.0))
+    for step, (scale, found, norm) in enumerate(cases):
+        for group in (*twins.ours.param_groups, *twins.theirs.param_groups):
+            group["max_grad_norm"] = norm
+        twins.give(step)
+        for optimizer, where in zip(twins.optimizers, (device, "cpu"), strict=True):
+            optimizer.grad_scale = torch.full((1,), scale, device=where)
+            optimizer.found_inf = torch.full((1,), found, device=where)
+        twins.step()
+    assert twins.counts() == (4, 4) and not any(param.isnan().any() for param in twins.params[0])
+    twins.check()
+
+
+@on_each_device
 def test_counts_move_to_where_they_are_counted(device: str, backend: str) -> None:
     """Steps without conditions, with, and without again in a copy; skips are counted on."""
     twins = Twins("int2", device, backend, capturable=None)
