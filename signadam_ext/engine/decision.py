@@ -78,7 +78,7 @@ def decide(
     skips = conditions.found_inf is not None and bool(conditions.found_inf)
     factor = 1.0 if conditions.scale is None else _reciprocal(float(conditions.scale))
     if conditions.max_norm is None:
-        return Decision(skips or not is_finite_in_fp32(factor), factor)
+        return Decision(skips or not _is_finite_in_fp32(factor), factor)
     squares = [0.0] * params
     for bucket, launch in launches:
         for entry, square in zip(bucket.entries, _squares(bucket, launch, grad), strict=True):
@@ -86,7 +86,7 @@ def decide(
     _add_up(squares, shardings)
     norm = math.sqrt(_C.ordered_sum(squares)) * factor
     factor *= clipping(norm, conditions.max_norm)
-    return Decision(skips or not (math.isfinite(norm) and is_finite_in_fp32(factor)), factor, norm)
+    return Decision(skips or not (math.isfinite(norm) and _is_finite_in_fp32(factor)), factor, norm)
 
 
 def _reciprocal(scale: float) -> float:
@@ -94,7 +94,7 @@ def _reciprocal(scale: float) -> float:
     return 1.0 / scale if scale != 0 else math.copysign(math.inf, scale)
 
 
-def is_finite_in_fp32(factor: float) -> bool:
+def _is_finite_in_fp32(factor: float) -> bool:
     """Whether kernels can multiply by it. Otherwise each gradient would be infinite or NaN, as a skipped step's are."""
     return math.isfinite(ctypes.c_float(factor).value)
 

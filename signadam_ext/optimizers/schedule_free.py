@@ -109,8 +109,8 @@ def _first_beta(group: Group) -> float:
     beta = float(group["betas"][0] if "betas" in group else group["beta"])
     if group["beta_of_y"] not in (0.0, beta):  # 0 before the first step, and in checkpoints that do not say it
         raise ValueError(
-            f"the first beta is {beta!r}, and was {group['beta_of_y']!r} in the steps before: must stay as it was, since "
-            "it tells the average of the points y at which gradients are taken; a scheduler that cycles it takes "
+            f"the first beta is {beta!r}, and was {group['beta_of_y']!r} in the steps before: must stay so, since "
+            "it alone tells the average of the points y at which gradients are taken; give schedulers that cycle it "
             "cycle_momentum=False"
         )
     return beta
@@ -331,9 +331,9 @@ class ScheduleFreeAdamW(ScheduleFree):
     drifts in bf16. A model with batch norms needs its statistics at x: run some batches through it after ``eval()``,
     with the model in training mode.
 
-    A group holds ``k``, the steps taken, ``weight_sum``, ``lr_max``, and ``beta_of_y``, the first beta of these steps; a
-    step that is skipped for its norm or by a GradScaler changes none of them. Another ``betas[0]`` would make another
-    average of the same y and z, so that a step or :meth:`eval` refuses it: OneCycleLR and CyclicLR take
+    A group holds ``k``, the steps taken, ``weight_sum``, ``lr_max``, and ``beta_of_y``, their first beta. A step
+    that is skipped for its norm or by a GradScaler changes none of them. Another ``betas[0]`` would make another
+    average of the same y and z, so that a step and :meth:`eval` refuse it: OneCycleLR and CyclicLR take
     ``cycle_momentum=False``. The host must know which steps are taken: ``capturable`` is refused, and with
     ``max_grad_norm`` on a GPU a step waits for the norm. Refused, too, are ``release_gradients``, ``offload`` and
     :class:`signadam_ext.functional.FunctionalOptimizer`, which have no groups that last.
@@ -454,9 +454,9 @@ class ScheduleFreeSign(ScheduleFree):
     drifts in bf16. A model with batch norms needs its statistics at x: run some batches through it after ``eval()``,
     with the model in training mode.
 
-    A group holds ``k``, the steps taken, ``weight_sum``, ``lr_max``, and ``beta_of_y``, the first beta of these steps; a
-    step that is skipped for its norm or by a GradScaler changes none of them. Another ``beta`` would make another
-    average of the same y and z, so that a step or :meth:`eval` refuses it: OneCycleLR and CyclicLR take
+    A group holds ``k``, the steps taken, ``weight_sum``, ``lr_max``, and ``beta_of_y``, their first beta. A step
+    that is skipped for its norm or by a GradScaler changes none of them. Another ``beta`` would make another
+    average of the same y and z, so that a step and :meth:`eval` refuse it: OneCycleLR and CyclicLR take
     ``cycle_momentum=False``. The host must know which steps are taken: ``capturable`` is refused, and with
     ``max_grad_norm`` on a GPU a step waits for the norm. Refused, too, are ``release_gradients``, ``offload`` and
     :class:`signadam_ext.functional.FunctionalOptimizer`, which have no groups that last.

@@ -388,7 +388,7 @@ def test_parameters_that_share_memory(method: type, begin: int) -> None:
     assert same_bits(memory, before)
 
 
-def test_modes_change_as_a_whole_or_not_at_all() -> None:
+def test_modes_change_as_a_whole_or_not_at_all(thorough: bool) -> None:
     """Wherever a signal handler raises, or a state is broken; and gradients are recorded as before."""
     memory = torch.randn(6, generator=torch.Generator().manual_seed(7))
     params = [Parameter(memory[:4]), Parameter(memory[2:])]
@@ -416,14 +416,14 @@ def test_modes_change_as_a_whole_or_not_at_all() -> None:
 
     records: list[bool] = []
     optimizer.train()
-    for n in itertools.count(1):
+    for n in itertools.count(1, 1 if thorough else 4):
         where, points = at_point(lambda: change(optimizer.eval), n)
         assert all(records), where
         assert is_in("train") or is_in("eval"), where
         optimizer.train()
         if points < n:
             break
-    for n in itertools.count(1):
+    for n in itertools.count(1, 1 if thorough else 4):
         optimizer.eval()
         where, points = at_point(lambda: change(optimizer.train), n)
         assert all(records), where
