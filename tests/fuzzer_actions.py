@@ -949,6 +949,8 @@ def hyperparameters(side: Side, draw: Draw) -> str | None:
     names = {x for x in new if x in group} - ({"alpha"} if group.get("confidence") == "sparsity" else set())
     if isinstance(side.optimizer, signadam_ext.LaProp) and group["state_dtype"] == "int8":
         names -= {"betas"}  # of which the form of its codes depends
+    if group.get("beta_of_y"):
+        names -= {"betas"}  # the first of which the average has been made with
     name = draw.choice(sorted(names))
     how = draw.choice(("number", "0-dim tensor", "numpy", "int"))
     value: Any = new[name]

@@ -459,6 +459,6 @@ def mars_adamw(s, alpha, p, g, m, v, x):
 @triton.jit
 def focus(s, alpha, p, g, m, v, x):
     v = scalar(s, BETA1) * v + scalar(s, ONE_MINUS_BETA1) * g
-    m = m + scalar(s, AVERAGING) * (p - m)
+    m = tl.where(scalar(s, AVERAGING) == 1.0, p, m + scalar(s, AVERAGING) * (p - m))
     step = scalar(s, LR) * sign(v) + scalar(s, MIX) * sign(p - m) + scalar(s, SHRINKING) * m
     return p - step, m, v, x

@@ -560,7 +560,8 @@ struct MARSAdamW : Traits {
 };
 
 // FOCUS [FO, Alg. 1]: m is the average of the weights, bias-corrected as it is kept, v the momentum. `averaging` is the
-// weight of p in m, `mix` is lr times gamma, `shrinking` what decoupled decay takes of the average.
+// weight of p in m, `mix` is lr times gamma, `shrinking` what decoupled decay takes of the average. Where p is all of
+// the average, as at the first step, m + (p - m) would round by what was there before.
 struct FOCUS : Traits {
   static constexpr const char* name = "focus";
   static constexpr int moments = 2;
@@ -569,7 +570,7 @@ struct FOCUS : Traits {
   template <class F>
   static SIGNADAM_HD void update(const Scalars& s, float, F& p, F g, F& m, F& v, F&) {
     v = s.beta1 * v + s.one_minus_beta1 * g;
-    m = m + s.averaging * (p - m);
+    m = s.averaging == 1.0f ? p : m + s.averaging * (p - m);
     p = p - (GatedStep<F>::of(s.lr, v, 0.0f) + GatedStep<F>::of(s.mix, p - m, 0.0f) + s.shrinking * m);
   }
 };

@@ -5,6 +5,7 @@ Nothing of it is written into a gradient: the factor is one more scalar of the k
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,16 +76,27 @@ def decide(
         shardings: how DTensors are sharded, by their numbers. Ranks that share some decide together.
     """
     skips = conditions.found_inf is not None and bool(conditions.found_inf)
-    unscaled = 1.0 if conditions.scale is None else 1.0 / float(conditions.scale)
+    factor = 1.0 if conditions.scale is None else _reciprocal(float(conditions.scale))
     if conditions.max_norm is None:
-        return Decision(skips, unscaled)
+        return Decision(skips or not _is_finite_in_fp32(factor), factor)
     squares = [0.0] * params
     for bucket, launch in launches:
         for entry, square in zip(bucket.entries, _squares(bucket, launch, grad), strict=True):
             squares[entry.index] = square
     _add_up(squares, shardings)
-    norm = math.sqrt(_C.ordered_sum(squares)) * unscaled
-    return Decision(skips or not math.isfinite(norm), unscaled * clipping(norm, conditions.max_norm), norm)
+    norm = math.sqrt(_C.ordered_sum(squares)) * factor
+    factor *= clipping(norm, conditions.max_norm)
+    return Decision(skips or not (math.isfinite(norm) and _is_finite_in_fp32(factor)), factor, norm)
+
+
+def _reciprocal(scale: float) -> float:
+    """As a device divides: of a scale that has backed off to 0 it is infinite."""
+    return 1.0 / scale if scale != 0 else math.copysign(math.inf, scale)
+
+
+def _is_finite_in_fp32(factor: float) -> bool:
+    """Whether kernels can multiply by it. Otherwise each gradient would be infinite or NaN, as a skipped step's are."""
+    return math.isfinite(ctypes.c_float(factor).value)
 
 
 def clipping(norm: float, max_norm: float) -> float:

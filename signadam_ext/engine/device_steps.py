@@ -207,6 +207,8 @@ class DeviceSteps:
             skips = skips | ~torch.isfinite(norm)
             clipping = torch.full_like(one, conditions.max_norm) / (norm + CLIP_EPS)
             factor = factor * torch.minimum(one, clipping)
+        if conditions.scale is not None:
+            skips = skips | ~torch.isfinite(factor.float())
         self.skipped.add_(skips)
         control = torch.stack([factor, skips.double()])
         for own in self._controls.values():

@@ -97,9 +97,9 @@ class FOCUS(SignOptimizer):
             + \lambda \bar{p}_t)
 
     Lambda is ``weight_decay``, whose pull goes along the average. The average is kept as it is corrected for its bias,
-    which is the paper's :math:`\hat{p}_t` in another form: the first step makes it the weight itself, so that
-    :math:`p - \bar{p}` is 0. The code that its authors released keeps the sum and divides at each step, which at the
-    first leaves rounding errors, whose signs move some entries by ``gamma * lr``.
+    which is the paper's :math:`\hat{p}_t` in another form: the first step makes it the weight itself, whatever it was
+    before, so that :math:`p - \bar{p}` is 0. The code that its authors released keeps the sum and divides at each step,
+    which at the first leaves rounding errors, whose signs move some entries by ``gamma * lr``.
 
     With ``gamma=0`` and without decay this is :class:`Signum`, with a tensor of state that is read for nothing.
 

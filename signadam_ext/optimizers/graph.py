@@ -36,8 +36,7 @@ def step_in_graph(optimizer: GroupedOptimizer) -> None:
                 grads.append(param.grad)
                 places.append(place)
             place += 1
-    with torch.no_grad():
-        torch.ops.signadam_ext.step(params, grads, places, optimizer.runtime.number)
+    torch.ops.signadam_ext.step(params, grads, places, optimizer.runtime.number)
 
 
 def _step(params: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int], optimizer: int) -> None:

@@ -13,12 +13,12 @@ from typing_extensions import Unpack
 from ..backends.reference.rules import as_fp32
 from ..core import checks, formats, shards, symbols, tensors
 from ..core.dynamo import untraced
-from ..core.formats import RESIDUALS
-from ..core.hyperparameters import FLAG, LEARNING_RATE, ONE_BETA, TWO_BETAS, Checks, Number
+from ..core.hyperparameters import BETA, FLAG, LEARNING_RATE, ONE_BETA, TWO_BETAS, Checks, Number, of_group
 from ..core.options import COMMON, OtherOptions, StateDtype
 from ..core.rule import Group, Rule, Scalars
 from ..core.symbols import number, power, square_root
-from ..state.checkpoint import TRAINED
+from ..state.checkpoint import TRAINED, Layout
+from ..state.schema import Fitted, fit
 from .base import Params, SignOptimizer
 from .groups import label, layout_of
 from .step_lists import step_lists
@@ -85,9 +85,10 @@ AVERAGE: Checks = {
     "k": _count,
     "weight_sum": Number(),
     "lr_max": Number(),
+    "beta_of_y": BETA,
     "train_mode": FLAG,
 }
-BEGINNING = {"k": 0, "weight_sum": 0.0, "lr_max": 0.0, "train_mode": True}
+BEGINNING = {"k": 0, "weight_sum": 0.0, "lr_max": 0.0, "beta_of_y": 0.0, "train_mode": True}
 
 
 def _weight(base: float, exponent: float) -> float:
@@ -97,6 +98,22 @@ def _weight(base: float, exponent: float) -> float:
     except OverflowError:
         found = math.inf
     return float(min(found, LARGEST_WEIGHT))
+
+
+def _first_beta(group: Group) -> float:
+    """The weight of x in y, which says what x is.
+
+    Raises:
+        ValueError: another than y was made with.
+    """
+    beta = float(group["betas"][0] if "betas" in group else group["beta"])
+    if group["beta_of_y"] not in (0.0, beta):  # 0 before the first step, and in checkpoints that do not say it
+        raise ValueError(
+            f"the first beta is {beta!r}, and was {group['beta_of_y']!r} in the steps before: must stay so, since "
+            "it alone tells the average of the points y at which gradients are taken; give schedulers that cycle it "
+            "cycle_momentum=False"
+        )
+    return beta
 
 
 class ScheduleFree(SignOptimizer):
@@ -126,6 +143,7 @@ class ScheduleFree(SignOptimizer):
                 "step() in evaluation, where parameters are averages: call optimizer.train() before the gradients are "
                 "taken"
             )
+        beta = _first_beta(group)
         k, lr = group["k"], float(group["lr"])
         if k < group["warmup_steps"]:
             lr *= (k + 1) / group["warmup_steps"]
@@ -136,40 +154,27 @@ class ScheduleFree(SignOptimizer):
             **group,
             "lr": lr,
             "averaging": weight / total if total > 0 else 0.0,
-            "after_step": {"k": k + 1, "weight_sum": total, "lr_max": largest},
+            "after_step": {"k": k + 1, "weight_sum": total, "lr_max": largest, "beta_of_y": beta},
         }
 
     @untraced
-    @torch.no_grad()
     def eval(self) -> None:
         """Puts the averages x in the place of the parameters. Where they are already, nothing happens.
 
         Raises:
+            TypeError, ValueError: a state that cannot be the parameter's, or a first beta that is not that of the steps
+                before; nothing has been changed then.
             RuntimeError: a step on another thread runs.
         """
-        with self.runtime.between_steps():
-            for index, group in enumerate(self.param_groups):
-                if not group["train_mode"]:
-                    continue
-                beta = float(group["betas"][0] if "betas" in group else group["beta"])
-                changed: list[tuple[Tensor, dict[str, Any]]] = []
-                try:
-                    for i, param in enumerate(group["params"]):
-                        state = self.state.get(param)
-                        if state and "z" in state:
-                            layout = layout_of(self, label(group, index, i), param, group)
-                            average = _average(layout.param_storage, layout.param, state, beta)
-                            state[TRAINED] = layout.param.detach().clone()
-                            changed.append((layout.param, state))
-                            layout.param.copy_(average)
-                    group["train_mode"] = False
-                except BaseException:
-                    for param, state in changed:
-                        param.copy_(state.pop(TRAINED))
-                    raise
+        enabled = torch.is_grad_enabled()
+        try:
+            with torch.no_grad(), self.runtime.between_steps():
+                self._put_averages()
+        finally:
+            # As in a step: a signal handler may raise as torch.no_grad is left.
+            torch._C._set_grad_enabled(enabled)
 
     @untraced
-    @torch.no_grad()
     def train(self) -> None:
         """Brings the parameters back, with the bits that they had before :meth:`eval`. Changes since then are lost.
 
@@ -177,29 +182,76 @@ class ScheduleFree(SignOptimizer):
             TypeError, ValueError: a state entry ``y`` that cannot be the parameter's; nothing has been changed then.
             RuntimeError: a step on another thread runs.
         """
-        with self.runtime.between_steps():
-            kept: list[tuple[Tensor, dict[str, Any]]] = []
-            groups = [(index, group) for index, group in enumerate(self.param_groups) if not group["train_mode"]]
-            for index, group in groups:
-                for i, param in enumerate(group["params"]):
-                    state = self.state.get(param)
-                    if state and TRAINED in state:
-                        local, name = shards.local(param), label(group, index, i)
-                        dtypes = tuple(formats.DTYPE_FORMATS)
-                        tensors.state_tensor(f"state {TRAINED!r} of {name}", state[TRAINED], local.shape, dtypes)
-                        kept.append((local, state))
-            for param, state in kept:
-                param.copy_(state[TRAINED])
-                del state[TRAINED]
+        enabled = torch.is_grad_enabled()
+        try:
+            with torch.no_grad(), self.runtime.between_steps():
+                self._put_back()
+        finally:
+            torch._C._set_grad_enabled(enabled)
+
+    def _put_averages(self) -> None:
+        # Parameters may share memory: all are read before one is written.
+        found: list[tuple[Layout, dict[str, Any], Tensor, Fitted, float]] = []
+        groups = [(index, group) for index, group in enumerate(self.param_groups) if group["train_mode"]]
+        for index, group in groups:
+            with of_group(index):
+                beta = _first_beta(group)
+            for i, param in enumerate(group["params"]):
+                state = self.state.get(param)
+                if state and "z" in state:
+                    layout = layout_of(self, label(group, index, i), param, group)
+                    # As the next step would find it, and without random bits: no moment is in codes.
+                    fitted = fit(layout, state, group["seed"], 0)
+                    found.append((layout, state, layout.param.detach().clone(), fitted, beta))
+        try:
+            for layout, state, y, fitted, beta in found:
+                state[TRAINED] = y
+                layout.param.copy_(_average(layout.param_storage, y, fitted, beta))
+            for _, group in groups:
+                group["train_mode"] = False
+        except BaseException:
+            for layout, state, y, _, _ in found:
+                layout.param.copy_(y)
+                state.pop(TRAINED, None)
             for _, group in groups:
                 group["train_mode"] = True
+            raise
+
+    def _put_back(self) -> None:
+        kept: list[tuple[Tensor, dict[str, Any]]] = []
+        groups = [(index, group) for index, group in enumerate(self.param_groups) if not group["train_mode"]]
+        for index, group in groups:
+            for i, param in enumerate(group["params"]):
+                state = self.state.get(param)
+                if state and TRAINED in state:
+                    local, name = shards.local(param), label(group, index, i)
+                    dtypes = tuple(formats.DTYPE_FORMATS)
+                    tensors.state_tensor(f"state {TRAINED!r} of {name}", state[TRAINED], local.shape, dtypes)
+                    kept.append((local, state))
+        trained = [group for _, group in groups]
+        try:
+            _restore(kept, trained)
+        except BaseException:
+            # The averages are not kept: what a signal handler has interrupted is brought to its end.
+            _restore(kept, trained)
+            raise
 
 
-def _average(param_storage: str, param: Tensor, state: dict[str, Any], beta: float) -> Tensor:
+def _restore(kept: list[tuple[Tensor, dict[str, Any]]], groups: list[dict[str, Any]]) -> None:
+    """Puts each parameter's own elements back where that has not been done yet."""
+    for param, state in kept:
+        if TRAINED in state:
+            param.copy_(state[TRAINED])
+    for group in groups:
+        group["train_mode"] = True
+    for _, state in kept:
+        state.pop(TRAINED, None)
+
+
+def _average(param_storage: str, y: Tensor, fitted: Fitted, beta: float) -> Tensor:
     """x, of which y is the blend ``beta * x + (1 - beta) * z``."""
-    residual = state.get(RESIDUALS[param_storage][0]) if param_storage in RESIDUALS else None
-    y = formats.load_param(param_storage, param.detach(), residual)
-    return y + as_fp32(1 - 1 / beta, y.device) * (state["z"] - y)
+    y = formats.load_param(param_storage, y, fitted.residual)
+    return y + as_fp32(1 - 1 / beta, y.device) * (fitted.moments[0] - y)
 
 
 class ScheduleFreeAdamW(ScheduleFree):
@@ -279,8 +331,10 @@ class ScheduleFreeAdamW(ScheduleFree):
     drifts in bf16. A model with batch norms needs its statistics at x: run some batches through it after ``eval()``,
     with the model in training mode.
 
-    A group holds ``k``, the steps taken, ``weight_sum`` and ``lr_max``; a step that is skipped for its norm or by a
-    GradScaler changes none of them. So the host must know which steps are taken: ``capturable`` is refused, and with
+    A group holds ``k``, the steps taken, ``weight_sum``, ``lr_max``, and ``beta_of_y``, their first beta. A step
+    that is skipped for its norm or by a GradScaler changes none of them. Another ``betas[0]`` would make another
+    average of the same y and z, so that a step and :meth:`eval` refuse it: OneCycleLR and CyclicLR take
+    ``cycle_momentum=False``. The host must know which steps are taken: ``capturable`` is refused, and with
     ``max_grad_norm`` on a GPU a step waits for the norm. Refused, too, are ``release_gradients``, ``offload`` and
     :class:`signadam_ext.functional.FunctionalOptimizer`, which have no groups that last.
 
@@ -400,8 +454,10 @@ class ScheduleFreeSign(ScheduleFree):
     drifts in bf16. A model with batch norms needs its statistics at x: run some batches through it after ``eval()``,
     with the model in training mode.
 
-    A group holds ``k``, the steps taken, ``weight_sum`` and ``lr_max``; a step that is skipped for its norm or by a
-    GradScaler changes none of them. So the host must know which steps are taken: ``capturable`` is refused, and with
+    A group holds ``k``, the steps taken, ``weight_sum``, ``lr_max``, and ``beta_of_y``, their first beta. A step
+    that is skipped for its norm or by a GradScaler changes none of them. Another ``beta`` would make another
+    average of the same y and z, so that a step and :meth:`eval` refuse it: OneCycleLR and CyclicLR take
+    ``cycle_momentum=False``. The host must know which steps are taken: ``capturable`` is refused, and with
     ``max_grad_norm`` on a GPU a step waits for the norm. Refused, too, are ``release_gradients``, ``offload`` and
     :class:`signadam_ext.functional.FunctionalOptimizer`, which have no groups that last.
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core import checks, shards
-from ..core.rule import rule_of
+from ..core.dynamo import untraced
+from ..core.rule import Group, Rule, rule_of
 from ..optimizers.base import SignOptimizer
 from ..optimizers.groups import given_name, label
 
@@ -41,14 +42,16 @@ class GradES:
             agree, and falls only where they do not. Or "passed", the share of entries beyond the threshold, of
             optimizers that have one. Default: "mean_momentum".
         watches: which parameters may be frozen, a function of the name (or what errors call one without a name) and the
-            parameter. Default: those of two dimensions or more.
+            parameter. Those without elements, of which there is no statistic, are not. Default: those of two dimensions
+            or more.
 
     Attributes:
         steps: calls of ``step()`` so far, skipped ones among them.
 
     Raises:
         TypeError, ValueError: an argument outside its range; a statistic that a group's rule does not have; parameters
-            that go by one name; nothing to watch.
+            that go by one name; nothing to watch. A step that is to be looked at raises the same of groups that were
+            added, and RuntimeError where nobody observes any more, before anything is written.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -64,7 +67,8 @@ class GradES:
 
     The paper [GE, Alg. 1] looks at the mean of ``|g|`` of one mini-batch, or of its change. Here it is the momentum's:
     an average over steps, in which noise has mostly gone and what is left is direction. A threshold found for one is
-    none for the other. A step that was skipped, for its norm or by a ``GradScaler``, is not looked at.
+    none for the other. A step that was skipped, for its norm or by a ``GradScaler``, is not looked at. Looking is no
+    part of a graph: ``torch.compile`` breaks its own at a step, and refuses it with ``fullgraph=True``.
 
     Of a sharded parameter the parts are added up over its ranks, in one message for all that lie alike. DDP must be
     told that parameters may get no gradient (``find_unused_parameters=True``), since its buckets wait for all. Under
@@ -94,7 +98,8 @@ class GradES:
         self.optimizer, self.watches = optimizer, watches
         self.steps = 0
         self._frozen: dict[str, Tensor] = {}
-        self._skipped = 0  # before the step that is looked at
+        self._looked_at: dict[str, Tensor] = {}  # at the step that runs
+        self._skipped = 0  # before it
         self._check_rules()
         if not self._watched():
             raise ValueError("nothing to watch: no parameter is one of those asked for")
@@ -133,7 +138,7 @@ class GradES:
         if not isinstance(state_dict, Mapping) or {"steps", "frozen"} - set(state_dict):
             raise ValueError("no state of GradES: must be a dictionary with 'steps' and 'frozen'")
         names = state_dict["frozen"]
-        if not isinstance(names, (list, tuple)):
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"frozen={names!r}: must be a list of names")
         steps, watched = _count("steps", state_dict["steps"], 0), self._watched()
         if unknown := [name for name in names if name not in watched]:
@@ -152,39 +157,57 @@ class GradES:
                     f"statistic='mean_momentum' with group {index}, whose rule {rule.name!r} keeps no momentum in its "
                     "first moment"
                 )
-            if self.statistic == "passed" and "alpha" not in group:
+            if self.statistic == "passed" and not _has_threshold(rule, group):
                 raise ValueError(f"statistic='passed' with group {index}, whose rule {rule.name!r} has no threshold")
 
     def _watched(self) -> dict[str, Tensor]:
-        """By name, all that are watched, frozen or not."""
+        """By name, all that are watched, frozen or not.
+
+        Raises:
+            ValueError: parameters that go by one name.
+        """
         found: dict[str, Tensor] = {}
         for index, group in enumerate(self.optimizer.param_groups):
             for i, param in enumerate(group["params"]):
                 name = given_name(group, i) or label(group, index, i)
-                if self.watches(name, param):
+                if param.numel() and self.watches(name, param):
                     if name in found:
                         raise ValueError(f"two parameters are called {name!r}: nothing tells which one to freeze")
                     found[name] = param
         return found
 
-    @property
-    def _looks(self) -> bool:
-        return self.steps > self.grace_steps and self.steps % self.every == 0
-
+    # Dynamo would make constants of what they look at.
+    @untraced
     def _before(self, *_: Any) -> None:
-        self.steps += 1
+        steps = self.steps + 1
+        looks = steps > self.grace_steps and steps % self.every == 0
+        self._looked_at = self._checked() if looks else {}
+        self.steps = steps
         for name, param in list(self._frozen.items()):
             if param.requires_grad:
                 del self._frozen[name]
             else:
                 param.grad = None
-        if self._looks:
+        if looks:
             self._skipped = int(self.optimizer.skipped_steps)
 
+    def _checked(self) -> dict[str, Tensor]:
+        """What is watched, where a step will tell the statistic of it.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it will not.
+        """
+        if not self.optimizer.runtime.observes:
+            raise RuntimeError("GradES looks at what steps gather, and nothing is observed: call optimizer.observe()")
+        self._check_rules()
+        return self._watched()
+
+    @untraced
     def _after(self, *_: Any) -> None:
-        if not self._looks or int(self.optimizer.skipped_steps) > self._skipped:
+        looked_at, self._looked_at = self._looked_at, {}
+        if not looked_at or int(self.optimizer.skipped_steps) > self._skipped:
             return
-        watched = {name: param for name, param in self._watched().items() if param.requires_grad}
+        watched = {name: param for name, param in looked_at.items() if param.requires_grad}
         for name, value in self._statistics(watched).items():
             if value < self.tau:
                 self._freeze(name, watched[name])
@@ -215,6 +238,11 @@ class GradES:
         param.requires_grad_(False)
         param.grad = None
         self._frozen[name] = param
+
+
+def _has_threshold(rule: Rule, group: Group) -> bool:
+    """Whether a group's alpha is a threshold, as kernels take it, and no other number of that name."""
+    return "alpha" in group and "alpha" in rule.scalars(group, 1)
 
 
 def _count(name: str, value: Any, least: int) -> int:

@@ -15,7 +15,7 @@ from support.interpreted import INTERPRETED, run_interpreted
 from support.strategies import same_bits
 from torch import Tensor
 
-from signadam_ext import MSVAG, AdamW, Lion, SignAdam, SignAdamPP, SignSGD
+from signadam_ext import FOCUS, MSVAG, AdamW, Lion, SignAdam, SignAdamPP, SignSGD
 from signadam_ext.engine import plan
 from signadam_ext.engine.gradients import PythonReader, make_reader
 
@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "int2": (SignAdamPP, {"state_dtype": "int2", "param_storage": "stochastic", "seed": 2**64 - 1}),
     "adaptive": (SignAdamPP, {"confidence": "adaptive", "param_storage": "split8"}),
     "sparsity": (SignAdamPP, {"confidence": "sparsity", "target": 0.3}),
+    "focus": (FOCUS, {"weight_decay": 0.1}),
 }
 #: Interpreted are two: other formulas and thresholds are in tests of the kernels, tests/backends/test_*device_step.py.
 each_method = pytest.mark.parametrize("method", ("adamw", "int2") if INTERPRETED else METHODS)
@@ -133,6 +134,41 @@ def test_a_scaled_loss(device: str, backend: str) -> None:
         for optimizer, where in zip(twins.optimizers, (device, "cpu"), strict=True):
             optimizer.grad_scale = torch.full((1,), 1000.0, device=where)
             optimizer.found_inf = torch.full((1,), found, device=where)
+        twins.step()
+        twins.check()
+    assert twins.counts() == (1, 1)
+
+
+@on_each_device
+def test_a_scale_that_has_backed_off_to_nothing(device: str, backend: str) -> None:
+    """Skipped where the reciprocal is infinite in fp32, said or not; with a norm, what clipping leaves of it counts."""
+    twins = Twins("adamw", device, backend, capturable=None, fused=True)
+    cases = ((0.0, 1.0, None), (0.0, 0.0, None), (2.0**-128, 0.0, None), (0.0, 0.0, 1.0), (2.0**-128, 0.0, 1.0))
+    for step, (scale, found, norm) in enumerate(cases):
+        for group in (*twins.ours.param_groups, *twins.theirs.param_groups):
+            group["max_grad_norm"] = norm
+        twins.give(step)
+        for optimizer, where in zip(twins.optimizers, (device, "cpu"), strict=True):
+            optimizer.grad_scale = torch.full((1,), scale, device=where)
+            optimizer.found_inf = torch.full((1,), found, device=where)
+        twins.step()
+    assert twins.counts() == (4, 4) and not any(param.isnan().any() for param in twins.params[0])
+    twins.check()
+
+
+@on_each_device
+def test_weights_that_a_skipped_first_step_has_seen(device: str, backend: str) -> None:
+    """Only the device has made a state of them, and there they are no part of an average."""
+    twins = Twins("focus", device, backend, max_grad_norm=1.0)
+    twins.give(0, math.nan)
+    twins.step()
+    generator = torch.Generator().manual_seed(9)
+    for param, twin in zip(*twins.params, strict=True):
+        values = torch.randn(twin.shape, generator=generator)
+        param.detach().copy_(values)
+        twin.detach().copy_(values)
+    for step in (1, 2):
+        twins.give(step)
         twins.step()
         twins.check()
     assert twins.counts() == (1, 1)

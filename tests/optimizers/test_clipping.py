@@ -289,6 +289,54 @@ def test_a_scale_that_is_no_power_of_two() -> None:
     assert_equal(held(fused), held(plain))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("found", [0.0, 1.0])
+@pytest.mark.parametrize("scale", [0.0, -0.0, 2.0**-128])
+def test_a_scale_that_has_backed_off_to_nothing(
+    scale: float, found: float, max_norm: float | None, backend: str
+) -> None:
+    """Its reciprocal is infinite in fp32, and gradients times that are not finite."""
+    params = parameters()
+    optimizer = AdamW(params, fused=True, max_grad_norm=max_norm, backend=backend)
+    give(params, 0, size=0.0)
+    before = held(optimizer)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor([found])
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 1
+    assert_equal(held(optimizer), before)
+    if max_norm is not None:
+        assert math.isfinite(optimizer.last_grad_norm.item()) == (scale != 0)
+
+
+def test_a_clipped_gradient_may_come_from_a_small_scale() -> None:
+    """What counts is what kernels multiply by."""
+    ours, theirs = parameters(), parameters()
+    fused, plain = AdamW(ours, fused=True, max_grad_norm=1.0), AdamW(theirs, max_grad_norm=1.0)
+    give(ours, 0, size=0.5)
+    give(theirs, 0, size=0.5)
+    fused.grad_scale, fused.found_inf = torch.tensor(2.0**-128), torch.zeros(1)
+    fused.step()
+    plain.step()
+    assert fused.skipped_steps.item() == 0
+    assert_equal(held(fused), held(plain))
+
+
+def test_a_scaler_that_backs_off_to_zero() -> None:
+    """Losses overflow, and then they are 0, as the scale is: found_inf is said first, and then no more."""
+    params = parameters()
+    optimizer = AdamW(params, fused=True)
+    before = held(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-148, backoff_factor=0.25)
+    for step, size in enumerate((math.inf, math.inf, 0.0)):
+        assert scaler.scale(torch.ones(())).item() == (2.0**-148 if step == 0 else 0.0)
+        give(params, 0, size)
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.skipped_steps.item() == 3
+    assert_equal(held(optimizer), before)
+
+
 def test_only_a_fused_optimizer_takes_a_scale() -> None:
     """As in torch.optim; Lightning refuses to clip the gradients of one that does."""
     for fused in (None, False, True):

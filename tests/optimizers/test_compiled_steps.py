@@ -187,6 +187,21 @@ def test_what_fails_in_a_graph_changes_nothing() -> None:
     assert all(torch.equal(one, param) for one, param in zip(before, model.parameters(), strict=True))
 
 
+def test_a_refused_step_leaves_gradients_on() -> None:
+    """The graph turns them off for nothing: who would turn them on again after an error?"""
+    model = model_of()
+    optimizer = SignAdamPP(model.parameters(), lr=0.01)
+    backward(model, 0)
+    optimizer.param_groups[0]["weight_decay"] = -1.0
+    step = torch.compile(lambda: optimizer.step(), fullgraph=True, backend="eager")
+    try:
+        with pytest.raises(ValueError, match="weight_decay"):
+            step()
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+
+
 def test_the_operator_says_when_its_optimizer_is_gone() -> None:
     optimizer = SignSGD([nn.Parameter(torch.ones(3))], lr=0.01)
     number = optimizer.runtime.number

@@ -42,6 +42,24 @@ def test_the_first_step_is_that_of_signum(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("beta2", [0.0, 0.999])
+def test_at_first_the_average_is_the_weight(backend: str, beta2: float) -> None:
+    """To the last bit, whatever it was before: a step that a device skipped has left one of other weights."""
+    param = parameter(1000)
+    begun = param.detach().clone()
+    (g,) = gradients(1, 1000)
+    average, m, step = torch.full((1000,), 3.0), torch.zeros(1000), torch.tensor(0.0)
+    options = {"lr": 0.5, "betas": (0.9, beta2), "gamma": 0.25, "backend": backend}
+    focus([param.detach()], [g], [average], [m], [step], **options)
+    assert torch.equal(average, begun)
+    assert torch.equal(param.detach(), begun - 0.5 * g.sign())
+    if beta2 == 0.0:  # then it is at every step
+        before = param.detach().clone()
+        focus([param.detach()], [g], [average], [m], [step], **options)
+        assert torch.equal(average, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_pulls_towards_the_average(backend: str) -> None:
     """Where the momentum is 0 only the pull is left: by lr * gamma, and 0 where the weight is its average."""
     param = torch.nn.Parameter(torch.tensor([1.0, 1.0, 0.0, 1.0]))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
+from fuzzer_failures import at_point
 from support.strategies import same_bits
 from torch import Tensor
 from torch.nn import Parameter
@@ -19,6 +21,7 @@ from signadam_ext.functional import FunctionalOptimizer, schedule_free_adamw, sc
 
 EACH = pytest.mark.parametrize("method", [ScheduleFreeAdamW, ScheduleFreeSign])
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "reference"])
+SUMS = ("k", "weight_sum", "lr_max", "beta_of_y")
 STORAGES = [
     (torch.float32, "nearest"),
     (torch.bfloat16, "nearest"),
@@ -154,7 +157,7 @@ def test_resumes_in_either_mode(method: type, mode: str, by: str, dtype: torch.d
         if name in optimizer.state[param]:
             assert same_bits(optimizer.state[param][name], other.state[resumed][name])
     assert same_bits(param, resumed)
-    sums = [{name: each.param_groups[0][name] for name in ("k", "weight_sum", "lr_max")} for each in (optimizer, other)]
+    sums = [{name: each.param_groups[0][name] for name in SUMS} for each in (optimizer, other)]
     assert sums[0] == sums[1] and sums[0]["k"] == 20
 
 
@@ -206,7 +209,7 @@ def test_a_skipped_step_leaves_the_sums(method: type) -> None:
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)  # as a GradScaler says it
     optimizer.step()
     assert optimizer.skipped_steps == 3 and same_bits(param, twin)
-    assert [group[x] for x in ("k", "weight_sum", "lr_max")] == [expected[x] for x in ("k", "weight_sum", "lr_max")]
+    assert [group[x] for x in SUMS] == [expected[x] for x in SUMS]
 
 
 def test_steps_weigh_as_the_authors_have_them() -> None:
@@ -323,6 +326,7 @@ def test_what_takes_steps_otherwise_is_refused(method: type) -> None:
         (lambda saved: saved["state"][0].update(y=torch.zeros(4)), "state 'y' of parameter 0 of group 0"),
         (lambda saved: saved["param_groups"][0].update(weight_sum=math.nan), "weight_sum=nan"),
         (lambda saved: saved["param_groups"][0].update(k=-1), "k=-1"),
+        (lambda saved: saved["param_groups"][0].update(beta_of_y=1.0), "beta_of_y=1.0"),
         (lambda saved: saved["param_groups"][0].update(train_mode="yes"), "train_mode='yes'"),
     ],
 )
@@ -355,6 +359,154 @@ def test_a_broken_copy_stops_train_before_anything_is_written(method: type) -> N
     with pytest.raises(ValueError, match="state 'y' of parameter 1 of group 0"):
         optimizer.train()
     assert all(map(same_bits, params, averages)) and "y" in optimizer.state[params[0]]
+
+
+def average(optimizer: Any, param: Tensor) -> Tensor:
+    """x as evaluation has it, of an fp32 parameter."""
+    beta = optimizer.param_groups[0]["betas"][0]
+    y = param.detach().clone()
+    return y + torch.tensor(1 - 1 / beta) * (optimizer.state[param]["z"] - y)
+
+
+@EACH
+@pytest.mark.parametrize("begin", [0, 4])
+def test_parameters_that_share_memory(method: type, begin: int) -> None:
+    """All or some of it: averages are of what both were, the later one stays, and all bits come back."""
+    memory = torch.randn(12, generator=torch.Generator().manual_seed(7))
+    first, second = Parameter(memory[:8]), Parameter(memory[begin : begin + 8])
+    optimizer = method([first, second], lr=0.1)
+    for g in gradients(3, first):
+        first.grad, second.grad = g.clone(), g.flip(0)
+        optimizer.step()
+    before, expected = memory.clone(), memory.clone()
+    averages = [average(optimizer, param) for param in (first, second)]
+    expected[:8] = averages[0]
+    expected[begin : begin + 8] = averages[1]
+    optimizer.eval()
+    assert same_bits(memory, expected) and not same_bits(memory, before)
+    optimizer.train()
+    assert same_bits(memory, before)
+
+
+def test_modes_change_as_a_whole_or_not_at_all(thorough: bool) -> None:
+    """Wherever a signal handler raises, or a state is broken; and gradients are recorded as before."""
+    memory = torch.randn(6, generator=torch.Generator().manual_seed(7))
+    params = [Parameter(memory[:4]), Parameter(memory[2:])]
+    optimizer = ScheduleFreeSign([{"params": [param]} for param in params], lr=0.1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.step()
+    trained = memory.clone()
+    optimizer.eval()
+    averages = memory.clone()
+
+    def is_in(mode: str) -> bool:
+        kept = ["y" in optimizer.state[param] for param in params]
+        modes = [group["train_mode"] for group in optimizer.param_groups]
+        if mode == "train":
+            return same_bits(memory, trained) and not any(kept) and all(modes)
+        return same_bits(memory, averages) and all(kept) and not any(modes)
+
+    def change(mode: Any) -> None:
+        try:
+            mode()
+        finally:
+            records.append(torch.is_grad_enabled())
+
+    records: list[bool] = []
+    optimizer.train()
+    for n in itertools.count(1, 1 if thorough else 4):
+        where, points = at_point(lambda: change(optimizer.eval), n)
+        assert all(records), where
+        assert is_in("train") or is_in("eval"), where
+        optimizer.train()
+        if points < n:
+            break
+    for n in itertools.count(1, 1 if thorough else 4):
+        optimizer.eval()
+        where, points = at_point(lambda: change(optimizer.train), n)
+        assert all(records), where
+        assert is_in("train") or is_in("eval"), where
+        optimizer.train()
+        if points < n:
+            break
+    optimizer.state[params[1]]["z"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="state 'z' of parameter 0 of group 1"):
+        optimizer.eval()
+    assert is_in("train")
+
+
+@EACH
+@pytest.mark.parametrize("was, now", [("split16", "master"), ("split8", "master"), ("master", "split16")])
+def test_averages_know_what_another_storage_has_left(method: type, was: str, now: str) -> None:
+    """Low bits become a master copy at the first step, or the other way, and evaluation may come before it."""
+    param = parameter(500, dtype=torch.bfloat16)
+    optimizer = method([param], lr=0.05, param_storage=was)
+    take(optimizer, param, gradients(4, param))
+    resumed = Parameter(param.detach().clone())
+    other = method([resumed], lr=0.05, param_storage=now if was != "master" else was)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    other.param_groups[0]["param_storage"] = now
+    names = set(other.state[resumed])
+    optimizer.eval()
+    other.eval()
+    assert same_bits(param, resumed) and set(other.state[resumed]) == {*names, "y"}
+
+
+@EACH
+def test_the_first_beta_stays_that_of_the_average(method: type) -> None:
+    """Another would change x, which y and z tell by it alone: nothing is written before it is refused."""
+    param = parameter(33)
+    rest = (0.999,) if method is ScheduleFreeAdamW else ()
+    optimizer = method([param], lr=0.05)
+    (group,) = optimizer.param_groups
+    group["betas"] = (0.8, *rest)  # before the first step
+    assert group["beta_of_y"] == 0.0
+    take(optimizer, param, gradients(2, param))
+    assert group["beta_of_y"] == 0.8
+    group["betas"] = (0.95, *rest)
+    before, held = param.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    for call in (optimizer.step, optimizer.eval):
+        with pytest.raises(ValueError, match=r"group 0: the first beta is 0\.95, and was 0\.8 .* cycle_momentum=False"):
+            call()
+        assert same_bits(param, before)
+        assert str(optimizer.state_dict()) == str(held)
+    group["betas"] = (0.8, *rest)
+    optimizer.step()
+    optimizer.eval()
+
+
+@EACH
+def test_schedulers_that_cycle_momentum(method: type) -> None:
+    param = parameter(33)
+    for cycles in (True, False):
+        optimizer = method([param], lr=0.05)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10, cycle_momentum=cycles)
+        take(optimizer, param, gradients(1, param))
+        scheduler.step()
+        if cycles:
+            with pytest.raises(ValueError, match="cycle_momentum=False"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+@EACH
+def test_checkpoints_that_do_not_say_the_beta(method: type) -> None:
+    """Those of before: the next step says it."""
+    param = parameter(33)
+    optimizer = method([param], lr=0.05)
+    take(optimizer, param, gradients(2, param))
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["beta_of_y"]
+    other = method([param], lr=0.05)
+    other.load_state_dict(saved)
+    other.eval()
+    other.train()
+    assert other.param_groups[0]["beta_of_y"] == 0.0
+    take(other, param, gradients(1, param))
+    assert other.param_groups[0]["beta_of_y"] == 0.9
 
 
 def test_lists_have_the_bits_of_the_classes() -> None:

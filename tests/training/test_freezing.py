@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from signadam_ext import FOCUS, GradES, ScheduleFreeSign, SignAdamPP, SignSGD, Signum
+from signadam_ext import FOCUS, AdEMAMix, GradES, MARSAdamW, ScheduleFreeSign, SignAdamPP, SignSGD, Signum
 
 
 def model() -> nn.Sequential:
@@ -117,8 +117,13 @@ def test_resumes_where_parameters_are_frozen_already() -> None:
     again.load_state_dict({"steps": 3, "frozen": ["0.weight", "1.weight", "1.weight"]})
     assert again.frozen == ["0.weight", "1.weight"] and again.done
     assert GradES(Signum(net.parameters()), tau=0.3).done  # a model that has been frozen
-    for wrong, error in (({}, ValueError), ({"steps": 1, "frozen": "0.weight"}, TypeError), (3, ValueError)):
-        with pytest.raises(error):
+    for wrong, error, message in (
+        ({}, ValueError, "no state of GradES"),
+        ({"steps": 1, "frozen": "0.weight"}, TypeError, "frozen='0.weight': must be a list of names"),
+        ({"steps": 3, "frozen": [["0.weight"]]}, TypeError, "must be a list of names"),
+        (3, ValueError, "no state of GradES"),
+    ):
+        with pytest.raises(error, match=message):
             again.load_state_dict(wrong)  # type: ignore[arg-type]
     assert again.state_dict() == {"steps": 3, "frozen": ["0.weight", "1.weight"]}
 
@@ -170,6 +175,74 @@ def test_numpy_counts_are_numbers() -> None:
     assert GradES(Signum(model().parameters()), tau=numpy.float32(0.5), every=numpy.int64(3)).every == 3
 
 
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (SignSGD, {}),
+        (ScheduleFreeSign, {}),
+        (SignAdamPP, {}),
+        (SignAdamPP, {"confidence": "adaptive"}),
+        (SignAdamPP, {"confidence": "sparsity", "target": 0.5}),
+    ],
+)
+def test_what_has_a_threshold(cls: Any, options: dict[str, Any]) -> None:
+    optimizer = cls(model().parameters(), lr=torch.tensor(0.1), **options)
+    assert GradES(optimizer, tau=0.1, statistic="passed").statistic == "passed"
+
+
+def test_what_cannot_be_looked_at_is_said_before_the_step() -> None:
+    """Where a name is there twice, a group has another rule, or nobody observes; and only by steps that look."""
+    for change, message in (
+        (lambda it: it.add_param_group({"params": [("0.weight", nn.Parameter(torch.ones(2, 2)))]}), "two parameters"),
+        (lambda it: it.observe(False), r"call optimizer\.observe"),
+    ):
+        net = model()
+        optimizer = Signum(net.named_parameters(), lr=0.1)
+        stopping = GradES(optimizer, tau=1e30, grace_steps=0, every=2)
+        change(optimizer)
+        grads(net, SIZES)
+        optimizer.step()
+        before = [param.detach().clone() for param in net.parameters()]
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            optimizer.step()
+        assert all(map(torch.equal, before, net.parameters()))
+        assert stopping.steps == 1 and stopping.frozen == []
+
+
+def test_matrices_without_elements_are_not_waited_for() -> None:
+    params = [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(0, 4))]
+    optimizer = Signum(params)
+    stopping = GradES(optimizer, tau=1e30, grace_steps=0, every=1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert stopping.frozen == ["parameter 0 of group 0"] and stopping.done
+    with pytest.raises(ValueError, match="nothing to watch"):
+        GradES(Signum(params[1:]), tau=0.1)
+
+
+def test_compiled_steps() -> None:
+    """Hooks run beside the graph, whose constants are none of what they look at, and fullgraph=True is refused."""
+    torch._dynamo.reset()
+    nets = [model(), model()]
+    optimizers = [Signum(net.named_parameters(), lr=0.5, beta=0.5) for net in nets]
+    stopping = [GradES(optimizer, tau=0.3, grace_steps=2, every=2) for optimizer in optimizers]
+    take = [torch.compile(lambda: optimizers[0].step(), backend="eager"), optimizers[1].step]
+    whole = torch.compile(lambda: optimizers[0].step(), fullgraph=True, backend="eager")
+    before = [param.detach().clone() for param in nets[0].parameters()]
+    grads(nets[0], SIZES)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"GradES\._before"):
+        whole()
+    assert all(map(torch.equal, before, nets[0].parameters())) and stopping[0].steps == 0
+    for _ in range(5):
+        for net, step in zip(nets, take, strict=True):
+            grads(net, SIZES)
+            step()
+        assert stopping[0].state_dict() == stopping[1].state_dict()
+    assert stopping[0].frozen == ["0.weight"]
+    assert all(torch.equal(a, b) for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True))
+
+
 def test_removed_it_freezes_no_more() -> None:
     net = model()
     optimizer = Signum(net.named_parameters())
@@ -187,6 +260,8 @@ def test_removed_it_freezes_no_more() -> None:
         (ScheduleFreeSign, {}, ValueError, "keeps no momentum"),
         (FOCUS, {}, ValueError, "keeps no momentum"),
         (Signum, {"statistic": "passed"}, ValueError, "has no threshold"),
+        (AdEMAMix, {"statistic": "passed"}, ValueError, "has no threshold"),  # whose alpha is another number
+        (MARSAdamW, {"statistic": "passed"}, ValueError, "has no threshold"),
         (Signum, {"statistic": "norm"}, ValueError, "statistic='norm'"),
         (Signum, {"tau": -1.0}, ValueError, "tau"),
         (Signum, {"tau": math.nan}, ValueError, "tau"),

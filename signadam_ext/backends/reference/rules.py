@@ -328,7 +328,7 @@ def mars_adamw(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moment
 def focus(s: dict[str, Tensor], alpha: Tensor, p: Tensor, g: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
     average, m = moments
     m = s["beta1"] * m + s["one_minus_beta1"] * g
-    average = average + s["averaging"] * (p - average)
+    average = torch.where(s["averaging"] == 1, p, average + s["averaging"] * (p - average))
     return p - (s["lr"] * sign(m) + s["mix"] * sign(p - average) + s["shrinking"] * average), (average, m)
 
 
