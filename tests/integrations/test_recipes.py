@@ -23,6 +23,7 @@ from support.torchvision_stub import import_timm
 
 from reporting.commands import blocks
 from signadam_ext.integrations import TESTED
+from signadam_ext.training import replacement
 
 SNIPPETS = [block.lines for block in blocks(PAGE) if block.language == "python"]
 
@@ -144,3 +145,10 @@ def test_a_snippet_trains(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(param.isfinite().all() for param in trained)
     pairs = zip(before, copies(model.parameters()), strict=False)
     assert "peft" in IMPORTS[number] or not any(torch.equal(one, other) for one, other in pairs)
+
+
+def test_the_page_names_what_has_a_rule_of_thumb() -> None:
+    (section,) = re.findall(r"There is one from torch's (.*?), and between\n(.*?) here;", PAGE, re.DOTALL)
+    torchs, ours = (re.findall(r"`(\w+)`", part) for part in section)
+    assert {getattr(torch.optim, name) for name in torchs} == set(replacement._AS_ADAMW)
+    assert set(ours) == {cls.__name__ for cls in replacement.SHARES}

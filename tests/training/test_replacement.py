@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import warnings
 import weakref
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.recipes import PAGE
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
@@ -109,13 +107,6 @@ def test_shares_are_the_medians_of_the_searches() -> None:
         assert round(statistics.median(shares[cls]), 1) == SHARES[cls], name
     least, *_, most = sorted(round(share, 1) for share in shares[SignAdamPP])
     assert f"(from {least} to {most} by problem)" in from_optimizer.__doc__
-
-
-def test_the_page_names_what_has_a_rule_of_thumb() -> None:
-    (section,) = re.findall(r"There is one from torch's (.*?), and between\n(.*?) here;", PAGE, re.DOTALL)
-    torchs, ours = (re.findall(r"`(\w+)`", part) for part in section)
-    assert {getattr(torch.optim, name) for name in torchs} == set(replacement._AS_ADAMW)
-    assert set(ours) == {cls.__name__ for cls in SHARES}
 
 
 @pytest.mark.parametrize("cls, share", [(SignAdamPP, 0.6), (Signum, 0.2), (Lion, 0.2), (AdamW, 1.0)])
