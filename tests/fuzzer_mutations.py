@@ -318,7 +318,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "any number of steps is taken",
         6,
         (
-            (VALUES, "    if not 0 <= value <= MOST_STEPS or value != int(value):", "    if not math.isfinite(value):"),
+            (VALUES, "    if not 0 <= value < MOST_STEPS or value != int(value):", "    if not math.isfinite(value):"),
             (TABLE, "    if (!(count >= 0", "    if (false && !(count >= 0"),
         ),
     ),

@@ -25,7 +25,20 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
         return value
     near = difflib.get_close_matches(str(value).lower(), allowed, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}{hint}")
+    raise ValueError(f"{name}={shown(value)}: must be one of {', '.join(map(repr, allowed))}{hint}")
+
+
+#: Elements of a tensor that an error shows. Of a larger one torch may convert every element to show a few.
+MOST_SHOWN = 16
+
+
+def shown(value: Any) -> str:
+    """``value`` as errors show it: a tensor of many elements by its shape, wherever it is."""
+    if isinstance(value, Tensor) and value.numel() > MOST_SHOWN:
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+    if type(value) in (tuple, list) and any(isinstance(item, Tensor) for item in value):
+        return f"{type(value).__name__}({', '.join(map(shown, value))})"
+    return repr(value)
 
 
 def number(
@@ -47,14 +60,14 @@ def number(
     if isinstance(found, Tensor):
         found = _item(name, found)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
-        raise TypeError(f"{name}={value!r}: must be a number, not {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)}: must be a number, not {type(value).__name__}")
     above = found > low if open_low else found >= low
     below = found < high if open_high else found <= high
     if not (above and below and -sys.float_info.max <= found <= sys.float_info.max):
         brackets = "(" if open_low else "[", ")" if open_high else "]"
         least = "" if low == -math.inf else f" and {'above' if open_low else 'at least'} {low:g}"
         bounds = f"in {brackets[0]}{low:g}, {high:g}{brackets[1]}" if math.isfinite(high) else f"finite{least}"
-        raise ValueError(f"{name}={found!r}: must be {bounds}")
+        raise ValueError(f"{name}={shown(found)}: must be {bounds}")
     return found
 
 
@@ -71,7 +84,7 @@ def plain(value: Any) -> Any:
 def _item(name: str, value: Tensor) -> Any:
     """The number in a tensor. Anything but a number is left to the caller."""
     if value.numel() != 1 or value.dtype == torch.bool or value.is_complex():
-        raise ValueError(f"{name}={value!r}: a tensor {name} must hold one number")
+        raise ValueError(f"{name}={shown(value)}: a tensor {name} must hold one number")
     if value.device.type != "cpu":
         raise ValueError(
             f"{name} is a tensor on {value.device}: reading it would synchronize every step; keep it on the CPU, where "
@@ -86,7 +99,7 @@ def _item(name: str, value: Tensor) -> Any:
 def learning_rate(name: str, value: Any, slack: float = 0.0) -> float:
     """A learning rate of at least ``-slack``; a tensor must be able to hold what schedulers write into it."""
     if isinstance(value, Tensor) and not (value.numel() == 1 and value.is_floating_point()):
-        raise ValueError(f"{name}={value!r}: a tensor {name} must hold one floating-point number")
+        raise ValueError(f"{name}={shown(value)}: a tensor {name} must hold one floating-point number")
     found = number(name, value, -math.inf)
     return found if found >= -slack else number(name, found, 0.0)
 
@@ -119,7 +132,7 @@ def flag(name: str, value: Any) -> bool:
     """``value``, if it is True or False, NumPy's included."""
     found = plain(value)
     if not isinstance(found, bool):
-        raise TypeError(f"{name}={value!r}: must be True or False")
+        raise TypeError(f"{name}={shown(value)}: must be True or False")
     return found
 
 
@@ -142,7 +155,7 @@ def torch_option(name: str, value: Any) -> bool:
     if value is None or value is False or (value is True and why is None):
         return bool(value)
     allowed = "None, False or True" if why is None else f"None or False; {why}"
-    raise ValueError(f"{name}={value!r}: must be {allowed}")
+    raise ValueError(f"{name}={shown(value)}: must be {allowed}")
 
 
 def seed(name: str, value: Any) -> int:
@@ -151,9 +164,9 @@ def seed(name: str, value: Any) -> int:
     if isinstance(found, Tensor):
         found = _item(name, found)
     if isinstance(found, bool) or not isinstance(found, int):
-        raise TypeError(f"{name}={value!r}: must be an integer, not {type(value).__name__}")
+        raise TypeError(f"{name}={shown(value)}: must be an integer, not {type(value).__name__}")
     if not 0 <= found < 1 << 64:
-        raise ValueError(f"{name}={found!r}: must be in [0, 2^64)")
+        raise ValueError(f"{name}={shown(found)}: must be in [0, 2^64)")
     return found
 
 
@@ -170,14 +183,14 @@ def steps_taken(label: str, value: Any) -> int:
 
     Raises:
         TypeError: something else.
-        ValueError: a count that no training reaches: negative, fractional, above 2^53, not finite.
+        ValueError: a count that no training reaches: negative, fractional, 2^53 and above, not finite.
     """
     value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
-    shown = f"state 'step' of {label} is {value!r}"
+    said = f"state 'step' of {label} is {shown(value)}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{shown}: must be the number of steps taken")
-    if not 0 <= value <= MOST_STEPS or value != int(value):
-        raise ValueError(f"{shown}: must be the number of steps taken, a whole number from 0 to 2^53")
+        raise TypeError(f"{said}: must be the number of steps taken")
+    if not 0 <= value < MOST_STEPS or value != int(value):
+        raise ValueError(f"{said}: must be the number of steps taken, a whole number in [0, 2^53)")
     return int(value)
 
 
@@ -189,5 +202,5 @@ def whole_number(label: str, value: Any) -> int:
     """
     found = value.item() if isinstance(value, Tensor) and value.numel() == 1 else plain(value)
     if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or found != found // 1:
-        raise TypeError(f"{label} is {value!r}: must be a whole number")
+        raise TypeError(f"{label} is {shown(value)}: must be a whole number")
     return int(found)

@@ -59,7 +59,9 @@ class Betas:
 
     def __call__(self, name: str, value: Any) -> tuple[float, ...]:
         if not isinstance(value, (tuple, list)) or len(value) != len(self.names):
-            raise ValueError(f"{name}={value!r}: must be a tuple of {len(self.names)}; {how_betas_are_given(self)}")
+            raise ValueError(
+                f"{name}={checks.shown(value)}: must be a tuple of {len(self.names)}; {how_betas_are_given(self)}"
+            )
         found = tuple(map(BETA, self.names, value))
         Number(self.low, 1.0)(self.names[-1], found[-1])
         # The same object where it holds Python's numbers already.
@@ -155,7 +157,7 @@ def check_beta_names(optimizer: type[Declaring], given: Mapping[str, Any], *, fo
         value = given[name]
         if count == 1 and folded and isinstance(value, (tuple, list)) and len(value) == 1:
             continue
-        raise TypeError(f"{name}={value!r}: {how_betas_are_given(check)}")
+        raise TypeError(f"{name}={checks.shown(value)}: {how_betas_are_given(check)}")
 
 
 def kept(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def stays_on_device(name: str, value: Any) -> bool:
     if not isinstance(value, Tensor) or value.device.type in ("cpu", "meta") or name == "max_grad_norm":
         return False
     if value.numel() != 1 or not value.is_floating_point():
-        raise ValueError(f"{name}={value!r}: a tensor {name} must hold one floating-point number")
+        raise ValueError(f"{name}={checks.shown(value)}: a tensor {name} must hold one floating-point number")
     return True
 
 

@@ -136,7 +136,9 @@ def lr_scale(name: str, value: Any) -> Any:
     if isinstance(value, (int, float)):
         return checks.number(name, value, 0.0)
     if not isinstance(value, str):
-        raise ValueError(f"{name}={value!r}: must be 'shape', 'rms', a function of a name and a shape, or a number")
+        raise ValueError(
+            f"{name}={checks.shown(value)}: must be 'shape', 'rms', a function of a name and a shape, or a number"
+        )
     return checks.one_of(name, value, (*LR_SCALES, "rms"))
 
 

@@ -85,7 +85,9 @@ class Rule:
         if not isinstance(dtypes, tuple):
             dtypes = tuple("fp32" if name == self.starts_as_param else dtypes for name in self.moments)
         elif len(dtypes) != len(self.moments):
-            raise ValueError(f"state_dtype={dtypes!r}: must be one dtype, or {len(self.moments)}, one for each moment")
+            raise ValueError(
+                f"state_dtype={checks.shown(dtypes)}: must be one dtype, or {len(self.moments)}, one for each moment"
+            )
         if self.keeps_largest and (few := [x for x in dtypes if x in formats.CODES]):
             raise ValueError(
                 f"state_dtype={few[0]!r} with {self.moments[2]}: a largest value cannot be kept in few bits; "
@@ -102,7 +104,7 @@ class Rule:
             allowed = ("fp32",) if name == self.starts_as_param else ("fp32", "bf16")
             if dtype not in allowed:
                 raise ValueError(
-                    f"state_dtype={dtype!r} of {name}: must be {' or '.join(map(repr, allowed))}; "
+                    f"state_dtype={checks.shown(dtype)} of {name}: must be {' or '.join(map(repr, allowed))}; "
                     f"{self.starts_as_param} is a copy of the weights that every step moves by little"
                 )
 
@@ -123,7 +125,7 @@ class Rule:
     def _form(self, dtype: object, allowed: Mapping[str, formats.Format]) -> formats.Format:
         if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
             raise ValueError(
-                f"state_dtype={dtype!r}: {self.unbounded}, so it needs a scale; use one of "
+                f"state_dtype={checks.shown(dtype)}: {self.unbounded}, so it needs a scale; use one of "
                 f"{', '.join(map(repr, allowed))}"
             )
         return allowed[checks.one_of("state_dtype", dtype, formats.BOUNDED)]
@@ -237,7 +239,7 @@ def decays(group: Group, count: int) -> Scalars:
     """
     betas = group["betas"]
     if len(betas) != count:
-        raise ValueError(f"betas={betas!r}: must unpack to {count}")
+        raise ValueError(f"betas={checks.shown(betas)}: must unpack to {count}")
     scalars: Scalars = {}
     for (name, rest), beta in zip(_DECAYS, betas, strict=False):
         scalars[name], scalars[rest] = beta, 1 - beta

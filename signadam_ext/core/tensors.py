@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from . import checks
 from .formats import DTYPE_FORMATS, FP32, Format
 
 
@@ -83,7 +84,7 @@ def state_tensor(
     place = "" if device is None else f" on {device}"
     expected = f"a {names} tensor of shape {tuple(shape)}{place}{content}"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{label} is {value!r}: must be {expected}")
+        raise TypeError(f"{label} is {checks.shown(value)}: must be {expected}")
     if value.dtype not in dtypes:
         raise TypeError(f"{label} has dtype {value.dtype}: must be {expected}")
     if value.shape != torch.Size(shape) or (device is not None and value.device != device):

@@ -146,10 +146,10 @@ def stated_format(label: str, name: str, state: Mapping[str, Any]) -> Format | N
         found = FORMATS_BY_NUMBER.get(checks.whole_number(shown, kind))
         if found is None:
             known = ", ".join(f"{form.number} ({form.kind})" for form in FORMATS.values() if form.packed)
-            raise ValueError(f"{shown} is {kind!r}: must be one of {known}")
+            raise ValueError(f"{shown} is {checks.shown(kind)}: must be one of {known}")
         form = found
     if not form.packed:
-        raise ValueError(f"{shown} is {kind!r}: that kind is said by the dtype alone")
+        raise ValueError(f"{shown} is {checks.shown(kind)}: that kind is said by the dtype alone")
     return form
 
 
@@ -379,7 +379,9 @@ def check_codes(label: str, name: str, source: Format, saved: Mapping[str, Any])
         return
     levels = saved.get(levels_key(name), source.levels)
     if (isinstance(levels, Tensor) and levels.numel() != 1) or levels != source.levels:
-        raise ValueError(f"{levels_key(name)} of {label} is {levels!r}: must be {source.levels} for {source.kind}")
+        raise ValueError(
+            f"{levels_key(name)} of {label} is {checks.shown(levels)}: must be {source.levels} for {source.kind}"
+        )
     if value.numel():
         low, high = value.aminmax()
         if not (low >= -levels and high <= levels):  # NaN neither

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..core import formats, memory_order, shards, tensors
-from ..core.checks import MOST_STEPS
 from ..core.formats import BLOCK8, RESIDUALS, Format
 from ..core.native import compiled as _C
 from ..core.random_bits import MOMENT_BITS
@@ -97,11 +96,6 @@ class _Fitting:
         check_one_residual(label, state)
         # Everything is checked before anything is made.
         self.steps = taken(label, state)
-        if self.steps == MOST_STEPS:  # which a device would not notice
-            raise ValueError(
-                f"state 'step' of {label} is {self.steps}: must be the number of steps taken, a whole number "
-                "in [0, 2^53)"
-            )
         self.found: dict[str, Any] = {}
         for name, form in layout.moments.items():
             if name in state:

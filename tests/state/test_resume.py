@@ -206,6 +206,31 @@ def test_what_is_no_hyperparameter_of_another_method_is_taken():
     assert {"initial_lr", "max_lr", "max_momentum", "name"} <= other.param_groups[0].keys()
 
 
+#: More than there is memory for, of one element in memory.
+VAST = torch.ones(1, dtype=torch.float8_e5m2).expand(1 << 31)
+
+
+@pytest.mark.parametrize("where", ["lr", "weight_decay", "betas", "maximize", "step"])
+def test_errors_show_no_more_of_a_tensor_than_its_shape(where):
+    """Torch converts every element of an 8-bit tensor to show three."""
+    optimizer = stepped(Signum)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if where == "step":
+        saved["state"][0]["step"] = VAST
+    else:
+        saved["param_groups"][0][where] = (VAST,) if where == "betas" else VAST
+    with pytest.raises((TypeError, ValueError), match=r"a tensor of shape \(2147483648,\), torch.float8_e5m2"):
+        optimizer.load_state_dict(saved)
+
+
+def test_a_count_that_cannot_be_counted_on_is_refused():
+    optimizer = stepped(Signum)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = torch.tensor(2.0**53, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"is 9007199254740992.0: must be the number of steps taken, a whole number"):
+        optimizer.load_state_dict(saved)
+
+
 def test_an_entry_without_a_name_is_a_users_own():
     saved = copy.deepcopy(stepped(Signum).state_dict())
     saved["state"][0][None] = torch.ones(2)
