@@ -61,7 +61,7 @@ struct SliceOfAnyRule {
   SIGNADAM_HD PieceOfAnyRule load(const Scalars& s, const Piece& piece, int index, bool updates) const {
     PieceOfAnyRule found;
     grad.unpack(grad.load(piece), found.g);
-    if (updates || s.coupled) param.unpack(param.load(piece), found.p);
+    if (updates || s.coupled || !(s.caution || s.clips)) param.unpack(param.load(piece), found.p);
     // A norm is made of the gradient and the last one.
     if (updates || s.caution) {
       if (moments > 0) exp_avg.unpack(exp_avg.load(piece, index), found.m);

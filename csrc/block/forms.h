@@ -22,6 +22,11 @@ enum class Scaling {
   steps,  // the share of entries that agree, or the parameter's root mean square, outside of the rule
 };
 
+// Of one launch of a step: to the update a norm is a threshold.
+constexpr Scaling scaling_of(ThresholdPass threshold_pass, Scaling of_step) {
+  return threshold_pass != ThresholdPass::pass_before && of_step == Scaling::norm ? Scaling::none : of_step;
+}
+
 // Dtypes and storage forms: all, tested where they matter, or one combination, known when the kernel is compiled. A
 // test of a format for each element of an unrolled loop takes more than half of what a few-bit step executes.
 

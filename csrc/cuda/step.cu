@@ -104,7 +104,8 @@ void launch(const KernelChoice& choice, const TableView& table, uint32_t chunks,
                       layout.rng_keys == layout.scalar_indices ? 0 : offset(layout.rng_keys),
                       offset(layout.scalar_indices),
                       static_cast<uint32_t>(choice.rule)};
-  // Sums that a launch before has taken are not taken again.
+  // The kernel for any rule takes sums wherever it finds a place for them. Here a launch before has taken them, or the
+  // ranks that have parts.
   if (choice.threshold_pass == ThresholdPass::none) arguments.header.table.sums = nullptr;
   if (device_step == nullptr) {
     if (layout.size > kernel.inline_bytes)

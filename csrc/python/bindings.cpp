@@ -119,13 +119,11 @@ std::vector<cuda::KernelChoice> cuda_kernels(const HostTable& table, int rule_in
                                              Scaling scaling, bool with_statistics) {
   const auto rule = static_cast<RuleIndex>(rule_index);
   const Storage storage = with_statistics ? Storage::with_statistics : table.storage();
-  // A norm is a threshold to the update.
-  const Scaling of_update = scaling == Scaling::steps ? scaling : Scaling::none;
-  const auto update = [&](ThresholdPass which) {
-    return cuda::KernelChoice{rule, which, storage, table.formats(), of_update};
+  const auto choice = [&](ThresholdPass which, Storage of_tables) {
+    return cuda::KernelChoice{rule, which, of_tables, table.formats(), scaling_of(which, scaling)};
   };
-  if (threshold_pass != ThresholdPass::pass_before) return {update(threshold_pass)};
-  return {{rule, ThresholdPass::pass_before, table.storage(), table.formats(), scaling}, update(ThresholdPass::none)};
+  if (threshold_pass != ThresholdPass::pass_before) return {choice(threshold_pass, storage)};
+  return {choice(ThresholdPass::pass_before, table.storage()), choice(ThresholdPass::none, storage)};
 }
 
 std::size_t cuda_inline_capacity(const HostTable& table, int rule_index, ThresholdPass threshold_pass, Scaling scaling,

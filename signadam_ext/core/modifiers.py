@@ -171,8 +171,8 @@ def check_group_scale(group: Group, defaults: Group) -> None:
     if isinstance(scale, (int, float)) and scale != 1 and not isinstance(others, (int, float)):
         raise ValueError(
             f"lr_scale={scale!r} in a group, where lr_scale={others!r} is the optimizer's: a number in a group is left "
-            "to schedulers, as timm's layer decay has it, and would take the place of the other; multiply the group's "
-            "lr instead"
+            f"to schedulers, as timm's layer decay has it, and would take the place of {others!r}; multiply the "
+            "group's lr instead"
         )
 
 

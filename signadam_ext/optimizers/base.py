@@ -174,11 +174,14 @@ class SignOptimizer(Optimizer):
 
     def _warn_of_misspelt(self, group: Group) -> None:
         """Warns of names that are nearly those of hyperparameters. Groups take any other, as torch.optim's do."""
-        known = {*self.defaults, *type(self).HYPERPARAMETERS, "beta", "params", "param_names"}
+        known = {*self.defaults, *type(self).HYPERPARAMETERS, "params", "param_names"}
+        known |= {"beta"} if has_one_beta(self.defaults) else set()
         for name in group:
-            if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=NEARLY)):
-                index = len(self.param_groups)
-                warn_user(f"group {index} has {name!r}, which is no hyperparameter: did you mean {near[0]!r}?")
+            if isinstance(name, str) and name not in known:
+                alike = [other for other in known if other.count("_") == name.count("_")]
+                for near in difflib.get_close_matches(name, alike, n=1, cutoff=NEARLY):
+                    # The same words of every group, so that Python says them once.
+                    warn_user(f"a group has {name!r}, which is no hyperparameter: did you mean {near!r}?")
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -262,8 +262,13 @@ def _check_method(optimizer: GroupedOptimizer, index: int, saved: Mapping[str, A
             f"group {index} of the checkpoint has the hyperparameter {foreign[0]!r}, which {ours} has not: it is "
             "of another method"
         )
-    if ours not in WITHOUT_METHOD or ("amsgrad" in optimizer.HYPERPARAMETERS and "amsgrad" not in saved):
-        raise ValueError(f"group {index} of the checkpoint does not say its method, so it is not of {ours}")
+    # Torch's optimizers have "foreach" in their groups, and of those with betas alone its Adams have "amsgrad".
+    is_other = "foreach" in saved and "amsgrad" in optimizer.HYPERPARAMETERS and "amsgrad" not in saved
+    if ours not in WITHOUT_METHOD or is_other:
+        raise ValueError(
+            f"group {index} of the checkpoint does not say that it is of the method {ours}, and has nothing that only "
+            f"{ours} has; if it is, add 'method': {ours!r} to it"
+        )
 
 
 def _constructors_of(group: dict[str, Any]) -> dict[str, Any]:

@@ -107,9 +107,10 @@ def _first_beta(group: Group) -> float:
         ValueError: another than y was made with.
     """
     beta = float(group["betas"][0] if "betas" in group else group["beta"])
-    if group["beta_of_y"] not in (0.0, beta):  # 0 before the first step, and in checkpoints that do not say it
+    before = group.get("beta_of_y", 0.0)  # which lists of tensors have none of
+    if before not in (0.0, beta):  # 0 before the first step, and in checkpoints that do not say it
         raise ValueError(
-            f"the first beta is {beta!r}, and was {group['beta_of_y']!r} in the steps before: must stay so, since "
+            f"the first beta is {beta!r}, and was {before!r} in the steps before: must stay so, since "
             "it alone tells the average of the points y at which gradients are taken; give schedulers that cycle it "
             "cycle_momentum=False"
         )
@@ -128,6 +129,7 @@ class ScheduleFree(SignOptimizer):
                 f"the first beta is {beta!r}: must be above 0, since of the points y at which gradients are taken "
                 "nothing else would tell their average"
             )
+        _first_beta(group)
 
     def _ask(self, options: dict[str, bool]) -> None:
         if options.get("capturable"):

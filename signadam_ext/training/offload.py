@@ -23,7 +23,6 @@ from ..backends.device import is_current, refuse_capture
 from ..core import checks, memory_order, shards, tensors
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
-from ..core.options import LARGEST_RATES
 from ..core.rule import rule_of
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
@@ -562,11 +561,12 @@ class Offload:
             for host in taken.values():
                 tensors.give_gradient(host.copy, host.gradients)
             step_all(posing_as(optimizer, param_groups=groups, state=state))
-            for own, group in zip(optimizer.param_groups, groups, strict=True):
-                own.update((name, group[name]) for name in LARGEST_RATES)
             for host in taken.values():
                 self._note_taken(host)
         finally:
+            # What the step's commit has written, whatever was raised since.
+            for own, group in zip(optimizer.param_groups, groups, strict=True):
+                own["largest_lr"] = group["largest_lr"]
             for host in taken.values():
                 host.copy.grad = None
                 vars(host.copy).clear()

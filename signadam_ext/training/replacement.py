@@ -37,6 +37,7 @@ from ..optimizers import (
     Signum,
 )
 from ..optimizers.base import SignOptimizer
+from ..optimizers.schedule_free import ScheduleFree
 
 #: What the searched learning rate of a method is of AdamW's with betas of 0.9 and 0.95, to one digit: medians over the
 #: problems of docs/results.md that each was searched on (150 and 1,200 steps of a GPT, digits).
@@ -352,6 +353,8 @@ def _attach(scheduler: Any, optimizer: SignOptimizer, share: _Share) -> None:
     for name in ("eta_min", "default_min_lr"):
         if getattr(scheduler, name, None) is not None:
             setattr(scheduler, name, share.of(getattr(scheduler, name)))
+    if isinstance(optimizer, ScheduleFree) and getattr(scheduler, "cycle_momentum", False):
+        scheduler.cycle_momentum = False  # whose first beta must stay as it is
     if hasattr(scheduler, "use_beta1"):  # whether the momentum that it cycles is the first of betas
         scheduler.use_beta1 = "betas" in optimizer.defaults
 

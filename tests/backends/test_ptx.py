@@ -162,6 +162,23 @@ def scaled(row: Row) -> Iterator[Case]:
 
 
 SCALED = [case for row in TABLE if not row.like for case in scaled(row)]
+#: Rows whose optimizers refuse all of it: a number of each tensor's own, or steps that depend on the parameter.
+UNSCALED = {
+    *("sign_adam_pp-adaptive", "sign_adam_pp-delayed", "mars_adamw-clipped"),
+    *("schedule_free_adamw", "schedule_free_sign", "focus"),
+}
+#: And those whose steps have the gradient's sign, which refuse caution.
+UNCAUTIOUS = {"sign_sgd", "sign_sgd-gated", "svag", "adam_star_plain", "grams"}
+
+
+def test_scaled_steps_are_refused_where_they_are_said_to_be() -> None:
+    expected = {
+        f"{row.id}-{how}"
+        for row in TABLE
+        for how in ("exact", "delayed", "rms")
+        if not row.like and row.id not in UNSCALED and (how == "rms" or row.id not in UNCAUTIOUS)
+    }
+    assert {case.name for case in SCALED} == expected
 
 
 @with_cuda

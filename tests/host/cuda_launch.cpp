@@ -169,9 +169,8 @@ int launch_table(int rule_index, int threshold_pass_index, int scaling_index, in
                                    [entries](const TensorEntry& entry) { return entry.formats == entries->formats; });
     const auto scaling = static_cast<Scaling>(scaling_index);
     const auto run = [&](ThresholdPass which, Storage storage) {
-      const bool is_norm_known = which != ThresholdPass::pass_before && scaling == Scaling::norm;
       launch({static_cast<RuleIndex>(rule_index), which, storage, alike ? &entries->formats : nullptr,
-              is_norm_known ? Scaling::none : scaling},
+              scaling_of(which, scaling)},
              view, static_cast<uint32_t>(chunks), layout, own.data(), device_step, 0, nullptr);
       auto& parameters = fake.launches.back().parameters;
       const auto used = step_begins + (device_step == nullptr ? layout.size : 0);

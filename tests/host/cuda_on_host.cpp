@@ -138,8 +138,7 @@ int cuda_on_host(int rule, int statistics_index, int scaling_index, int64_t tens
   const auto run = [&](ThresholdPass which) {
     const Storage own = plain ? Storage::plain : Storage::any;
     const Storage storage = observes && which != ThresholdPass::pass_before ? Storage::with_statistics : own;
-    const bool before = which == ThresholdPass::pass_before;
-    const bool scaled = before ? scaling != Scaling::none : scaling == Scaling::steps;
+    const bool scaled = scaling_of(which, scaling) != Scaling::none;
     if (which == ThresholdPass::none) table.sums = nullptr;
     Launch function = alike && !scaled ? fixed_launch_of(rule, which, storage, entries->formats) : nullptr;
     if (scaled)

@@ -822,13 +822,14 @@ def test_schedulers_of_momentum_take_a_rule_without_betas():
 
 def test_misspelt_names_in_groups():
     params = [Parameter(torch.ones(3)) for _ in range(3)]
-    with pytest.warns(UserWarning, match="group 0 has 'state_dtyp', which is no hyperparameter: did you mean 'state_d"):
+    with pytest.warns(UserWarning, match="a group has 'state_dtyp', which is no hyperparameter: did you mean 'state_d"):
         optimizer = SignAdamPP([{"params": params[:1], "state_dtyp": "int2"}])
-    with pytest.warns(UserWarning, match="group 1 has 'weight_decai', .* did you mean 'weight_decay'"):
+    with pytest.warns(UserWarning, match="a group has 'weight_decai', .* did you mean 'weight_decay'"):
         optimizer.add_param_group({"params": params[1:2], "weight_decai": 0.1})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer.add_param_group({"params": params[2:], "name": "head", "lr_mult": 2.0, "initial_lr": 0.1})
+        others = {"name": "head", "lr_mult": 2.0, "initial_lr": 0.1, "max_weight_decay": 0.1, 7: 3}
+        optimizer.add_param_group({"params": params[2:], **others})
 
 
 def test_one_storage_for_parameters_of_several_dtypes():

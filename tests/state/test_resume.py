@@ -175,9 +175,9 @@ TORCHS = {
     "Adam to Signum": (torch.optim.Adam, Signum, "hyperparameter 'amsgrad'"),
     "NAdam": (torch.optim.NAdam, Adam, "hyperparameter 'momentum_decay'"),
     "RMSprop": (torch.optim.RMSprop, SignSGD, "hyperparameter 'centered'"),
-    "Adamax": (torch.optim.Adamax, Adam, "does not say its method, so it is not of Adam"),
-    "RAdam": (torch.optim.RAdam, Adam, "does not say its method, so it is not of Adam"),
-    "RAdam to LaProp": (torch.optim.RAdam, LaProp, "does not say its method, so it is not of LaProp"),
+    "Adamax": (torch.optim.Adamax, Adam, "does not say that it is of the method Adam"),
+    "RAdam": (torch.optim.RAdam, Adam, "does not say that it is of the method Adam"),
+    "RAdam to LaProp": (torch.optim.RAdam, LaProp, "does not say that it is of the method LaProp"),
     "Rprop": (torch.optim.Rprop, SignSGD, "hyperparameter 'etas'"),
     "Adagrad": (torch.optim.Adagrad, Adam, "hyperparameter 'initial_accumulator_value'"),
 }
@@ -193,6 +193,20 @@ def test_other_methods_of_torch_are_refused(make, target, message):
     with pytest.raises(ValueError, match=message):
         ours.load_state_dict(theirs.state_dict())
     assert not ours.state
+
+
+def test_groups_of_fused_adams_of_others_are_taken():
+    """Apex's and DeepSpeed's FusedAdam have neither torch's names nor a method in their groups."""
+    optimizer = stepped(AdamW)
+    saved = copy.deepcopy(optimizer.state_dict())
+    (group,) = saved["param_groups"]
+    names = ("lr", "betas", "eps", "weight_decay", "params")
+    saved["param_groups"] = [{"bias_correction": True, **{name: group[name] for name in names}}]
+    other = stepped(AdamW)
+    other.load_state_dict(saved)
+    (state,) = other.state_dict()["state"].values()
+    assert state.keys() == saved["state"][0].keys() and other.param_groups[0]["bias_correction"]
+    assert all(torch.equal(value, saved["state"][0][name]) for name, value in state.items())
 
 
 def test_what_is_no_hyperparameter_of_another_method_is_taken():

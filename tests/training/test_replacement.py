@@ -521,3 +521,22 @@ def test_what_was_asked_for_goes_over(cls) -> None:
         old = cls([torch.nn.Parameter(torch.ones(3))], fused=fused)
         new = from_optimizer(old, SignAdamPP, log=lambda line: None)
         assert getattr(new, "_step_supports_amp_scaling", False) == fused
+
+
+def test_schedule_free_keeps_its_first_beta() -> None:
+    """A change of it is refused before anything moves, and a schedule that cycles it goes on without that."""
+    param = torch.nn.Parameter(torch.ones(3))
+    old = ScheduleFreeSign([param], lr=0.1)
+    param.grad = torch.ones(3)
+    old.step()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(old, 0.5)
+    with pytest.raises(ValueError, match=r"the first beta is 0\.8, and was 0\.9 in the steps before"):
+        from_optimizer(old, ScheduleFreeSign, beta=0.8, log=lambda line: None)
+    assert scheduler.optimizer is old
+    adamw = torch.optim.AdamW([param])
+    cycle = torch.optim.lr_scheduler.OneCycleLR(adamw, 0.1, total_steps=9)
+    new = from_optimizer(adamw, ScheduleFreeAdamW, lr=0.1, log=lambda line: None)
+    for _ in range(4):
+        new.step()
+        cycle.step()
+    new.eval()
