@@ -186,7 +186,7 @@ def test_scaled_steps_are_refused_where_they_are_said_to_be() -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.name, marks=() if i % 6 == 0 else pytest.mark.nightly)
+        pytest.param(case, id=case.name, marks=() if i % 12 == 0 else pytest.mark.nightly)
         for i, case in enumerate(SCALED)
     ],
 )
