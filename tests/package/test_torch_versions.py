@@ -30,8 +30,7 @@ def test_the_page_says_what_the_results_say(program: ModuleType) -> None:
     page = program.PAGE.read_text("utf-8")
     assert replaced(page, "torch", program.table(results)) == page
     assert len(results["runs"]) >= 3
-    # The page says which two fail with 2.6.
-    assert all(run["failures"] == [] for run in results["runs"] if not run["torch"].startswith("2.6."))
+    assert all(run["failures"] == [] for run in results["runs"])
 
 
 def test_outcomes_are_counted(program: ModuleType, tmp_path: Path) -> None:
