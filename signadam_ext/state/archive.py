@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ..core import tensors
+from ..core import checks, tensors
 from . import pickles
 
 _HEAD = "optimizer"
@@ -250,6 +250,8 @@ def read_head(archive: zipfile.ZipFile) -> tuple[dict[str, Any], dict[int, list[
     if not isinstance(head, dict) or "param_groups" not in head:
         raise ValueError(f"{shown} was not written by save_state: its head has no param_groups")
     if "members" in head:
+        if not isinstance(head["members"], list):  # a tensor of any size may be gone through as well
+            raise ValueError(f"{shown}: its head has {checks.shown(head['members'])} for members: must be a list")
         members = [_listed(shown, each) for each in head["members"]]
     else:  # an older version's
         parts = ((name, *name.split("/", 2)) for name in infos if name.startswith("state/"))
@@ -277,7 +279,7 @@ def _listed(shown: str | None, each: Any) -> Member:
         ValueError: something else.
     """
     if not isinstance(each, (tuple, list)) or len(each) != 3 or not isinstance(each[0], str):
-        raise ValueError(f"{shown}: its head lists {each!r} as a member: must be (member, number, name)")
+        raise ValueError(f"{shown}: its head lists {checks.shown(each)} as a member: must be (member, number, name)")
     return Member(*each)
 
 

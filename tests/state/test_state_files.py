@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import errno
 import fcntl
+import io
 import os
 import signal
 import stat
@@ -282,7 +283,18 @@ def rewritten(source, target, change, compression=zipfile.ZIP_STORED):
             new.writestr(name, content)
 
 
+def with_other_list(members, listed):
+    """The head with something else for its list of members."""
+    head = {**torch.load(io.BytesIO(members["optimizer"]), weights_only=True), "members": listed}
+    content = io.BytesIO()
+    torch.save(head, content)
+    return {**members, "optimizer": content.getvalue()}
+
+
 CHANGES = {
+    "members of a tensor": lambda members: with_other_list(members, torch.ones(1).expand(1 << 40)),
+    "members of a string": lambda members: with_other_list(members, "state"),
+    "member of a tensor": lambda members: with_other_list(members, [torch.ones(1).expand(1 << 40)]),
     "missing member": lambda members: {k: v for k, v in members.items() if k != "state/0/exp_avg_levels"},
     "extra member": lambda members: {**members, "state/1/step": members["state/0/step"]},
     "extra file": lambda members: {**members, "readme": b"hello"},
