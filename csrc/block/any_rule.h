@@ -34,24 +34,12 @@ struct PieceOfAnyRule {
 };
 
 // What a chunk of any rule is made of.
-struct SliceOfAnyRule {
-  StoredParam param;
-  Operand grad;
-  StoredMoment exp_avg;
-  WideMoment exp_avg_sq, exp_third;
-  PieceBits rng_keys;
+struct SliceOfAnyRule : StoredOperands {
   const Slice& slice;
   int moments = 0;
 
   SIGNADAM_HD static SliceOfAnyRule of(const Slice& slice, uint32_t rule) {
-    const TensorEntry& tensor = slice.tensor;
-    SliceOfAnyRule found{StoredParam::of(slice),
-                         Operand::of(slice.grad, tensor.formats.grad, slice),
-                         StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
-                         WideMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
-                         WideMoment::of(tensor.aux, tensor.formats.aux, slice),
-                         PieceBits::of(slice),
-                         slice};
+    SliceOfAnyRule found{StoredOperands::of(slice), slice};
     with_rule(rule, [&](auto own) { found.moments = decltype(own)::moments; });
     return found;
   }
@@ -141,15 +129,7 @@ SIGNADAM_HD uint32_t run_piece_of_any_rule(const SliceOfAnyRule& stored, const S
     RandomHalves r{};
     if (step.rng_keys != nullptr) r = stored.rng_keys.at(piece);
     stored.store(piece, index, own, r);
-    if (stored.in_blocks()) {
-      pending.r = r;
-      SIGNADAM_UNROLL
-      for (int i = 0; i < piece_size; ++i) {
-        pending.m[i] = own.m[i];
-        const uint32_t magnitude = finite_magnitude(own.m[i]);
-        largest = magnitude > largest ? magnitude : largest;
-      }
-    }
+    if (stored.in_blocks()) largest = pending.keep(own.m, r);
   }
   return largest;
 }

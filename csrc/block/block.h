@@ -133,31 +133,18 @@ struct StoredRaw {
 
 // The operands of a slice in any storage form. Forms are uniform over the chunk, so branches on them do not diverge.
 template <class Rule, ThresholdPass threshold_pass, Storage storage, ChunkKind kind>
-struct StoredSlice {
+struct StoredSlice : StoredOperands {
   static constexpr bool updates = threshold_pass != ThresholdPass::pass_before;
   static constexpr bool sums = threshold_pass != ThresholdPass::none;
   static constexpr int moments = updates ? Rule::moments : 0;
   static constexpr bool aux = updates && has_third<Rule>;
   static constexpr bool observes = updates && storage == Storage::with_statistics;
 
-  StoredParam param;
-  Operand grad;
-  StoredMoment exp_avg;
-  WideMoment exp_avg_sq, exp_third;
-  PieceBits rng_keys;
   const Slice& slice;
   bool reads_param;
 
   SIGNADAM_HD static StoredSlice of(const Slice& slice, const Scalars& s) {
-    const TensorEntry& tensor = slice.tensor;
-    StoredSlice found{StoredParam::of(slice),
-                      Operand::of(slice.grad, tensor.formats.grad, slice),
-                      StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
-                      WideMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
-                      WideMoment::of(tensor.aux, tensor.formats.aux, slice),
-                      PieceBits::of(slice),
-                      slice,
-                      updates || (kind == ChunkKind::any && s.coupled)};
+    StoredSlice found{StoredOperands::of(slice), slice, updates || (kind == ChunkKind::any && s.coupled)};
     if constexpr (kind != ChunkKind::any) {
       found.param.aligned = found.param.param.aligned = true;
       found.exp_avg.wide.at.aligned = found.exp_avg_sq.at.aligned = true;
@@ -271,15 +258,8 @@ SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalar
           uint32_t largest = 0;
           if (kind == ChunkKind::any && first + thread >= pieces) return largest;
           ChunkStatistics own{};
-          stored.update(s, alpha, first + thread, nullptr, &own, [&](const float* m, const RandomHalves& r) {
-            pending.r = r;
-            SIGNADAM_UNROLL
-            for (int i = 0; i < piece_size; ++i) {
-              pending.m[i] = m[i];
-              const uint32_t magnitude = finite_magnitude(m[i]);
-              largest = magnitude > largest ? magnitude : largest;
-            }
-          });
+          stored.update(s, alpha, first + thread, nullptr, &own,
+                        [&](const float* m, const RandomHalves& r) { largest = pending.keep(m, r); });
           if constexpr (storage == Storage::with_statistics) add(shares[thread], own);
           return largest;
         },

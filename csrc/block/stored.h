@@ -299,6 +299,38 @@ struct StoredMoment {
 struct PendingMoment {
   float m[piece_size];
   RandomHalves r;
+
+  // Keeps a piece and what it is rounded with. Returns the bits of its largest finite magnitude.
+  SIGNADAM_HD uint32_t keep(const float* from, const RandomHalves& with) {
+    r = with;
+    uint32_t largest = 0;
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      m[i] = from[i];
+      const uint32_t magnitude = finite_magnitude(from[i]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+  }
+};
+
+// The operands of a slice in any storage form.
+struct StoredOperands {
+  StoredParam param;
+  Operand grad;
+  StoredMoment exp_avg;
+  WideMoment exp_avg_sq, exp_third;
+  PieceBits rng_keys;
+
+  SIGNADAM_HD static StoredOperands of(const Slice& slice) {
+    const TensorEntry& tensor = slice.tensor;
+    return {StoredParam::of(slice),
+            Operand::of(slice.grad, tensor.formats.grad, slice),
+            StoredMoment::of(tensor.exp_avg, tensor.formats.exp_avg, slice),
+            WideMoment::of(tensor.exp_avg_sq, tensor.formats.exp_avg_sq, slice),
+            WideMoment::of(tensor.aux, tensor.formats.aux, slice),
+            PieceBits::of(slice)};
+  }
 };
 
 }  // namespace signadam

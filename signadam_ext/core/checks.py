@@ -112,7 +112,7 @@ def max_grad_norm(name: str, value: Any) -> float | None:
     try:
         return float(number(name, value, 0.0, open_low=True))
     except ValueError:
-        raise ValueError(f"{name}={value!r}: must be above 0, or None where nothing is to be clipped") from None
+        raise ValueError(f"{name}={shown(value)}: must be above 0, or None where nothing is to be clipped") from None
 
 
 def look_up(name: str, value: Any, table: Mapping[str, T]) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -168,13 +168,7 @@ class ScheduleFree(SignOptimizer):
                 before; nothing has been changed then.
             RuntimeError: a step on another thread runs.
         """
-        enabled = torch.is_grad_enabled()
-        try:
-            with torch.no_grad(), self.runtime.between_steps():
-                self._put_averages()
-        finally:
-            # As in a step: a signal handler may raise as torch.no_grad is left.
-            torch._C._set_grad_enabled(enabled)
+        self._between_steps(self._put_averages)
 
     @untraced
     def train(self) -> None:
@@ -184,11 +178,15 @@ class ScheduleFree(SignOptimizer):
             TypeError, ValueError: a state entry ``y`` that cannot be the parameter's; nothing has been changed then.
             RuntimeError: a step on another thread runs.
         """
+        self._between_steps(self._put_back)
+
+    def _between_steps(self, change: Callable[[], None]) -> None:
         enabled = torch.is_grad_enabled()
         try:
             with torch.no_grad(), self.runtime.between_steps():
-                self._put_back()
+                change()
         finally:
+            # As in a step: a signal handler may raise as torch.no_grad is left.
             torch._C._set_grad_enabled(enabled)
 
     def _put_averages(self) -> None:

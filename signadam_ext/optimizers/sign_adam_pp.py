@@ -68,7 +68,9 @@ def _confidence(name: str, value: Any) -> Any:
     if callable(value):
         return value
     if not isinstance(value, str):
-        raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, RULES))}, or a function of (g, alpha)")
+        raise ValueError(
+            f"{name}={checks.shown(value)}: must be one of {', '.join(map(repr, RULES))}, or a function of (g, alpha)"
+        )
     return checks.one_of(name, value, RULES)
 
 

@@ -138,7 +138,9 @@ def _refuse_negative(label: str, value: Tensor) -> None:
 
 def _check_scalar(label: str, value: Any, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() > 0 or value.device != device:
-        raise TypeError(f"{label} is {value!r}: must be a 0-dim {str(dtype).removeprefix('torch.')} tensor on {device}")
+        raise TypeError(
+            f"{label} is {checks.shown(value)}: must be a 0-dim {str(dtype).removeprefix('torch.')} tensor on {device}"
+        )
     _refuse_negative(label, value)
     tensors.allocated(label, value)
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..core import options
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
 from ..core.hyperparameters import of_group
@@ -63,7 +62,7 @@ def step_all(optimizer: GroupedOptimizer) -> None:
             if decision.skips:
                 runtime.skipped_steps += 1
                 for own, entries in kept:  # as where the device skips, and the host does not know
-                    own.update((name, entries[name]) for name in options.LARGEST_RATES if name in entries)
+                    own["largest_lr"] = entries.get("largest_lr", own["largest_lr"])
                 if plan.is_first:
                     runtime.plan = None
             else:

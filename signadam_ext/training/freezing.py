@@ -248,5 +248,5 @@ def _has_threshold(rule: Rule, group: Group) -> bool:
 def _count(name: str, value: Any, least: int) -> int:
     found = checks.plain(value)
     if isinstance(found, bool) or not isinstance(found, int) or found < least:
-        raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
+        raise ValueError(f"{name}={checks.shown(value)}: must be a whole number of at least {least}")
     return found

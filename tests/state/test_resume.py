@@ -224,7 +224,7 @@ def test_what_is_no_hyperparameter_of_another_method_is_taken():
 VAST = torch.ones(1, dtype=torch.float8_e5m2).expand(1 << 31)
 
 
-@pytest.mark.parametrize("where", ["lr", "weight_decay", "betas", "maximize", "step"])
+@pytest.mark.parametrize("where", ["lr", "weight_decay", "betas", "maximize", "max_grad_norm", "step"])
 def test_errors_show_no_more_of_a_tensor_than_its_shape(where):
     """Torch converts every element of an 8-bit tensor to show three."""
     optimizer = stepped(Signum)
