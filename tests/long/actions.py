@@ -2,8 +2,8 @@
 
     python tests/long/actions.py --actions 1000000 --folder runs/actions --results tests/results/actions.json
 
-A process that has ended counts, and the next call goes on after it. Exit status 1 says that there was a fault; a crash
-or a hang of a process is one.
+A process that has ended counts, and the next call goes on after it: the results say what was counted, the folder holds
+what the processes said. Exit status 1 says that there was a fault; a crash or a hang of a process is one.
 """
 
 from __future__ import annotations
@@ -55,16 +55,19 @@ def run(folder: Path, seed: int, actions: int) -> dict[str, Any]:
     return found
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """All processes as one."""
-    kinds: Counter[str] = Counter()
+def summary(runs: list[dict[str, Any]], counted: dict[str, Any]) -> dict[str, Any]:
+    """All processes as one: those of an earlier summary, and these runs."""
+    processes = counted.get("processes", [])
+    processes = processes + [{name: each[name] for name in ("seed", "commit", "actions", "minutes")} for each in runs]
+    kinds = Counter(counted.get("actions_by_kind", {}))
     for each in runs:
         kinds.update(each["actions_by_kind"])
+    faults = [{"seed": each["seed"], **fault} for each in runs for fault in each["faults"]]
     return {
-        "actions": sum(each["actions"] for each in runs),
-        "minutes": round(sum(each["minutes"] for each in runs), 2),
-        "faults": [{"seed": each["seed"], **fault} for each in runs for fault in each["faults"]],
-        "processes": [{name: each[name] for name in ("seed", "commit", "actions", "minutes")} for each in runs],
+        "actions": sum(each["actions"] for each in processes),
+        "minutes": round(sum(each["minutes"] for each in processes), 2),
+        "faults": counted.get("faults", []) + faults,
+        "processes": processes,
         "actions_by_kind": dict(sorted(kinds.items())),
     }
 
@@ -83,18 +86,20 @@ def main() -> int:
     parser.add_argument("--actions", type=int, default=1_000_000)
     parser.add_argument("--each", type=int, default=20_000, help="actions of a process")
     parser.add_argument("--processes", type=int, default=1, help="how many at a time")
-    parser.add_argument("--seed", type=int, default=1003, help="of the first process; the others' follow")
+    parser.add_argument("--seed", type=int, default=1003, help="of the first process of all; the others' follow")
     parser.add_argument("--folder", type=Path, required=True, help="where what is done is kept")
-    parser.add_argument("--results", type=Path, help="write the sum there, with commit, versions and machine")
+    parser.add_argument("--results", type=Path, help="the sum, with commit, versions and machine; go on from it")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
+    counted = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
+    first = max((each["seed"] + 1 for each in counted.get("processes", [])), default=options.seed)
     runs: list[dict[str, Any]] = []
-    found = summary(runs)
+    found = summary(runs, counted)
     with ThreadPoolExecutor(options.processes) as pool:
         while found["actions"] < options.actions:
-            seeds = range(options.seed + len(runs), options.seed + len(runs) + options.processes)
+            seeds = range(first + len(runs), first + len(runs) + options.processes)
             runs += pool.map(lambda seed: run(options.folder, seed, options.each), seeds)
-            found = summary(runs)
+            found = summary(runs, counted)
             if options.results:
                 write(options.results, {**found, "wanted": options.actions})
             if runs[-1]["actions"] == 0:

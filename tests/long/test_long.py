@@ -112,10 +112,16 @@ def test_what_loading_must_not_do_is_noticed(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.thorough
 def test_actions_go_on_after_the_last_process(tmp_path: Path) -> None:
-    for actions in (10, 20):
-        said = run("actions.py", "--actions", actions, "--each", 10, "--folder", tmp_path, "--seed", 7)
+    """Also where the folder of the first is gone."""
+    results = tmp_path / "results.json"
+    for actions, folder, seeds in ((10, "a", ["7"]), (20, "a", ["7", "8"]), (30, "b", ["9"])):
+        options = ["--actions", actions, "--each", 10, "--folder", tmp_path / folder, "--seed", 7, "--results", results]
+        said = run("actions.py", *options)
         assert f"{actions} actions of " in said and "0 faults" in said
-    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["7.json", "8.json"]
+        assert sorted(path.stem for path in (tmp_path / folder).glob("*.json")) == seeds
+    found = json.loads(results.read_text())
+    assert [each["seed"] for each in found["processes"]] == [7, 8, 9]
+    assert sum(found["actions_by_kind"].values()) == found["actions"] == 30
 
 
 def test_actions_are_added_up() -> None:
@@ -128,7 +134,7 @@ def test_actions_are_added_up() -> None:
             "seed": seed, "commit": "c", "actions": count, "minutes": 0.5, "faults": fault, "actions_by_kind": kinds
         }  # fmt: skip
 
-    found = actions.summary([process(1, step=3, swap=1), process(2, step=2)])
+    found = actions.summary([process(2, step=2)], actions.summary([process(1, step=3, swap=1)], {}))
     assert (found["actions"], found["minutes"]) == (6, 1.0) and found["actions_by_kind"] == {"step": 5, "swap": 1}
     assert found["faults"] == [{"seed": 2, "fault": "bits"}]
     assert found["processes"][1] == {"seed": 2, "commit": "c", "actions": 2, "minutes": 0.5}
