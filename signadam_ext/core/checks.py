@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     if isinstance(value, str) and value in allowed:
         return value
-    near = difflib.get_close_matches(str(value).lower(), allowed, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(value.lower(), allowed, n=1, cutoff=0.5) if isinstance(value, str) else ()
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name}={shown(value)}: must be one of {', '.join(map(repr, allowed))}{hint}")
 
@@ -32,13 +33,30 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
 MOST_SHOWN = 16
 
 
+class _Shown(reprlib.Repr):
+    """A ``repr`` that ends soon, whatever lies in the value: lists that share lists unfold to any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxtuple = self.maxlist = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = 8
+        self.maxstring = self.maxlong = self.maxother = 200
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Tensor):
+            return repr(x) if x.numel() <= MOST_SHOWN else f"a tensor of shape {tuple(x.shape)}, {x.dtype}"
+        known = next((kind for kind in (dict, list, tuple) if isinstance(x, kind)), None)
+        if known is not None and type(x) is not known:  # as an OrderedDict is, whose name is shown too
+            return f"{type(x).__name__}({super().repr1(known(x), level)})"
+        return super().repr1(x, level)
+
+
+_REPR = _Shown()
+
+
 def shown(value: Any) -> str:
-    """``value`` as errors show it: a tensor of many elements by its shape, wherever it is."""
-    if isinstance(value, Tensor) and value.numel() > MOST_SHOWN:
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
-    if type(value) in (tuple, list) and any(isinstance(item, Tensor) for item in value):
-        return f"{type(value).__name__}({', '.join(map(shown, value))})"
-    return repr(value)
+    """``value`` as errors show it: a tensor of many elements by its shape, and of nested values the outermost."""
+    return _REPR.repr(value)
 
 
 def number(

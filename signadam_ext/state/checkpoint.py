@@ -406,7 +406,7 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
         if name == "step":
             adopted[name] = step_tensor(t)
         elif name not in ours:
-            adopted[name] = _own_copy(f"state {name!r} of {layout.label}", value, param.device)
+            adopted[name] = _own_copy(f"state {name!r} of {layout.label}", value, param.device, {})
     for (name, form), own_bits in zip(layout.moments.items(), MOMENT_BITS, strict=False):
         if name not in saved:
             continue
@@ -456,21 +456,29 @@ def step_tensor(t: int) -> Tensor:
     return torch.full((), float(t), dtype=STEP_DTYPE, device="cpu")
 
 
-def _own_copy(label: str, value: Any, device: torch.device) -> Any:
-    """What a user keeps in a state, with tensors of its own on the device.
+def _own_copy(label: str, value: Any, device: torch.device, copies: dict[int, tuple[Any, Any]]) -> Any:
+    """What a user keeps in a state, with tensors of its own on the device; what is one object there is one in the copy.
+
+    Args:
+        copies: what was met before and its copy, by its identity. Lists that share lists would unfold to any length.
 
     Raises:
         TypeError: a tensor without elements, on the meta device for one.
     """
+    if id(value) in copies:
+        return copies[id(value)][1]
     if isinstance(value, Tensor):
         if value.is_meta:
             raise TypeError(f"{label} holds a tensor on meta, which has no memory of its own")
-        return tensors.owned(value, device)
-    if isinstance(value, Mapping):
-        return {key: _own_copy(label, each, device) for key, each in value.items()}
-    if type(value) in (list, tuple, set):
-        return type(value)(_own_copy(label, each, device) for each in value)
-    return value
+        copy: Any = tensors.owned(value, device)
+    elif isinstance(value, Mapping):
+        copy = {key: _own_copy(label, each, device, copies) for key, each in value.items()}
+    elif type(value) in (list, tuple, set):
+        copy = type(value)(_own_copy(label, each, device, copies) for each in value)
+    else:
+        return value
+    copies[id(value)] = value, copy  # whose identity is its own as long as it lives
+    return copy
 
 
 def _adopt_residual(layout: Layout, saved: Mapping[str, Any], adopted: dict[str, Any]) -> list[str]:

@@ -288,3 +288,33 @@ def test_memory_of_what_a_pickle_has_made() -> None:
     circle_.append(circle_)
     assert pickles.tensor_bytes(circle_) == 32 + 3
     assert pickles.tensor_bytes(Tensor.new_empty(x, 0)) == 0
+
+
+def of_one_another(levels, leaf=1.5):
+    """Lists that hold the one below three times: 3^levels leaves, if each were its own."""
+    for _ in range(levels):
+        leaf = [leaf] * 3
+    return leaf
+
+
+def test_what_is_one_object_in_a_state_stays_one_in_its_copy():
+    tensor = torch.ones(2)
+    saved = trained().state_dict()
+    saved["state"][0]["mine"] = {"a": of_one_another(2, tensor), "b": tensor}
+    optimizer = trained()
+    optimizer.load_state_dict(saved)
+    mine = state_of(optimizer)["mine"]
+    (first, *others) = mine["a"]
+    assert all(other is first for other in others) and mine["b"] is first[0] is first[2] is not tensor
+    assert torch.equal(mine["b"], tensor)
+
+
+@pytest.mark.parametrize("leaf", [1.5, torch.ones(2)], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", ["lr", "seed", "betas", "exp_avg"])
+def test_errors_show_the_beginning_of_nested_values(name, leaf):
+    optimizer = trained(Lion)
+    saved = optimizer.state_dict()
+    (saved["state"][0] if name == "exp_avg" else saved["param_groups"][0])[name] = of_one_another(10, leaf)
+    with pytest.raises((TypeError, ValueError)) as raised:
+        optimizer.load_state_dict(saved)
+    assert "[[[...], [...], [...]]" in str(raised.value) and len(str(raised.value)) < 400
