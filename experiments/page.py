@@ -20,9 +20,10 @@ from reporting.pages import replaced
 from reporting.present import markdown
 
 from . import common
-from .recipe import summary as recipe
+from .recipe import proof_summary, summary
 
 EXPERIMENTS = ("stochastic_qp", "variance_factors", "theorems", "wilson", "four_ways", "ablation", "lemma")
+RECIPE = (summary, proof_summary)
 README = Path(__file__).resolve().parent / "README.md"
 MARKERS = ("<!-- {} -->", "<!-- /{} -->")
 
@@ -45,15 +46,17 @@ def require_commits(results: Path = common.RESULTS) -> None:
         result = common.load(name, results)
         if result is not None:
             machine.require_commits(common.modules(result))
-    if (stage := recipe.read(results)) is not None:
-        machine.require_commits(common.modules(stage))
+    for recipe in RECIPE:
+        if (stage := recipe.read(results)) is not None:
+            machine.require_commits(common.modules(stage))
 
 
 def pages(readme: Path, results: Path) -> dict[Path, str]:
     """Everything that is written from results, as it should be."""
     found = {readme: written(readme.read_text(), results)}
-    if (stage := recipe.read(results)) is not None:
-        found[recipe.page_of(results)] = recipe.page(stage)
+    for recipe in RECIPE:
+        if (stage := recipe.read(results)) is not None:
+            found[recipe.page_of(results)] = recipe.page(stage)
     return found
 
 

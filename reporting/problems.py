@@ -6,10 +6,13 @@ the examples' (examples/gpt.py), and so is its text, the sources of Python's sta
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import math
+import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,6 +50,19 @@ def _standard_library() -> Tensor:
     return torch.frombuffer(bytearray(read_corpus(None)), dtype=torch.uint8)
 
 
+def _manuals() -> Tensor:
+    """The pages of Debian's package manpages-dev, in the order of their paths."""
+    try:
+        listed = subprocess.run(["dpkg", "-L", "manpages-dev"], capture_output=True, text=True, check=True).stdout
+        paths = sorted(path for line in listed.splitlines() if (path := Path(line)).suffix == ".gz" and path.is_file())
+    except (OSError, subprocess.CalledProcessError):
+        paths = []
+    if not paths:
+        raise RuntimeError("the second text is Debian's package manpages-dev: apt-get install it")
+    pages = [gzip.decompress(path.read_bytes()) for path in paths if not path.is_symlink()]
+    return torch.frombuffer(bytearray(b"\n".join(pages)), dtype=torch.uint8)
+
+
 def _digits() -> Tensor:
     from sklearn.datasets import load_digits
 
@@ -56,8 +72,8 @@ def _digits() -> Tensor:
 
 @cache
 def load_data(name: str) -> Tensor:
-    """The data, read once in a process: "text", its bytes (uint8), or "digits", rows of 64 pixels and the label."""
-    return {"text": _standard_library, "digits": _digits}[name]()
+    """The data in uint8, read once: "text" or "manuals", bytes, or "digits", rows of 64 pixels and the label."""
+    return {"text": _standard_library, "manuals": _manuals, "digits": _digits}[name]()
 
 
 @cache

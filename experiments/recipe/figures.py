@@ -1,4 +1,4 @@
-"""The picture of the search: differences to AdamW by rung, and losses by learning rate."""
+"""The pictures: of the search, differences to AdamW by rung and losses by learning rate; of the proof, differences."""
 
 from __future__ import annotations
 
@@ -28,20 +28,49 @@ COLORS = {
 
 def draw(content: Run, path: Path) -> None:
     """Writes the picture of what was collected."""
-    plt = common.pyplot()
     labels = _labels(content)
     height = max(4.0, 1.5 + 0.3 * len(labels))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, height), layout="constrained")
+    figure, (left, right) = common.pyplot().subplots(1, 2, figsize=(13, height), layout="constrained")
     _differences(left, content, labels)
     _rates(right, content)
     figure.suptitle(
         f"Stage 1, a search: {content['finished_runs']} of about {content['expected_runs']} runs "
         "(the seeds that choose are the seeds that are shown)"
     )
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial.png")
     figure.savefig(partial, dpi=110, metadata={"Software": None})
     os.replace(partial, path)
-    plt.close(figure)
+    common.pyplot().close(figure)
+
+
+def draw_proof(content: Run, path: Path) -> None:
+    """Every difference to AdamW of every part, seed by seed, with its interval."""
+    rows = [
+        (part["title"], entry)
+        for part in content["parts"].values()
+        for entry in part["contenders"].values()
+        if "minus_adamw" in entry
+    ]
+    figure, axes = common.pyplot().subplots(figsize=(10, max(3.0, 1.5 + 0.35 * len(rows))), layout="constrained")
+    axes.axvline(0, color="black", linewidth=1.2)
+    axes.axvline(content["margin"], color="black", linewidth=0.8, linestyle="--")
+    for row, (_, entry) in enumerate(rows):
+        values, found = entry["minus_adamw_by_seed"].values(), entry["minus_adamw"]
+        axes.plot(list(values), [row] * len(values), "o", color="C0", alpha=0.35, markersize=4)
+        if found["low"] is not None:
+            axes.plot([found["low"], found["high"]], [row, row], color="C0", linewidth=1.5)
+        axes.plot([found["mean"]], [row], "D", color="C0", markersize=5)
+    axes.set_yticks(range(len(rows)), [f"{title}: {entry['label']}" for title, entry in rows])
+    axes.invert_yaxis()
+    axes.set(
+        title=f"Stage 2: {content['finished_runs']} of about {content['expected_runs']} runs",
+        xlabel="last validation loss minus AdamW's, nats; left of the dashed line as a whole: matches",
+    )
+    _save(figure, path)
 
 
 def _labels(content: Run) -> dict[str, str]:

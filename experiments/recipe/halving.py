@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from experiments.convergence.search import RATES, climb
 from experiments.convergence.training import Job, Problem
 from experiments.recipe.candidates import ADAMW, RULES, Candidate, Rule, together
+from experiments.recipe.stage import Stage
 from reporting.problems import Text, digest
 from reporting.runs import Run, Store
 
@@ -54,7 +53,6 @@ class Design:
     seeds: tuple[int, ...] = (1000, 1001)  # the first searches for rates; later stages have other seeds
 
     def describe(self) -> Run:
-        """As JSON, which the plan holds and the program compares."""
         spec = {key: value for key, value in self.rungs[0].spec.items() if key != "steps"}
         return {
             "candidates": {
@@ -83,13 +81,14 @@ class Design:
             "budget_minutes": self.minutes,
         }
 
-    def expected(self) -> list[int]:
-        """How many runs each rung comes to: four rates are usual for a search, and the other seeds at the best."""
+    def expected(self) -> dict[str, tuple[Problem, int]]:
+        """Four rates are usual for a search, and the other seeds at the best."""
         each = 4 + len(self.seeds) - 1
         tried = max(len(rule.changes) for rule in self.rules)
         first = len(self.rules) + self.changed * tried
         later = [1 + kept + (self.combined if i == 0 else 0) for i, kept in enumerate(self.kept)]
-        return [each * count for count in (first, *later)]
+        counts = (each * count for count in (first, *later))
+        return {problem.name: (problem, count) for problem, count in zip(self.rungs, counts, strict=True)}
 
 
 DESIGN = Design(
@@ -130,11 +129,11 @@ class Outcome:
         return statistics.fmean(self.losses.values()) if self.lr is not None else math.inf
 
 
-class Halving:
-    """The runs of a design in one folder: what came of them, which are missing, and who goes on."""
+class Halving(Stage):
+    """Stage 1, and who goes on."""
 
-    def __init__(self, folder: Path, design: Design) -> None:
-        self.design = design
+    def __init__(self, folder: Path, design: Design = DESIGN) -> None:
+        self.design: Design = design
         self.stores = [Store(folder, problem) for problem in design.rungs]
         for store in self.stores:
             store.folder.mkdir(parents=True, exist_ok=True)
@@ -258,31 +257,16 @@ class Halving:
     # Which runs
 
     def known(self) -> Iterator[tuple[Store[Problem], Job]]:
-        """All runs that are known to be needed, in the order in which to run them."""
         for at, store in enumerate(self.stores):
             for candidate in self.entrants(at) or ():
                 for job in self.jobs(candidate, at):
                     yield store, job
 
-    def ready(self) -> Iterator[tuple[Store[Problem], Job]]:
-        """What can be run now, unless the budget is spent."""
-        if self.minutes() < self.design.minutes:
-            yield from self.known()
-
-    def runs(self) -> dict[tuple[str, str], Run]:
-        """The finished ones of those that are needed, by rung and name."""
-        found = ((store.problem.name, job.name, store.get(job)) for store, job in self.known())
-        return {(rung, name): run for rung, name, run in found if run is not None}
-
-    def minutes(self) -> float:
-        """Of one core, that the runs took."""
-        return sum(run["seconds"] for run in self.runs().values()) / 60
-
     def progress(self) -> tuple[int, int]:
-        """Runs done, and how many they will be: what is known, or what was expected of rungs that are not."""
+        """Of rungs that are not known yet, what was expected."""
         known = list(self.known())
         total = 0
-        for at, (store, expected) in enumerate(zip(self.stores, self.design.expected(), strict=True)):
+        for at, (store, (_, expected)) in enumerate(zip(self.stores, self.design.expected().values(), strict=True)):
             sure = sum(other is store for other, _ in known)
             total += sure if self.finished(at) else max(sure, expected)
         return sum(store.get(job) is not None for store, job in known), total
@@ -294,6 +278,20 @@ class Halving:
             return False
         return all(self.outcome(candidate, at) is not None for candidate in entrants)
 
+    def over(self) -> bool:
+        return all(self.finished(at) for at in range(len(self.stores)))
+
+    def best(self, count: int) -> list[tuple[Candidate, float]] | None:
+        """AdamW and the best of the last rung, each with its rate there; None until it is finished."""
+        last = len(self.stores) - 1
+        candidates = self.entrants(last) if self.over() else None
+        ranked = None if candidates is None else self._best(filter(_competes, candidates), last)
+        if candidates is None or ranked is None:
+            return None
+        reference = [candidate for candidate in candidates if candidate.rule.key == ADAMW]
+        chosen = [*reference, *ranked[:count]]
+        return [(candidate, lr) for candidate in chosen if (lr := self.search(candidate, last)[1]) is not None]
+
 
 def _competes(candidate: Candidate) -> bool:
     return candidate.rule.competes
@@ -303,13 +301,3 @@ def _lower(ours: Outcome | None, theirs: Outcome | None) -> bool:
     if ours is None or theirs is None:
         return False
     return all(ours.losses.get(seed, math.inf) < loss for seed, loss in theirs.losses.items())
-
-
-def agrees(plan: dict[str, Any], design: Design) -> bool:
-    """Whether a plan says what this program would do."""
-    return bool(plan["design"] == json.loads(json.dumps(design.describe())))
-
-
-def steps_of(design: Design, runs: Sequence[int]) -> int:
-    """Of so many runs in each rung."""
-    return sum(count * problem.steps for count, problem in zip(runs, design.rungs, strict=True))

@@ -18,7 +18,7 @@ from reporting.files import compact_json, rounded, write
 from reporting.present import between, markdown
 from reporting.runs import Run, interval
 
-NAME = "stage1"
+NAME, PLAN = "stage1", "plan.json"
 
 
 def describe(halving: Halving, candidate: Candidate, at: int, reference: Candidate) -> Run | None:
@@ -169,7 +169,7 @@ def _state(content: Run) -> str:
         lines.append(f"Rungs with runs to come: {', '.join(unfinished)} steps.")
     if content["left_out"]:
         lines.append(f"Not in the module of these runs: {', '.join(content['left_out'])}.")
-    lines.append("The proof, stage 2, has not begun: fresh seeds, few bits, a larger model, another text.")
+    lines.append("What it finds is for stage 2 to prove: fresh seeds, few bits, a larger model, another text.")
     for rung in reversed(content["rungs"].values()):
         found = [entry for entry in _ranked(rung) if entry["competes"] and "minus_adamw" in entry]
         if found:

@@ -16,9 +16,11 @@ from experiments import common, page
 from experiments.convergence import training
 from experiments.convergence.search import RATES, climb, neighbours
 from experiments.convergence.training import Job
-from experiments.recipe import halving, program, summary
+from experiments.recipe import halving, program, proof, proof_summary, summary
 from experiments.recipe.candidates import ADAMW, CAUTION, CAUTIOUS, RMS, RULES, Candidate, together
-from experiments.recipe.halving import DESIGN, Halving, agrees, quick
+from experiments.recipe.halving import DESIGN, Halving, quick
+from experiments.recipe.proof import BITS, FRESH, LARGER, TEXT, Proof
+from experiments.recipe.stage import agrees
 from reporting import machine, runs
 from reporting.problems import lr_factor
 
@@ -28,7 +30,7 @@ SMALL = quick()
 @pytest.fixture(autouse=True)
 def of_a_text(monkeypatch):
     data = torch.frombuffer(bytearray(bytes(range(32, 127)) * 40), dtype=torch.uint8)
-    for module in (training, halving):
+    for module in (training, halving, proof):
         monkeypatch.setattr(module, "digest", lambda name: "of a text")
     monkeypatch.setattr(training, "load_data", lambda name: data)
 
@@ -51,7 +53,7 @@ def pretend(store, job, loss):
 
 def loss_of(job, gains=None):
     """Lowest at 1e-3, by the rule, what its changes gain, and the seed."""
-    rule, *changes = job.method.key.split("+")
+    rule, *changes = job.method.key.partition("@")[0].split("+")
     gained = sum((gains or {}).get(change, -0.01) for change in changes)
     return LOSSES.get(rule, 2.0) - gained + 0.1 * abs(math.log(job.lr / 1e-3)) + 0.001 * (job.seed - 1000)
 
@@ -95,8 +97,9 @@ def test_the_plan_names_everything_and_is_compared_with_the_program():
 
 def test_what_is_expected_is_counted():
     # Eleven rules and five changes of four of them; AdamW, five and two together; AdamW and three. Five runs each.
-    assert DESIGN.expected() == [5 * (11 + 20), 5 * 8, 5 * 4]
-    assert halving.steps_of(DESIGN, [1, 1, 1]) == 3000
+    counts = {name: count for name, (_, count) in DESIGN.expected().items()}
+    assert counts == {"300_steps": 5 * (11 + 20), "700_steps": 5 * 8, "2000_steps": 5 * 4}
+    assert [problem.steps for problem, _ in DESIGN.expected().values()] == [300, 700, 2000]
 
 
 def test_nothing_runs_without_a_plan_or_against_it(tmp_path, monkeypatch, capsys):
@@ -258,6 +261,138 @@ def test_a_spent_budget_begins_nothing_more(tmp_path):
     search = Halving(tmp_path, replace(DESIGN, minutes=0.75))
     assert len(run_all(search, most=50)) == 8
     assert search.progress()[0] == 8
+
+
+# The proof
+
+
+def proving(folder, minutes=None):
+    """Stage 2 after a stage 1 that Signum, BCOS and AdamS came best from, and what it was before that."""
+    search = Halving(folder, DESIGN)
+    assert search.best(3) is None and proof.design_after(search) is None
+    run_all(search)
+    design = proof.design_after(search)
+    return Proof(folder, design if minutes is None else replace(design, minutes=minutes))
+
+
+def test_the_best_three_are_proved_with_fresh_seeds_at_their_rates(tmp_path):
+    stage = proving(tmp_path)
+    assert [each.key.split("+")[0] for each in stage.design.contenders] == ["adamw", "signum", "signum", "bcos"]
+    assert {each.lr for each in stage.design.contenders} == {1e-3}
+    assert stage.design.confidence == pytest.approx(1 - 0.05 / 3)
+    # Until the fresh seeds are there, nobody knows who is best; the larger model needs nobody to be.
+    assert stage.contenders(BITS) == stage.contenders(TEXT) == [] and len(stage.contenders(LARGER)) == 4
+    assert stage.progress() == (0, 4 * 10 + 4 * 5 + 2 * 3 + 4 * (2 + 3))
+    first = missing(stage, 4)
+    assert [(job.seed, job.problem.name) for _, job in first] == [(2000, FRESH)] * 4
+    assert not {2000 + i for i in range(10)} & set(DESIGN.seeds)
+
+
+def test_the_best_goes_on_in_the_forms_that_its_moment_takes(tmp_path):
+    stage = proving(tmp_path)
+    order = run_all(stage, lambda job: loss_of(job, {"cautious_decay": 0.4}))
+    best = stage.best()
+    assert stage.over() and best == min(stage.design.contenders[1:], key=lambda each: stage.mean(FRESH, each))
+    # Signum's moment has no bound: int8 in blocks, and no fewer bits.
+    assert best.candidate.rule.key == "signum" and [each.form for each in stage.contenders(BITS)] == ["bf16", "int8"]
+    assert [each.exists for each in stage.formed(best)] == [True, True, False, False]
+    assert stage.progress() == (len(order), len(order))
+    formed = stage.contenders(BITS)[1].method
+    assert formed.bf16 and formed.stored and formed.options["param_storage"] == "stochastic"
+    assert {job.problem.data for job in order if job.problem.name == TEXT} == {"manuals"}
+
+
+def test_a_larger_model_takes_the_rate_of_stage_1_or_the_next_below(tmp_path):
+    stage = proving(tmp_path)
+    lower = {"signum": 1.0, "bcos": -1.0}  # by how much 6e-4 is worse
+
+    def loss(job):
+        worse = lower.get(job.method.key.split("+")[0], 1.0) if job.problem.name == LARGER and job.lr == 6e-4 else 0
+        return loss_of(job) + worse
+
+    order = [job for job in run_all(stage, loss) if job.problem.name == LARGER]
+    assert {job.lr for job in order if job.seed == 1000} == {1e-3, 6e-4}
+    rates = {each.candidate.rule.key: stage.search(LARGER, each)[1] for each in stage.design.contenders}
+    assert rates == {"adamw": 1e-3, "signum": 1e-3, "bcos": 6e-4}
+    assert {(job.method.key.split("+")[0], job.lr) for job in order if job.seed != 1000} == set(rates.items())
+    assert set(stage.losses(LARGER, stage.reference)) == {2000, 2001, 2002}  # not that of the search
+
+
+def test_the_plan_of_the_proof_is_compared_with_the_program(tmp_path):
+    design = proving(tmp_path).design
+    said = {"design": json.loads(json.dumps(design.describe()))}
+    assert agrees(said, design)
+    other = replace(design.contenders[1], lr=2e-3)
+    parts = {**design.parts, FRESH: replace(design.parts[FRESH], seeds=(2000,))}
+    for changed in (
+        replace(design, contenders=(design.contenders[0], other)),
+        replace(design, parts=parts),
+        replace(design, forms=("int8",)),
+        replace(design, margin=0.02),
+        replace(design, minutes=1),
+    ):
+        assert not agrees(said, changed)
+
+
+def test_the_proof_stops_when_its_budget_is_spent(tmp_path):
+    assert len(run_all(proving(tmp_path, minutes=0.75), most=50)) == 8
+
+
+@pytest.mark.parametrize(
+    ("gap", "says"),
+    [(-0.02, "With fresh seeds Signum"), (0.005, "With fresh seeds Signum"), (0.02, "Nothing matched AdamW")],
+)
+def test_who_matches_is_decided_by_the_whole_interval(tmp_path, gap, says):
+    stage = proving(tmp_path / "runs")
+    keys = {each.key: gap * (1 + i) for i, each in enumerate(stage.design.contenders[1:])}
+    noise = {2000: 0.0003, 2001: -0.0003}
+    run_all(
+        stage, lambda job: 1.0 + keys.get(job.method.key.split("@")[0], 0) + noise.get(job.seed, 0) * (job.seed % 2)
+    )
+    text, content = proved(stage, tmp_path / "results" / "recipe")
+    assert says in text and content["finished_runs"] == content["expected_runs"]
+    first = content["parts"][FRESH]["contenders"][stage.design.contenders[1].key]
+    assert first["minus_adamw"]["mean"] == pytest.approx(gap, abs=1e-6) and first["minus_adamw"]["n"] == 10
+    assert content["parts"][BITS]["refused_forms"] and "Refused, as its moment has no bound" in text
+    assert (tmp_path / "results" / "recipe" / "stage2.png").read_bytes().startswith(b"\x89PNG")
+    assert proof_summary.page(proof_summary.read(tmp_path / "results")) == text
+
+
+def test_few_bits_are_compared_with_the_same_seeds_of_fp32(tmp_path):
+    stage = proving(tmp_path / "runs")
+    run_all(stage, lambda job: loss_of(job) + 0.125 * ("@int8" in job.method.key) * (1 + (job.seed == 2004)))
+    _, content = proved(stage, tmp_path / "results" / "recipe")
+    entry = content["parts"][BITS]["contenders"][f"{stage.best().key}@int8"]
+    assert entry["minus_fp32_by_seed"] == {str(seed): 0.125 for seed in range(2000, 2004)} | {"2004": 0.25}
+    best = content["parts"][FRESH]["contenders"][stage.best().key]
+    assert entry["minus_adamw"]["mean"] == pytest.approx(best["minus_adamw"]["mean"] + 0.15, abs=1e-5)
+
+
+def test_a_page_of_a_proof_that_has_begun(tmp_path):
+    stage = proving(tmp_path / "runs")
+    run_all(stage, most=4)
+    text, content = proved(stage, tmp_path / "results" / "recipe")
+    assert "4 of about 86 runs are there" in text and text.count("Who is in it is not known") == 2
+    assert "Not finished: fresh seeds, few bits, another text and a model four times as large." in text
+    assert "matched" not in text.partition("## ")[0].partition("The candidates")[0] and content["best"] is None
+
+
+def test_a_contender_that_diverges_is_not_taken_for_a_match(tmp_path):
+    stage = proving(tmp_path / "runs")
+    run_all(stage, lambda job: loss_of(job) if job.method.key == "adamw" else math.inf)
+    text, _ = proved(stage, tmp_path / "results" / "recipe")
+    assert "Every contender diverged" in text and "minus_adamw" not in text
+
+
+def proved(stage, folder):
+    plan = {
+        "design": json.loads(json.dumps(stage.design.describe())),
+        "timed": {"steps": 1, "seconds_per_step": [0.1]},
+        "expected": {"minutes": 1.0},
+        "date": "2026-11-28T00:00:00Z",
+    }
+    proof_summary.collect(stage, plan, folder, "python -m experiments.recipe")
+    return (folder / "stage2.md").read_text(), json.loads((folder / "stage2.json").read_text())
 
 
 # Resumption
