@@ -162,7 +162,10 @@ class Executor:
         return [name for name in self.launches.CASES if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
 
     def rows(self, name: str) -> Iterator[dict[str, Any]]:
-        """A row for each launch of a step; the last says which tensors are not as the CPU backend leaves them."""
+        """A row for each launch of a step; the last says which tensors are not as the CPU backend leaves them.
+
+        One with an instruction that the emulator does not have is the last, and has no figure.
+        """
         step = self.launches.Step(self.launches.CASES[name])
         launches = step.cuda(self.library)
         for number, launch in enumerate(launches, 1):
@@ -174,16 +177,23 @@ class Executor:
             memory.register("parameters", ctypes.addressof(own), len(own))
             kernel = self.emulator.load(module, symbol, TARGET)
             assert launch.grid == 1
-            block = self.emulator.run_block(kernel, bank, memory, block=0, threads=launch.threads)
+            try:
+                block = self.emulator.run_block(kernel, bank, memory, block=0, threads=launch.threads)
+                instructions = round(sum(block.busiest()) * THREADS / self.launches.ELEMENTS, 1)
+                unequal = step.unequal() if number == len(launches) else []
+            except self.emulator.Unknown:  # an instruction that the emulator does not have
+                instructions, unequal = None, []
             used = self.resources[symbol]
             yield {
                 "case": name,
                 "kernel": kernel_label(launch.kernel),
                 "registers": used.registers,
                 "blocks": self.timing.blocks_per_multiprocessor(used, 0, THREADS),
-                "instructions": round(sum(block.busiest()) * THREADS / self.launches.ELEMENTS, 1),
-                "unequal": step.unequal() if number == len(launches) else [],
+                "instructions": instructions,
+                "unequal": unequal,
             }
+            if instructions is None:
+                return
 
 
 def shown(row: dict[str, Any]) -> str:
@@ -200,8 +210,10 @@ def exceeding(rows: Sequence[dict[str, Any]], committed: dict[str, list[dict[str
     figures = {(row["case"], row["kernel"]): row["instructions"] for row in committed[kind]}
     found = []
     for row in rows:
-        figure = figures.get((row["case"], row["kernel"]))
-        if figure is None or row["instructions"] is None or row["instructions"] > figure:
+        key = (row["case"], row["kernel"])
+        figure = figures.get(key)
+        worse = figure is None or row["instructions"] is None or row["instructions"] > figure
+        if worse and not (key in figures and figure is None and row["instructions"] is None):
             found.append(f"{kind}: {row['case']}, {row['kernel']}: {row['instructions']}, committed {figure}")
         if row.get("unequal"):
             found.append(f"{row['case']}: {', '.join(row['unequal'])} not as on the CPU")

@@ -136,8 +136,8 @@ def times_sign_of(x, y):
 def apply(s, alpha, p, g, m, v, x, RULE: tl.constexpr):
     """Decoupled decay and the rule, given the effective gradient."""
     if scalar(s, CAUTIOUS_DECAY) != 0.0:
-        # Rules read p only to move it, so at 0 they leave the step.
-        step, m, v, x = RULE(s, alpha, tl.full(p.shape, 0.0, tl.float32), g, m, v, x)
+        # Rules read p only to move it, so at -0 they leave the step.
+        step, m, v, x = RULE(s, alpha, tl.full(p.shape, -0.0, tl.float32), g, m, v, x)
         p = tl.where(times_sign_of(step, p) <= 0.0, p * scalar(s, DECAY), p) + step
     else:
         p, m, v, x = RULE(s, alpha, p * scalar(s, DECAY), g, m, v, x)

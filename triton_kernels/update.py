@@ -142,7 +142,7 @@ def run_rows(
                 second += wide_c * wide_c
         elif SCALE is not None:
             before_p = p
-            p, before_m = tl.full(p.shape, 0.0, tl.float32), m
+            p, before_m = tl.full(p.shape, -0.0, tl.float32), m
             p, m, v, x = RULE(s, alpha, p, g, m, v, x)
             step = p
             p = before_p

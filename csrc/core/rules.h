@@ -633,10 +633,17 @@ SIGNADAM_HD F cautiously_decayed(const Scalars& s, F p, F step) {
   return times_sign_of(step, p) <= 0.0f ? p * s.decay : p;
 }
 
-// The same with it. Rules read p only to move it, so at 0 they leave the step.
+// What a rule moves by its step alone: -0, which leaves every number as it is that is added to it, and of which a
+// number is subtracted by a change of its sign. 0 - x would be one instruction more.
+template <class F>
+SIGNADAM_HD F unmoved() {
+  return -F{};
+}
+
+// The same with it. Rules read p only to move it, so there they leave the step.
 template <class Rule, class F>
 SIGNADAM_HD void apply_cautiously(const Scalars& s, float alpha, F& p, F g, F& m, F& v, F& x) {
-  F step{};
+  F step = unmoved<F>();
   Rule::update(s, alpha, step, g, m, v, x);
   p = cautiously_decayed(s, p, step) + step;
 }
@@ -652,7 +659,7 @@ SIGNADAM_HD F agreement(F step, F g) {
 // against the gradient. NaN stays NaN. Returns the step before that.
 template <class Rule, class F>
 SIGNADAM_HD F apply_scaled(const Scalars& s, float scale, F& p, F g, F& m, F& v, F& x) {
-  F step{};
+  F step = unmoved<F>();
   Rule::update(s, s.alpha, step, g, m, v, x);
   const F whole = step;
   if (s.caution) step = (agreement(step, g) > 0.0f) | (step != step) ? step : F{};

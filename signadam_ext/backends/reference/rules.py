@@ -411,8 +411,13 @@ def _applied(
     """Decoupled decay and the rule."""
     if not scalars["cautious_decay"]:
         return rule(s, alpha, p * s["decay"], g, moments)
-    step, moments = rule(s, alpha, torch.zeros_like(p), g, moments)
+    step, moments = rule(s, alpha, _unmoved(p), g, moments)
     return _decayed(scalars, s, p, step) + step, moments
+
+
+def _unmoved(p: Tensor) -> Tensor:
+    """What a rule moves by its step alone: -0, to which a number is added, and of which one is subtracted, exactly."""
+    return torch.full_like(p, -0.0)
 
 
 def _decayed(scalars: Scalars, s: dict[str, Tensor], p: Tensor, step: Tensor) -> Tensor:
@@ -432,7 +437,7 @@ def _scaled(
     state: Tensor,
 ) -> tuple[Tensor, Moments, Tensor, Tensor]:
     """:func:`update` with a step that is multiplied by a number of the tensor's."""
-    step, moments = rule(s, s["alpha"], torch.zeros_like(p), g, moments)
+    step, moments = rule(s, s["alpha"], _unmoved(p), g, moments)
     after = state
     if threshold_pass != "NONE":
         after = moved_by_sums(state, *step_sums(p, step, g, scalars), g.numel(), scalars)
