@@ -253,7 +253,8 @@ def _check_method(optimizer: GroupedOptimizer, index: int, saved: Mapping[str, A
     ours, method = method_of(type(optimizer)), saved.get("method")
     if method is not None:
         if method != ours:
-            raise ValueError(f"group {index} of the checkpoint is of the method {method}: must be of {ours}")
+            theirs = method if isinstance(method, str) else checks.shown(method)
+            raise ValueError(f"group {index} of the checkpoint is of the method {theirs}: must be of {ours}")
         return
     known = {*optimizer.defaults, *optimizer.HYPERPARAMETERS, "beta"}
     foreign = sorted(name for name in saved if name in DISTINCTIVE and name not in known)

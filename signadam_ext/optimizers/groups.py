@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ..core import hyperparameters, options, shards
+from ..core import checks, hyperparameters, options, shards
 from ..core.formats import effective_param_storage
 from ..core.renamed import warn_user
 from ..core.rule import Group, HasRule, rule_of
@@ -38,7 +38,7 @@ def given_name(group: Group, index: int) -> str | None:
 def label(group: Group, group_index: int, index: int) -> str:
     """What errors call a parameter."""
     name = given_name(group, index)
-    return f"parameter {index} of group {group_index}" if name is None else f"parameter {name!r}"
+    return f"parameter {index} of group {group_index}" if name is None else f"parameter {checks.shown(name)}"
 
 
 def name_of(group: Group, param: Tensor) -> str | None:

@@ -73,7 +73,7 @@ def _count(name: str, value: Any) -> int:
     """A whole number of at least 0."""
     found = checks.number(name, value, 0.0)
     if found != int(found):
-        raise ValueError(f"{name}={value!r}: must be a whole number")
+        raise ValueError(f"{name}={checks.shown(value)}: must be a whole number")
     return int(found)
 
 

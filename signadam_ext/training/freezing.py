@@ -90,7 +90,7 @@ class GradES:
         if not isinstance(optimizer, SignOptimizer):
             raise TypeError(f"optimizer is a {type(optimizer).__name__}: must be one of this package's")
         if not callable(watches):
-            raise TypeError(f"watches={watches!r}: must be a function of a name and a parameter")
+            raise TypeError(f"watches={checks.shown(watches)}: must be a function of a name and a parameter")
         self.tau = checks.number("tau", tau, 0.0)
         self.grace_steps = _count("grace_steps", grace_steps, 0)
         self.every = _count("every", every, 1)
@@ -139,7 +139,7 @@ class GradES:
             raise ValueError("no state of GradES: must be a dictionary with 'steps' and 'frozen'")
         names = state_dict["frozen"]
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"frozen={names!r}: must be a list of names")
+            raise TypeError(f"frozen={checks.shown(names)}: must be a list of names")
         steps, watched = _count("steps", state_dict["steps"], 0), self._watched()
         if unknown := [name for name in names if name not in watched]:
             raise ValueError(f"frozen: {', '.join(map(repr, unknown))} are none of the parameters that are watched")

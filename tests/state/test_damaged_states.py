@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from signadam_ext import Lion, SignAdamPP, SignSGD
+from signadam_ext.optimizers import groups
 from signadam_ext.state import pickles
 
 
@@ -310,7 +311,7 @@ def test_what_is_one_object_in_a_state_stays_one_in_its_copy():
 
 
 @pytest.mark.parametrize("leaf", [1.5, torch.ones(2)], ids=["number", "tensor"])
-@pytest.mark.parametrize("name", ["lr", "seed", "betas", "exp_avg"])
+@pytest.mark.parametrize("name", ["lr", "seed", "betas", "method", "exp_avg"])
 def test_errors_show_the_beginning_of_nested_values(name, leaf):
     optimizer = trained(Lion)
     saved = optimizer.state_dict()
@@ -318,3 +319,9 @@ def test_errors_show_the_beginning_of_nested_values(name, leaf):
     with pytest.raises((TypeError, ValueError)) as raised:
         optimizer.load_state_dict(saved)
     assert "[[[...], [...], [...]]" in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_names_of_parameters_are_shown_by_their_beginning():
+    """They may be of any type; every plan makes labels of them."""
+    group = trained().param_groups[0] | {"param_names": [of_one_another(10, torch.ones(2))]}
+    assert groups.label(group, 0, 0).startswith("parameter [[[...], [...], [...]]")
