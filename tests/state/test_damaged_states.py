@@ -324,4 +324,4 @@ def test_errors_show_the_beginning_of_nested_values(name, leaf):
 def test_names_of_parameters_are_shown_by_their_beginning():
     """They may be of any type; every plan makes labels of them."""
     group = trained().param_groups[0] | {"param_names": [of_one_another(10, torch.ones(2))]}
-    assert groups.label(group, 0, 0).startswith("parameter [[[...], [...], [...]]")
+    assert groups.label(group, 0, 0).startswith("parameter [[[[...], [...], [...]]")
