@@ -24,11 +24,17 @@ run says of the cost: `results/recipe/plan.json`. Without it, or when it says so
 is run. When the budget is spent, nothing more is begun. The seeds of this stage enter no later one: a proof of what it
 finds needs others, since the best of many looks better than it is.
 
+Stage 2, the proof, begins when stage 1 has come to its end, and has a plan and a budget of its own, `proof_plan.json`:
+the best three and AdamW at their rates, with ten fresh seeds; the best of them with its moment in few bits beside
+weights in bf16; both it and AdamW on another text, the pages of Debian's package manpages-dev; all four on a model four
+times as large.
+
 Every finished run is one JSON file in `--runs`, as in `experiments.convergence`, whose `Problem`, `Job` and `train` it
 shares; a run that was killed is begun again. Of the modules here `candidates` says what is compared, `halving` what is
-run and what goes on, `summary` and `figures` show what came of it.
+run and what goes on, `proof` what is run of it afterwards; `summary`, `proof_summary` and `figures` show what came of
+it.
 
-python -m experiments.recipe --plan        write the plan
+python -m experiments.recipe --plan        write the plan of the stage to come
 python -m experiments.recipe               run what is missing, then collect
 python -m experiments.recipe --list        how many runs, how many minutes
 python -m experiments.recipe --collect     JSON, page and picture from the runs so far
