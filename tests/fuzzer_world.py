@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import signadam_ext
+from signadam_ext.core.rule import rule_of
 from signadam_ext.optimizers.base import SignOptimizer
 
 #: What the package may raise over what a user hands in.
@@ -294,9 +295,12 @@ class Side:
         return f"parameter {names[k]!r}" if names else f"parameter {k} of group {g}"
 
     def tensors_of(self, i: int) -> list[str]:
-        """Names of the state tensors of a parameter that have elements."""
-        state = self.state.get(self.params[i], {})
-        return sorted(name for name, x in state.items() if isinstance(x, Tensor) and x.numel() and name != "ema")
+        """Names of the state tensors of a parameter that have elements and that a step reads."""
+        state, group = self.state.get(self.params[i], {}), self.optimizer.param_groups[self.group_of(i)[0]]
+        # A parameter that went to another group has kept what scaled its steps in the one before.
+        read = {rule_of(type(self.optimizer), group).threshold_state}
+        left = {"agreement", "param_rms"} - read | {"ema"}
+        return sorted(name for name, x in state.items() if isinstance(x, Tensor) and x.numel() and name not in left)
 
     def present(self) -> list[int]:
         """Parameters with a gradient."""

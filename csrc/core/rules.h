@@ -633,8 +633,8 @@ SIGNADAM_HD F cautiously_decayed(const Scalars& s, F p, F step) {
   return times_sign_of(step, p) <= 0.0f ? p * s.decay : p;
 }
 
-// What a rule moves by its step alone: -0, which leaves every number as it is that is added to it, and of which a
-// number is subtracted by a change of its sign. 0 - x would be one instruction more.
+// What a rule moves by its step alone: -0, to which any number is added, and of which any is subtracted, without a
+// change but for the sign, that of zeros included.
 template <class F>
 SIGNADAM_HD F unmoved() {
   return -F{};
