@@ -210,11 +210,11 @@ def exceeding(rows: Sequence[dict[str, Any]], committed: dict[str, list[dict[str
     figures = {(row["case"], row["kernel"]): row["instructions"] for row in committed[kind]}
     found = []
     for row in rows:
-        key = (row["case"], row["kernel"])
+        key, ours = (row["case"], row["kernel"]), row["instructions"]
         figure = figures.get(key)
-        worse = figure is None or row["instructions"] is None or row["instructions"] > figure
-        if worse and not (key in figures and figure is None and row["instructions"] is None):
-            found.append(f"{kind}: {row['case']}, {row['kernel']}: {row['instructions']}, committed {figure}")
+        is_same = key in figures and ours == figure  # also where neither has one
+        if not is_same and (figure is None or ours is None or ours > figure):
+            found.append(f"{kind}: {row['case']}, {row['kernel']}: {ours}, committed {figure}")
         if row.get("unequal"):
             found.append(f"{row['case']}: {', '.join(row['unequal'])} not as on the CPU")
     return found

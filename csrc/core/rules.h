@@ -633,8 +633,8 @@ SIGNADAM_HD F cautiously_decayed(const Scalars& s, F p, F step) {
   return times_sign_of(step, p) <= 0.0f ? p * s.decay : p;
 }
 
-// What a rule moves by its step alone: -0, to which any number is added, and of which any is subtracted, without a
-// change but for the sign, that of zeros included.
+// What a rule moves by its step alone: -0. A number that is added to it stays as it is, and one that is subtracted
+// changes its sign alone, zeros too.
 template <class F>
 SIGNADAM_HD F unmoved() {
   return -F{};

@@ -132,7 +132,7 @@ class Outcome:
 class Halving(Stage):
     """Stage 1, and who goes on."""
 
-    def __init__(self, folder: Path, design: Design = DESIGN) -> None:
+    def __init__(self, folder: Path, design: Design) -> None:
         self.design: Design = design
         self.stores = [Store(folder, problem) for problem in design.rungs]
         for store in self.stores:

@@ -109,8 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.results.mkdir(parents=True, exist_ok=True)
             write(path, json.dumps(rounded(plan(stage.design, 4 if args.quick else 40)), indent=1) + "\n")
         planned = _read(path)
-        if planned is None and second and args.collect:
-            break
+        if planned is None and second:
+            print(f"stage 2 waits for its plan, {page.PLAN}: write it with --plan", flush=True)
+            break  # what stage 1 has found is collected all the same
         if planned is None:
             parser.error(f"there is no {page.PLAN}: write it first, with --plan")
         if not agrees(planned, stage.design):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from pathlib import Path
 
 from experiments import common
 from experiments.convergence.training import Job
-from experiments.recipe import figures
+from experiments.recipe import figures, stage
 from experiments.recipe.proof import BITS, FRESH, LARGER, TEXT, Contender, Part, Proof
+from experiments.recipe.stage import publish
 from reporting import machine
-from reporting.files import compact_json, rounded, write
 from reporting.present import between, markdown
 from reporting.runs import Run, interval
 
@@ -71,30 +70,21 @@ def collect(proof: Proof, plan: Run, folder: Path, command: str) -> None:
             "contenders": {each.key: _entry(proof, name, each) for each in proof.contenders(name)},
         }
     done, total = proof.progress()
-    content = rounded(
-        {
-            "name": NAME,
-            "command": command,
-            **machine.facts(),
-            "plan": {key: plan[key] for key in ("design", "timed", "expected", "date")},
-            "confidence": proof.design.confidence,
-            "margin": proof.design.margin,
-            "finished_runs": done,
-            "expected_runs": total,
-            "core_minutes": proof.minutes(),
-            "best": None if best is None else best.key,
-            "problems": {name: {"made": part["made"]} for name, part in parts.items()},
-            "parts": parts,
-        },
-        6,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    text = compact_json(content)
-    write(folder / f"{NAME}.json", text)
-    content = json.loads(text)  # page and picture show what the file says
-    write(folder / f"{NAME}.md", page(content))
-    figures.draw_proof(content, folder / f"{NAME}.png")
-    print(f"{done} of about {total} runs are in {folder.name}/{NAME}.*")
+    content: Run = {
+        "name": NAME,
+        "command": command,
+        **machine.facts(),
+        "plan": {key: plan[key] for key in ("design", "timed", "expected", "date")},
+        "confidence": proof.design.confidence,
+        "margin": proof.design.margin,
+        "finished_runs": done,
+        "expected_runs": total,
+        "core_minutes": proof.minutes(),
+        "best": None if best is None else best.key,
+        "problems": {name: {"made": part["made"]} for name, part in parts.items()},
+        "parts": parts,
+    }
+    publish(content, folder, page, figures.draw_proof)
 
 
 def _finished(proof: Proof, part: Part) -> bool:
@@ -197,11 +187,8 @@ def _part(content: Run, name: str, part: Run) -> str:
 
 
 def page_of(results: Path) -> Path:
-    """Where the page is, of all experiments' results."""
-    return results / "recipe" / f"{NAME}.md"
+    return stage.page_of(results, NAME)
 
 
 def read(results: Path) -> Run | None:
-    """What was collected, if anything was."""
-    path = page_of(results).with_suffix(".json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return stage.read(results, NAME)

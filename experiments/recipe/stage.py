@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.convergence.training import Job, Problem
+from reporting.files import compact_json, rounded, write
 from reporting.runs import Run, Store
 
 
@@ -63,3 +65,30 @@ class Stage(ABC):
 def agrees(plan: dict[str, Any], design: Planned) -> bool:
     """Whether a plan says what this program would do."""
     return bool(plan["design"] == json.loads(json.dumps(design.describe())))
+
+
+# What is collected
+
+
+def publish(content: Run, folder: Path, page: Callable[[Run], str], draw: Callable[[Run, Path], None]) -> None:
+    """Writes what was collected as JSON, a page and a picture, by the name in it."""
+    name = content["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    text = compact_json(rounded(content, 6))
+    write(folder / f"{name}.json", text)
+    # Page and picture show what the file says.
+    content = json.loads(text)
+    write(folder / f"{name}.md", page(content))
+    draw(content, folder / f"{name}.png")
+    print(f"{content['finished_runs']} of about {content['expected_runs']} runs are in {folder.name}/{name}.*")
+
+
+def page_of(results: Path, name: str) -> Path:
+    """Where a stage's page is, of all experiments' results."""
+    return results / "recipe" / f"{name}.md"
+
+
+def read(results: Path, name: str) -> Run | None:
+    """What was collected, if anything was."""
+    path = page_of(results, name).with_suffix(".json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 from experiments import common
 from experiments.convergence.search import RATES
 from experiments.convergence.training import Job
-from experiments.recipe import figures
+from experiments.recipe import figures, stage
 from experiments.recipe.candidates import ADAMW, Candidate
 from experiments.recipe.halving import Halving
+from experiments.recipe.stage import publish
 from reporting import machine
-from reporting.files import compact_json, rounded, write
 from reporting.present import between, markdown
 from reporting.runs import Run, interval
 
@@ -90,29 +89,19 @@ def collect(halving: Halving, plan: Run, folder: Path, command: str) -> None:
             "made": sorted({(run["environment"]["commit"] or "unknown", run["date"][:10]) for run in of}),
         }
     done, total = halving.progress()
-    content = rounded(
-        {
-            "name": NAME,
-            "command": command,
-            **machine.facts(),
-            "plan": {key: plan[key] for key in ("design", "timed", "expected", "date")},
-            "left_out": [rule.label for rule in halving.design.rules if rule.made_by is None],
-            "finished_runs": done,
-            "expected_runs": total,
-            "core_minutes": halving.minutes(),
-            "problems": problems,
-            "rungs": summarize(halving),
-        },
-        6,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    text = compact_json(content)
-    write(folder / f"{NAME}.json", text)
-    # Page and picture show what the file says.
-    content = json.loads(text)
-    write(folder / f"{NAME}.md", page(content))
-    figures.draw(content, folder / f"{NAME}.png")
-    print(f"{done} of about {total} runs are in {folder.name}/{NAME}.*")
+    content: Run = {
+        "name": NAME,
+        "command": command,
+        **machine.facts(),
+        "plan": {key: plan[key] for key in ("design", "timed", "expected", "date")},
+        "left_out": [rule.label for rule in halving.design.rules if rule.made_by is None],
+        "finished_runs": done,
+        "expected_runs": total,
+        "core_minutes": halving.minutes(),
+        "problems": problems,
+        "rungs": summarize(halving),
+    }
+    publish(content, folder, page, figures.draw)
 
 
 # The page
@@ -264,11 +253,8 @@ def _ordinal(i: int) -> str:
 
 
 def page_of(results: Path) -> Path:
-    """Where the page is, of all experiments' results."""
-    return results / "recipe" / f"{NAME}.md"
+    return stage.page_of(results, NAME)
 
 
 def read(results: Path) -> Run | None:
-    """What was collected, if anything was."""
-    path = page_of(results).with_suffix(".json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return stage.read(results, NAME)

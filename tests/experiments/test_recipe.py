@@ -115,6 +115,18 @@ def test_nothing_runs_without_a_plan_or_against_it(tmp_path, monkeypatch, capsys
     assert "says something else" in capsys.readouterr().err
 
 
+def test_stage_1_is_collected_where_stage_2_has_no_plan(tmp_path, monkeypatch, capsys):
+    runs_, results = tmp_path / "runs", tmp_path / "recipe"
+    monkeypatch.setattr(program, "DESIGN", SMALL)
+    run_all(Halving(runs_, SMALL))
+    results.mkdir()
+    facts = {"timed": {"steps": 1, "seconds_per_step": [0.1]}, "expected": {"minutes": 1.0}, "date": "2026-11-28"}
+    (results / "plan.json").write_text(json.dumps({"design": SMALL.describe(), **facts}))
+    assert program.main(["--runs", str(runs_), "--results", str(results)]) == 0
+    assert "stage 2 waits for its plan" in capsys.readouterr().out
+    assert "and it is finished" in (results / "stage1.md").read_text() and not (results / "stage2.md").exists()
+
+
 def test_the_committed_plan_is_the_programs(monkeypatch):
     path = program.RESULTS / "plan.json"
     if not path.exists():

@@ -73,6 +73,16 @@ def test_products_that_underflow_do_not_decay(backend: str) -> None:
     assert torch.equal(param.detach(), torch.stack([0.5 * tiny[0], tiny[1], tiny[2], 0.5 * tiny[3]]) + step)
 
 
+@pytest.mark.parametrize("options", [{}, {"lr_scale": "rms"}], ids=["plain", "scaled"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_step_of_zero_leaves_the_sign_of_a_zero(backend: str, options: dict[str, Any]) -> None:
+    param = Parameter(torch.tensor([-0.0, 0.0, -0.0, 1.0]))
+    optimizer = Signum([param], lr=0.5, weight_decay=0.25, weight_decay_kind="cautious", backend=backend, **options)
+    param.grad = torch.zeros(4)
+    optimizer.step()
+    assert torch.signbit(param.detach()).tolist() == [True, False, True, False] and param[3] < 1
+
+
 def test_cautious_decay_of_zero_changes_no_bit() -> None:
     for row in MOVING:
         params = parameters()

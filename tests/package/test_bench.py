@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from bench import predicted, scaling, sharded_step, summary, throughput, triton_instructions
+from bench import cuda_instructions, predicted, scaling, sharded_step, summary, throughput, triton_instructions
 from bench.candidates import REFERENCES
 from bench.harness import ADAMW, STREAM, Candidate, Case, Samples, Traffic, Trial, Workload, row, spread
 from reporting import machine
@@ -110,6 +110,18 @@ def test_predicted_instructions_name_the_backend_that_is_ahead(tmp_path: Path) -
     assert triton_instructions.exceeding(rows(few=40.0, plain=12.0), triton) == []
     assert triton_instructions.exceeding(rows(few=40.1), triton) == ["few, k: 40.1, committed 40.0"]
     assert triton_instructions.exceeding(rows(new=1.0), triton) == ["new, k: 1.0, committed None"]
+
+
+def test_a_figure_that_the_emulator_cannot_give_is_worse_than_one() -> None:
+    def rows(figure: float | None) -> list[dict[str, object]]:
+        return [{"case": "c", "kernel": "k", "instructions": figure}]
+
+    exceeding = cuda_instructions.exceeding
+    assert exceeding(rows(None), {"executed": rows(None)}, "executed") == []
+    assert exceeding(rows(9.0), {"executed": rows(9.0)}, "executed") == []
+    assert exceeding(rows(None), {"executed": rows(9.0)}, "executed") == ["executed: c, k: None, committed 9.0"]
+    assert exceeding(rows(9.0), {"executed": rows(None)}, "executed") == ["executed: c, k: 9.0, committed None"]
+    assert exceeding(rows(None), {"executed": []}, "executed") == ["executed: c, k: None, committed None"]
 
 
 def test_aims_of_cuda_kernels_stand_beside_what_was_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
