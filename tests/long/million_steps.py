@@ -5,7 +5,8 @@
 Each optimizer trains with every instruction set of the CPU kernels, a process each, and for fewer steps with the
 reference. Gradients depend on the weights, so a bit that differs once differs for good; digests of weights and state
 are compared at powers of ten. Memory and objects of the process are noted after 10^4 steps and every tenth of the way
-on. What is done is in the folder, and the next call does the rest.
+on. What is done is in the folder, and the next call does the rest; a folder that is empty begins with what the results
+hold. Every run names the commit of its module.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def train(name: str, backend: str, steps: int, out: Path) -> None:
     began = time.perf_counter()
 
     def write(step: int) -> None:
-        said = {"capability": compiled.cpu_capability(), "seconds": round(time.perf_counter() - began, 1)}
+        seconds = round(time.perf_counter() - began, 1)
+        said = {"module": compiled.build_info()["commit"], "capability": compiled.cpu_capability(), "seconds": seconds}
         whole = {**said, "steps": step, "digests": digests, "memory": memory}
         out.write_text(json.dumps(whole, indent=1) + "\n")
 
@@ -194,6 +196,11 @@ def main() -> int:
         train(name, backend, options.steps, options.folder)
         return 0
     options.folder.mkdir(parents=True, exist_ok=True)
+    if options.results and options.results.exists():
+        for key, run in json.loads(options.results.read_text())["runs"].items():
+            out = options.folder / f"{key}.json"
+            if not out.exists():
+                out.write_text(json.dumps(run, indent=1) + "\n")
     runs: dict[str, dict[str, Any]] = {}
     ways = [("cpu", each, options.steps) for each in CAPABILITIES if supported(each)]
     for backend, capability, steps in (*ways, ("reference", "", options.reference_steps)):
