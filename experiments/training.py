@@ -338,7 +338,7 @@ class Measure:
 
     def __init__(self, optimizer: torch.optim.Optimizer, params: dict[str, Tensor]) -> None:
         self.optimizer, self.params = optimizer, params
-        self._steered = dict.fromkeys(params.values(), 0.0)  # thresholds of the step to come
+        self._to_come = dict.fromkeys(params.values(), 0.0)  # thresholds that a step leaves to the next
         self.max_m: list[float] = []
         self.gated: dict[str, list[float]] = {name: [] for name in params}
         self.zero: dict[str, list[float]] = {name: [] for name in params}
@@ -372,10 +372,16 @@ class Measure:
         confidence = group.get("confidence", "fixed")
         if confidence == "adaptive":
             return float(group["alpha"] * state["exp_avg_std"])
+        if confidence == "adaptive_delayed":
+            return self._used(p, group["alpha"] * float(state["exp_avg_std"]))
         if confidence == "sparsity":
-            used, self._steered[p] = self._steered[p], float(state["threshold"])
-            return used
+            return self._used(p, float(state["threshold"]))
         return float(group.get("alpha") or 0.0)
+
+    def _used(self, p: Tensor, threshold: float) -> float:
+        """The threshold that the last step left, while `threshold` is that of the step to come."""
+        used, self._to_come[p] = self._to_come[p], threshold
+        return used
 
     def flush(self) -> None:
         self.max_m.append(self._largest)

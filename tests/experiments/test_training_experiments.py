@@ -240,6 +240,7 @@ def test_without_a_gate_it_is_the_packages():
         {"alpha": 0.5},
         {"confidence": "adaptive", "alpha": 1.0},
         {"confidence": "adaptive", "alpha": 0.25},
+        {"confidence": "adaptive_delayed", "alpha": 1.0},
         {"confidence": "sparsity", "target": 0.1},
     ],
 )
@@ -296,6 +297,18 @@ def test_the_eight_cells_differ_in_one_part_from_three_others():
         assert ablation.CELLS[ours].key != ablation.CELLS[theirs].key
     assert ablation.PAPER.optimizer == "SignAdamPP" and ablation.PAPER.options == {"alpha": 5e-4}
     assert ablation.RELEASED.optimizer == "SignSGD" and ablation.RELEASED.options == {"alpha": 5e-4}
+
+
+def test_the_adaptive_thresholds_other_forms_differ_from_it_in_one_thing():
+    for alpha, adaptive in ablation.ADAPTIVE.items():
+        delayed, decayed = ablation.DELAYED[alpha], ablation.DECAYED[alpha]
+        assert delayed.options == adaptive.options | {"confidence": "adaptive_delayed"}
+        assert decayed.options == adaptive.options | {"weight_decay": 0.1}
+        p = torch.zeros(1, requires_grad=True)
+        (group,) = decayed.made_by([p], lr=0.1, **decayed.options).param_groups
+        assert group["decoupled_weight_decay"] and group["weight_decay_kind"] is None
+    for method, other in zip(ablation.rivals("decayed"), ablation.rivals("adaptive"), strict=True):
+        assert method.options == other.options | {"weight_decay": 0.1}
 
 
 def test_effects_are_paired_and_main_effects_average_the_four_pairs(store):
