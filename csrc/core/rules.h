@@ -627,10 +627,10 @@ SIGNADAM_HD void apply_plainly(const Scalars& s, float alpha, F& p, F g, F& m, F
 
 // Cautious weight decay [CW, Alg. 1]: p decays unless the step leads it away from 0. Where the step is 0 p decays, and
 // where it is NaN it does not. Signs, because the product of a small p and a small step is 0; that of p = 0 does not
-// matter.
+// matter. Rules subtract, so that what is asked for its sign is what they computed, and the step is never made.
 template <class F>
 SIGNADAM_HD F cautiously_decayed(const Scalars& s, F p, F step) {
-  return times_sign_of(step, p) <= 0.0f ? p * s.decay : p;
+  return times_sign_of(-step, p) >= 0.0f ? p * s.decay : p;
 }
 
 // What a rule moves by its step alone: -0. A number that is added to it stays as it is, and one that is subtracted

@@ -75,20 +75,24 @@ struct DeviceBlock {
   }
 };
 
-// Blocks on a multiprocessor at a time. In any form, two moments, sums beside an update, and the statistics do not fit
-// 128 registers on every architecture, nor do AdaBound's scalars: one block without spills.
+// Blocks on a multiprocessor at a time, which bounds the registers. With one moment in a fixed form 80 registers hold
+// all without spills, and with none 64: left alone, the compiler takes more to fetch further ahead, and a block has to
+// go. Two moments would spill there. In any form, two moments, sums beside an update, and the statistics do not fit 128
+// registers on every architecture, nor do AdaBound's scalars: one block without spills.
 template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms>
-constexpr int blocks_at_once =
-    !Forms::fixed && (storage == Storage::with_statistics || threshold_pass == ThresholdPass::same_pass ||
-                      (storage == Storage::any && Rule::moments > 1) || std::is_same_v<Rule, AdaBound>)
-        ? 1
-        : 2;
+constexpr int blocks_at_once() {
+  constexpr bool sums = storage == Storage::with_statistics || threshold_pass == ThresholdPass::same_pass;
+  if constexpr (Forms::fixed)
+    return threshold_pass != ThresholdPass::none || sums || Rule::moments > 1 ? 2 : 4 - Rule::moments;
+  else
+    return sums || (storage == Storage::any && Rule::moments > 1) || std::is_same_v<Rule, AdaBound> ? 1 : 2;
+}
 
 template <class Forms>
 using ArgumentsOf = LaunchArguments<Forms::fixed ? few_parameter_bytes : many_parameter_bytes>;
 
 template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms>
-__global__ void __launch_bounds__(threads_per_block, blocks_at_once<Rule, threshold_pass, storage, Forms>)
+__global__ void __launch_bounds__(threads_per_block, (blocks_at_once<Rule, threshold_pass, storage, Forms>()))
     kernel(const __grid_constant__ ArgumentsOf<Forms> arguments) {
   const LaunchHeader& header = arguments.header;
   const unsigned char* bytes = header.step == nullptr ? arguments.step : header.step;
