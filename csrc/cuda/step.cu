@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "any_rule.h"
 #include "device_step.h"
 #include "fixed.h"
 #include "runtime.h"
@@ -52,15 +53,6 @@ template <class Use>
 void each_fixed(Use use) {
   for (const auto* unit : {&fixed_plain(), &fixed_stored(), &fixed_two_moments(), &fixed_thresholds()})
     for (const FixedKernel& fixed : *unit) use(fixed);
-}
-
-// Of steps that are scaled, and of what scales them.
-Kernel kernel_for_any_rule(ThresholdPass threshold_pass, Storage storage) {
-  if (threshold_pass == ThresholdPass::pass_before)
-    return Kernel::of<AnyRule, ThresholdPass::pass_before, Storage::any, AnyForms>();
-  return storage == Storage::with_statistics
-             ? Kernel::of<AnyRule, ThresholdPass::same_pass, Storage::with_statistics, AnyForms>()
-             : Kernel::of<AnyRule, ThresholdPass::same_pass, Storage::any, AnyForms>();
 }
 
 // The kernel for just these forms where there is one, otherwise the general one.

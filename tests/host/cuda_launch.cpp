@@ -13,6 +13,7 @@
 #undef SIGNADAM_FIXED_THRESHOLDS
 #define SIGNADAM_FIXED_THRESHOLDS(X)
 #endif
+#include "../../csrc/cuda/any_rule.cu"
 #include "../../csrc/cuda/device_step.cu"
 #include "../../csrc/cuda/fixed_plain.cu"
 #include "../../csrc/cuda/fixed_stored.cu"

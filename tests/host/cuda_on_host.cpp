@@ -17,7 +17,7 @@ Launch launch_of(int, ThresholdPass) {
 }
 Launch scaled_launch_of(ThresholdPass, bool) { return nullptr; }
 #else
-// As kernel_for_any_rule in csrc/cuda/step.cu.
+// As kernel_for_any_rule in csrc/cuda/any_rule.cu.
 Launch scaled_launch_of(ThresholdPass threshold_pass, bool observes) {
   if (threshold_pass == ThresholdPass::pass_before) return launch<AnyRule, ThresholdPass::pass_before, Storage::any>;
   return observes ? launch<AnyRule, ThresholdPass::same_pass, Storage::with_statistics>
