@@ -241,11 +241,16 @@ EIGHT = {"int8": 1, "block8": 1, "split8": 1, "split16": 2, "master": 4}
 @each_architecture
 @pytest.mark.parametrize("name", FIXED, ids=map(kernel_label, FIXED))
 def test_kernels_for_fixed_forms(architecture: str, name: KernelName) -> None:
-    """Two blocks fit, nothing spills or is contracted, and whole pieces move by the widest accesses there are."""
+    """Nothing spills or is contracted, and whole pieces move by the widest accesses there are.
+
+    Blocks on a multiprocessor, of 256 threads each: four without a moment, three with one, otherwise two.
+    """
     kernel, forms = kernels(architecture)[name], name.forms
     rule = next(rule for rule in RULES.values() if rule.struct == name.functor)
     assert forms is not None
-    assert 0 < kernel.registers <= 128 and kernel.stack == kernel.local == 0
+    updates_alone = name.threshold_pass == "none" and name.storage != "with_statistics"
+    most = {0: 64, 1: 80}.get(rule.moments, 128) if updates_alone else 128
+    assert 0 < kernel.registers <= most and kernel.stack == kernel.local == 0
     assert not kernel.of("LDL") and not kernel.of("STL")
     assert len(kernel.of("SHFL")) == (6 if forms.exp_avg == "block8" else 0)
     updates = name.threshold_pass != "pass_before"
