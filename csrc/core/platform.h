@@ -16,6 +16,10 @@
 
 #define SIGNADAM_RESTRICT __restrict__
 
+// A loop over memory on the host. In a function of its own it has all registers; a compiler that joins those that are
+// called once gives them the stack.
+#define SIGNADAM_APART __attribute__((noinline))
+
 namespace signadam {
 
 SIGNADAM_HD uint32_t bits_of(float x) {

@@ -83,8 +83,7 @@ void sum_columns(const Slice& slice, const Scalars& s, float alpha, double* firs
 }
 
 // The lanes of a full chunk, where the gradient counts without decay. False where this does not apply.
-__attribute__((noinline)) bool sum_lanes(const Slice& slice, const Scalars& s, float alpha, double* first,
-                                         double* second) {
+SIGNADAM_APART bool sum_lanes(const Slice& slice, const Scalars& s, float alpha, double* first, double* second) {
   if (slice.count < chunk_size || s.coupled || !(alpha >= 0.0f)) return false;
   switch (slice.tensor.formats.grad) {
     case Format::fp32:
@@ -154,7 +153,7 @@ int observe_rows(const float* g, float alpha, const float* before, const float* 
 // The whole blocks of a chunk in fp32, updated and observed in one pass: the sums are taken while memory is waited for.
 // Returns how many elements that were.
 template <class Rule>
-int update_observed(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics& to) {
+SIGNADAM_APART int update_observed(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics& to) {
   static_assert(Rule::moments < 2 && !has_third<Rule>);
   const Formats& formats = slice.tensor.formats;
   if (!formats.plain() || formats.param != Format::fp32 || formats.grad != Format::fp32 || !takes(scalars, alpha))

@@ -279,6 +279,15 @@ SIGNADAM_HD void store_moment_group(void* base, Format format, int64_t index, co
     pack_int2(to, bytes);
 }
 
+// Whether the gradient counts as it is, neither scaled nor with decay added, and decay is not cautious.
+SIGNADAM_HD bool is_as_it_is(const Scalars& s) { return !s.coupled && !s.cautious_decay && s.gradient_scale == 1.0f; }
+
+// What is so is known to the compiler afterwards.
+SIGNADAM_HD void leave_as_it_is(Scalars& s) {
+  s.coupled = s.cautious_decay = 0;
+  s.gradient_scale = 1.0f;
+}
+
 // Whether GatedStep takes these: every lr, beta and threshold that an optimizer lets through.
 SIGNADAM_HD bool takes(const Scalars& s, float alpha) {
   constexpr float largest = 0x1p+100f;
@@ -296,13 +305,12 @@ SIGNADAM_HD bool goes_by_groups(const Slice& slice, int moments) {
          first >> 33 == (first + slice.count) >> 33 && slice.tensor.runs.run == 0;
 }
 
-// The whole groups of a chunk. Returns how many elements that were.
-template <class Rule>
-int update_groups(const Slice& slice, const Scalars& scalars, float alpha) {
-  static_assert(!has_third<Rule>);
-  if (!goes_by_groups(slice, Rule::moments) || !takes(scalars, alpha)) return 0;
+// The whole groups of a chunk, of which `s` says whether they are `as_it_is`. Returns how many elements that were.
+template <class Rule, bool as_it_is>
+SIGNADAM_APART int update_groups(const Slice& slice, const Scalars& scalars, float alpha) {
   // Local copies cannot alias the tensors, so they stay in registers.
-  const Scalars s = scalars;
+  Scalars s = scalars;
+  if constexpr (as_it_is) leave_as_it_is(s);
   const TensorEntry tensor = slice.tensor;
   const Formats f = tensor.formats;
   const void* const grad = slice.grad;
@@ -330,4 +338,11 @@ int update_groups(const Slice& slice, const Scalars& scalars, float alpha) {
       store_moment_group(tensor.exp_avg_sq, f.exp_avg_sq, index, v, r.swapped().complement());
   }
   return whole;
+}
+
+template <class Rule>
+int update_groups(const Slice& slice, const Scalars& s, float alpha) {
+  static_assert(!has_third<Rule>);
+  if (!goes_by_groups(slice, Rule::moments) || !takes(s, alpha)) return 0;
+  return is_as_it_is(s) ? update_groups<Rule, true>(slice, s, alpha) : update_groups<Rule, false>(slice, s, alpha);
 }

@@ -157,7 +157,8 @@ constexpr int turn = 64;
 
 // fp32 throughout: nothing to convert.
 template <class Rule>
-void update_fp32(const Slice& slice, const Scalars& s, float alpha) {
+SIGNADAM_APART void update_fp32(const Slice& slice, const Scalars& scalars, float alpha) {
+  const Scalars s = scalars;  // a local copy cannot alias the tensors
   const TensorEntry& tensor = slice.tensor;
   const auto array = [&](void* base, bool used) { return used ? static_cast<float*>(base) + slice.begin : nullptr; };
   const Arrays arrays{array(tensor.param, true), static_cast<const float*>(slice.grad) + slice.begin,
@@ -173,7 +174,9 @@ void update_fp32(const Slice& slice, const Scalars& s, float alpha) {
 
 // Any forms, a block at a time by way of scratch, from element `done` of the chunk on: the start of a packed run.
 template <class Rule>
-void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, ChunkStatistics* chunk_statistics) {
+SIGNADAM_APART void update_blocks(const Slice& slice, const Scalars& scalars, float alpha, int done,
+                                  ChunkStatistics* chunk_statistics) {
+  const Scalars s = scalars;  // a local copy cannot alias the tensors
   const TensorEntry& tensor = slice.tensor;
   const Formats& formats = tensor.formats;
   alignas(64) float scratch_p[block_size], scratch_g[block_size], scratch_m[block_size], scratch_v[block_size],
@@ -215,8 +218,7 @@ void update_blocks(const Slice& slice, const Scalars& s, float alpha, int done, 
 }
 
 template <class Rule>
-void update_chunk(const Slice& slice, const Scalars& scalars, float alpha, ChunkStatistics* chunk_statistics) {
-  const Scalars s = scalars;  // a local copy cannot alias the tensors
+void update_chunk(const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* chunk_statistics) {
   if (chunk_statistics != nullptr) {
     *chunk_statistics = ChunkStatistics{0.0, 0.0, 0.0, 0.0, 0.0, observed_threshold(s, alpha)};
     int done = 0;

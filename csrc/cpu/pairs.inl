@@ -297,8 +297,7 @@ SIGNADAM_HD void load_nan_codes(const unsigned char* codes, Pairs* x) {
   }
 }
 
-__attribute__((noinline)) void store_blocks_slowly(void* base, int64_t numel, int64_t index, const Pairs* x,
-                                                   const U* r) {
+SIGNADAM_APART void store_blocks_slowly(void* base, int64_t numel, int64_t index, const Pairs* x, const U* r) {
   float m[group];
   uint16_t halves[group];
   std::memcpy(halves, r, sizeof halves);
@@ -318,10 +317,9 @@ SIGNADAM_HD bool scales_exactly(const Scalars& s) {
   return exact(s.lr) && exact(s.beta1) && exact(s.one_minus_beta1);
 }
 
-// The whole groups of a chunk. `as_it_is`: the gradient counts as it is, neither scaled nor with decay added, and decay
-// is not cautious. Returns how many elements that were.
+// The whole groups of a chunk, of which `s` says whether they are `as_it_is`. Returns how many elements that were.
 template <class Rule, Format moment, bool as_it_is>
-int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
+SIGNADAM_APART int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
   Scalars s = scalars;  // a local copy cannot alias the tensors
   if constexpr (is_scale_free(moment)) {
     if (!scales_exactly(s)) return 0;
@@ -331,7 +329,7 @@ int update_pairs(const Slice& slice, const Scalars& scalars, float alpha) {
     s.one_minus_beta1 *= fixed_point;
     s.upper *= fixed_point;  // what a bounded momentum may not leave
   }
-  if constexpr (as_it_is) s.coupled = s.cautious_decay = 0, s.gradient_scale = 1.0f;
+  if constexpr (as_it_is) leave_as_it_is(s);
   const TensorEntry tensor = slice.tensor;
   const void* const grad = slice.grad;
   const bool stochastic = tensor.formats.param_storage == ParamStorage::stochastic;
@@ -390,10 +388,9 @@ int update_pairs(const Slice& slice, const Scalars& s, float alpha) {
   if (f.param != Format::bf16 || f.grad != Format::bf16 || (Rule::moments > 1 && f.exp_avg_sq != Format::bf16) ||
       !goes_by_groups(slice, 0) || !takes(s, alpha))
     return 0;
-  const bool as_it_is = !s.coupled && !s.cautious_decay && s.gradient_scale == 1.0f;
-#define SIGNADAM_PAIRS(moment)                                                \
-  return as_it_is ? update_pairs<Rule, Format::moment, true>(slice, s, alpha) \
-                  : update_pairs<Rule, Format::moment, false>(slice, s, alpha)
+#define SIGNADAM_PAIRS(moment)                                                      \
+  return is_as_it_is(s) ? update_pairs<Rule, Format::moment, true>(slice, s, alpha) \
+                        : update_pairs<Rule, Format::moment, false>(slice, s, alpha)
   if constexpr (Rule::moments == 0) {
     SIGNADAM_PAIRS(fp32);
   } else {

@@ -7,10 +7,9 @@ their values are checked where they are read.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
@@ -186,13 +185,24 @@ def fold(group: dict[str, Any], has_one_beta: bool, *, warns: bool = True) -> No
         group[name] = value_today(name, group[name], warns=warns)
 
 
-@contextlib.contextmanager
-def of_group(index: int, whose: str = "") -> Iterator[None]:
-    """Prefixes errors with the index of the group, and whose group it is."""
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise type(error)(f"group {index}{whose and ' '}{whose}: {error}") from None
+class of_group:
+    """Prefixes errors with the index of the group, and whose group it is.
+
+    Every step enters it, and a generator would take longer.
+    """
+
+    __slots__ = ("_group",)
+
+    def __init__(self, index: int, whose: str = "") -> None:
+        self._group = index, whose
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, (TypeError, ValueError, RuntimeError)):
+            index, whose = self._group
+            raise type(error)(f"group {index}{whose and ' '}{whose}: {error}") from None
 
 
 def checked(optimizer: type[Declaring], group: Mapping[str, Any], on_device: bool = False) -> dict[str, Any]:
@@ -274,6 +284,7 @@ class Hyperparameters:
         self.on_device = False  # whether tensors on an accelerator stay tensors
         self._has_one_beta = optimizer.HYPERPARAMETERS.get("betas") is ONE_BETA
         self._seen: dict[int, tuple[Any, ...]] = {}
+        self.version = 0  # another one after every reading of something that had changed, beside a learning rate
 
     def read(self, index: int, group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
         """The group, with Python numbers for hyperparameters: itself where nothing is to be converted.
@@ -321,6 +332,7 @@ class Hyperparameters:
         result = {**group, **converted} if converted else group
         if len(found) > 1:
             self._optimizer.check_relations(result)
+            self.version += 1
             self._seen[index] = tuple(value if _is_fixed(value) else _UNSEEN for value in values)
         return result
 

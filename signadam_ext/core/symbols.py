@@ -73,7 +73,7 @@ Operand: TypeAlias = "float | Symbol"
 
 def number(x: Any) -> Any:
     """``float(x)``, or a symbol as it is."""
-    return x if isinstance(x, Symbol) else float(x)
+    return x if type(x) is float or isinstance(x, Symbol) else float(x)
 
 
 def power(base: Any, exponent: Any) -> Any:

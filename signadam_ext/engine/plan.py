@@ -356,7 +356,8 @@ class Plan:
         operations: list[Any] = []
         for bucket, launch, scalar_sets in prepared:
             if isinstance(launch, backends.HostLaunch):
-                refuse_capture((bucket.device,))
+                if bucket.device.type == "cuda":
+                    refuse_capture((bucket.device,))
                 before, after = agreed.get(id(bucket), ([], []))
                 operations += before
                 if bucket.rule.confidence is None or lock is None:

@@ -48,6 +48,7 @@ class Runtime:
         hyperparameters: reads and checks the groups.
         lock: held during a step.
         plan, plan_key: of all parameters, and what the plan depends on beside what is compared each step.
+        settings: what steps take from groups beside scalars, with what tells whether it still holds.
         plans_alone: the same of single parameters, by their ids.
         places: where each parameter is: its group's index, and its own in the group, by its id.
         coded: shape, and addresses of the moments, of each parameter with packed ones, by its id. Their size alone
@@ -69,6 +70,7 @@ class Runtime:
     lock: StepLock = field(default_factory=StepLock)
     plan: Plan | None = None
     plan_key: Any = None
+    settings: tuple[Any, Any, Any] = (None, None, None)
     plans_alone: dict[int, tuple[Plan, Any]] = field(default_factory=dict)
     places: dict[int, tuple[int, int]] = field(default_factory=dict)
     coded: dict[int, tuple[torch.Size, tuple[int, ...]]] = field(default_factory=dict)

@@ -78,6 +78,9 @@ class SignOptimizer(Optimizer):
 
     #: Names of what it shares with the others.
     COMMON: ClassVar[frozenset[str]] = options.COMMON
+
+    #: Whether `of_this_step` does anything.
+    FOLLOWS_STEPS: ClassVar[bool] = False
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -121,7 +124,7 @@ class SignOptimizer(Optimizer):
             )
 
     def of_this_step(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group, as it has been read, with what a subclass makes of it at each step. It is not changed itself.
+        """The group, as it has been read, with what a subclass that `FOLLOWS_STEPS` makes of it. It stays as it is.
 
         Raises:
             RuntimeError: no step may be taken.

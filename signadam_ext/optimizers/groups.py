@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class GroupedOptimizer(hyperparameters.Declaring, HasRule, Protocol):
     state: Any
     defaults: dict[str, Any]
     runtime: Runtime
+    FOLLOWS_STEPS: ClassVar[bool]
 
     def adapt_loaded_group(self, group: dict[str, Any], saved: Mapping[str, Any]) -> None: ...
     def of_this_step(self, group: dict[str, Any]) -> dict[str, Any]: ...
@@ -56,7 +57,7 @@ def max_grad_norm_of(groups: Sequence[Group]) -> float | None:
     Raises:
         ValueError: groups do not agree on it.
     """
-    norms = dict.fromkeys(group["max_grad_norm"] for group in groups)
+    norms = {group["max_grad_norm"]: None for group in groups}
     if len(norms) > 1:
         raise ValueError(
             f"max_grad_norm is {' and '.join(map(str, norms))} in groups of one optimizer: must be the same in all, "

@@ -40,9 +40,10 @@ def step_all(optimizer: GroupedOptimizer) -> None:
     try:
         with runtime.lock.held:
             groups = _read_groups(optimizer)
-            conditions = _conditions(optimizer, groups)
+            keys, max_norm = _settings(optimizer, groups)
+            conditions = _conditions(optimizer, groups, max_norm)
             runtime.begins_on_device |= conditions is not None
-            key = [runtime.begins_on_device, *(_plan_key(optimizer, group) for group in groups)]
+            key = [runtime.begins_on_device, *keys]
             plan = runtime.plan
             if plan is None or key != runtime.plan_key or not plan.read(optimizer.param_groups, optimizer.state):
                 # The old one lets go of what it has read before the new one takes it.
@@ -146,8 +147,10 @@ def read_group(optimizer: GroupedOptimizer, index: int) -> dict[str, Any]:
     kept = {}
     if group["weight_decay_scale"] == "corrected" and group["lr"] > group["largest_lr"]:
         kept = {"largest_lr": group["lr"]}
-    with of_group(index):
-        group = optimizer.of_this_step({**group, **kept} if kept else group)
+        group = {**group, **kept}
+    if optimizer.FOLLOWS_STEPS:
+        with of_group(index):
+            group = optimizer.of_this_step(group)
     return {**group, "after_step": {**group.get("after_step", {}), **kept}} if kept else group
 
 
@@ -172,16 +175,31 @@ def refuse_sums(optimizer: GroupedOptimizer, how: str) -> None:
         )
 
 
-def _conditions(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> Conditions | None:
-    """Under which the step is taken.
+def _settings(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> tuple[Any, float | None]:
+    """What a plan depends on, group by group, and the largest norm of all gradients.
 
     Raises:
         ValueError: groups do not agree on the norm.
+    """
+    runtime = optimizer.runtime
+    stamp, keys, max_norm = runtime.settings
+    now = runtime.hyperparameters.version, len(groups)
+    if stamp != now:
+        keys, max_norm = [_plan_key(optimizer, group) for group in groups], max_grad_norm_of(groups)
+        runtime.settings = now, keys, max_norm
+    return keys, max_norm
+
+
+def _conditions(
+    optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]], max_norm: float | None
+) -> Conditions | None:
+    """Under which the step is taken.
+
+    Raises:
         RuntimeError: a loss that was scaled, for a rule that reads a variance, which was not scaled back.
     """
     own = vars(optimizer)
     scale, found_inf = own.get("grad_scale"), own.get("found_inf")
-    max_norm = max_grad_norm_of(groups)
     if max_norm is None and scale is None and found_inf is None:
         return None
     if scale is not None and any(rule_of(type(optimizer), group).reads_variance for group in groups):

@@ -195,6 +195,31 @@ def test_a_norm_that_nothing_has_is_refused(norm: float) -> None:
         AdamW([torch.ones(3, requires_grad=True)], max_grad_norm=norm)
 
 
+def test_what_steps_take_from_groups_follows_them() -> None:
+    """A norm that is set, changed and taken back between steps, groups that go, and one that takes another's place."""
+    one, two = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    optimizer = signadam_ext.MSGD([{"params": [one]}, {"params": [two]}], lr=1.0, beta=0.0)
+
+    def moved(norm: Any) -> list[float]:
+        before = [one.detach().clone(), two.detach().clone()]
+        for group in optimizer.param_groups:
+            group["max_grad_norm"] = norm
+        for param in (one, two):
+            param.grad = torch.tensor([3.0, 0.0, 0.0])
+        optimizer.step()
+        return [round(float((b - p).norm()), 6) for b, p in zip(before, (one, two), strict=True)]
+
+    assert moved(None) == [3.0, 3.0]
+    assert moved(2.0**0.5) == [1.0, 1.0]
+    assert moved(None) == [3.0, 3.0]
+    group = optimizer.param_groups.pop()
+    assert moved(1.5) == [1.5, 0.0]
+    optimizer.param_groups[0] = group
+    assert moved(1.5) == [0.0, 1.5]
+    optimizer.add_param_group({"params": [one]})
+    assert moved(2.0**0.5) == [1.0, 1.0]
+
+
 def test_groups_have_one_norm() -> None:
     first, *others = parameters()
     groups = [{"params": [first]}, {"params": others, "max_grad_norm": 2.0}]
