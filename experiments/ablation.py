@@ -292,14 +292,18 @@ def _over_problems(result: Run, pair: str, metric: str) -> tuple[str, list[str]]
         if value is not None:
             texts.append(f"{_titles(result)[name]} {between(value, scale)}")
             verdicts.append(value["verdict"])
-    return "; ".join(texts) or "not run yet", verdicts
+    return "; ".join(texts) or NOT_RUN, verdicts
+
+
+#: In place of a verdict.
+NOT_RUN = "not run yet"
 
 
 def count_of(verdicts: Sequence[str], wanted: str) -> str:
     """Whether all, some or none of the verdicts are the wanted one."""
     hits = sum(verdict == wanted for verdict in verdicts)
     if not verdicts:
-        return "-"
+        return NOT_RUN
     return "yes" if hits == len(verdicts) else f"on {hits} of {len(verdicts)}" if hits else "**no**"
 
 
@@ -366,7 +370,7 @@ def _claims(result: Run) -> list[list[str]]:
         rows.append(
             [
                 f"confidence helps: {words}",
-                f"best test error, points, chosen in the search ({chosen_values or 'not run yet'}): below 0",
+                f"best test error, points, chosen in the search ({chosen_values or NOT_RUN}): below 0",
                 text,
                 count_of(verdicts, "lower"),
             ]
@@ -389,7 +393,7 @@ def _claims(result: Run) -> list[list[str]]:
             count_of(verdicts, "lower"),
         ]
     )
-    return rows
+    return [row for row in rows if row[-1] != NOT_RUN]
 
 
 def _in_short(result: Run) -> str:
@@ -423,7 +427,7 @@ def _speed(result: Run) -> list[str]:
     return [
         "signADAM++ reaches the tolerance sooner than Adam (Table 2: on 3 of 7 networks, as soon on one)",
         "steps, median with its interval: intervals apart",
-        "; ".join(texts) or "not run yet",
+        "; ".join(texts) or NOT_RUN,
         count_of(faster, "lower"),
     ]
 
@@ -472,6 +476,8 @@ def _comparisons(result: Run) -> str:
 def _table(result: Run) -> str:
     rows = []
     for method in METHODS:
+        if not any(method.key in entry["methods"] for entry in result["by_problem"].values()):
+            continue
         row = [method.label]
         for entry in result["by_problem"].values():
             found = entry["methods"].get(method.key)

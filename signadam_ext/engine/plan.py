@@ -57,9 +57,11 @@ class Plan:
         "_at_rest",
         "_bound",
         "_buffers",
+        "_calls_confidence",
         "_copies",
         "_given_variances",
         "_grad_dtypes",
+        "_has_factors",
         "_holds_all",
         "_pending",
         "_reader",
@@ -94,6 +96,8 @@ class Plan:
         # What scalars are made of: the index of a group, and what its learning rate is multiplied by. First the
         # groups as they are.
         self._scalar_groups = [(index, 1.0) for index in range(1 + max((item.group for item in items), default=0))]
+        self._has_factors = False  # whether any learning rate is multiplied by another number than 1
+        self._calls_confidence = any(item.rule.confidence is not None for item in items)
         self._agreements: dict[int, Agreement] = {}  # by id of the bucket
         self._copies: dict[int, Tensor] = {}
         self.is_first = True  # whether it has taken no step
@@ -110,8 +114,7 @@ class Plan:
             self._reader: GradientReader = make_reader()
             grads = [item.key.grad for item in items]
         else:
-            runs_user_code = any(item.rule.confidence is not None for item in items)
-            self._reader = ListReader([item.param for item in items], grads, runs_user_code=runs_user_code)
+            self._reader = ListReader([item.param for item in items], grads, runs_user_code=self._calls_confidence)
         # Before a plan or state is made, which a capture would take into its graph's memory.
         refuse_capture({item.param.device for item, grad in zip(items, grads, strict=True) if grad is not None})
         chosen = choose(items, grads)
@@ -136,6 +139,7 @@ class Plan:
         own = found.item.group, found.item.lr_factor
         if own not in self._scalar_groups:
             self._scalar_groups.append(own)
+            self._has_factors = True
         entry = entry_of(found, self._scalar_groups.index(own))
         self.entries.append(entry)
         self._strides[found.index] = entry.strides
@@ -337,7 +341,8 @@ class Plan:
         kept: Sequence[Kept],
     ) -> Decision:
         begun = [(bucket, launch, sets) for bucket, launch in self.launches if (sets := self._begin(bucket))]
-        groups = [with_factor(groups[index], factor) for index, factor in self._scalar_groups]
+        if self._has_factors:
+            groups = [with_factor(groups[index], factor) for index, factor in self._scalar_groups]
         if self.device_steps is not None:
             return self._run_on_device(self.device_steps, groups, conditions or _NO_CONDITIONS, kept)
         decision = _TAKEN
@@ -366,7 +371,7 @@ class Plan:
                     with lock.runs_user_code():
                         operations += launch.operations(scalar_sets)
                 operations += after
-        if any(bucket.rule.confidence is not None for bucket, _, _ in prepared) and not self._reader.unchanged():
+        if self._calls_confidence and not self._reader.unchanged():
             raise RuntimeError(
                 "a confidence function has changed tensors of the step that it was called in: their memory, their "
                 "shape or what holds them; no parameter has been updated"
