@@ -11,7 +11,16 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from bench import cuda_instructions, predicted, scaling, sharded_step, summary, throughput, triton_instructions
+from bench import (
+    cuda_instructions,
+    instructions,
+    predicted,
+    scaling,
+    sharded_step,
+    summary,
+    throughput,
+    triton_instructions,
+)
 from bench.candidates import REFERENCES
 from bench.harness import ADAMW, STREAM, Candidate, Case, Samples, Traffic, Trial, Workload, row, spread
 from reporting import machine
@@ -87,6 +96,20 @@ def test_host_time_of_sharded_steps_is_told_from_a_run(tmp_path: Path) -> None:
     assert row["to_plain"]["low"] <= row["to_plain"]["median"] <= row["to_plain"]["high"]
     assert f"{row['to_plain']['median']:.2f}" in scaling.host_time(tmp_path)
     assert f"{row['tensors']} tensors of {row['size']}" in scaling.host_time(tmp_path)
+
+
+def test_instructions_of_the_cpu_kernels_that_grow_are_told() -> None:
+    committed = {
+        "fp32_per_16_elements": 10.0,
+        "rows": [{"state": "int8", "weights": "master", "per_16_elements": 70.0}],
+    }
+    assert instructions.exceeding(committed, committed) == []
+    grown = {"fp32_per_16_elements": 10.2, "rows": [{"state": "int8", "weights": "master", "per_16_elements": 116.0}]}
+    assert instructions.exceeding(grown, committed) == [
+        "fp32_per_16_elements: 10.2, committed 10.0",
+        "int8, master: 116.0, committed 70.0",
+    ]
+    assert instructions.exceeding(committed, {**committed, "rows": []}) == ["int8, master: 70.0, committed None"]
 
 
 def test_predicted_instructions_name_the_backend_that_is_ahead(tmp_path: Path) -> None:
