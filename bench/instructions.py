@@ -111,9 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if options.out is not None:
         write(options.out, json.dumps(report, indent=1) + "\n")
-    worse = exceeding(report, json.loads(FIGURES.read_text())) if options.check else []
-    if options.check:
-        print("\n".join(worse) or f"{len(rows)} forms, none takes more than is committed")
+    if not options.check:
+        return 0
+    worse = exceeding(report, json.loads(FIGURES.read_text()))
+    print("\n".join(worse) or f"{len(rows)} forms, none takes more than is committed")
     return int(bool(worse))
 
 

@@ -1,4 +1,4 @@
-// In a file of their own because they take the compiler as long as all general kernels of step.cu do.
+// In a file of their own, which is compiled beside step.cu.
 #include "any_rule.h"
 
 namespace signadam::cuda {

@@ -7,9 +7,10 @@ their values are checked where they are read.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
@@ -185,24 +186,13 @@ def fold(group: dict[str, Any], has_one_beta: bool, *, warns: bool = True) -> No
         group[name] = value_today(name, group[name], warns=warns)
 
 
-class of_group:
-    """Prefixes errors with the index of the group, and whose group it is.
-
-    Every step enters it, and a generator would take longer.
-    """
-
-    __slots__ = ("_group",)
-
-    def __init__(self, index: int, whose: str = "") -> None:
-        self._group = index, whose
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, (TypeError, ValueError, RuntimeError)):
-            index, whose = self._group
-            raise type(error)(f"group {index}{whose and ' '}{whose}: {error}") from None
+@contextlib.contextmanager
+def of_group(index: int, whose: str = "") -> Iterator[None]:
+    """Prefixes errors with the index of the group, and whose group it is."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"group {index}{whose and ' '}{whose}: {error}") from None
 
 
 def checked(optimizer: type[Declaring], group: Mapping[str, Any], on_device: bool = False) -> dict[str, Any]:

@@ -79,13 +79,14 @@ class SignOptimizer(Optimizer):
     #: Names of what it shares with the others.
     COMMON: ClassVar[frozenset[str]] = options.COMMON
 
-    #: Whether `of_this_step` does anything.
+    #: Whether a class has an `of_this_step` of its own.
     FOLLOWS_STEPS: ClassVar[bool] = False
     __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Spells out ``**others`` in the signature."""
         super().__init_subclass__(**kwargs)
+        cls.FOLLOWS_STEPS = cls.of_this_step is not SignOptimizer.of_this_step
         cls.__signature__ = options.signature(cls.__init__)
         checkpoints.DISTINCTIVE.update(cls.HYPERPARAMETERS)
 

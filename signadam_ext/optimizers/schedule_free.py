@@ -120,8 +120,6 @@ def _first_beta(group: Group) -> float:
 class ScheduleFree(SignOptimizer):
     """What both classes share: the sums of a group, and the two modes."""
 
-    FOLLOWS_STEPS: ClassVar[bool] = True
-
     @classmethod
     def check_relations(cls, group: Group) -> None:
         super().check_relations(group)

@@ -9,8 +9,7 @@ import subprocess
 import pytest
 
 import signadam_ext._C as _C
-
-FORMATS = {"bf16": 1, "int8": 3, "int4": 4, "int2": 5}
+from signadam_ext.core.formats import BF16, CODES
 
 
 @pytest.fixture(scope="module")
@@ -35,5 +34,6 @@ def test_loops_over_memory_are_functions_of_their_own(functions: set[tuple[str, 
     expected = {f"update_fp32<{rule}>", f"update_blocks<{rule}>", f"update_observed<{rule}>"}
     for as_it_is in ("true", "false"):
         expected.add(f"update_groups<{rule}, {as_it_is}>")
-        expected |= {f"update_pairs<{rule}, (signadam::Format){number}, {as_it_is}>" for number in FORMATS.values()}
+        forms = (BF16, *CODES.values())
+        expected |= {f"update_pairs<{rule}, (signadam::Format){form.number}, {as_it_is}>" for form in forms}
     assert expected <= {name for own, name in functions if own == capability}
