@@ -51,7 +51,7 @@ READER, TABLE, OBJECTS = "csrc/python/gradient_reader.cpp", "csrc/python/host_ta
 #: What a text that no longer fits where it is put leads to: that finds nothing.
 BROKEN = re.compile(r"\b(NameError|UnboundLocalError|AttributeError|ImportError|ModuleNotFoundError|SyntaxError)\b")
 
-COMMIT = "backends.commit(operations, tables, self._pending + _as_states(kept), self._written())"
+COMMIT = "backends.commit(operations, tables, states, self._written())"
 #: The parameters that a step writes.
 WRITTEN = "[self._reader.held(e.index)[0] for e in self.entries if self._reader.addresses()[e.index]]"
 
@@ -147,9 +147,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             (
                 PLAN,
-                "        self._pending = []\n        self.is_first = False\n        return decision",
-                "        self._kept, self._pending = self._pending, []\n"
-                "        self.is_first = False\n        return decision",
+                "        self._pending = []\n        self.is_first = False\n",
+                "        self._kept, self._pending = self._pending, []\n        self.is_first = False\n",
             ),
             (PLAN, '        "is_first",\n', '        "is_first",\n        "_kept",\n'),
         ),
@@ -188,7 +187,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 PLAN,
                 COMMIT,
                 f"params = {WRITTEN}\n        self._reader.release()\n"
-                "        backends.commit(operations, tables, self._pending + _as_states(kept), params)",
+                "        backends.commit(operations, tables, states, params)",
             ),
         ),
     ),
@@ -217,7 +216,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 PLAN,
                 COMMIT,
                 "for table in tables:\n            table.commit()\n"
-                "        backends.commit(operations, [], self._pending, self._written())",
+                "        backends.commit(operations, [], states, self._written())",
             ),
         ),
     ),
@@ -228,8 +227,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             (
                 PLAN,
                 COMMIT,
-                "backends.commit(operations, [], self._pending, self._written())\n"
-                "        backends.commit([], tables, [], [])",
+                "backends.commit(operations, [], states, self._written())\n        backends.commit([], tables, [], [])",
             ),
         ),
     ),
@@ -240,7 +238,7 @@ MUTATIONS: tuple[Mutation, ...] = (
             (
                 PLAN,
                 COMMIT,
-                "backends.commit(operations, tables, self._pending + _as_states(kept), [])\n"
+                "backends.commit(operations, tables, states, [])\n"
                 f"        own = [p for p in {WRITTEN} if not p.is_inference()]\n"
                 "        torch.autograd.graph.increment_version(own)",
             ),

@@ -137,8 +137,7 @@ void GradientReader::watch(std::size_t group, const py::object& param, const py:
   grads_.push_back(nullptr);
 }
 
-bool GradientReader::same(PyObject* object, const Noted& noted, Trace& trace) {
-  if (torch_->follows(object, trace)) return true;
+bool GradientReader::looks_same(PyObject* object, const Noted& noted, Trace& trace) {
   TensorView now;
   const bool is_same = torch_->look(object, now) && now.address == noted.address && now.dtype == noted.dtype &&
                        now.device_type == noted.device_type && now.device_index == noted.device_index &&
@@ -152,9 +151,7 @@ bool GradientReader::same(PyObject* object, const Noted& noted, Trace& trace) {
   return is_same;
 }
 
-bool GradientReader::usable(PyObject* grad, std::size_t index) {
-  Trace& trace = traces_of(index)[1];
-  if (torch_->follows(grad, trace)) return true;
+bool GradientReader::looks_usable(PyObject* grad, std::size_t index) {
   const Expected& expected = expected_[index];
   TensorView now;
   if (!torch_->is_strided(grad) || !torch_->look(grad, now)) return false;
@@ -168,7 +165,7 @@ bool GradientReader::usable(PyObject* grad, std::size_t index) {
   if (now.device_type != torch_->cpu() &&
       reinterpret_cast<uintptr_t>(now.address) % static_cast<uintptr_t>(expected.grad_element_size) != 0)
     return false;
-  trace = torch_->objects().trace(grad, now.dim);
+  traces_of(index)[1] = torch_->objects().trace(grad, now.dim);
   parameters_[index].grad_address = now.address;
   check_later(grad);
   return true;
@@ -193,6 +190,7 @@ bool GradientReader::find_parameters(const py::object& param_groups) {
   std::size_t index = 0, group_index = 0;
   const auto groups = py::reinterpret_steal<py::object>(PySequence_Fast(param_groups.ptr(), "param_groups"));
   if (!groups) throw py::error_already_set();
+  params_.resize(parameters_.size());
   for (Py_ssize_t k = 0; k < PySequence_Fast_GET_SIZE(groups.ptr()); ++k, ++group_index) {
     const auto given =
         py::reinterpret_steal<py::object>(PyObject_GetItem(PySequence_Fast_GET_ITEM(groups.ptr(), k), params_name));
@@ -201,10 +199,11 @@ bool GradientReader::find_parameters(const py::object& param_groups) {
     if (!params) throw py::error_already_set();
     const Py_ssize_t size = PySequence_Fast_GET_SIZE(params.ptr());
     if (index + static_cast<std::size_t>(size) > parameters_.size()) return false;
-    for (Py_ssize_t i = 0; i < size; ++i) {
-      if (i + next < size) __builtin_prefetch(PySequence_Fast_GET_ITEM(params.ptr(), i + next), 1);
-      if (parameters_[index++].group != group_index) return false;
-      params_.push_back(py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(params.ptr(), i)));
+    PyObject* const* const items = PySequence_Fast_ITEMS(params.ptr());
+    for (Py_ssize_t i = 0; i < size; ++i, ++index) {
+      if (i + next < size) __builtin_prefetch(items[i + next], 1);
+      if (parameters_[index].group != group_index) return false;
+      params_[index] = py::reinterpret_borrow<py::object>(items[i]);
     }
   }
   return index == parameters_.size();
@@ -275,8 +274,9 @@ bool GradientReader::take_state(std::size_t index, PyObject* own) {
   if (own == nullptr || !PyDict_Check(own)) return false;
   const uint64_t version = version_of(own);
   const bool is_known = version != 0 && version == parameter.state_version;
+  const std::size_t end = parameter.end_entry;
   Trace* trace = traces_of(index) + 2;
-  for (std::size_t e = parameter.first_entry; e < parameter.end_entry; ++e, ++trace) {
+  for (std::size_t e = parameter.first_entry; e < end; ++e, ++trace) {
     PyObject* value = is_known ? trace->owner() : nullptr;
     if (value == nullptr) {
       StateEntry& entry = entries_[e];
@@ -289,11 +289,11 @@ bool GradientReader::take_state(std::size_t index, PyObject* own) {
       }
     }
     if (!same(value, entries_[e].tensor, *trace)) return false;
-    if (e + 1 == parameter.end_entry && parameter.count_version != unwatched &&
-        count_version_of(value, *trace) != parameter.count_version)
-      return false;
     state_tensors_[e] = py::reinterpret_borrow<py::object>(value);
   }
+  if (parameter.count_version != unwatched &&
+      count_version_of(state_tensors_[end - 1].ptr(), trace[-1]) != parameter.count_version)
+    return false;
   parameter.state_version = version;
   return true;
 }

@@ -130,8 +130,14 @@ class GradientReader {
     if (!torch_->objects().shows_no_negation(tensor)) unsure_.push_back(tensor);
   }
   // Whether a tensor is as noted, and a gradient may be read where it lies: it is looked at where it has changed.
-  bool same(PyObject* object, const Noted& noted, Trace& trace);
-  bool usable(PyObject* grad, std::size_t index);
+  bool same(PyObject* object, const Noted& noted, Trace& trace) {
+    return torch_->follows(object, trace) || looks_same(object, noted, trace);
+  }
+  bool usable(PyObject* grad, std::size_t index) {
+    return torch_->follows(grad, traces_of(index)[1]) || looks_usable(grad, index);
+  }
+  bool looks_same(PyObject* object, const Noted& noted, Trace& trace);
+  bool looks_usable(PyObject* grad, std::size_t index);
   bool all_as_read();
   // The next look at each tensor asks torch.
   void forget_traces();

@@ -1,7 +1,6 @@
 #include "host_table.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <map>
 #include <stdexcept>
@@ -10,6 +9,12 @@
 #include "../cpu/step.h"
 
 namespace signadam {
+namespace {
+
+// Of numbers that an int64_t holds; std::floor is a call where the compiler may not use SSE 4.1.
+bool is_whole(double x) { return static_cast<double>(static_cast<int64_t>(x)) == x; }
+
+}  // namespace
 
 void HostTable::add(const TensorEntry& entry, StepCount step, uint32_t group, std::size_t index, uint64_t seed,
                     uint32_t param_id) {
@@ -67,8 +72,7 @@ std::vector<std::pair<uint32_t, int64_t>> HostTable::begin(const std::vector<voi
     int64_t t = 0;
     if (steps_[i].address != nullptr) {
       const double count = steps_[i].value();
-      if (!(count >= 0 && count < steps_[i].limit() && count == std::floor(count)))
-        throw BadStepCount{indices_[i], count};
+      if (!(count >= 0 && count < steps_[i].limit() && is_whole(count))) throw BadStepCount{indices_[i], count};
       t = static_cast<int64_t>(count) + 1;
     }
     if (!plain_) rng_keys_[i] = RngKey::of(seeds_[i].first, seeds_[i].second, static_cast<uint64_t>(t));

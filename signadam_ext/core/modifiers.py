@@ -46,9 +46,10 @@ _NO_DECAY = {"weight_decay": 0.0, "decay": 1.0, "shrinking": 0.0, "coupled": 0.0
 
 def decay_scalars(group: Group) -> Mapping[str, Any]:
     """The scalars of weight decay. Without any, ``decay`` is 1, which changes no bit of a parameter."""
-    lr, weight_decay = number(group["lr"]), number(group["weight_decay"])
+    weight_decay = group["weight_decay"]
     if type(weight_decay) is float and weight_decay == 0:
         return _NO_DECAY
+    lr, weight_decay = number(group["lr"]), number(weight_decay)
     kind = weight_decay_kind(group)
     taken = WEIGHT_DECAY_SCALES[group.get("weight_decay_scale", "lr")](lr, weight_decay, group)
     return {

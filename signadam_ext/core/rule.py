@@ -81,7 +81,7 @@ class Rule:
         Raises:
             ValueError: a ``state_dtype`` that this rule's moments do not allow.
         """
-        dtypes = _state_dtypes(group)
+        dtypes = _named(group.get("state_dtype", "fp32"))
         if not isinstance(dtypes, tuple):
             dtypes = tuple("fp32" if name == self.starts_as_param else dtypes for name in self.moments)
         elif len(dtypes) != len(self.moments):
@@ -115,12 +115,19 @@ class Rule:
             return {"fp32": formats.FP32}
         return formats.UNBOUNDED if self.bound is None else formats.BOUNDED
 
-    def _levels(self, group: Group) -> int | None:
-        """Levels of the first moment's codes, in a group whose ``state_dtype`` has been checked; None without codes."""
-        if not self.moments or self.starts_as_param is not None:
-            return None
-        dtypes = _state_dtypes(group)
-        return self.first_forms[dtypes if type(dtypes) is str else dtypes[0]].levels
+    @functools.cached_property
+    def _levels(self) -> Mapping[str, int | None]:
+        """By ``state_dtype``, levels of the first moment's codes; None without codes."""
+        has_codes = bool(self.moments) and self.starts_as_param is None
+        return {
+            dtype: self.first_forms[dtype].levels if has_codes and dtype in self.first_forms else None
+            for dtype in formats.BOUNDED
+        }
+
+    def _levels_of(self, state_dtype: Any) -> int | None:
+        """The same of a ``state_dtype`` that has been checked, one or a sequence, and is no name."""
+        dtypes = _named(state_dtype)
+        return self._levels[dtypes[0] if isinstance(dtypes, tuple) else dtypes]
 
     def _form(self, dtype: object, allowed: Mapping[str, formats.Format]) -> formats.Format:
         if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
@@ -141,8 +148,12 @@ class Rule:
         own: Group = group
         if (factor := group.get("lr_factor")) is not None:
             own = ChainMap({"lr": number(group["lr"]) * factor}, group)  # type: ignore[arg-type]
-        scalars = {**decay_scalars(group), **_direction(own), **self.scalars(own, t)}
-        scalars["gradient_scale"] *= gradient_factor
+        scalars = {
+            "gradient_scale": -gradient_factor if group["maximize"] else gradient_factor,
+            "lr": number(own["lr"]),
+            **decay_scalars(group),
+            **self.scalars(own, t),
+        }
         if self.update_scale is not None:
             named = {"scales": self.update_scale != "norm", "clips": self.update_scale == "norm"}
             scalars.update({name: float(value) for name, value in named.items()})
@@ -151,7 +162,8 @@ class Rule:
             moves = is_nonzero(t - 1)
             scalars["lr"] *= moves
             scalars["decay"] = moves * scalars["decay"] + (1 - moves)  # exact: one of them is 0
-        levels = self._levels(group)
+        dtypes = group.get("state_dtype", "fp32")
+        levels = self._levels[dtypes] if type(dtypes) is str else self._levels_of(dtypes)
         if levels is not None:
             assert self.bound is not None
             unit = levels / self.bound
@@ -213,22 +225,11 @@ def method_of(optimizer: type[HasRule]) -> str:
     return next(base.__name__ for base in optimizer.__mro__ if "RULE" in vars(base))
 
 
-def _state_dtypes(group: Group) -> Any:
-    """The group's ``state_dtype``, one or a tuple, with a torch dtype by its name."""
-    given = group.get("state_dtype", "fp32")
-    if type(given) is str:  # at each step
-        return given
-    if isinstance(given, (tuple, list)):
-        return tuple(_named(each) for each in given)
-    return _named(given)
-
-
-def _named(dtype: Any) -> Any:
-    return formats.MOMENT_DTYPES.get(dtype, dtype) if isinstance(dtype, torch.dtype) else dtype
-
-
-def _direction(group: Group) -> Scalars:
-    return {"gradient_scale": -1.0 if group["maximize"] else 1.0, "lr": number(group["lr"])}
+def _named(state_dtype: Any) -> Any:
+    """A ``state_dtype``, one or a tuple, with torch dtypes by their names."""
+    if isinstance(state_dtype, (tuple, list)):
+        return tuple(_named(each) for each in state_dtype)
+    return formats.MOMENT_DTYPES.get(state_dtype, state_dtype) if isinstance(state_dtype, torch.dtype) else state_dtype
 
 
 def decays(group: Group, count: int) -> Scalars:

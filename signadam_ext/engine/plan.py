@@ -7,7 +7,7 @@ gradients. Between two steps a plan holds no reference to a tensor of the user's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..backends.device import StreamGuarded, refuse_capture
 from ..core import memory_order, shards, tensors
 from ..core.modifiers import with_factor
 from ..core.native import compiled as _C
-from ..core.rule import Group, Rule
+from ..core.rule import Group
 from ..core.shards import Sharding
 from .agreement import Agreement, Sharers, agree, group_of, needs_agreement
 from .decision import Conditions, Decision, decide
@@ -340,7 +340,7 @@ class Plan:
         conditions: Conditions | None,
         kept: Sequence[Kept],
     ) -> Decision:
-        begun = [(bucket, launch, sets) for bucket, launch in self.launches if (sets := self._begin(bucket))]
+        begun = self._begin()
         if self._has_factors:
             groups = [with_factor(groups[index], factor) for index, factor in self._scalar_groups]
         if self.device_steps is not None:
@@ -352,11 +352,12 @@ class Plan:
             if decision.skips:
                 return decision
         self.round = 0  # until it is taken
-        prepared = [
-            (bucket, launch, [_scalar_set(bucket.rule, groups[group], t, decision.factor) for group, t in sets])
-            for bucket, launch, sets in begun
-        ]
-        self._bind()
+        prepared = []
+        for bucket, launch, sets in begun:
+            of_group, factor = bucket.rule.scalar_set, decision.factor
+            prepared.append((bucket, launch, [_in_order(of_group(groups[group], t, factor)) for group, t in sets]))
+        if self._bound:
+            self._bind()
         agreed = self._agree(prepared) if self._agreements else {}
         operations: list[Any] = []
         for bucket, launch, scalar_sets in prepared:
@@ -390,10 +391,7 @@ class Plan:
                     copy(targets, results)
                 for entry in non_dense:
                     entry.param.detach().copy_(entry.dense_param)
-        tables = [bucket.table for bucket, _, _ in prepared]
-        backends.commit(operations, tables, self._pending + _as_states(kept), self._written())
-        self._pending = []
-        self.is_first = False
+        self._commit(operations, [launched[0].table for launched in prepared], kept)
         return decision
 
     def _run_on_device(
@@ -401,17 +399,24 @@ class Plan:
     ) -> Decision:
         """Only the device will know whether the step was taken: on the host it counts as one."""
         self.round = 0
-        self._bind()
+        if self._bound:
+            self._bind()
         non_dense = [entry for bucket, _ in self.launches for entry in bucket.present_non_dense()]
         for entry in non_dense:
             entry.dense_param.copy_(entry.param.detach())
         steps.run(self._reader.addresses(), groups, conditions)
         for entry in non_dense:
             entry.param.detach().copy_(entry.dense_param)
-        backends.commit([], [], self._pending + _as_states(kept), self._written())
+        self._commit([], [], kept)
+        return _TAKEN
+
+    def _commit(self, operations: list[Any], tables: list[Any], kept: Sequence[Kept]) -> None:
+        states: list[Any] = self._pending
+        if kept:
+            states = [*states, *((None, None, own, entries, ()) for own, entries in kept)]
+        backends.commit(operations, tables, states, self._written())
         self._pending = []
         self.is_first = False
-        return _TAKEN
 
     def _agree(
         self, prepared: Sequence[tuple[Bucket, backends.Launch, Sequence[backends.ScalarSet]]]
@@ -442,14 +447,17 @@ class Plan:
         others = [(*entry.moments, entry.threshold_state) for entry in self.entries if present[entry.index]]
         return [*written, *(tensor for own in others for tensor in own if tensor is not None)]
 
-    def _begin(self, bucket: Bucket) -> list[tuple[int, int]]:
-        """Begins a bucket's step: each group and step count that take part, for a set of scalars.
+    def _begin(self) -> list[tuple[Bucket, backends.Launch, list[tuple[int, int]]]]:
+        """Begins the step of each bucket that takes part, with its groups and step counts: each is a set of scalars.
 
         Raises:
             ValueError: a step count that no training reaches.
         """
+        begun, gradients = [], self._reader.source
         try:
-            begun: list[tuple[int, int]] = bucket.table.begin(self._reader.source)
+            for bucket, launch in self.launches:
+                if sets := bucket.table.begin(gradients):
+                    begun.append((bucket, launch, sets))
         except ValueError as error:
             index, count = error.args
             raise ValueError(
@@ -460,8 +468,6 @@ class Plan:
 
     def _bind(self) -> None:
         """Sets parameter and state of the entries whose backend works on tensors to those of this step."""
-        if not self._bound:
-            return
         present = self._reader.addresses()
         bound = [entry for entry in self._bound if present[entry.index]]
         if not self.is_first:
@@ -479,13 +485,9 @@ class Plan:
         self.owns = False
 
 
-def _as_states(kept: Sequence[Kept]) -> list[Any]:
-    """What groups keep, as a commit takes it."""
-    return [(None, None, own, entries, ()) for own, entries in kept]
-
-
-def _scalar_set(rule: Rule, group: Group, t: int, gradient_factor: float) -> tuple[float, ...]:
-    return tuple({**_NO_SCALARS, **rule.scalar_set(group, t, gradient_factor)}.values())
+def _in_order(scalars: Mapping[str, Any]) -> tuple[float, ...]:
+    """A rule's scalars as kernels take them."""
+    return tuple({**_NO_SCALARS, **scalars}.values())
 
 
 def _give_images(entries: Sequence[Entry]) -> None:

@@ -156,11 +156,11 @@ def read_group(optimizer: GroupedOptimizer, index: int) -> dict[str, Any]:
 
 def _kept(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> list[Kept]:
     """What the optimizer's groups are to keep of the step that these were read for."""
-    return [
-        (own, group["after_step"])
-        for own, group in zip(optimizer.param_groups, groups, strict=True)
-        if "after_step" in group
-    ]
+    kept = []
+    for own, group in zip(optimizer.param_groups, groups, strict=True):
+        if "after_step" in group:
+            kept.append((own, group["after_step"]))
+    return kept
 
 
 def refuse_sums(optimizer: GroupedOptimizer, how: str) -> None:
