@@ -127,7 +127,8 @@ class Rule:
     def _levels_of(self, state_dtype: Any) -> int | None:
         """The same of a ``state_dtype`` that has been checked, one or a sequence, and is no name."""
         dtypes = _named(state_dtype)
-        return self._levels[dtypes[0] if isinstance(dtypes, tuple) else dtypes]
+        first = dtypes[:1] if isinstance(dtypes, tuple) else (dtypes,)  # none without moments
+        return self._levels[first[0]] if first else None
 
     def _form(self, dtype: object, allowed: Mapping[str, formats.Format]) -> formats.Format:
         if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
