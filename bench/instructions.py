@@ -1,18 +1,21 @@
-"""Instructions per element: of the few-bit forms on the CPU, and of the CUDA kernels for fixed formats.
+"""Instructions per element: of the few-bit forms on the CPU, and of the CUDA kernels for fixed formats; and of a step.
 
 python -m bench.instructions --out bench/results/instructions/cpu-amd-epyc.json
 python -m bench.instructions --check
 python -m bench.instructions --device cuda --check
 
 On the CPU by callgrind, which no other program disturbs, of the AVX2 kernels of SignAdamPP over bf16 parameters and
-gradients, and over fp32 ones with statistics and without: callgrind does not know AVX-512. Needs g++ and valgrind. Of
-CUDA's see bench/cuda_instructions.py.
+gradients, and over fp32 ones with statistics and without: callgrind does not know AVX-512. Of whole steps on small
+tensors, Python included, which shows what a step costs beside its kernels. Needs g++ and valgrind. Of CUDA's see
+bench/cuda_instructions.py.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +30,7 @@ CHUNK = 16384
 # What the program counts, as its first argument.
 BF16_STEP, DRAWS_ONLY, FP32_STEP, FP32_OBSERVED = range(4)
 FIGURES = Path(__file__).with_name("results") / "instructions" / "cpu-amd-epyc.json"
+STEP_TENSORS = (1, 1000)
 ALLOWED = 1.01  # times the committed figure: another release of the compiler may order instructions otherwise
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-mavx2", "-mf16c")
 
@@ -38,10 +42,13 @@ def build(folder: Path) -> Path:
     return program
 
 
-def instructions(program: Path, *arguments: int, times: int) -> int:
-    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", str(program)]
+def instructions(*command: str | Path | int, **environment: str) -> int:
     run = subprocess.run(
-        [*command, *map(str, arguments), str(times)], capture_output=True, text=True, check=True, cwd=program.parent
+        ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
     )
     counted = re.search(r"Collected : (\d+)", run.stderr)
     assert counted is not None, run.stderr
@@ -50,7 +57,17 @@ def instructions(program: Path, *arguments: int, times: int) -> int:
 
 def per_element(program: Path, *arguments: int) -> float:
     """The difference of 11 chunks and one, so that what happens once does not count."""
-    return (instructions(program, *arguments, times=11) - instructions(program, *arguments, times=1)) / (10 * CHUNK)
+    return (instructions(program, *arguments, 11) - instructions(program, *arguments, 1)) / (10 * CHUNK)
+
+
+def per_step(tensors: int) -> float:
+    """The difference of 120 steps and 20, in an interpreter whose dictionaries lie alike each time."""
+    command = (sys.executable, "-m", "bench.repeated_step", tensors)
+    counts = [
+        instructions(*command, steps, PYTHONHASHSEED="0", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+        for steps in (20, 120)
+    ]
+    return (counts[1] - counts[0]) / 100
 
 
 def exceeding(report: dict[str, Any], committed: dict[str, Any]) -> list[str]:
@@ -58,7 +75,8 @@ def exceeding(report: dict[str, Any], committed: dict[str, Any]) -> list[str]:
 
     def figures(of: dict[str, Any]) -> dict[str, float]:
         own = {name: value for name, value in of.items() if name.endswith("per_16_elements")}
-        return own | {f"{row['state']}, {row['weights']}": row["per_16_elements"] for row in of["rows"]}
+        steps = {f"a step on {row['tensors']} tensors": row["per_step"] for row in of.get("steps", ())}
+        return own | steps | {f"{row['state']}, {row['weights']}": row["per_16_elements"] for row in of["rows"]}
 
     before = figures(committed)
     return [
@@ -100,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     }
                 )
                 print(rows[-1], flush=True)
+    steps = [{"tensors": tensors, "per_step": round(per_step(tensors))} for tensors in STEP_TENSORS]
+    print(*steps, sep="\n", flush=True)
     report: dict[str, Any] = {
         **machine.facts(),
         "command": machine.command("bench.instructions", ["--out", str(options.out)]),
@@ -108,13 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fp32_per_16_elements": round(16 * plain, 1),
         "fp32_observed_per_16_elements": round(16 * observed, 1),
         "rows": rows,
+        "steps": steps,
     }
     if options.out is not None:
         write(options.out, json.dumps(report, indent=1) + "\n")
     if not options.check:
         return 0
     worse = exceeding(report, json.loads(FIGURES.read_text()))
-    print("\n".join(worse) or f"{len(rows)} forms, none takes more than is committed")
+    print("\n".join(worse) or f"{len(rows)} forms and {len(steps)} steps, none takes more than is committed")
     return int(bool(worse))
 
 

@@ -102,11 +102,17 @@ def test_instructions_of_the_cpu_kernels_that_grow_are_told() -> None:
     committed = {
         "fp32_per_16_elements": 10.0,
         "rows": [{"state": "int8", "weights": "master", "per_16_elements": 70.0}],
+        "steps": [{"tensors": 1000, "per_step": 2_000_000}],
     }
     assert instructions.exceeding(committed, committed) == []
-    grown = {"fp32_per_16_elements": 10.2, "rows": [{"state": "int8", "weights": "master", "per_16_elements": 116.0}]}
+    grown = {
+        "fp32_per_16_elements": 10.2,
+        "rows": [{"state": "int8", "weights": "master", "per_16_elements": 116.0}],
+        "steps": [{"tensors": 1000, "per_step": 2_100_000}],
+    }
     assert instructions.exceeding(grown, committed) == [
         "fp32_per_16_elements: 10.2, committed 10.0",
+        "a step on 1000 tensors: 2100000, committed 2000000",
         "int8, master: 116.0, committed 70.0",
     ]
     assert instructions.exceeding(committed, {**committed, "rows": []}) == ["int8, master: 70.0, committed None"]
