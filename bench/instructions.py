@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,22 @@ def per_element(program: Path, *arguments: int) -> float:
     return (instructions(program, *arguments, 11) - instructions(program, *arguments, 1)) / (10 * CHUNK)
 
 
-def per_step(tensors: int) -> float:
-    """The difference of 120 steps and 20, in an interpreter whose dictionaries lie alike each time."""
-    command = (sys.executable, "-m", "bench.repeated_step", tensors)
-    counts = [
-        instructions(*command, steps, PYTHONHASHSEED="0", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
-        for steps in (20, 120)
+def per_step(numbers: Sequence[int]) -> list[dict[str, int]]:
+    """By numbers of tensors, the difference of 120 steps and 20, divided by their number.
+
+    Most of the time torch is imported, and dictionaries lie alike each time.
+    """
+
+    def run(tensors: int, steps: int) -> int:
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        command = (sys.executable, "-m", "bench.repeated_step", tensors, steps)
+        return instructions(*command, PYTHONHASHSEED="0", **one_thread)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        few, many = (list(pool.map(run, numbers, [steps] * len(numbers))) for steps in (20, 120))
+    return [
+        {"tensors": tensors, "per_step": round((b - a) / 100)} for tensors, a, b in zip(numbers, few, many, strict=True)
     ]
-    return (counts[1] - counts[0]) / 100
 
 
 def exceeding(report: dict[str, Any], committed: dict[str, Any]) -> list[str]:
@@ -118,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     }
                 )
                 print(rows[-1], flush=True)
-    steps = [{"tensors": tensors, "per_step": round(per_step(tensors))} for tensors in STEP_TENSORS]
+    steps = per_step(STEP_TENSORS)
     print(*steps, sep="\n", flush=True)
     report: dict[str, Any] = {
         **machine.facts(),
