@@ -7,7 +7,8 @@ The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`
 :class:`FOCUS`, :class:`ScheduleFreeAdamW`, with :class:`ScheduleFreeSign`; of three, :class:`AMSBound`,
 :class:`AdEMAMix`, :class:`MARSAdamW`; as functions over lists of tensors they are in :mod:`signadam_ext.functional`.
 :func:`from_optimizer` puts one in place of another, :func:`release_gradients` updates inside backward,
-:func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read.
+:func:`per_sample_variance` measures what the mini-batch forms of :class:`MSVAG` and :class:`AdamStar` read,
+:func:`recipe` makes the optimizer and schedule that the experiments support for a model.
 ``python -m signadam_ext`` tells what was built and what is usable.
 """
 
@@ -47,6 +48,7 @@ from .training.freezing import GradES
 from .training.gradient_release import GradientRelease, release_gradients
 from .training.offload import Offload, offload
 from .training.per_sample_variance import per_sample_variance
+from .training.recipe import Recipe, recipe
 from .training.replacement import from_optimizer
 
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "MARSAdamW",
     "MARSLion",
     "Offload",
+    "Recipe",
     "ScheduleFreeAdamW",
     "ScheduleFreeSign",
     "SignAdam",
@@ -86,5 +89,6 @@ __all__ = [
     "functional",
     "offload",
     "per_sample_variance",
+    "recipe",
     "release_gradients",
 ]

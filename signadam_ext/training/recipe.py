@@ -1,0 +1,217 @@
+"""What the experiments support, for a model: an optimizer, its groups, and the schedule of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..core import checks
+from ..optimizers import SignAdamPP, Signum
+from ..optimizers.base import SignOptimizer
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What was trained in an experiment, with the learning rate that was searched for it."""
+
+    state_bytes: float  # per parameter
+    optimizer: type[SignOptimizer]
+    lr: float
+    evidence: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+#: From most memory to least. Each is the best of what was measured beside AdamW within its memory.
+CHOICES = (
+    _Choice(
+        4.0,
+        Signum,
+        6e-4,
+        "experiments/results/recipe/stage1.md, third rung: 0.66M parameters, 2,000 steps, two seeds, of which one "
+        "searched the learning rate; fp32 weights",
+        {"caution": "delayed"},
+    ),
+    _Choice(
+        0.25,
+        SignAdamPP,
+        1e-3,
+        "experiments/results/convergence/gpt_long.md: 3.1M parameters, 1,200 steps, three seeds; bf16 weights",
+        {"state_dtype": "int2"},
+    ),
+)
+#: Of all choices, as in every run they rest on.
+WEIGHT_DECAY, MAX_GRAD_NORM, WARMUP, LAST_FACTOR = 0.1, 1.0, 0.1, 0.1
+#: What a step is of all, before anything says how many tokens it has: as in the runs.
+_STEPS = 2000
+
+
+class TokenSchedule(LambdaLR):
+    """A learning rate by tokens seen: linear warm-up over the first tenth, then a cosine down to a tenth.
+
+    With steps of equal size it is the schedule of the runs, whose rates are those at the end of each step's tokens in
+    the warm-up, and at their beginning afterwards. It goes on at the last rate when more tokens come than were said.
+
+    Args:
+        optimizer: whose groups' ``lr`` are the largest.
+        tokens: in all, at least 1.
+        batch_tokens: of one step; None where :meth:`step` is told of each.
+
+    Attributes:
+        tokens_seen: so far.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, tokens: float, batch_tokens: float | None = None) -> None:
+        self.tokens = float(tokens)
+        self.batch_tokens = batch_tokens
+        self.tokens_seen = 0.0
+        self._latest = self.tokens / _STEPS if batch_tokens is None else float(batch_tokens)
+        self._has_begun = False
+        super().__init__(optimizer, lambda _: self._factor())
+        self._has_begun = True
+
+    def step(self, tokens: float | None = None) -> None:
+        """Sets the rates of the step to come; call it after each ``optimizer.step()``.
+
+        Args:
+            tokens: of the step that was taken, positive; None: ``batch_tokens``.
+
+        Raises:
+            ValueError: nothing says how many tokens the step had, or the number is none.
+        """
+        if self._has_begun:
+            given = self.batch_tokens if tokens is None else tokens
+            if given is None:
+                raise ValueError(
+                    "step() without tokens: the schedule goes by tokens; pass those of the step that was taken, or "
+                    "batch_tokens to recipe()"
+                )
+            self._latest = _positive("tokens", given)
+            self.tokens_seen += self._latest
+        super().step()
+
+    def _factor(self) -> float:
+        """Of the largest rate, for the step to come."""
+        warmup = WARMUP * self.tokens
+        if self.tokens_seen < warmup:
+            return min(1.0, (self.tokens_seen + self._latest) / warmup)
+        share = min(1.0, (self.tokens_seen - warmup) / (self.tokens - warmup))
+        return LAST_FACTOR + (1 - LAST_FACTOR) * (0.5 + 0.5 * math.cos(math.pi * share))
+
+
+class Recipe(NamedTuple):
+    """What :func:`recipe` returns.
+
+    Attributes:
+        optimizer: with the groups "matrices", "embeddings" and "vectors" (norms and biases), as far as there are any;
+            each has its ``name``.
+        scheduler: to be stepped after the optimizer.
+        evidence: the committed results that the choice rests on.
+    """
+
+    optimizer: SignOptimizer
+    scheduler: TokenSchedule
+    evidence: str
+
+
+def recipe(
+    model: nn.Module, *, tokens: float, memory: float | None = None, batch_tokens: float | None = None, **changes: Any
+) -> Recipe:
+    """The optimizer, groups and schedule that this project's experiments support for a language model.
+
+    They rest on small models: byte-level GPTs of 0.66M and 3.1M parameters on the sources of Python's standard library,
+    beside AdamW (betas 0.9 and 0.95) with the same weight decay (0.1, of all parameters), clipping (a global norm
+    of 1), warm-up (a tenth) and cosine (to a tenth), each with its own searched learning rate.
+
+    - 4 bytes of state and more: :class:`Signum` with ``caution="delayed"``, which ended lowest of one moment in the
+      search's last rung; a second stage with fresh seeds is not finished.
+    - Down to a quarter of a byte: :class:`SignAdamPP` with 2-bit momentum, which AdamW was clearly ahead of. Nothing
+      between was compared with AdamW at that length.
+
+    Norms, embeddings and matrices were trained alike. They are groups of their own here so that what is known of yours
+    can be set; the ``lr`` is the one that was found, and no rule for other sizes was: search around it.
+
+    Args:
+        model: whose parameters are trained, those with ``requires_grad``.
+        tokens: in all, over the whole training.
+        memory: bytes of optimizer state per parameter, at most. Default: as many as the best choice takes.
+        batch_tokens: tokens of one step, over all ranks. None: ``scheduler.step(tokens)`` is told of each.
+        changes: arguments of the optimizer's constructor instead of those found.
+
+    Returns:
+        Optimizer, scheduler, and where the evidence is.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``changes`` name what the optimizer does not take.
+        ValueError: a number that is none, less memory than the smallest choice takes, or nothing to train.
+
+    Example:
+        >>> import torch
+        >>> from signadam_ext import recipe
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(256, 32), torch.nn.LayerNorm(32), torch.nn.Linear(32, 256))
+        >>> optimizer, scheduler, evidence = recipe(model, tokens=1e6, batch_tokens=1024, memory=0.25)
+        >>> type(optimizer).__name__, [group["name"] for group in optimizer.param_groups]
+        ('SignAdamPP', ['matrices', 'embeddings', 'vectors'])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
+    _positive("tokens", tokens)
+    if batch_tokens is not None:
+        _positive("batch_tokens", batch_tokens)
+    choice = _choice(memory)
+    groups = _groups(model)
+    if not groups:
+        raise ValueError("model has no parameter with requires_grad: nothing to train")
+    options = {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM, "lr": choice.lr, **choice.options}
+    if "param_storage" in changes:
+        groups = [{name: value for name, value in group.items() if name != "param_storage"} for group in groups]
+    optimizer: SignOptimizer = cast(Any, choice.optimizer)(groups, **{**options, **changes})
+    return Recipe(optimizer, TokenSchedule(optimizer, tokens, batch_tokens), choice.evidence)
+
+
+def _choice(memory: float | None) -> _Choice:
+    if memory is None:
+        return CHOICES[0]
+    _positive("memory", memory)
+    fitting = [choice for choice in CHOICES if choice.state_bytes <= memory]
+    if not fitting:
+        raise ValueError(
+            f"memory={memory!r}: the smallest recipe takes {CHOICES[-1].state_bytes:g} bytes of state per parameter"
+        )
+    return fitting[0]
+
+
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Parameters to train by kind, each once, with their names; groups of bf16 weights apart from others."""
+    embedding = {
+        id(param)
+        for module in model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        for param in module.parameters(recurse=False)
+    }
+    kinds: dict[tuple[str, bool], list[tuple[str, Tensor]]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            kind = "embeddings" if id(param) in embedding else "matrices" if param.dim() >= 2 else "vectors"
+            kinds.setdefault((kind, param.dtype == torch.bfloat16), []).append((name, param))
+    return [
+        # Weights in bf16 were rounded stochastically.
+        {"params": kinds[kind, is_bf16], "name": kind, "param_storage": "stochastic" if is_bf16 else "nearest"}
+        for kind in ("matrices", "embeddings", "vectors")
+        for is_bf16 in (False, True)
+        if (kind, is_bf16) in kinds
+    ]
+
+
+def _positive(name: str, x: float) -> float:
+    """
+    Raises:
+        ValueError: a number that is not positive and finite, or none at all.
+    """
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 < x < math.inf:
+        raise ValueError(f"{name}={checks.shown(x)}: must be a positive number")
+    return float(x)

@@ -1,0 +1,201 @@
+"""The recipe: its groups and schedule, that it is what the committed results support, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from reporting.problems import lr_factor
+from signadam_ext import Signum, recipe
+from signadam_ext.training.recipe import CHOICES, TokenSchedule
+
+RESULTS = Path(__file__).resolve().parents[2] / "experiments" / "results"
+
+
+class Tied(nn.Module):
+    """A model as small as one with every kind of parameter can be; its embedding is its head, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.norm = nn.LayerNorm(4)
+        self.inner = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embedding.weight
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.head(self.inner(self.norm(self.embedding(tokens))))
+        return hidden
+
+
+def test_each_parameter_that_trains_is_in_the_group_of_its_kind() -> None:
+    optimizer = recipe(Tied(), tokens=1e6).optimizer
+    assert [(group["name"], group["param_names"]) for group in optimizer.param_groups] == [
+        ("matrices", ["inner.weight"]),
+        ("embeddings", ["embedding.weight"]),
+        ("vectors", ["norm.weight", "norm.bias", "inner.bias"]),
+    ]
+
+
+def test_all_groups_are_as_in_the_runs() -> None:
+    """Every parameter was decayed, at one learning rate, and all gradients clipped together."""
+    for group in recipe(Tied(), tokens=1e6, batch_tokens=1e6).optimizer.param_groups:
+        assert group["weight_decay"] == 0.1 and group["max_grad_norm"] == 1.0
+        assert group["initial_lr"] == CHOICES[0].lr
+
+
+def test_weights_in_bf16_are_rounded_stochastically_and_others_stay() -> None:
+    model = Tied()
+    model.inner.bfloat16()
+    found = [(group["name"], group["param_storage"]) for group in recipe(model, tokens=1e6).optimizer.param_groups]
+    assert found == [
+        ("matrices", "stochastic"),
+        ("embeddings", "nearest"),
+        ("vectors", "nearest"),
+        ("vectors", "stochastic"),
+    ]
+    assert {
+        group["param_storage"] for group in recipe(model, tokens=1, param_storage="nearest").optimizer.param_groups
+    } == {"nearest"}
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_schedule_is_that_of_the_runs(told: bool) -> None:
+    steps, batch = 2000, 1024
+    optimizer, scheduler, _ = recipe(Tied(), tokens=steps * batch, batch_tokens=None if told else batch)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"] / CHOICES[0].lr)
+        optimizer.step()
+        scheduler.step(batch if told else None)
+    assert rates == pytest.approx([lr_factor(step, steps, 0.1) for step in range(steps)], rel=1e-12)
+    scheduler.step(batch)  # more than was said
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * CHOICES[0].lr, rel=1e-12)
+
+
+def test_the_schedule_goes_by_tokens_of_steps_of_any_size() -> None:
+    optimizer, scheduler, _ = recipe(Tied(), tokens=1000)
+    optimizer.step()
+    scheduler.step(30)
+    scheduler.step(520)
+    # 100 of warm-up, and half of what is left of the cosine.
+    assert scheduler.tokens_seen == 550
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.55 * CHOICES[0].lr, rel=1e-12)
+
+
+def test_the_schedule_resumes() -> None:
+    optimizer, scheduler, _ = recipe(Tied(), tokens=1000, batch_tokens=10)
+    for _ in range(37):
+        optimizer.step()
+        scheduler.step()
+    again, resumed, _ = recipe(Tied(), tokens=1000, batch_tokens=10)
+    again.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(json.loads(json.dumps(scheduler.state_dict())))
+    for _ in range(20):
+        for one, other in ((optimizer, scheduler), (again, resumed)):
+            one.step()
+            other.step()
+        assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
+def _steps(optimizer: torch.optim.Optimizer, model: Tied, scheduler: Any) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randint(8, (16,))), torch.randint(8, (16,))).backward()
+        optimizer.step()
+        scheduler.step()
+    return list(model.parameters())
+
+
+def test_trains_as_the_optimizer_by_hand() -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Tied())
+    optimizer, scheduler, _ = recipe(models[0], tokens=2000, batch_tokens=100)
+    params = [param for param in models[1].parameters() if param.requires_grad]
+    choice = CHOICES[0]
+    assert choice.optimizer is Signum
+    by_hand = Signum(params, lr=choice.lr, weight_decay=0.1, max_grad_norm=1.0, **choice.options)
+    ours, theirs = (
+        _steps(optimizer, models[0], scheduler),
+        _steps(by_hand, models[1], TokenSchedule(by_hand, 2000, 100)),
+    )
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0], Tied().embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("memory", "index"), [(None, 0), (4, 0), (16.0, 0), (3.99, 1), (0.25, 1)], ids=["none", "4", "16", "3.99", "0.25"]
+)
+def test_memory_chooses(memory: float | None, index: int) -> None:
+    found = recipe(Tied(), tokens=1e6, memory=memory)
+    assert type(found.optimizer) is CHOICES[index].optimizer
+    assert found.evidence == CHOICES[index].evidence
+    for name, value in CHOICES[index].options.items():
+        assert found.optimizer.param_groups[0][name] == value
+
+
+def test_state_takes_the_memory_that_is_said() -> None:
+    model = nn.Linear(512, 512, bias=False)
+    for choice in CHOICES:
+        optimizer = recipe(model, tokens=1, memory=choice.state_bytes).optimizer
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        (state,) = optimizer.state.values()
+        moments = sum(x.nbytes for x in state.values() if isinstance(x, torch.Tensor) and x.numel() > 1)
+        assert moments == choice.state_bytes * model.weight.numel()
+
+
+def test_the_choices_are_what_the_results_support() -> None:
+    rung = json.loads((RESULTS / "recipe" / "stage1.json").read_text())["rungs"]["2000_steps"]
+    if not rung["finished"]:
+        pytest.skip("the search is not finished")
+    best = min((each for each in rung["candidates"].values() if each["competes"]), key=lambda each: each["mean"])
+    first = CHOICES[0]
+    assert (best["rule"], best["options"], best["lr"]) == ("signum", first.options, first.lr)
+    long = json.loads((RESULTS / "convergence" / "gpt_long.json").read_text())
+    few = long["methods"]["sign_adam_pp_int2_stochastic"]
+    assert few["lr"] == CHOICES[1].lr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 0}, "tokens=0: must be a positive number"),
+        ({"tokens": float("nan")}, "tokens=nan"),
+        ({"tokens": "many"}, "tokens='many'"),
+        ({"tokens": 1, "batch_tokens": -1}, "batch_tokens=-1"),
+        ({"tokens": 1, "memory": 0.2}, "memory=0.2: the smallest recipe takes 0.25 bytes"),
+        ({"tokens": 1, "memory": True}, "memory=True"),
+    ],
+)
+def test_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        recipe(Tied(), **arguments)
+
+
+def test_refuses_what_is_no_model_or_has_nothing_to_train() -> None:
+    with pytest.raises(TypeError, match="model is a list: must be a "):
+        recipe([nn.Parameter(torch.ones(2))], tokens=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no parameter with requires_grad"):
+        recipe(Tied().requires_grad_(False), tokens=1)
+    with pytest.raises(TypeError, match="momentum"):
+        recipe(Tied(), tokens=1, momentum=0.9)
+
+
+def test_a_step_of_unknown_size_is_refused_and_changes_nothing() -> None:
+    optimizer, scheduler, _ = recipe(Tied(), tokens=1000)
+    before = optimizer.param_groups[0]["lr"]
+    optimizer.step()
+    for given, message in ((None, "pass those of the step that was taken"), (0, "tokens=0"), (-5, "tokens=-5")):
+        with pytest.raises(ValueError, match=message):
+            scheduler.step(given)
+        assert (scheduler.tokens_seen, scheduler.last_epoch, optimizer.param_groups[0]["lr"]) == (0.0, 0, before)
