@@ -43,8 +43,13 @@ class GradientReader {
   // nothing, and forgets nothing.
   bool unchanged();
 
-  // Gives gradient `index` an address of the caller's (a copy with the right strides).
-  void replace(std::size_t index, uintptr_t address) { grads_.at(index) = reinterpret_cast<void*>(address); }
+  // Gives gradient `index` an address of the caller's (a copy with the right strides), which may be where the last one
+  // was that could be read where it lay.
+  void replace(std::size_t index, uintptr_t address) {
+    grads_.at(index) = reinterpret_cast<void*>(address);
+    parameters_[index].grad_address = nullptr;
+    traces_of(index)[1] = {};
+  }
 
   // The step is done, or will not be taken: nothing is owned any more.
   void release();

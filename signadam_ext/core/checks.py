@@ -54,6 +54,11 @@ class _Shown(reprlib.Repr):
 _REPR = _Shown()
 
 
+def class_name(x: object) -> str:
+    """With its module, as several have optimizers of one name."""
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
 def shown(value: Any) -> str:
     """``value`` as errors show it: a tensor of many elements by its shape, and of nested values the outermost."""
     return _REPR.repr(value)

@@ -51,6 +51,12 @@ LARGEST_RATES = ("base_lr", "largest_lr")
 TORCH_OPTIONS: dict[str, Any] = dict.fromkeys(checks.TORCH_OPTIONS)
 #: What no class names, by its default and its type.
 OTHERS: dict[str, Any] = {**modifiers.DEFAULTS, **TORCH_OPTIONS}
+#: What other optimizers call an argument, and what it may be here.
+_GUESSES = {
+    "momentum": ("beta", "betas"),
+    "beta1": ("beta", "betas"),
+    "threshold": ("alpha", "epsilon"),
+}
 _ANNOTATIONS = {
     **dict.fromkeys(("weight_decay_kind", "caution"), "str | None"),
     "weight_decay_scale": "str",
@@ -67,7 +73,10 @@ def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) ->
     """
     for key in others:
         if key not in OTHERS and key not in NAMES:
-            near = difflib.get_close_matches(key, (*given, *OTHERS), n=1)
+            betas = "beta" if len(given.get("betas", ())) == 1 else "betas"  # as the constructor has it
+            names = [betas if own == "betas" else own for own in (*given, *OTHERS)]
+            guessed = [own for own in _GUESSES.get(key, ()) if own in names]
+            near = guessed or difflib.get_close_matches(key, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{hint}")
     if "lr_scale" in others:

@@ -116,19 +116,18 @@ class Rule:
         return formats.UNBOUNDED if self.bound is None else formats.BOUNDED
 
     @functools.cached_property
-    def _levels(self) -> Mapping[str, int | None]:
-        """By ``state_dtype``, levels of the first moment's codes; None without codes."""
-        has_codes = bool(self.moments) and self.starts_as_param is None
-        return {
-            dtype: self.first_forms[dtype].levels if has_codes and dtype in self.first_forms else None
-            for dtype in formats.BOUNDED
-        }
+    def _levels(self) -> Mapping[str, int]:
+        """By ``state_dtype``, levels of the first moment's codes, of those that are codes."""
+        if not self.moments or self.starts_as_param is not None:
+            return {}
+        return {dtype: form.levels for dtype, form in self.first_forms.items() if form.levels is not None}
 
     def _levels_of(self, state_dtype: Any) -> int | None:
         """The same of a ``state_dtype`` that has been checked, one or a sequence, and is no name."""
+        if not self._levels:  # then nobody has looked at it
+            return None
         dtypes = _named(state_dtype)
-        first = dtypes[:1] if isinstance(dtypes, tuple) else (dtypes,)  # none without moments
-        return self._levels[first[0]] if first else None
+        return self._levels.get(dtypes[0] if isinstance(dtypes, tuple) else dtypes)
 
     def _form(self, dtype: object, allowed: Mapping[str, formats.Format]) -> formats.Format:
         if isinstance(dtype, str) and dtype in formats.BOUNDED and dtype not in allowed:
@@ -164,7 +163,7 @@ class Rule:
             scalars["lr"] *= moves
             scalars["decay"] = moves * scalars["decay"] + (1 - moves)  # exact: one of them is 0
         dtypes = group.get("state_dtype", "fp32")
-        levels = self._levels[dtypes] if type(dtypes) is str else self._levels_of(dtypes)
+        levels = self._levels.get(dtypes) if type(dtypes) is str else self._levels_of(dtypes)
         if levels is not None:
             assert self.bound is not None
             unit = levels / self.bound

@@ -254,14 +254,17 @@ def _check_method(optimizer: GroupedOptimizer, index: int, saved: Mapping[str, A
     if method is not None:
         if method != ours:
             theirs = method if isinstance(method, str) else checks.shown(method)
-            raise ValueError(f"group {index} of the checkpoint is of the method {theirs}: must be of {ours}")
+            raise ValueError(
+                f"group {index} of the checkpoint is of the method {theirs}: must be of {ours}; from_optimizer puts "
+                "one method in the place of another"
+            )
         return
     known = {*optimizer.defaults, *optimizer.HYPERPARAMETERS, "beta"}
     foreign = sorted(name for name in saved if name in DISTINCTIVE and name not in known)
     if foreign:
         raise ValueError(
             f"group {index} of the checkpoint has the hyperparameter {foreign[0]!r}, which {ours} has not: it is "
-            "of another method"
+            "of another method, and from_optimizer puts one in the place of another"
         )
     # Torch's optimizers have "foreach" in their groups, and of those with betas alone its Adams have "amsgrad".
     is_other = "foreach" in saved and "amsgrad" in optimizer.HYPERPARAMETERS and "amsgrad" not in saved

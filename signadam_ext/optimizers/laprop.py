@@ -47,7 +47,7 @@ RULES = {
     False: replace(
         _BOUNDED,
         bound=None,
-        unbounded=f"with betas[1] beyond {LARGEST_BETA2}, or on a device, this momentum has no bound for codes",
+        unbounded=f"this momentum has a bound only where betas[1] is at most {LARGEST_BETA2}, on the host",
     ),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..core import hyperparameters, options, shards, tensors
+from ..core import checks, hyperparameters, options, shards, tensors
 from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
 from ..engine.runtime import Runtime
@@ -58,7 +58,7 @@ class FunctionalOptimizer:
 
     def __init__(self, cls: type[SignOptimizer], **hyperparameters: Any) -> None:
         if not (isinstance(cls, type) and issubclass(cls, SignOptimizer)):
-            raise TypeError(f"cls={cls!r}: must be an optimizer class of signadam_ext")
+            raise TypeError(f"cls={checks.shown(cls)}: must be an optimizer class of signadam_ext")
         self.cls = cls
         self.hyperparameters = hyperparameters
         made: Any = cls

@@ -171,7 +171,7 @@ def refuse_sums(optimizer: GroupedOptimizer, how: str) -> None:
     """
     if any(rule_of(type(optimizer), group).keeps_sums for group in optimizer.param_groups):
         raise ValueError(
-            f"{how} with {method_of(type(optimizer))}, whose groups keep sums over the steps that step() takes"
+            f"{how} does not serve {method_of(type(optimizer))}: its groups keep sums over the steps that step() takes"
         )
 
 
@@ -224,11 +224,19 @@ def _plan_key(optimizer: GroupedOptimizer, group: dict[str, Any]) -> tuple[Any, 
 
 
 def make_plan(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> Plan:
-    """A plan for all parameters of these groups, as the optimizer's were read for this step."""
+    """A plan for all parameters of these groups, as the optimizer's were read for this step.
+
+    Raises:
+        ValueError: one is listed twice, which no constructor lets through.
+    """
     items: list[Item] = []
+    listed: dict[int, str] = {}
     for index, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
-            items.append(make_item(optimizer, label(group, index, i), param, group, index, len(items)))
+            name = label(group, index, i)
+            if (other := listed.setdefault(id(param), name)) is not name:
+                raise ValueError(f"{name} is {other} as well: list each parameter once")
+            items.append(make_item(optimizer, name, param, group, index, len(items)))
     return _plan_of(optimizer, items, groups)
 
 

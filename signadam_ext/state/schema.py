@@ -146,7 +146,10 @@ class _Fitting:
         value = self.found[name] = self._real(name)
         said = stated_format(label, name, self.state)
         if said is not None and said is not form:
-            raise ValueError(f"{label} is {said.kind}: must be {form.kind}; load it instead")
+            raise ValueError(
+                f"{label} is {said.kind}: must be {form.kind}; make an optimizer of that form and have it load the "
+                "state_dict of this one"
+            )
         if said is not None and not is_packed(form, value):
             # A checkpoint's tensor, perhaps in the dtype of the parameter, as torch loads what is no number of steps.
             floating = (torch.bfloat16, torch.float32, torch.float16)

@@ -88,7 +88,7 @@ class GradES:
         watches: Callable[[str, Tensor], bool] = is_matrix,
     ) -> None:
         if not isinstance(optimizer, SignOptimizer):
-            raise TypeError(f"optimizer is a {type(optimizer).__name__}: must be one of this package's")
+            raise TypeError(f"optimizer is a {checks.class_name(optimizer)}: must be one of signadam_ext's")
         if not callable(watches):
             raise TypeError(f"watches={checks.shown(watches)}: must be a function of a name and a parameter")
         self.tau = checks.number("tau", tau, 0.0)
@@ -154,8 +154,8 @@ class GradES:
             rule = rule_of(type(self.optimizer), group)
             if self.statistic == "mean_momentum" and (not rule.moments or rule.starts_as_param is not None):
                 raise ValueError(
-                    f"statistic='mean_momentum' with group {index}, whose rule {rule.name!r} keeps no momentum in its "
-                    "first moment"
+                    f"statistic='mean_momentum' with group {index}: the state of {rule.name!r} does not begin with a "
+                    "momentum, so there is none to watch"
                 )
             if self.statistic == "passed" and not _has_threshold(rule, group):
                 raise ValueError(f"statistic='passed' with group {index}, whose rule {rule.name!r} has no threshold")

@@ -41,7 +41,7 @@ def offload(
     *,
     release: bool = False,
     overlap: bool = True,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> Offload:
     """Moves an optimizer's state, and its steps, to the CPU, for parameters on a GPU.
 
@@ -81,15 +81,15 @@ def offload(
             for which each of these waits. ``optimizer.zero_grad()`` drops what is on the host, ``model.zero_grad()``
             does not.
         overlap: whether gradients go down while backward runs; otherwise all do in ``step()``.
-        device: the type of the devices whose parameters are offloaded. None: all but "cpu". With "cpu" parameters on
-            the CPU are copied just so, which tries a program without a GPU.
+        device: the type of the devices whose parameters are offloaded, where they are now. None: all but "cpu". With
+            "cpu" parameters on the CPU are copied just so, which tries a program without a GPU.
 
     Returns:
         The offload, which ends with its ``remove()`` or, used as a context manager, with its block.
 
     Raises:
         TypeError: arguments of other kinds, or a parameter in parts (DTensor, flat parameters of FSDP).
-        ValueError: no trainable parameter is on such a device, or some share memory.
+        ValueError: ``device`` is no type of a device, no trainable parameter is on such a device, or some share memory.
         RuntimeError: the optimizer is offloaded already or its gradients are released, or ``release`` on several
             processes.
 
@@ -107,23 +107,41 @@ def offload(
     """
     if not isinstance(optimizer, SignOptimizer):
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}: offload serves the optimizers of signadam_ext, whose steps "
-            "have CPU kernels"
+            f"optimizer is a {checks.class_name(optimizer)}: offload serves the optimizers of signadam_ext, whose "
+            "steps have CPU kernels; from_optimizer puts one of them in its place"
         )
     checks.flag("release", release)
     checks.flag("overlap", overlap)
-    if device is not None and not isinstance(device, str):
-        raise TypeError(f"device={device!r}: must be the type of a device, 'cuda' for example, or None")
+    kind = _kind_of(device)
     # A trainer may have wrapped it in an object that poses as its class.
     optimizer = cast(SignOptimizer, optimizer.runtime.owner() or optimizer)
     if optimizer.runtime.driver is not None:
         driven = "offloaded" if isinstance(optimizer.runtime.driver, Offload) else "stepped in backward"
         raise RuntimeError(f"this optimizer is {driven} already: call remove() of what has done that first")
     refuse_sums(optimizer, "offload")
-    made = Offload(optimizer, release, overlap, device)
+    made = Offload(optimizer, release, overlap, kind)
     optimizer.runtime.driver = made
     optimizer.runtime.forget_plans()
     return made
+
+
+def _kind_of(device: object) -> str | None:
+    """The type of device that an argument names.
+
+    Raises:
+        TypeError, ValueError: it names none, or one device of several.
+    """
+    if device is None:
+        return None
+    if not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device={checks.shown(device)}: must be the type of a device, 'cuda' for example, or None")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={checks.shown(device)}: must be the type of a device, 'cuda' for example") from error
+    if found.index is not None:
+        raise ValueError(f"device={str(found)!r}: must be the type of a device without a number, {found.type!r}")
+    return found.type
 
 
 class Lane(Protocol):
@@ -282,7 +300,10 @@ class Offload:
         found = [entry for entry in self._own(optimizer) if self._is_served(entry[0]) and entry[0].requires_grad]
         if not found:
             where = "another device than the CPU" if device is None else f"a device of type {device!r}"
-            raise ValueError(f"no trainable parameter of the optimizer is on {where}: there is nothing to offload")
+            raise ValueError(
+                f"no trainable parameter of the optimizer is on {where}, from where it would be offloaded to the CPU: "
+                "there is nothing to offload"
+            )
         try:
             self._add(optimizer, found)
         except BaseException:

@@ -131,7 +131,7 @@ def from_optimizer(
     if not isinstance(old, Optimizer):
         raise TypeError(f"old is a {type(old).__name__}: must be an optimizer")
     if not (isinstance(cls, type) and issubclass(cls, SignOptimizer)):
-        raise TypeError(f"cls={cls!r}: must be an optimizer class of signadam_ext")
+        raise TypeError(f"cls={checks.shown(cls)}: must be an optimizer class of signadam_ext")
     asked = getattr(old, "_asked", old.defaults)
     kept = {name: True for name in ("fused", "capturable") if asked.get(name)}
     share = _share(old, cls, changes, {**kept, **changes}.get("capturable") is True)

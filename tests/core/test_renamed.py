@@ -13,7 +13,7 @@ from support.strategies import same_bits
 from torch import nn
 
 import signadam_ext
-from signadam_ext import Adam, SignAdamPP, SignSGD, Signum, memory
+from signadam_ext import Adam, ScheduleFreeSign, SignAdamPP, SignSGD, Signum, memory
 from signadam_ext.core.formats import MOMENT_DTYPES, UNBOUNDED
 from signadam_ext.core.renamed import NAMES
 
@@ -177,3 +177,27 @@ def test_state_dtypes_of_several_moments() -> None:
     assert all(map(same_bits, trained(optimizer, ours), trained(other, theirs)))
     with pytest.raises(ValueError, match=r"state_dtype=torch\.float64: must be"):
         Adam(model().parameters(), state_dtype=torch.float64)
+
+
+@pytest.mark.parametrize("value", [None, 8, torch.float16, "fp8", {}], ids=repr)
+@pytest.mark.parametrize("cls", [SignSGD, ScheduleFreeSign])
+def test_state_dtype_of_a_group_whose_method_has_none_is_an_entry_like_others(cls: Any, value: Any) -> None:
+    ours, theirs = model(), model()
+    optimizer, other = cls(ours.parameters(), lr=0.1), cls(theirs.parameters(), lr=0.1)
+    optimizer.param_groups[0]["state_dtype"] = value
+    assert all(map(same_bits, trained(optimizer, ours), trained(other, theirs)))
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "meant"),
+    [
+        (Signum, "momentum", "beta"),
+        (ScheduleFreeSign, "momentum", "betas"),
+        (SignAdamPP, "beta1", "beta"),
+        (Adam, "beta1", "betas"),
+        (SignAdamPP, "threshold", "alpha"),
+    ],
+)
+def test_names_of_other_optimizers_hint_at_ours(cls: Any, name: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; did you mean '{meant}'"):
+        cls(model().parameters(), lr=0.1, **{name: 0.9})

@@ -534,3 +534,37 @@ def test_a_step_is_not_simulated(backend, steps):
     assert param.tolist() == before and len(optimizer.state) == (1 if steps else 0)
     optimizer.step()
     assert float(optimizer.state[param]["step"]) == steps + 1
+
+
+def test_a_copied_gradient_where_the_last_one_lay_voids_no_plan(backend, monkeypatch):
+    """An allocator gives freed memory again, so the copy of a gradient may lie where the one before it was."""
+    memory = torch.ones(3, 2)
+    param = nn.Parameter(torch.ones(3, 2))
+    optimizer = SignAdamPP([param], lr=0.1, backend=backend)
+    param.grad = memory
+    optimizer.step()
+    plan = optimizer.runtime.plan
+    monkeypatch.setattr(signadam_ext.core.tensors, "made_real", lambda label, grad, strides: memory.copy_(grad))
+    for value in (-1.0, 1.0):
+        param.grad = torch.full((), value).expand(3, 2)
+        optimizer.step()
+        assert optimizer.runtime.plan is plan
+        assert optimizer.state[param]["exp_avg"].sign().unique().tolist() == [value]
+        param.grad = torch.full((3, 2), value)
+        optimizer.step()
+        assert optimizer.runtime.plan is plan
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_parameter_that_is_listed_twice_is_refused(backend, groups):
+    params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = SignAdamPP([{"params": [param]} for param in params], lr=0.1, backend=backend)
+    for param in params:
+        param.grad = torch.ones(2)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    optimizer.param_groups[groups - 1]["params"].append(params[0])
+    with pytest.raises(ValueError, match="is parameter 0 of group 0 as well: list each parameter once"):
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    assert [optimizer.state[param]["step"].item() for param in params] == [1.0, 1.0]

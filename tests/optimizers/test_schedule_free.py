@@ -311,9 +311,9 @@ def test_what_takes_steps_otherwise_is_refused(method: type) -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = method(model.parameters(), lr=0.1)
     for drive in (signadam_ext.release_gradients, signadam_ext.offload):
-        with pytest.raises(ValueError, match=f"{drive.__name__} with {method.__name__}, whose groups keep sums"):
+        with pytest.raises(ValueError, match=f"{drive.__name__} does not serve {method.__name__}: its groups keep"):
             drive(model, optimizer) if drive is signadam_ext.release_gradients else drive(optimizer)
-    with pytest.raises(ValueError, match="FunctionalOptimizer with"):
+    with pytest.raises(ValueError, match="FunctionalOptimizer does not serve"):
         FunctionalOptimizer(method, lr=0.1)
     assert optimizer.runtime.driver is None
 

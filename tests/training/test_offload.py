@@ -788,12 +788,23 @@ def test_parameters_that_an_interrupted_step_has_not_brought_up(monkeypatch: pyt
 def test_refused() -> None:
     model = model_of()
     optimizer = AdamW(model.parameters())
-    with pytest.raises(TypeError, match="optimizer is a SGD"):
+    with pytest.raises(TypeError, match=r"optimizer is a torch\.optim\.sgd\.SGD: "):
         offload(torch.optim.SGD(model.parameters(), lr=0.1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="release=1"):
         offload(optimizer, release=1, device="cpu")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="device=0"):
         offload(optimizer, device=0)  # type: ignore[arg-type]
+    for device in ("cpu:0", torch.device("cpu", 0)):
+        with pytest.raises(ValueError, match="device='cpu:0': must be the type of a device without a number, 'cpu'"):
+            offload(optimizer, device=device)
+    with pytest.raises(ValueError, match="device='gpu': must be the type of a device"):
+        offload(optimizer, device="gpu")
+    with pytest.raises(
+        TypeError, match=r"optimizer is a torch\.optim\.adamw\.AdamW: .*; from_optimizer puts one of them"
+    ):
+        offload(torch.optim.AdamW(nn.Linear(2, 2).parameters()), device="cpu")  # type: ignore[arg-type]
+    with offload(optimizer, device=torch.device("cpu")) as made:
+        assert made.device == "cpu"
     with pytest.raises(ValueError, match="no trainable parameter of the optimizer is on another device than the CPU"):
         offload(optimizer)
     with pytest.raises(ValueError, match="on a device of type 'cuda'"):
