@@ -192,7 +192,7 @@ def test_state_dtype_of_a_group_whose_method_has_none_is_an_entry_like_others(cl
     ("cls", "name", "meant"),
     [
         (Signum, "momentum", "beta"),
-        (ScheduleFreeSign, "momentum", "betas"),
+        (ScheduleFreeSign, "momentum", "beta"),
         (SignAdamPP, "beta1", "beta"),
         (Adam, "beta1", "betas"),
         (SignAdamPP, "threshold", "alpha"),
