@@ -11,7 +11,7 @@ import torch
 from support.tiny import CLIP, OPTIONS, batch, copies, loss_of, network, same, trained
 from torch import Tensor
 
-from signadam_ext import SignAdamPP
+from signadam_ext import ScheduleFreeAdamW, SignAdamPP
 
 lightning = pytest.importorskip("lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -106,3 +106,55 @@ def test_fabric(tmp_path: Path) -> None:
     optimizer.observe()
     train(6, 7)
     assert optimizer.statistics().all.numel == sum(param.numel() for param in plain.parameters())
+
+
+def test_a_schedule_free_optimizer_validates_at_its_average_by_two_hooks() -> None:
+    """As docs/integrations.md says: the average of a plain loop, after each epoch."""
+    validated: list[list[Tensor]] = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network()
+
+        def training_step(self, x: Tensor, index: int) -> Tensor:
+            return loss_of(self.network, x)
+
+        def on_validation_epoch_start(self) -> None:
+            self.optimizers().optimizer.eval()
+
+        def validation_step(self, x: Tensor, index: int) -> None:
+            validated.append(copies(self.network.parameters()))
+
+        def on_validation_epoch_end(self) -> None:
+            self.optimizers().optimizer.train()
+
+        def configure_optimizers(self) -> Any:
+            return ScheduleFreeAdamW(self.network.parameters(), lr=0.1)
+
+    data = torch.utils.data.DataLoader([batch(number) for number in range(BATCHES)], batch_size=None)
+    trainer = lightning.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=1,
+    )
+    trainer.fit(Module(), data, data)
+
+    plain = network()
+    optimizer = ScheduleFreeAdamW(plain.parameters(), lr=0.1)
+    for average in validated:
+        for number in range(BATCHES):
+            optimizer.zero_grad()
+            loss_of(plain, batch(number)).backward()
+            optimizer.step()
+        optimizer.eval()
+        assert same(average, plain.parameters())
+        optimizer.train()
+        assert not same(average, plain.parameters())
+    assert len(validated) == 2
