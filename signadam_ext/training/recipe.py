@@ -127,8 +127,8 @@ def recipe(
     beside AdamW (betas 0.9 and 0.95) with the same weight decay (0.1, of all parameters), clipping (a global norm
     of 1), warm-up (a tenth) and cosine (to a tenth), each with its own searched learning rate.
 
-    - 4 bytes of state and more: :class:`Signum` with ``caution="delayed"``, which ended lowest of one moment in the
-      search's last rung; a second stage with fresh seeds is not finished.
+    - 4 bytes of state and more: :class:`Signum` with ``caution="delayed"``. It ended lowest of the rules of one moment
+      in the last rung of a search, below AdamW with both seeds; the proof with fresh seeds is not finished.
     - Down to a quarter of a byte: :class:`SignAdamPP` with 2-bit momentum, which AdamW was clearly ahead of. Nothing
       between was compared with AdamW at that length.
 
