@@ -111,6 +111,15 @@ class Recipe(NamedTuple):
             each has its ``name``.
         scheduler: to be stepped after the optimizer.
         evidence: the committed results that the choice rests on.
+
+    Example:
+        >>> import torch
+        >>> from signadam_ext import recipe
+        >>> made = recipe(torch.nn.Linear(4, 2), tokens=1000, batch_tokens=10)
+        >>> made.optimizer.step()
+        >>> made.scheduler.step()
+        >>> made.scheduler.tokens_seen
+        10.0
     """
 
     optimizer: SignOptimizer
