@@ -48,5 +48,5 @@ def library_of(plugin: str) -> Iterator[None]:
     except (ImportError, AttributeError) as error:
         versions = " and ".join(f"{name} {version}" for name, version in TESTED[plugin].items())
         raise ImportError(
-            f"signadam_ext.integrations.{plugin}, tested with {versions}, could not import from it: {error}"
+            f"signadam_ext.integrations.{plugin} is tested with {versions}, and cannot be imported here: {error}"
         ) from error
