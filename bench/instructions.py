@@ -32,6 +32,7 @@ CHUNK = 16384
 BF16_STEP, DRAWS_ONLY, FP32_STEP, FP32_OBSERVED = range(4)
 FIGURES = Path(__file__).with_name("results") / "instructions" / "cpu-amd-epyc.json"
 STEP_TENSORS = (1, 1000)
+FEW_STEPS, MANY_STEPS = 20, 120
 ALLOWED = 1.01  # times the committed figure: another release of the compiler may order instructions otherwise
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-mavx2", "-mf16c")
 
@@ -62,9 +63,9 @@ def per_element(program: Path, *arguments: int) -> float:
 
 
 def per_step(numbers: Sequence[int]) -> list[dict[str, int]]:
-    """By numbers of tensors, the difference of 120 steps and 20, divided by their number.
+    """By numbers of tensors, the difference of many steps and few, divided by their number.
 
-    Most of the time torch is imported, and dictionaries lie alike each time.
+    Nearly all of the time goes into importing torch, so interpreters run side by side. Dictionaries lie alike in all.
     """
 
     def run(tensors: int, steps: int) -> int:
@@ -73,9 +74,10 @@ def per_step(numbers: Sequence[int]) -> list[dict[str, int]]:
         return instructions(*command, PYTHONHASHSEED="0", **one_thread)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        few, many = (list(pool.map(run, numbers, [steps] * len(numbers))) for steps in (20, 120))
+        few, many = (list(pool.map(run, numbers, [steps] * len(numbers))) for steps in (FEW_STEPS, MANY_STEPS))
     return [
-        {"tensors": tensors, "per_step": round((b - a) / 100)} for tensors, a, b in zip(numbers, few, many, strict=True)
+        {"tensors": tensors, "per_step": round((b - a) / (MANY_STEPS - FEW_STEPS))}
+        for tensors, a, b in zip(numbers, few, many, strict=True)
     ]
 
 
@@ -84,7 +86,7 @@ def exceeding(report: dict[str, Any], committed: dict[str, Any]) -> list[str]:
 
     def figures(of: dict[str, Any]) -> dict[str, float]:
         own = {name: value for name, value in of.items() if name.endswith("per_16_elements")}
-        steps = {f"a step on {row['tensors']} tensors": row["per_step"] for row in of.get("steps", ())}
+        steps = {f"a step on {row['tensors']} tensors": row["per_step"] for row in of["steps"]}
         return own | steps | {f"{row['state']}, {row['weights']}": row["per_16_elements"] for row in of["rows"]}
 
     before = figures(committed)

@@ -150,15 +150,16 @@ def instructions(folder: Path = RESULTS / "instructions") -> str:
             "Few-bit steps are bound by arithmetic as much as by memory. AVX2 instructions for 16 elements with "
             f"stochastic bf16 weights, by callgrind: {', '.join(counts)}. An fp32 step takes "
             f"{report['fp32_per_16_elements']:.0f}, with statistics {report['fp32_observed_per_16_elements']:.0f} "
-            f"([all]({_link(path)})). A whole step of SignAdamPP on fp32 tensors of 64, Python included, takes "
-            f"{' and '.join(_whole_step(row) for row in report['steps'])}."
+            f"([all]({_link(path)})). A whole step of SignAdamPP on fp32 tensors of 64 elements, Python included, "
+            f"takes {' and '.join(_whole_step(row) for row in report['steps'])}."
         )
     return "\n\n".join(parts) or f"Instructions per element: {present.NOT_MEASURED}."
 
 
 def _whole_step(row: present.Row) -> str:
-    each = f", {row['per_step'] / row['tensors']:,.0f} for each" if row["tensors"] > 1 else ""
-    return f"{row['per_step']:,} for {row['tensors']}{each}"
+    if row["tensors"] == 1:
+        return f"{row['per_step']:,} instructions where there is one"
+    return f"{row['per_step']:,}, {row['per_step'] / row['tensors']:,.0f} for each, where there are {row['tensors']:,}"
 
 
 def _resident(row: present.Row) -> float:

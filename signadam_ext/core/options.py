@@ -64,6 +64,12 @@ _ANNOTATIONS = {
 }
 
 
+def has_one_beta(arguments: Mapping[str, Any]) -> bool:
+    """Whether a constructor has put its ``beta`` among these, as the only one of ``betas``."""
+    betas = arguments.get("betas")  # of a constructor that takes them, not checked yet
+    return isinstance(betas, (tuple, list)) and len(betas) == 1
+
+
 def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a constructor with those beside its own, by today's names.
 
@@ -73,7 +79,7 @@ def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) ->
     """
     for key in others:
         if key not in OTHERS and key not in NAMES:
-            betas = "beta" if len(given.get("betas", ())) == 1 else "betas"  # as the constructor has it
+            betas = "beta" if has_one_beta(given) else "betas"
             names = [betas if own == "betas" else own for own in (*given, *OTHERS)]
             guessed = [own for own in _GUESSES.get(key, ()) if own in names]
             near = guessed or difflib.get_close_matches(key, names, n=1)

@@ -23,7 +23,7 @@ from ..engine.runtime import Runtime
 from ..engine.statistics import Statistics, collect
 from . import checkpoints
 from .graph import goes_into_graphs, step_in_graph
-from .groups import complete, has_one_beta, keep_first_of_each, label, warn_of_variance
+from .groups import complete, keep_first_of_each, label, warn_of_variance
 from .stepping import step_all
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -144,7 +144,7 @@ class SignOptimizer(Optimizer):
                 for name in checks.TORCH_OPTIONS:
                     checks.torch_option(name, param_group.get(name))
                 hyperparameters.check_beta_names(type(self), param_group, folded=True)
-                hyperparameters.fold(param_group, has_one_beta(self.defaults))
+                hyperparameters.fold(param_group, options.has_one_beta(self.defaults))
                 modifiers.check_group_scale(param_group, self.defaults)
                 self._warn_of_misspelt(param_group)
                 _keep_rates(param_group, self.defaults)
@@ -179,7 +179,7 @@ class SignOptimizer(Optimizer):
     def _warn_of_misspelt(self, group: Group) -> None:
         """Warns of names that are nearly those of hyperparameters. Groups take any other, as torch.optim's do."""
         known = {*self.defaults, *type(self).HYPERPARAMETERS, "params", "param_names"}
-        known |= {"beta"} if has_one_beta(self.defaults) else set()
+        known |= {"beta"} if options.has_one_beta(self.defaults) else set()
         for name in group:
             if isinstance(name, str) and name not in known:
                 alike = [other for other in known if other.count("_") == name.count("_")]

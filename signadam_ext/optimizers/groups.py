@@ -66,13 +66,9 @@ def max_grad_norm_of(groups: Sequence[Group]) -> float | None:
     return next(iter(norms), None)
 
 
-def has_one_beta(defaults: Mapping[str, Any]) -> bool:
-    return len(defaults.get("betas", ())) == 1
-
-
 def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> None:
     """Gives a group of an earlier version, or of another optimizer, the hyperparameters that it lacks."""
-    hyperparameters.fold(group, has_one_beta(defaults), warns=False)
+    hyperparameters.fold(group, options.has_one_beta(defaults), warns=False)
     for name in options.LARGEST_RATES:
         if "initial_lr" in group:  # a scheduler's
             group.setdefault(name, group["initial_lr"])
@@ -128,7 +124,7 @@ def layouts_of(optimizer: GroupedOptimizer) -> list[tuple[int, Layout]]:
     """(number in a state dict, layout) of each parameter."""
     layouts: list[tuple[int, Layout]] = []
     for index, group in enumerate(optimizer.param_groups):
-        hyperparameters.fold(group, has_one_beta(optimizer.defaults))
+        hyperparameters.fold(group, options.has_one_beta(optimizer.defaults))
         for i, param in enumerate(group["params"]):
             layouts.append((len(layouts), layout_of(optimizer, label(group, index, i), param, group)))
     return layouts

@@ -23,7 +23,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from ..core import shards, tensors
+from ..core import checks, shards, tensors
 from ..core.dynamo import untraced
 from ..engine.overlap import overlap_levels
 from ..optimizers.base import SignOptimizer
@@ -119,7 +119,7 @@ def release_gradients(
     """
     if not isinstance(optimizer, SignOptimizer):
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}: release_gradients serves the optimizers of "
+            f"optimizer is a {checks.class_name(optimizer)}: release_gradients serves the optimizers of "
             "signadam_ext, which can step one parameter at a time"
         )
     if isinstance(accumulation_steps, bool) or not isinstance(accumulation_steps, int):

@@ -46,7 +46,7 @@ CHOICES = (
 )
 #: Of all choices, as in every run they rest on.
 WEIGHT_DECAY, MAX_GRAD_NORM, WARMUP, LAST_FACTOR = 0.1, 1.0, 0.1, 0.1
-#: What a step is of all, before anything says how many tokens it has: as in the runs.
+#: A step is one of so many, before anything says how many tokens it has: as in the search's last rung.
 _STEPS = 2000
 
 
@@ -177,7 +177,8 @@ def recipe(
         raise ValueError("model has no parameter with requires_grad: nothing to train")
     options = {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM, "lr": choice.lr, **choice.options}
     if "param_storage" in changes:
-        groups = [{name: value for name, value in group.items() if name != "param_storage"} for group in groups]
+        for group in groups:
+            del group["param_storage"]
     optimizer: SignOptimizer = cast(Any, choice.optimizer)(groups, **{**options, **changes})
     return Recipe(optimizer, TokenSchedule(optimizer, tokens, batch_tokens), choice.evidence)
 

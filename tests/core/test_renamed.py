@@ -201,3 +201,8 @@ def test_state_dtype_of_a_group_whose_method_has_none_is_an_entry_like_others(cl
 def test_names_of_other_optimizers_hint_at_ours(cls: Any, name: str, meant: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'; did you mean '{meant}'"):
         cls(model().parameters(), lr=0.1, **{name: 0.9})
+
+
+def test_a_wrong_name_beside_a_wrong_value_is_told_first() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'momentum'; did you mean 'betas'"):
+        Adam(model().parameters(), betas=0.9, momentum=0.9)  # type: ignore[arg-type]

@@ -44,22 +44,28 @@ def module_of(manual: bool) -> Any:
     return Module()
 
 
-def fitted(manual: bool, epochs: int, precision: str = "32-true", **options: Any) -> tuple[Any, Any]:
-    own = {} if manual else {"gradient_clip_val": CLIP}
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
+def trainer_of(**options: Any) -> Any:
+    """One that says and keeps nothing."""
+    return lightning.Trainer(
         accelerator="cpu",
         devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        precision=precision,
-        **own,
+        **options,
     )
+
+
+def batches() -> Any:
+    return torch.utils.data.DataLoader([batch(number) for number in range(BATCHES)], batch_size=None)
+
+
+def fitted(manual: bool, epochs: int, precision: str = "32-true", **options: Any) -> tuple[Any, Any]:
+    own = {} if manual else {"gradient_clip_val": CLIP}
+    trainer = trainer_of(max_epochs=epochs, precision=precision, **own)
     module = module_of(manual)
-    data = torch.utils.data.DataLoader([batch(number) for number in range(BATCHES)], batch_size=None)
-    trainer.fit(module, data, **options)
+    trainer.fit(module, batches(), **options)
     return trainer, module
 
 
@@ -132,19 +138,8 @@ def test_a_schedule_free_optimizer_validates_at_its_average_by_two_hooks() -> No
         def configure_optimizers(self) -> Any:
             return ScheduleFreeAdamW(self.network.parameters(), lr=0.1)
 
-    data = torch.utils.data.DataLoader([batch(number) for number in range(BATCHES)], batch_size=None)
-    trainer = lightning.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=1,
-    )
-    trainer.fit(Module(), data, data)
+    trainer = trainer_of(max_epochs=2, num_sanity_val_steps=0, limit_val_batches=1)
+    trainer.fit(Module(), batches(), batches())
 
     plain = network()
     optimizer = ScheduleFreeAdamW(plain.parameters(), lr=0.1)

@@ -487,7 +487,10 @@ def test_other_arguments_are_type_errors(params: Any, message: str) -> None:
 def test_other_optimizers_are_type_errors() -> None:
     model = Tied()
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match="optimizer is a SGD: release_gradients serves the optimizers of signadam_ext"):
+    with pytest.raises(
+        TypeError,
+        match=r"optimizer is a torch\.optim\.sgd\.SGD: release_gradients serves the optimizers of signadam_ext",
+    ):
         release_gradients(model, optimizer)
 
 
