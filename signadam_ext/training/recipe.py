@@ -44,8 +44,9 @@ CHOICES = (
         {"state_dtype": "int2"},
     ),
 )
-#: Of all choices, as in every run they rest on.
-WEIGHT_DECAY, MAX_GRAD_NORM, WARMUP, LAST_FACTOR = 0.1, 1.0, 0.1, 0.1
+#: Of all choices, as in every run they rest on. Weights of 16 bits were rounded stochastically; others are as they are.
+COMMON = {"weight_decay": 0.1, "max_grad_norm": 1.0, "param_storage": "stochastic"}
+WARMUP, LAST_FACTOR = 0.1, 0.1
 #: A step is one of so many, before anything says how many tokens it has: as in the search's last rung.
 _STEPS = 2000
 
@@ -81,7 +82,8 @@ class TokenSchedule(LambdaLR):
             tokens: of the step that was taken, positive; None: ``batch_tokens``.
 
         Raises:
-            ValueError: nothing says how many tokens the step had, or the number is none.
+            TypeError: the number is none.
+            ValueError: nothing says how many tokens the step had, or the number is not positive and finite.
         """
         if self._has_begun:
             given = self.batch_tokens if tokens is None else tokens
@@ -155,8 +157,9 @@ def recipe(
         Optimizer, scheduler, and where the evidence is.
 
     Raises:
-        TypeError: ``model`` is no module, or ``changes`` name what the optimizer does not take.
-        ValueError: a number that is none, less memory than the smallest choice takes, or nothing to train.
+        TypeError: ``model`` is no module, a number is none, or ``changes`` name what the optimizer does not take.
+        ValueError: a number that is not positive and finite, less memory than the smallest choice takes, or
+            nothing to train.
 
     Example:
         >>> import torch
@@ -175,11 +178,9 @@ def recipe(
     groups = _groups(model)
     if not groups:
         raise ValueError("model has no parameter with requires_grad: nothing to train")
-    options = {"weight_decay": WEIGHT_DECAY, "max_grad_norm": MAX_GRAD_NORM, "lr": choice.lr, **choice.options}
-    if "param_storage" in changes:
-        for group in groups:
-            del group["param_storage"]
-    optimizer: SignOptimizer = cast(Any, choice.optimizer)(groups, **{**options, **changes})
+    optimizer: SignOptimizer = cast(Any, choice.optimizer)(
+        groups, **{"lr": choice.lr, **COMMON, **choice.options, **changes}
+    )
     return Recipe(optimizer, TokenSchedule(optimizer, tokens, batch_tokens), choice.evidence)
 
 
@@ -196,32 +197,20 @@ def _choice(memory: float | None) -> _Choice:
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Parameters to train by kind, each once, with their names; groups of bf16 weights apart from others."""
+    """Parameters to train by kind, each once, with their names."""
     embedding = {
         id(param)
         for module in model.modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         for param in module.parameters(recurse=False)
     }
-    kinds: dict[tuple[str, bool], list[tuple[str, Tensor]]] = {}
+    kinds: dict[str, list[tuple[str, Tensor]]] = {"matrices": [], "embeddings": [], "vectors": []}
     for name, param in model.named_parameters():
         if param.requires_grad:
             kind = "embeddings" if id(param) in embedding else "matrices" if param.dim() >= 2 else "vectors"
-            kinds.setdefault((kind, param.dtype == torch.bfloat16), []).append((name, param))
-    return [
-        # Weights in bf16 were rounded stochastically.
-        {"params": kinds[kind, is_bf16], "name": kind, "param_storage": "stochastic" if is_bf16 else "nearest"}
-        for kind in ("matrices", "embeddings", "vectors")
-        for is_bf16 in (False, True)
-        if (kind, is_bf16) in kinds
-    ]
+            kinds[kind].append((name, param))
+    return [{"params": params, "name": kind} for kind, params in kinds.items() if params]
 
 
-def _positive(name: str, x: float) -> float:
-    """
-    Raises:
-        ValueError: a number that is not positive and finite, or none at all.
-    """
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 < x < math.inf:
-        raise ValueError(f"{name}={checks.shown(x)}: must be a positive number")
-    return float(x)
+def _positive(name: str, value: Any) -> float:
+    return float(checks.number(name, value, 0.0, open_low=True))

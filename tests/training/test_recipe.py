@@ -50,19 +50,24 @@ def test_all_groups_are_as_in_the_runs() -> None:
         assert group["initial_lr"] == CHOICES[0].lr
 
 
-def test_weights_in_bf16_are_rounded_stochastically_and_others_stay() -> None:
-    model = Tied()
-    model.inner.bfloat16()
-    found = [(group["name"], group["param_storage"]) for group in recipe(model, tokens=1e6).optimizer.param_groups]
-    assert found == [
-        ("matrices", "stochastic"),
-        ("embeddings", "nearest"),
-        ("vectors", "nearest"),
-        ("vectors", "stochastic"),
-    ]
-    assert {
-        group["param_storage"] for group in recipe(model, tokens=1, param_storage="nearest").optimizer.param_groups
-    } == {"nearest"}
+def _after_a_step(dtype: torch.dtype, **changes: Any) -> list[torch.Tensor]:
+    """The weights of a layer of ones, and of its norm in fp32."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False, dtype=dtype), nn.LayerNorm(32))
+    optimizer = recipe(model, tokens=1e6, batch_tokens=1e5, lr=1e-4, **changes).optimizer
+    for param in model.parameters():
+        nn.init.ones_(param).grad = torch.ones_like(param)
+    optimizer.step()
+    return [param.detach() for param in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_rounded_stochastically_and_others_as_always(dtype: torch.dtype) -> None:
+    weights, *norm = _after_a_step(dtype)
+    # A step is smaller than half a unit in the last place, so some take a whole one and the others none.
+    assert set(weights.flatten().tolist()) == {1.0, 1.0 - torch.finfo(dtype).eps / 2}
+    nearest, *same = _after_a_step(dtype, param_storage="nearest")
+    assert torch.equal(nearest, torch.ones_like(nearest))
+    assert all(torch.equal(one, other) for one, other in zip(norm, same, strict=True))
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -168,16 +173,16 @@ def test_the_choices_are_what_the_results_support() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tokens": 0}, "tokens=0: must be a positive number"),
-        ({"tokens": float("nan")}, "tokens=nan"),
-        ({"tokens": "many"}, "tokens='many'"),
-        ({"tokens": 1, "batch_tokens": -1}, "batch_tokens=-1"),
+        ({"tokens": 0}, "tokens=0: must be finite and above 0"),
+        ({"tokens": float("nan")}, "tokens=nan: must be finite and above 0"),
+        ({"tokens": "many"}, "tokens='many': must be a number, not str"),
+        ({"tokens": 1, "batch_tokens": -1}, "batch_tokens=-1: must be finite and above 0"),
         ({"tokens": 1, "memory": 0.2}, "memory=0.2: the smallest recipe takes 0.25 bytes"),
-        ({"tokens": 1, "memory": True}, "memory=True"),
+        ({"tokens": 1, "memory": True}, "memory=True: must be a number, not bool"),
     ],
 )
 def test_refuses(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+    with pytest.raises(TypeError if "a number" in message else ValueError, match=message.replace(".", r"\.")):
         recipe(Tied(), **arguments)
 
 
