@@ -141,6 +141,41 @@ def teach_bf16(emulator: Any) -> None:
     emulator.operation("ALU", "F2FP")(packs)
 
 
+def jump_tables(listing: str) -> dict[str, list[int]]:
+    """By symbol of a kernel, its constant bank 2 in ``cuobjdump -elf``: where the cases of its switches begin."""
+    found: dict[str, list[int]] = {}
+    table: list[int] | None = None
+    for line in listing.splitlines():
+        if match := re.match(r"\.nv\.constant2\.(\S+)$", line):
+            table = found[match[1]] = []
+        elif table is not None and re.match(r"(0x[0-9a-f]{8}\s*)+$", line):
+            table.extend(int(word, 16) for word in line.split())
+        else:
+            table = None
+    return found
+
+
+def teach_switches(emulator: Any, tables: dict[str, list[int]]) -> None:
+    """Loads from constant bank 2 and the branch that follows them, in an emulator that knows of bank 0 alone."""
+    _, loads = emulator.OPERATIONS["LDC"]
+
+    def load(d: Any) -> Any:
+        place = re.fullmatch(r"c\[0x2\]\[(?:(R\d+)\+?)?(-?0x[0-9a-f]+)?\]", d.operands[1])
+        if place is None:
+            return loads(d)
+        table, offset = tables[d.kernel.name], int(place[2] or "0", 16)
+        index = d.raw(place[1]) if place[1] else lambda t: 0
+        return d.copy(d.register(0), lambda t: table[(index(t) + offset) // 4])
+
+    def branch(d: Any) -> Any:
+        register, offset = d.operands[0].split()
+        base, to, index = d.kernel.code[d.after].address + int(offset, 16), d.raw(register), d.kernel.index
+        return lambda t: index[base + to(t)]
+
+    emulator.operation("memory", "LDC")(load)
+    emulator.operation("branch", "BRX")(branch)
+
+
 class Executor:
     """Runs the launches of cases through ``sass.emulator`` in a folder."""
 
@@ -153,7 +188,10 @@ class Executor:
         self.library = launch_library(folder)
         self.resources: dict[str, Any] = {}
         self.places: dict[KernelName, tuple[Path, str]] = {}
+        tables: dict[str, list[int]] = {}
+        teach_switches(self.emulator, tables)
         for module in modules:
+            tables |= jump_tables(cuobjdump("-arch", TARGET, "-elf", str(module)))
             own = self.emulator.kernels(module, TARGET)
             self.resources |= own
             self.places |= {name: (module, symbol) for symbol in own if (name := kernel_name(symbol)) is not None}

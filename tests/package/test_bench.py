@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +153,43 @@ def test_a_figure_that_the_emulator_cannot_give_is_worse_than_one() -> None:
     assert exceeding(rows(None), {"executed": rows(9.0)}, "executed") == ["executed: c, k: None, committed 9.0"]
     assert exceeding(rows(9.0), {"executed": rows(None)}, "executed") == ["executed: c, k: 9.0, committed None"]
     assert exceeding(rows(None), {"executed": []}, "executed") == ["executed: c, k: None, committed None"]
+
+
+def test_the_emulator_learns_where_the_cases_of_a_switch_begin() -> None:
+    listing = (
+        "  10   1898  .nv.constant2._Zcut_in_a_tabl\n.nv.constant2._Zfirst\n0x00000f40 0x00000f60 \n0x00002d60 \n\n"
+        ".section .rela.nv.constant2._Zfirst\tRELA\n\n.nv.shared._Zfirst\n0x00000001\n"
+        ".nv.constant2._Zsecond\n0x00000010\n"
+    )
+    tables = cuda_instructions.jump_tables(listing)
+    assert tables == {"_Zfirst": [0xF40, 0xF60, 0x2D60], "_Zsecond": [0x10]}
+
+    known: dict[str, Any] = {"LDC": ("memory", lambda d: "as before")}
+    emulator = SimpleNamespace(
+        OPERATIONS=known, operation=lambda kind, name: lambda decode: known.update({name: (kind, decode)})
+    )
+    cuda_instructions.teach_switches(emulator, tables)
+    thread = SimpleNamespace(R=[4, 0xF60])
+
+    def decoded(name: str, *operands: str) -> Any:
+        code = [SimpleNamespace(address=0xE70), SimpleNamespace(address=0xE80)]
+        return known[name][1](
+            SimpleNamespace(
+                operands=operands,
+                kernel=SimpleNamespace(name="_Zfirst", code=code, index={0xF60: 7}),
+                after=1,
+                raw=lambda register: lambda t: t.R[int(register[1:])],
+                register=lambda at: int(operands[at][1:]),
+                copy=lambda register, read: lambda t: t.R.__setitem__(register, read(t)),
+            )
+        )
+
+    assert decoded("LDC", "R1", "c[0x0][0x4]") == "as before"
+    for place, address in (("R0", 0xF60), ("0x8", 0x2D60), ("R0+0x4", 0x2D60), ("R0+-0x4", 0xF40)):
+        decoded("LDC", "R1", f"c[0x2][{place}]")(thread)
+        assert thread.R[1] == address
+    thread.R[1] = 0xF60
+    assert decoded("BRX", "R1 -0xe80")(thread) == 7
 
 
 def test_aims_of_cuda_kernels_stand_beside_what_was_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
