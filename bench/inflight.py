@@ -195,7 +195,7 @@ def _readable(symbol: str) -> str:
         return symbol
     if kernel.forms is not None:
         param, _, *others = kernel.forms
-        return " ".join([*kernel[:3], param, *others])
+        return " ".join([kernel.rule, *kernel[1:3], param, *others])
     if kernel.functor == "AnyRule":
         before, observes = kernel.threshold_pass == "pass_before", kernel.storage == "with_statistics"
         return "scaled" + "+pass_before" * before + "+step_statistics" * observes

@@ -28,32 +28,41 @@ class Forms(NamedTuple):
 class KernelName(NamedTuple):
     """Which of the kernels in csrc/cuda/kernel.h: its rule by the functor in csrc/core/rules.h, or AnyRule.
 
-    ``forms`` are those of a kernel for just these, from csrc/cuda/instances.h, and None of one for any.
+    ``forms`` are those of a kernel for just these, from csrc/cuda/instances.h, and None of one for any. ``is_scaled``:
+    of such a kernel, whether its steps are multiplied by a number of the tensor's.
     """
 
     functor: str
     threshold_pass: str
     storage: str
     forms: Forms | None = None
+    is_scaled: bool = False
+
+    @property
+    def rule(self) -> str:
+        """As the module names it."""
+        return f"Scaled<{self.functor}>" if self.is_scaled else self.functor
 
 
 def kernel_name(symbol: str) -> KernelName | None:
     """What the mangled name of a kernel says, or None where it is no kernel of csrc/cuda/kernel.h."""
-    found = re.search(r"6kernelINS_\d+(\w+?)ELNS_13ThresholdPassE(\d)ELNS_7StorageE(\d)ENS_(\w+)", symbol)
+    rule = r"(6ScaledINS_)?\d+(\w+?)(?:E|EEE)"
+    found = re.search(rf"6kernelINS_{rule}LNS_13ThresholdPassE(\d)ELNS_7StorageE(\d)ENS_(\w+)", symbol)
     if found is None:
         return None
     number = r"LS\w*?_(\d)E"  # of an enum that is named before it
     fixed = rf"10FixedFormsILNS_6FormatE(\d)E{3 * number}LNS_12ParamStorageE(\d)E"
-    forms = re.match(fixed, found[4])
+    forms = re.match(fixed, found[5])
     return KernelName(
-        *(found[1], THRESHOLD_PASSES[int(found[2])], STORAGES[int(found[3])]),
+        *(found[2], THRESHOLD_PASSES[int(found[3])], STORAGES[int(found[4])]),
         None if forms is None else forms_of(tuple(map(int, forms.groups()))),
+        found[1] is not None,
     )
 
 
 def kernel_label(kernel: KernelName) -> str:
     """In words, with what goes without saying left out."""
-    words = [kernel.functor, *(word for word in kernel[1:3] if word not in ("none", "plain", "any"))]
+    words = [kernel.rule, *(word for word in kernel[1:3] if word not in ("none", "plain", "any"))]
     if kernel.forms is not None:
         param, _, *others = kernel.forms
         words += [param, *(word for word in others if word not in ("fp32", "nearest"))]

@@ -1,7 +1,10 @@
 // What one block does with one chunk where steps are multiplied by a number of the tensor's: caution [CO],
 // `lr_scale="rms"`; and the norm of a corrected gradient [MA]. One text for every rule and form, chosen when it runs:
-// few steps are of this kind, and a kernel for each rule would double the module.
+// few steps are of this kind, and a kernel for each rule would double the module. Those that most are of have a kernel
+// for fixed forms too: its rule is `Scaled`.
 #pragma once
+
+#include <type_traits>
 
 #include "../core/rules.h"
 #include "forms.h"
@@ -14,6 +17,21 @@ namespace signadam {
 struct AnyRule : Traits {
   static constexpr int moments = 3;
 };
+
+// A rule whose steps are multiplied by a number of the tensor's. It stands in the place of a threshold.
+template <class Rule>
+struct Scaled : Rule {
+  using Unscaled = Rule;
+};
+
+template <class Rule>
+constexpr bool is_scaled = false;
+template <class Rule>
+constexpr bool is_scaled<Scaled<Rule>> = true;
+
+// What a lane adds up: of the two sums a rule that is scaled takes one.
+template <class Rule>
+using Lane = std::conditional_t<is_scaled<Rule>, double, Sums>;
 
 template <class Use>
 SIGNADAM_HD void with_rule(uint32_t rule, Use use) {
@@ -70,11 +88,13 @@ struct SliceOfAnyRule : StoredOperands {
   }
 };
 
-// What an entry adds to the sums of which the next number is made: of the parameter `p` before the step.
-SIGNADAM_HD Sums share_of_entry(const Scalars& s, float p, float step, float g) {
-  if (s.caution) return {agreement(step, g), 0.0};
-  return {0.0, static_cast<double>(p) * static_cast<double>(p)};
+// What an entry adds to the one sum of which the next number is made: of the parameter `p` before the step.
+SIGNADAM_HD double share_of_entry(const Scalars& s, float p, float step, float g) {
+  return s.caution ? agreement(step, g) : static_cast<double>(p) * static_cast<double>(p);
 }
+
+// That sum in its place beside the other, which is 0.
+SIGNADAM_HD Sums in_place(const Scalars& s, double sum) { return s.caution ? Sums{sum, 0.0} : Sums{0.0, sum}; }
 
 // The sums alone, of a step that is not taken yet.
 template <class Rule>
@@ -87,7 +107,7 @@ SIGNADAM_HD Sums share_before(const Scalars& s, float p, float g, float m, float
   }
   float step = 0.0f;
   Rule::update(s, s.alpha, step, g, m, v, x);
-  return share_of_entry(s, p, step, g);
+  return in_place(s, share_of_entry(s, p, step, g));
 }
 
 // One piece: summed, updated, or both. `lanes` are the thread's in the block's. Returns the bits of the largest
@@ -114,7 +134,7 @@ SIGNADAM_HD uint32_t run_piece_of_any_rule(const SliceOfAnyRule& stored, const S
       if constexpr (updates) {
         const float before = own.p[i];
         const float whole = apply_scaled<Rule>(s, scale, own.p[i], own.g[i], own.m[i], own.v[i], own.x[i]);
-        add_share(i, share_of_entry(s, before, whole, own.g[i]));
+        add_share(i, in_place(s, share_of_entry(s, before, whole, own.g[i])));
       } else {
         add_share(i, share_before<Rule>(s, own.p[i], own.g[i], own.m[i], own.v[i], own.x[i]));
       }

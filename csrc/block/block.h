@@ -77,6 +77,27 @@ SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece,
   }
 }
 
+// The same of a rule that is scaled, which updates and sums.
+template <class Rule, bool is_effective>
+SIGNADAM_HD void update_piece_scaled(const Scalars& s, float scale, const Piece& piece, float* p, const float* g,
+                                     float* m, float* v, float* x, double* lanes) {
+  const auto each = [&](Scalars own, bool caution) {
+    own.caution = caution;
+    SIGNADAM_UNROLL
+    for (int i = 0; i < piece_size; ++i) {
+      const float before = p[i], effective = is_effective ? g[i] : effective_gradient(s, p[i], g[i]);
+      const float step = apply_scaled<typename Rule::Unscaled>(own, scale, p[i], effective, m[i], v[i], x[i]);
+      const int k = i - piece.offset;
+      if (k >= 0 && k < piece.count) lanes[i] += share_of_entry(own, before, step, effective);
+    }
+  };
+  // One jump for the piece.
+  if (s.caution)
+    each(s, true);
+  else
+    each(s, false);
+}
+
 // All pieces of one thread. `lanes` are the thread's 8 lanes of the statistics.
 template <class Rule, ThresholdPass threshold_pass>
 SIGNADAM_HD void run_thread_plain(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes) {
@@ -168,7 +189,7 @@ struct StoredSlice : StoredOperands {
 
   // `keep_m(m, r)` stores the new m or keeps it for later, with the random bits for it.
   template <class KeepM>
-  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Sums* lanes, ChunkStatistics* own,
+  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Lane<Rule>* lanes, ChunkStatistics* own,
                           KeepM keep_m) const {
     // Random bits are drawn before the loads and the parameter is stored before m, but beside the sums later and after
     // it: an order in which 128 registers suffice on every architecture.
@@ -180,7 +201,7 @@ struct StoredSlice : StoredOperands {
 
   template <class KeepM>
   SIGNADAM_HD void update_loaded(const Scalars& s, float alpha, int index, const StoredRaw& raw, RandomHalves r,
-                                 Sums* lanes, ChunkStatistics* own, KeepM keep_m) const {
+                                 Lane<Rule>* lanes, ChunkStatistics* own, KeepM keep_m) const {
     const Piece piece = this->piece(index);
     float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size], x[piece_size];
     grad.unpack(raw.grad, g);
@@ -193,7 +214,10 @@ struct StoredSlice : StoredOperands {
     if constexpr (is_effective && !updates) scale_gradient(s, g);  // of full chunks, where decay is not coupled
     Observer<(moments > 0)> observer;
     if constexpr (observes) observer.before(threshold_seen<Rule>(s, alpha), piece, g, m, own);
-    update_piece<Rule, threshold_pass, is_effective>(s, alpha, piece, p, g, m, v, x, lanes);
+    if constexpr (is_scaled<Rule>)
+      update_piece_scaled<Rule, is_effective>(s, alpha, piece, p, g, m, v, x, lanes);
+    else
+      update_piece<Rule, threshold_pass, is_effective>(s, alpha, piece, p, g, m, v, x, lanes);
     if constexpr (observes) observer.after(piece, m, own);
     if constexpr (updates) {
       if constexpr (sums) r = rng_keys.at<kind>(piece);
@@ -207,7 +231,7 @@ struct StoredSlice : StoredOperands {
 };
 
 template <class Rule, ThresholdPass threshold_pass, Storage storage, ChunkKind kind>
-SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes,
+SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Lane<Rule>* lanes,
                                    ChunkStatistics* own) {
   using Stored = StoredSlice<Rule, threshold_pass, storage, kind>;
   const auto stored = Stored::of(slice, s);
@@ -270,7 +294,7 @@ SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalar
 }
 
 template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms, ChunkKind kind>
-SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Sums* lanes,
+SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Lane<Rule>* lanes,
                             ChunkStatistics* own) {
   if constexpr (storage == Storage::plain && !Forms::fixed)
     run_thread_plain<Rule, threshold_pass>(slice, s, alpha, thread, lanes);
@@ -318,12 +342,17 @@ template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms
 SIGNADAM_HD void sum_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* shares) {
   Sums* const lanes = block.lanes();
   block.each([&](int thread) {
-    Sums own[piece_size] = {};
+    Lane<Rule> own[piece_size] = {};
     ChunkStatistics statistics{};
     run_thread<Rule, threshold_pass, storage, Forms, kind>(slice, s, alpha, thread, own, &statistics);
     if constexpr (storage == Storage::with_statistics) shares[thread] = statistics;
     SIGNADAM_UNROLL
-    for (int i = 0; i < piece_size; ++i) lanes[place_of(lane_of(thread, i))] = own[i];
+    for (int i = 0; i < piece_size; ++i) {
+      if constexpr (is_scaled<Rule>)
+        lanes[place_of(lane_of(thread, i))] = in_place(s, own[i]);
+      else
+        lanes[place_of(lane_of(thread, i))] = own[i];
+    }
   });
 }
 
@@ -333,6 +362,13 @@ SIGNADAM_HD void run_chunk(Block& block, const Slice& slice, const Scalars& s, f
     update_chunk<Rule, storage, Forms, kind>(block, slice, s, alpha, shares);
   else
     sum_chunk<Rule, threshold_pass, storage, Forms, kind>(block, slice, s, alpha, shares);
+}
+
+// What a tensor has of its own in this step: its threshold, or what multiplies its steps.
+template <class Rule, ThresholdPass threshold_pass>
+SIGNADAM_HD float number_of_tensor(const TensorEntry& tensor, const Scalars& s) {
+  if constexpr (is_scaled<Rule>) return update_scale(*tensor.threshold_state, s);
+  return threshold_pass == ThresholdPass::pass_before ? 0.0f : threshold(tensor, s);
 }
 
 template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms, class Block>
@@ -345,7 +381,7 @@ SIGNADAM_HD void run_block_of_rule(Block& block, const TableView& table, const S
   // Where they lie, scalars are read again after every store; in registers there is room for them in a kernel for fixed
   // forms only.
   std::conditional_t<Forms::fixed, const Scalars, const Scalars&> s = kept;
-  const float alpha = threshold_pass == ThresholdPass::pass_before ? 0.0f : threshold(slice.tensor, s);
+  const float alpha = number_of_tensor<Rule, threshold_pass>(slice.tensor, s);
 
   ChunkStatistics* shares = nullptr;
   if constexpr (storage == Storage::with_statistics) shares = block.chunk_statistics();
@@ -372,7 +408,8 @@ SIGNADAM_HD void run_block_of_rule(Block& block, const TableView& table, const S
     const TensorEntry& tensor = table.tensors[index];
     if (block.arrives_last(table.arrivals + index, static_cast<uint32_t>(chunks_of(tensor.numel))))
       finish_statistics(block, table, tensor, [&](double state, const Sums& sums) {
-        return next_threshold_state(state, sums, tensor.numel, kept);
+        return is_scaled<Rule> ? next_scale(state, sums, tensor.numel, kept)
+                               : next_threshold_state(state, sums, tensor.numel, kept);
       });
   }
 }

@@ -91,3 +91,11 @@
   X(SignAdamPP, none, with_statistics, bf16, int2, fp32, stochastic) \
   X(SignSGD, none, with_statistics, fp32, fp32, fp32, nearest)       \
   X(Adam, none, with_statistics, fp32, fp32, fp32, nearest)
+
+// With steps that a number of the tensor's multiplies, by what the last step left.
+#define SIGNADAM_FIXED_SCALED(X)                             \
+  X(Signum, same_pass, plain, fp32, fp32, fp32, nearest)     \
+  X(Signum, same_pass, any, bf16, bf16, fp32, stochastic)    \
+  X(SignAdamPP, same_pass, plain, fp32, fp32, fp32, nearest) \
+  X(Lion, same_pass, plain, fp32, fp32, fp32, nearest)       \
+  X(Adam, same_pass, plain, fp32, fp32, fp32, nearest)

@@ -51,19 +51,20 @@ Kernel kernel_of(RuleIndex rule, ThresholdPass threshold_pass, Storage storage) 
 
 template <class Use>
 void each_fixed(Use use) {
-  for (const auto* unit : {&fixed_plain(), &fixed_stored(), &fixed_two_moments(), &fixed_thresholds()})
+  for (const auto* unit : {&fixed_plain(), &fixed_stored(), &fixed_two_moments(), &fixed_thresholds(), &fixed_scaled()})
     for (const FixedKernel& fixed : *unit) use(fixed);
 }
 
 // The kernel for just these forms where there is one, otherwise the general one.
 Kernel kernel_of(const KernelChoice& choice) {
-  if (choice.scaling != Scaling::none) return kernel_for_any_rule(choice.threshold_pass, choice.storage);
-  Kernel found = kernel_of(choice.rule, choice.threshold_pass, choice.storage);
+  Kernel found = choice.scaling == Scaling::none ? kernel_of(choice.rule, choice.threshold_pass, choice.storage)
+                                                 : kernel_for_any_rule(choice.threshold_pass, choice.storage);
   if (choice.formats == nullptr) return found;
   const bool before = choice.threshold_pass == ThresholdPass::pass_before;
   const Formats formats = before ? read_before(*choice.formats) : *choice.formats;
   each_fixed([&](const FixedKernel& fixed) {
-    if (fixed.threshold_pass != choice.threshold_pass || !(fixed.formats == formats)) return;
+    if (fixed.threshold_pass != choice.threshold_pass || fixed.scaling != choice.scaling) return;
+    if (!(fixed.formats == formats)) return;
     if (before || (fixed.rule == choice.rule && fixed.storage == choice.storage)) found = fixed.kernel;
   });
   return found;

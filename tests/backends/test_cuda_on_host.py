@@ -682,11 +682,13 @@ def fixed_case(kernel: KernelName) -> Case:
 def test_kernels_for_fixed_forms(fixed_library: ctypes.CDLL, kernel: KernelName) -> None:
     """Each full chunk, wherever its gradient lies, and what is left, as the reference and the CPU backend have it."""
     name = next(name for name, rule in FUNCTORS.items() if rule.struct == kernel.functor)
-    launched = fixed_library.fixed_launches_so_far()
     case = fixed_case(kernel)
-    check(fixed_library, name, kernel.threshold_pass.upper(), case, kernel.storage == "with_statistics")
     launches = 2 if kernel.threshold_pass == "pass_before" else 1
-    assert fixed_library.fixed_launches_so_far() - launched == launches * case.steps
+    for update_scale in ("caution", "rms") if kernel.is_scaled else (None,):
+        launched = fixed_library.fixed_launches_so_far()
+        observes = kernel.storage == "with_statistics"
+        check(fixed_library, name, kernel.threshold_pass.upper(), case, observes, update_scale)
+        assert fixed_library.fixed_launches_so_far() - launched == launches * case.steps
 
 
 def test_deviation_of_many_chunks(library: ctypes.CDLL) -> None:

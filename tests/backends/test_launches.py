@@ -142,11 +142,12 @@ def test_cuda_launches(library: ctypes.CDLL) -> None:
     launches = list(all_cuda(library))
     for launch in launches:
         assert (launch.grid, launch.threads, launch.dynamic_shared) == (1, 256, 0)
-        assert launch.kernel.functor in ("SignAdamPP", ANY_RULE) or launch.kernel.threshold_pass == "none"
+        sums = launch.kernel.functor in ("SignAdamPP", ANY_RULE) or launch.kernel.is_scaled
+        assert sums or launch.kernel.threshold_pass == "none"
     kernels = {launch.kernel for launch in launches}
     assert {kernel.functor for kernel in kernels} == {rule.struct for rule in FUNCTORS.values()} | {ANY_RULE}
     assert {kernel for kernel in kernels if kernel.functor == ANY_RULE} == set(ANY_RULE_KERNELS)
-    gated = {kernel[1:3] for kernel in kernels if kernel.functor == "SignAdamPP"}
+    gated = {kernel[1:3] for kernel in kernels if kernel.functor == "SignAdamPP" and not kernel.is_scaled}
     every = {(threshold_pass, storage) for threshold_pass in THRESHOLD_PASSES for storage in STORAGES}
     assert gated == every - {("pass_before", "with_statistics")}
 
@@ -166,9 +167,11 @@ def test_two_launches_where_the_threshold_comes_first(library: ctypes.CDLL) -> N
 
 @pytest.mark.thorough
 def test_kernels_for_any_rule_are_taken(library: ctypes.CDLL) -> None:
-    """Where steps are scaled; of a corrected gradient only the norm, which is a threshold to the rule's own kernel."""
+    """Where steps are scaled, unless these forms have a kernel; of a corrected gradient only the norm, which is a
+    threshold to the rule's own kernel."""
     for name, made in {
-        "lion-fp32-delayed": [(ANY_RULE, "same_pass", "any")],
+        "lion-fp32-delayed": [("Lion", "same_pass", "plain")],
+        "sign_sgd-gated-fp32-rms": [(ANY_RULE, "same_pass", "any")],
         "adam-fp32-exact": [(ANY_RULE, "pass_before", "any"), (ANY_RULE, "same_pass", "any")],
         "signum-bf16-delayed-stochastic-int8-observed": [(ANY_RULE, "same_pass", "with_statistics")],
         "mars_adamw-clipped-bf16-stochastic-int8-observed": [

@@ -267,7 +267,7 @@ def test_kernels_for_fixed_forms(architecture: str, name: KernelName) -> None:
     assert kernel.of("FADD2?") and kernel.of("FMUL2?")
     if name.threshold_pass == "none" and not rule.divides:
         assert not fused and not kernel.of("DFMA") and not kernel.of("MUFU")
-    elif name.threshold_pass != "none":
+    elif not rule.divides:
         assert all(x.operands[1] == "RZ" for x in fused), fused
 
 

@@ -12,10 +12,13 @@
 #define SIGNADAM_FIXED_TWO_MOMENTS(X)
 #undef SIGNADAM_FIXED_THRESHOLDS
 #define SIGNADAM_FIXED_THRESHOLDS(X)
+#undef SIGNADAM_FIXED_SCALED
+#define SIGNADAM_FIXED_SCALED(X)
 #endif
 #include "../../csrc/cuda/any_rule.cu"
 #include "../../csrc/cuda/device_step.cu"
 #include "../../csrc/cuda/fixed_plain.cu"
+#include "../../csrc/cuda/fixed_scaled.cu"
 #include "../../csrc/cuda/fixed_stored.cu"
 #include "../../csrc/cuda/fixed_thresholds.cu"
 #include "../../csrc/cuda/fixed_two_moments.cu"
@@ -35,6 +38,7 @@ struct Known {
   Storage storage;
   const Formats* formats;
   std::size_t parameter_bytes;
+  bool is_scaled;  // of one for fixed forms
 };
 
 bool find(const void* function, Known& known) {
@@ -42,7 +46,12 @@ bool find(const void* function, Known& known) {
   each_fixed([&](const FixedKernel& fixed) {
     if (fixed.kernel.function != function) return;
     found = true;
-    known = {fixed.rule, fixed.threshold_pass, fixed.storage, &fixed.formats, step_begins + fixed.kernel.inline_bytes};
+    known = {fixed.rule,
+             fixed.threshold_pass,
+             fixed.storage,
+             &fixed.formats,
+             step_begins + fixed.kernel.inline_bytes,
+             fixed.scaling != Scaling::none};
   });
   // The gated rule before the others, which share its first pass.
   std::vector<int> rules{rule_SignAdamPP};
@@ -53,7 +62,7 @@ bool find(const void* function, Known& known) {
         const Kernel kernel = kernel_of(static_cast<RuleIndex>(rule), which, storage);
         if (found || kernel.function != function) continue;
         found = true;
-        known = {static_cast<RuleIndex>(rule), which, storage, nullptr, step_begins + kernel.inline_bytes};
+        known = {static_cast<RuleIndex>(rule), which, storage, nullptr, step_begins + kernel.inline_bytes, false};
       }
   // A kernel for any rule is known as that of none.
   for (const auto which : {ThresholdPass::same_pass, ThresholdPass::pass_before})
@@ -61,7 +70,7 @@ bool find(const void* function, Known& known) {
       const Kernel kernel = kernel_for_any_rule(which, storage);
       if (found || kernel.function != function) continue;
       found = true;
-      known = {rule_count, which, storage, nullptr, step_begins + kernel.inline_bytes};
+      known = {rule_count, which, storage, nullptr, step_begins + kernel.inline_bytes, false};
     }
   return found;
 }
@@ -250,13 +259,13 @@ int launched_begin(int index, int64_t* facts) {
 int64_t step_at() { return step_begins; }
 
 // Of a launch: its kernel as rule, threshold pass and storage, blocks, threads, bytes of dynamic shared memory and of
-// parameters, whether the kernel is one for fixed forms, and these: of parameter, gradient, the moments, and the
-// parameter's storage. Returns 1 where it is no kernel of the project.
+// parameters, whether the kernel is one for fixed forms, whether it is scaled, and these forms: of parameter, gradient,
+// the moments, and the parameter's storage. Returns 1 where it is no kernel of the project.
 int launched_kernel(int index, int64_t* facts) {
   const FakeLaunch& launched = fake.launches[static_cast<std::size_t>(index)];
   Known known{};
   if (!find(launched.function, known)) return 1;
-  std::fill_n(facts, 13, -1);
+  std::fill_n(facts, 14, -1);
   facts[0] = known.rule;
   facts[1] = static_cast<int64_t>(known.threshold_pass);
   facts[2] = static_cast<int64_t>(known.storage);
@@ -265,12 +274,13 @@ int launched_kernel(int index, int64_t* facts) {
   facts[5] = static_cast<int64_t>(launched.dynamic_shared);
   facts[6] = static_cast<int64_t>(launched.parameters.size());
   facts[7] = known.formats != nullptr;
+  facts[8] = known.is_scaled;
   if (known.formats == nullptr) return 0;
-  facts[8] = static_cast<int64_t>(known.formats->param);
-  facts[9] = static_cast<int64_t>(known.formats->grad);
-  facts[10] = static_cast<int64_t>(known.formats->exp_avg);
-  facts[11] = static_cast<int64_t>(known.formats->exp_avg_sq);
-  facts[12] = static_cast<int64_t>(known.formats->param_storage);
+  facts[9] = static_cast<int64_t>(known.formats->param);
+  facts[10] = static_cast<int64_t>(known.formats->grad);
+  facts[11] = static_cast<int64_t>(known.formats->exp_avg);
+  facts[12] = static_cast<int64_t>(known.formats->exp_avg_sq);
+  facts[13] = static_cast<int64_t>(known.formats->param_storage);
   return 0;
 }
 const unsigned char* launched_parameters(int index) {

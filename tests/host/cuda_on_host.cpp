@@ -48,6 +48,7 @@ Launch launch_of(int rule, ThresholdPass threshold_pass) {
 // With SIGNADAM_FIXED there are the kernels for fixed forms and no others.
 #if !defined(SIGNADAM_FIXED)
 #define SIGNADAM_HOST_FIXED(X)
+#define SIGNADAM_HOST_SCALED(X)
 #elif defined(SIGNADAM_QUICK)
 #define SIGNADAM_HOST_FIXED(X)                                    \
   X(SignSGD, none, plain, fp16, fp32, fp32, nearest)              \
@@ -59,9 +60,13 @@ Launch launch_of(int rule, ThresholdPass threshold_pass) {
   X(SignAdamPP, none, with_statistics, bf16, fp32, fp32, nearest) \
   X(Signum, none, any, bf16, block8, fp32, stochastic)            \
   X(SignAdam, none, any, bf16, bf16, bf16, stochastic)
+#define SIGNADAM_HOST_SCALED(X)                          \
+  X(Signum, same_pass, plain, fp32, fp32, fp32, nearest) \
+  X(Signum, same_pass, any, bf16, bf16, fp32, stochastic)
 #else
 #define SIGNADAM_HOST_FIXED(X) \
   SIGNADAM_FIXED_PLAIN(X) SIGNADAM_FIXED_STORED(X) SIGNADAM_FIXED_TWO_MOMENTS(X) SIGNADAM_FIXED_THRESHOLDS(X)
+#define SIGNADAM_HOST_SCALED(X) SIGNADAM_FIXED_SCALED(X)
 #endif
 
 struct FixedLaunch {
@@ -69,29 +74,37 @@ struct FixedLaunch {
   ThresholdPass threshold_pass;
   Storage storage;
   Formats formats;
+  Scaling scaling;
   Launch function;
 };
 
 const std::vector<FixedLaunch> fixed_launches = {
-#define SIGNADAM_ADD(Rule, threshold_pass, storage, param, exp_avg, exp_avg_sq, param_storage)                     \
-  {rule_##Rule,                                                                                                    \
-   ThresholdPass::threshold_pass,                                                                                  \
-   Storage::storage,                                                                                               \
-   {Format::param, Format::param, Format::exp_avg, Format::exp_avg_sq, Format::fp32, ParamStorage::param_storage}, \
-   launch<                                                                                                         \
-       Rule, ThresholdPass::threshold_pass, Storage::storage,                                                      \
+#define SIGNADAM_ADD_OF(Functor, scaling, Rule, threshold_pass, storage, param, exp_avg, exp_avg_sq, param_storage) \
+  {rule_##Rule,                                                                                                     \
+   ThresholdPass::threshold_pass,                                                                                   \
+   Storage::storage,                                                                                                \
+   {Format::param, Format::param, Format::exp_avg, Format::exp_avg_sq, Format::fp32, ParamStorage::param_storage},  \
+   Scaling::scaling,                                                                                                \
+   launch<                                                                                                          \
+       Functor, ThresholdPass::threshold_pass, Storage::storage,                                                    \
        FixedForms<Format::param, Format::param, Format::exp_avg, Format::exp_avg_sq, ParamStorage::param_storage>>},
-    SIGNADAM_HOST_FIXED(SIGNADAM_ADD)
+#define SIGNADAM_ADD(Rule, ...) SIGNADAM_ADD_OF(Rule, none, Rule, __VA_ARGS__)
+#define SIGNADAM_ADD_SCALED(Rule, ...) SIGNADAM_ADD_OF(Scaled<Rule>, steps, Rule, __VA_ARGS__)
+    SIGNADAM_HOST_FIXED(SIGNADAM_ADD) SIGNADAM_HOST_SCALED(SIGNADAM_ADD_SCALED)
+#undef SIGNADAM_ADD_SCALED
 #undef SIGNADAM_ADD
+#undef SIGNADAM_ADD_OF
 };
 
 int64_t fixed_count = 0;
 
 // As kernel_of in csrc/cuda/step.cu.
-Launch fixed_launch_of(int rule, ThresholdPass threshold_pass, Storage storage, const Formats& formats) {
+Launch fixed_launch_of(int rule, ThresholdPass threshold_pass, Storage storage, const Formats& formats,
+                       Scaling scaling) {
   const bool before = threshold_pass == ThresholdPass::pass_before;
   for (const FixedLaunch& fixed : fixed_launches)
-    if (fixed.threshold_pass == threshold_pass && fixed.formats == (before ? read_before(formats) : formats) &&
+    if (fixed.threshold_pass == threshold_pass && fixed.scaling == scaling &&
+        fixed.formats == (before ? read_before(formats) : formats) &&
         (before || (fixed.rule == rule && fixed.storage == storage)))
       return fixed.function;
   return nullptr;
@@ -138,13 +151,13 @@ int cuda_on_host(int rule, int statistics_index, int scaling_index, int64_t tens
   const auto run = [&](ThresholdPass which) {
     const Storage own = plain ? Storage::plain : Storage::any;
     const Storage storage = observes && which != ThresholdPass::pass_before ? Storage::with_statistics : own;
-    const bool scaled = scaling_of(which, scaling) != Scaling::none;
+    const Scaling own_scaling = scaling_of(which, scaling);
     if (which == ThresholdPass::none) table.sums = nullptr;
-    Launch function = alike && !scaled ? fixed_launch_of(rule, which, storage, entries->formats) : nullptr;
-    if (scaled)
-      function = scaled_launch_of(which, storage == Storage::with_statistics);
-    else if (function != nullptr)
+    Launch function = alike ? fixed_launch_of(rule, which, storage, entries->formats, own_scaling) : nullptr;
+    if (function != nullptr)
       ++fixed_count;
+    else if (own_scaling != Scaling::none)
+      function = scaled_launch_of(which, storage == Storage::with_statistics);
     else
       function = storage == Storage::with_statistics ? nullptr
                  : plain                             ? launch_of<Storage::plain>(rule, which)

@@ -142,10 +142,12 @@ def _cases() -> Iterator[Case]:
     # Steps that are scaled by a number of each tensor's.
     for row, how in (
         ("lion", {"caution": "delayed"}),
+        ("signum", {"caution": "delayed"}),
         ("adam", {"caution": "exact"}),
         ("sign_sgd-gated", {"lr_scale": "rms"}),
     ):
         yield case(row, **how)
+    yield case("signum", bf16, caution="delayed", param_storage="stochastic", state_dtype="bf16")
     yield case("signum", bf16, caution="exact", param_storage="stochastic", state_dtype="int8")
     yield case("sign_adam_pp", bf16, caution="delayed", param_storage="split8", state_dtype="int2")
     yield case("adam_amsgrad", bf16, lr_scale="rms", param_storage="master", state_dtype="bf16")
@@ -649,11 +651,11 @@ def cuda_launches(
         own = room.raw
     functors = [*(FUNCTORS[name].struct for name in _C.RULES), ANY_RULE]
     for index in range(library.launches()):
-        facts = (ctypes.c_int64 * 13)()
+        facts = (ctypes.c_int64 * 14)()
         assert library.launched_kernel(index, facts) == 0
-        functor, which, storage, grid, threads, dynamic_shared, parameter_bytes, is_fixed, *numbers = facts
+        functor, which, storage, grid, threads, dynamic_shared, parameter_bytes, is_fixed, is_scaled, *numbers = facts
         forms = forms_of(tuple(numbers)) if is_fixed else None
-        kernel = KernelName(functors[functor], THRESHOLD_PASSES[which], STORAGES[storage], forms)
+        kernel = KernelName(functors[functor], THRESHOLD_PASSES[which], STORAGES[storage], forms, bool(is_scaled))
         parameters = ctypes.string_at(library.launched_parameters(index), parameter_bytes)
         assert parameters[library.step_at() :].startswith(own), "the module writes other step data"
         yield CudaLaunch(kernel, grid, threads, dynamic_shared, parameters, keep)

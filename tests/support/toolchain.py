@@ -302,16 +302,18 @@ def fixed_kernels() -> list[KernelName]:
 
 def _listed_kernels(text: str) -> list[KernelName]:
     found = []
-    for words in re.findall(r"X\((\w+(?:, \w+){6})\)", re.sub(r"//.*", "", text)):
-        functor, threshold_pass, storage, dtype, *others = words.split(", ")
-        found.append(KernelName(functor, threshold_pass, storage, Forms(dtype, dtype, *others)))
+    for name, rows in re.findall(r"#define (\w+)\(X\)((?:.*\\\n)+.*)", re.sub(r"//.*", "", text)):
+        for words in re.findall(r"X\((\w+(?:, \w+){6})\)", rows):
+            functor, threshold_pass, storage, dtype, *others = words.split(", ")
+            forms = Forms(dtype, dtype, *others)
+            found.append(KernelName(functor, threshold_pass, storage, forms, name.endswith("_SCALED")))
     return found
 
 
 def quick_fixed_kernels() -> list[KernelName]:
     """Those that tests/host/cuda_on_host.cpp has when it is built with ``QUICK``."""
     text = (HOST / "cuda_on_host.cpp").read_text(encoding="utf-8")
-    return _listed_kernels(text[text.index("SIGNADAM_HOST_FIXED(X)") :].partition("#else")[0])
+    return _listed_kernels(text[text.index("#elif defined(SIGNADAM_QUICK)") :].partition("#else")[0])
 
 
 def quick_rules() -> set[str]:
