@@ -49,6 +49,9 @@ SHOWN = (
     "sign_adam_pp-delayed-fp32",
     "sign_adam_pp-adaptive-fp32",
     "sign_adam_pp-fp32-observed",
+    "signum-fp32-delayed",
+    "signum-bf16-delayed-stochastic-bf16",
+    "lion-fp32-delayed",
 )
 
 
@@ -65,6 +68,7 @@ class Executed:
         self.emulator = importlib.import_module("sass.emulator")
         self.timing = importlib.import_module("sass.timing")
         self.launches = importlib.import_module("support.launches")
+        importlib.import_module("support.sm_90").teach(self.emulator)
         self.folder = folder
 
     def rows(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import sm_90
 from support.launches import (
     ANY_RULE,
     ANY_RULE_KERNELS,
@@ -297,7 +298,11 @@ def emulator() -> Iterator[Any]:
         pytest.skip("no emulator of sm_90: SIGNADAM_EMULATOR names the folder of a package sass that has one")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        yield importlib.import_module("sass.emulator")
+        found = importlib.import_module("sass.emulator")
+        sm_90.teach(found)
+        if TARGET in BUILT["cuda_architectures"].split("+"):
+            sm_90.teach_switches(found, listing("-arch", TARGET, "-elf", _C.__file__))
+        yield found
 
 
 @pytest.fixture(scope="module")

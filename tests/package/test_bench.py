@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import sm_90
 
 pytest.importorskip("matplotlib")
 
@@ -161,14 +162,13 @@ def test_the_emulator_learns_where_the_cases_of_a_switch_begin() -> None:
         ".section .rela.nv.constant2._Zfirst\tRELA\n\n.nv.shared._Zfirst\n0x00000001\n"
         ".nv.constant2._Zsecond\n0x00000010\n"
     )
-    tables = cuda_instructions.jump_tables(listing)
-    assert tables == {"_Zfirst": [0xF40, 0xF60, 0x2D60], "_Zsecond": [0x10]}
+    assert sm_90.jump_tables(listing) == {"_Zfirst": [0xF40, 0xF60, 0x2D60], "_Zsecond": [0x10]}
 
     known: dict[str, Any] = {"LDC": ("memory", lambda d: "as before")}
     emulator = SimpleNamespace(
         OPERATIONS=known, operation=lambda kind, name: lambda decode: known.update({name: (kind, decode)})
     )
-    cuda_instructions.teach_switches(emulator, tables)
+    sm_90.teach_switches(emulator, listing)
     thread = SimpleNamespace(R=[4, 0xF60])
 
     def decoded(name: str, *operands: str) -> Any:
