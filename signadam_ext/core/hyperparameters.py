@@ -157,7 +157,9 @@ def check_beta_names(optimizer: type[Declaring], given: Mapping[str, Any], *, fo
         value = given[name]
         if count == 1 and folded and isinstance(value, (tuple, list)) and len(value) == 1:
             continue
-        raise TypeError(f"{name}={checks.shown(value)}: {how_betas_are_given(check)}")
+        alone = count == 0 and "beta2" in optimizer.HYPERPARAMETERS
+        right = "this rule has one, beta2=..." if alone else how_betas_are_given(check)
+        raise TypeError(f"{name}={checks.shown(value)}: {right}")
 
 
 def kept(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -397,13 +397,17 @@ def test_options_that_ask_nothing_of_a_function():
         functional.sign_sgd([p], [torch.ones(3)], lr=0.5, differentiable=True)
 
 
+def _without_betas(arguments):
+    return r"this rule has one, beta2=\.\.\." if "beta2" in arguments else "this rule has none"
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_beta_and_betas(cls):
     """Whoever gives the one to a rule that has the other is told which, before anything is made of it."""
     arguments = inspect.signature(cls).parameters
     wrong = {"beta": 0.9, "betas": (0.9, 0.99)}
     rights = [name for name in wrong if name in arguments]
-    message = f"this rule has .*{rights[0]}=" if rights else "this rule has none"
+    message = f"this rule has .*{rights[0]}=" if rights else _without_betas(arguments)
     for name in wrong.keys() - set(rights):
         with pytest.raises(TypeError, match=message):
             cls(parameters(), **{name: wrong[name]})
@@ -419,7 +423,8 @@ def test_beta_and_betas(cls):
 def test_beta_and_betas_of_functions(name):
     function = getattr(functional, name)
     rights = [beta for beta in ("beta", "betas") if beta in inspect.signature(function).parameters]
-    message = f"this rule has .*{rights[0]}=" if rights else "this rule has none"
+    arguments = inspect.signature(function).parameters
+    message = f"this rule has .*{rights[0]}=" if rights else _without_betas(arguments)
     parameters = list(inspect.signature(function).parameters.values())[2:]
     lists: dict[str, object] = {each.name: [] for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD}
     if "averaging" in inspect.signature(function).parameters:
