@@ -52,8 +52,8 @@ def table(folder: Path = INSTRUCTIONS) -> str:
         "Predicted, not measured on a GPU: instructions an element on the main path, from the machine code for sm_90, "
         "executed by an emulator (in brackets registers of a thread and blocks a multiprocessor; the parameters and "
         "the state that it leaves are those of the CPU backend). Where one backend has at least "
-        f'{AHEAD - 1:.0%} fewer it is named. `backend="auto"` prefers `cuda` for every form, until a GPU has '
-        f"confirmed that another is faster.\n\n{present.markdown(header, lines)}"
+        f'{AHEAD - 1:.0%} fewer it is named. `backend="auto"` prefers `cuda`, and `triton` for scaled steps '
+        f"(caution), until a GPU has confirmed that another is faster.\n\n{present.markdown(header, lines)}"
     )
 
 

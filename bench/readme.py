@@ -91,6 +91,25 @@ def quality() -> str:
     return present.markdown(["lower is better", "Adam(W)", "SignAdamPP", "2-bit momentum, bf16"], lines)
 
 
+def recipe() -> str:
+    """What the proof found of its best rule against AdamW, and what becomes of it in fewer bits and elsewhere."""
+    report = json.loads((EXPERIMENTS / "recipe" / "stage2.json").read_text())
+    lines = []
+    for part in report["parts"].values():
+        for key, entry in part["contenders"].items():
+            if key.partition("@")[0] != report["best"] or "minus_adamw" not in entry:
+                continue
+            size = f"{part['parameters'] / 1e6:.2f}M, {part['steps']:,} steps, {entry['minus_adamw']['n']} seeds"
+            lines.append(
+                [
+                    f"{part['title']}: {entry['label']}; {size}",
+                    f"{entry['state_bytes_per_parameter']:.2f}",
+                    present.between(entry["minus_adamw"], form="+.3f"),
+                ]
+            )
+    return present.markdown(["validation loss beside AdamW's, paired by seed", "state B", "minus AdamW"], lines)
+
+
 def memory() -> str:
     """Bytes per parameter of what one would choose between, with bf16 parameters."""
     rows = {

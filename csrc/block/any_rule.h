@@ -1,13 +1,11 @@
 // What one block does with one chunk where steps are multiplied by a number of the tensor's: caution [CO],
-// `lr_scale="rms"`; and the norm of a corrected gradient [MA]. One text for every rule and form, chosen when it runs:
-// few steps are of this kind, and a kernel for each rule would double the module. Those that most are of have a kernel
-// for fixed forms too: its rule is `Scaled`.
+// `lr_scale="rms"`; and the norm of a corrected gradient [MA]. One text for every rule and form, chosen when it runs: a
+// kernel for each rule would double the module. A few rules and forms have one, see scaled.h.
 #pragma once
-
-#include <type_traits>
 
 #include "../core/rules.h"
 #include "forms.h"
+#include "scaled.h"
 #include "stored.h"
 #include "sums.h"
 
@@ -17,21 +15,6 @@ namespace signadam {
 struct AnyRule : Traits {
   static constexpr int moments = 3;
 };
-
-// A rule whose steps are multiplied by a number of the tensor's. It stands in the place of a threshold.
-template <class Rule>
-struct Scaled : Rule {
-  using Unscaled = Rule;
-};
-
-template <class Rule>
-constexpr bool is_scaled = false;
-template <class Rule>
-constexpr bool is_scaled<Scaled<Rule>> = true;
-
-// What a lane adds up: of the two sums a rule that is scaled takes one.
-template <class Rule>
-using Lane = std::conditional_t<is_scaled<Rule>, double, Sums>;
 
 template <class Use>
 SIGNADAM_HD void with_rule(uint32_t rule, Use use) {
@@ -88,14 +71,6 @@ struct SliceOfAnyRule : StoredOperands {
   }
 };
 
-// What an entry adds to the one sum of which the next number is made: of the parameter `p` before the step.
-SIGNADAM_HD double share_of_entry(const Scalars& s, float p, float step, float g) {
-  return s.caution ? agreement(step, g) : static_cast<double>(p) * static_cast<double>(p);
-}
-
-// That sum in its place beside the other, which is 0.
-SIGNADAM_HD Sums in_place(const Scalars& s, double sum) { return s.caution ? Sums{sum, 0.0} : Sums{0.0, sum}; }
-
 // The sums alone, of a step that is not taken yet.
 template <class Rule>
 SIGNADAM_HD Sums share_before(const Scalars& s, float p, float g, float m, float v, float x) {
@@ -107,7 +82,7 @@ SIGNADAM_HD Sums share_before(const Scalars& s, float p, float g, float m, float
   }
   float step = 0.0f;
   Rule::update(s, s.alpha, step, g, m, v, x);
-  return in_place(s, share_of_entry(s, p, step, g));
+  return as_sums(s, share_of_entry(s, p, step, g));
 }
 
 // One piece: summed, updated, or both. `lanes` are the thread's in the block's. Returns the bits of the largest
@@ -134,7 +109,7 @@ SIGNADAM_HD uint32_t run_piece_of_any_rule(const SliceOfAnyRule& stored, const S
       if constexpr (updates) {
         const float before = own.p[i];
         const float whole = apply_scaled<Rule>(s, scale, own.p[i], own.g[i], own.m[i], own.v[i], own.x[i]);
-        add_share(i, in_place(s, share_of_entry(s, before, whole, own.g[i])));
+        add_share(i, as_sums(s, share_of_entry(s, before, whole, own.g[i])));
       } else {
         add_share(i, share_before<Rule>(s, own.p[i], own.g[i], own.m[i], own.v[i], own.x[i]));
       }

@@ -8,6 +8,7 @@
 #include "any_rule.h"
 #include "forms.h"
 #include "operand.h"
+#include "scaled.h"
 #include "stored.h"
 #include "sums.h"
 
@@ -77,7 +78,7 @@ SIGNADAM_HD void update_piece(const Scalars& s, float alpha, const Piece& piece,
   }
 }
 
-// The same of a rule that is scaled, which updates and sums.
+// The same of a rule that is scaled, which updates and sums. What is summed is asked once, not for each element.
 template <class Rule, bool is_effective>
 SIGNADAM_HD void update_piece_scaled(const Scalars& s, float scale, const Piece& piece, float* p, const float* g,
                                      float* m, float* v, float* x, double* lanes) {
@@ -91,7 +92,6 @@ SIGNADAM_HD void update_piece_scaled(const Scalars& s, float scale, const Piece&
       if (k >= 0 && k < piece.count) lanes[i] += share_of_entry(own, before, step, effective);
     }
   };
-  // One jump for the piece.
   if (s.caution)
     each(s, true);
   else
@@ -189,7 +189,7 @@ struct StoredSlice : StoredOperands {
 
   // `keep_m(m, r)` stores the new m or keeps it for later, with the random bits for it.
   template <class KeepM>
-  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, Lane<Rule>* lanes, ChunkStatistics* own,
+  SIGNADAM_HD void update(const Scalars& s, float alpha, int index, LaneSum<Rule>* lanes, ChunkStatistics* own,
                           KeepM keep_m) const {
     // Random bits are drawn before the loads and the parameter is stored before m, but beside the sums later and after
     // it: an order in which 128 registers suffice on every architecture.
@@ -201,7 +201,7 @@ struct StoredSlice : StoredOperands {
 
   template <class KeepM>
   SIGNADAM_HD void update_loaded(const Scalars& s, float alpha, int index, const StoredRaw& raw, RandomHalves r,
-                                 Lane<Rule>* lanes, ChunkStatistics* own, KeepM keep_m) const {
+                                 LaneSum<Rule>* lanes, ChunkStatistics* own, KeepM keep_m) const {
     const Piece piece = this->piece(index);
     float p[piece_size] = {}, g[piece_size], m[piece_size], v[piece_size], x[piece_size];
     grad.unpack(raw.grad, g);
@@ -231,7 +231,7 @@ struct StoredSlice : StoredOperands {
 };
 
 template <class Rule, ThresholdPass threshold_pass, Storage storage, ChunkKind kind>
-SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, Lane<Rule>* lanes,
+SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float alpha, int thread, LaneSum<Rule>* lanes,
                                    ChunkStatistics* own) {
   using Stored = StoredSlice<Rule, threshold_pass, storage, kind>;
   const auto stored = Stored::of(slice, s);
@@ -269,8 +269,8 @@ SIGNADAM_HD void run_thread_stored(const Slice& slice, const Scalars& s, float a
 
 // Block-scaled moments: four neighbouring threads have the pieces of one exponent.
 template <class Rule, Storage storage, ChunkKind kind, class Block>
-SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalars& s, float alpha,
-                                  ChunkStatistics* shares) {
+SIGNADAM_HD void run_block_of_codes(Block& block, const Slice& slice, const Scalars& s, float alpha,
+                                    ChunkStatistics* shares) {
   const auto stored = StoredSlice<Rule, ThresholdPass::none, storage, kind>::of(slice, s);
   const int pieces = kind == ChunkKind::any ? pieces_of(slice.count, 0) : static_cast<int>(chunk_size) / piece_size;
   if constexpr (storage == Storage::with_statistics)
@@ -294,7 +294,7 @@ SIGNADAM_HD void run_block_scaled(Block& block, const Slice& slice, const Scalar
 }
 
 template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms, ChunkKind kind>
-SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, Lane<Rule>* lanes,
+SIGNADAM_HD void run_thread(const Slice& slice, const Scalars& s, float alpha, int thread, LaneSum<Rule>* lanes,
                             ChunkStatistics* own) {
   if constexpr (storage == Storage::plain && !Forms::fixed)
     run_thread_plain<Rule, threshold_pass>(slice, s, alpha, thread, lanes);
@@ -329,7 +329,7 @@ SIGNADAM_HD void update_chunk(Block& block, const Slice& slice, const Scalars& s
                               ChunkStatistics* shares) {
   if constexpr (storage != Storage::plain && has_blocks<Rule>)
     if (slice.tensor.formats.exp_avg == Format::block8)
-      return run_block_scaled<Rule, storage, kind>(block, slice, s, alpha, shares);
+      return run_block_of_codes<Rule, storage, kind>(block, slice, s, alpha, shares);
   block.each([&](int thread) {
     ChunkStatistics own{};
     run_thread<Rule, ThresholdPass::none, storage, Forms, kind>(slice, s, alpha, thread, nullptr, &own);
@@ -342,14 +342,14 @@ template <class Rule, ThresholdPass threshold_pass, Storage storage, class Forms
 SIGNADAM_HD void sum_chunk(Block& block, const Slice& slice, const Scalars& s, float alpha, ChunkStatistics* shares) {
   Sums* const lanes = block.lanes();
   block.each([&](int thread) {
-    Lane<Rule> own[piece_size] = {};
+    LaneSum<Rule> own[piece_size] = {};
     ChunkStatistics statistics{};
     run_thread<Rule, threshold_pass, storage, Forms, kind>(slice, s, alpha, thread, own, &statistics);
     if constexpr (storage == Storage::with_statistics) shares[thread] = statistics;
     SIGNADAM_UNROLL
     for (int i = 0; i < piece_size; ++i) {
       if constexpr (is_scaled<Rule>)
-        lanes[place_of(lane_of(thread, i))] = in_place(s, own[i]);
+        lanes[place_of(lane_of(thread, i))] = as_sums(s, own[i]);
       else
         lanes[place_of(lane_of(thread, i))] = own[i];
     }
@@ -366,7 +366,7 @@ SIGNADAM_HD void run_chunk(Block& block, const Slice& slice, const Scalars& s, f
 
 // What a tensor has of its own in this step: its threshold, or what multiplies its steps.
 template <class Rule, ThresholdPass threshold_pass>
-SIGNADAM_HD float number_of_tensor(const TensorEntry& tensor, const Scalars& s) {
+SIGNADAM_HD float threshold_or_scale(const TensorEntry& tensor, const Scalars& s) {
   if constexpr (is_scaled<Rule>) return update_scale(*tensor.threshold_state, s);
   return threshold_pass == ThresholdPass::pass_before ? 0.0f : threshold(tensor, s);
 }
@@ -381,27 +381,27 @@ SIGNADAM_HD void run_block_of_rule(Block& block, const TableView& table, const S
   // Where they lie, scalars are read again after every store; in registers there is room for them in a kernel for fixed
   // forms only.
   std::conditional_t<Forms::fixed, const Scalars, const Scalars&> s = kept;
-  const float alpha = number_of_tensor<Rule, threshold_pass>(slice.tensor, s);
+  const float number = threshold_or_scale<Rule, threshold_pass>(slice.tensor, s);
 
   ChunkStatistics* shares = nullptr;
   if constexpr (storage == Storage::with_statistics) shares = block.chunk_statistics();
   if constexpr (Forms::fixed) {
     const ChunkKind kind = kind_of<Rule, threshold_pass>(slice, s);
     if (kind == ChunkKind::full)
-      run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::full>(block, slice, s, alpha, shares);
+      run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::full>(block, slice, s, number, shares);
     else if (kind == ChunkKind::full_but_gradient)
-      run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::full_but_gradient>(block, slice, s, alpha, shares);
+      run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::full_but_gradient>(block, slice, s, number, shares);
     else
-      run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::any>(block, slice, s, alpha, shares);
+      run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::any>(block, slice, s, number, shares);
   } else {
-    run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::any>(block, slice, s, alpha, shares);
+    run_chunk<Rule, threshold_pass, storage, Forms, ChunkKind::any>(block, slice, s, number, shares);
   }
   if constexpr (threshold_pass != ThresholdPass::none) {
     halve(block, block.lanes());
     block.alone([&] { table.sums[chunk] = sum_of_halved(block.lanes()); });
   }
   if constexpr (storage == Storage::with_statistics)
-    finish_chunk_statistics(block, shares, threshold_seen<Rule>(s, alpha), table.chunk_statistics + chunk);
+    finish_chunk_statistics(block, shares, threshold_seen<Rule>(s, number), table.chunk_statistics + chunk);
   if constexpr (threshold_pass != ThresholdPass::none) {
     // The last block of a tensor to finish has every other's threshold read behind it, so it may move the gate.
     // Read again: kept in registers over the update, it would be spilled.

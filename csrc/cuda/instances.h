@@ -92,10 +92,10 @@
   X(SignSGD, none, with_statistics, fp32, fp32, fp32, nearest)       \
   X(Adam, none, with_statistics, fp32, fp32, fp32, nearest)
 
-// With steps that a number of the tensor's multiplies, by what the last step left.
-#define SIGNADAM_FIXED_SCALED(X)                             \
-  X(Signum, same_pass, plain, fp32, fp32, fp32, nearest)     \
-  X(Signum, same_pass, any, bf16, bf16, fp32, stochastic)    \
-  X(SignAdamPP, same_pass, plain, fp32, fp32, fp32, nearest) \
-  X(Lion, same_pass, plain, fp32, fp32, fp32, nearest)       \
+// With steps that are multiplied by a number of the tensor's, of one launch: caution by the last step's share, "rms".
+#define SIGNADAM_FIXED_SCALED(X)                          \
+  X(Signum, same_pass, plain, fp32, fp32, fp32, nearest)  \
+  X(Signum, same_pass, any, bf16, fp32, fp32, stochastic) \
+  X(Signum, same_pass, any, bf16, bf16, fp32, stochastic) \
+  X(Lion, same_pass, plain, fp32, fp32, fp32, nearest)    \
   X(Adam, same_pass, plain, fp32, fp32, fp32, nearest)

@@ -126,8 +126,10 @@ class Declaring(Protocol):
         """Raises on hyperparameters that make no sense together. Each by itself has been checked."""
 
 
-def how_betas_are_given(check: Check | None) -> str:
-    """What is right where ``beta`` or ``betas`` is not."""
+def how_betas_are_given(check: Check | None, *, has_beta2: bool = False) -> str:
+    """What is right where ``beta`` or ``betas`` is not; ``has_beta2``: of a rule that has that alone."""
+    if has_beta2:
+        return "this rule has one, beta2=..."
     count = len(check.names) if isinstance(check, Betas) else 0
     return (
         "this rule has none",
@@ -138,7 +140,7 @@ def how_betas_are_given(check: Check | None) -> str:
 
 
 def check_beta_names(optimizer: type[Declaring], given: Mapping[str, Any], *, folded: bool = False) -> None:
-    """Raises where ``beta`` is given to a rule that has two, or ``betas`` to one that has one.
+    """Raises where ``beta`` or ``betas`` is given to a rule that has the other, or ``beta2`` alone, or none.
 
     Args:
         optimizer: the class.
@@ -157,8 +159,7 @@ def check_beta_names(optimizer: type[Declaring], given: Mapping[str, Any], *, fo
         value = given[name]
         if count == 1 and folded and isinstance(value, (tuple, list)) and len(value) == 1:
             continue
-        alone = count == 0 and "beta2" in optimizer.HYPERPARAMETERS
-        right = "this rule has one, beta2=..." if alone else how_betas_are_given(check)
+        right = how_betas_are_given(check, has_beta2="beta2" in optimizer.HYPERPARAMETERS)
         raise TypeError(f"{name}={checks.shown(value)}: {right}")
 
 

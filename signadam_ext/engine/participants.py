@@ -183,7 +183,7 @@ def _backend(item: Item) -> backends.Backend:
     confidence = item.rule.confidence
     wanted = item.backend
     if item.rule.update_scale is not None and item.param.device.type == "cuda" and wanted == "auto":
-        # CUDA has one kernel for most scaled steps, which finds out when it runs; Triton compiles one for each.
+        # Triton compiles a kernel for each; CUDA has them of a few, and one for all others, which finds out as it runs.
         wanted = "triton" if backends.get("triton").unusable(item.param.device) is None else wanted
     if _shard(item).run and item.param.device.type == "cuda" and wanted in ("auto", "cuda"):
         # Its kernels number random bits from a first element on; Triton's follow runs as well.

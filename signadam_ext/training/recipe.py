@@ -44,7 +44,8 @@ CHOICES = (
         {"state_dtype": "int2"},
     ),
 )
-#: Of all choices, as in every run they rest on. Weights of 16 bits were rounded stochastically; others are as they are.
+#: Of all choices, as in every run they rest on; but not all of these had weights of 16 bits, which are rounded
+#: stochastically, as others are not.
 COMMON = {"weight_decay": 0.1, "max_grad_norm": 1.0, "param_storage": "stochastic"}
 WARMUP, LAST_FACTOR = 0.1, 0.1
 #: A step is one of so many, before anything says how many tokens it has: as in the search's last rung.
@@ -82,8 +83,8 @@ class TokenSchedule(LambdaLR):
             tokens: of the step that was taken, positive; None: ``batch_tokens``.
 
         Raises:
-            TypeError: the number is none.
-            ValueError: nothing says how many tokens the step had, or the number is not positive and finite.
+            TypeError: ``tokens`` is no number.
+            ValueError: nothing says how many tokens the step had, or it is not positive and finite.
         """
         if self._has_begun:
             given = self.batch_tokens if tokens is None else tokens
@@ -144,7 +145,8 @@ def recipe(
       between was compared with AdamW at that length.
 
     Norms, embeddings and matrices were trained alike. They are groups of their own here so that what is known of yours
-    can be set; the ``lr`` is the one that was found, and no rule for other sizes was: search around it.
+    can be set; the ``lr`` is the one that was found, and no rule for other sizes was: search around it. Weights in bf16
+    or fp16 are rounded stochastically, unless ``changes`` have another ``param_storage``.
 
     Args:
         model: whose parameters are trained, those with ``requires_grad``.
@@ -157,7 +159,8 @@ def recipe(
         Optimizer, scheduler, and where the evidence is.
 
     Raises:
-        TypeError: ``model`` is no module, a number is none, or ``changes`` name what the optimizer does not take.
+        TypeError: ``model`` is no module, ``tokens``, ``memory`` or ``batch_tokens`` is no number, or ``changes`` name
+            what the optimizer does not take.
         ValueError: a number that is not positive and finite, less memory than the smallest choice takes, or
             nothing to train.
 
@@ -171,9 +174,9 @@ def recipe(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
-    _positive("tokens", tokens)
+    tokens = _positive("tokens", tokens)
     if batch_tokens is not None:
-        _positive("batch_tokens", batch_tokens)
+        batch_tokens = _positive("batch_tokens", batch_tokens)
     choice = _choice(memory)
     groups = _groups(model)
     if not groups:
@@ -187,11 +190,11 @@ def recipe(
 def _choice(memory: float | None) -> _Choice:
     if memory is None:
         return CHOICES[0]
-    _positive("memory", memory)
-    fitting = [choice for choice in CHOICES if choice.state_bytes <= memory]
+    most = _positive("memory", memory)
+    fitting = [choice for choice in CHOICES if choice.state_bytes <= most]
     if not fitting:
         raise ValueError(
-            f"memory={memory!r}: the smallest recipe takes {CHOICES[-1].state_bytes:g} bytes of state per parameter"
+            f"memory={most:g}: the smallest recipe takes {CHOICES[-1].state_bytes:g} bytes of state per parameter"
         )
     return fitting[0]
 

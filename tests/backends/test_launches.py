@@ -8,6 +8,7 @@ leaves the bits that the CPU backend leaves.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import importlib
 import os
 import re
@@ -28,6 +29,7 @@ from support.launches import (
     FUNCTORS,
     Case,
     CudaLaunch,
+    Given,
     Region,
     Step,
     TritonLaunch,
@@ -36,7 +38,7 @@ from support.launches import (
 )
 from support.toolchain import TRITON_TENSORS, cuda_launch_library, fixed_kernels, listing, ptx, symbols
 
-from reporting.machine_code import STORAGES, THRESHOLD_PASSES, kernel_name
+from reporting.machine_code import STORAGES, THRESHOLD_PASSES, Forms, KernelName, kernel_name
 from signadam_ext import _C
 from signadam_ext.core.formats import PARAM_STORAGES
 from signadam_ext.core.rule import rule_of
@@ -171,7 +173,6 @@ def test_kernels_for_any_rule_are_taken(library: ctypes.CDLL) -> None:
     """Where steps are scaled, unless these forms have a kernel; of a corrected gradient only the norm, which is a
     threshold to the rule's own kernel."""
     for name, made in {
-        "lion-fp32-delayed": [("Lion", "same_pass", "plain")],
         "sign_sgd-gated-fp32-rms": [(ANY_RULE, "same_pass", "any")],
         "adam-fp32-exact": [(ANY_RULE, "pass_before", "any"), (ANY_RULE, "same_pass", "any")],
         "signum-bf16-delayed-stochastic-int8-observed": [(ANY_RULE, "same_pass", "with_statistics")],
@@ -196,6 +197,17 @@ def test_kernels_for_fixed_forms_are_taken(library: ctypes.CDLL) -> None:
         "msvag-fp32": [None],
     }.items():
         assert [launch.kernel.forms for launch in Step(CASES[name]).cuda(library)] == forms
+    for name, kernel in {
+        "lion-fp32-delayed": KernelName("Lion", "same_pass", "plain", Forms(*plain), True),
+        "signum-fp32-rms": KernelName("Signum", "same_pass", "plain", Forms(*plain), True),
+        "signum-bf16-delayed-stochastic-bf16": KernelName(
+            "Signum", "same_pass", "any", Forms("bf16", "bf16", "bf16", "fp32", "stochastic"), True
+        ),
+    }.items():
+        assert [launch.kernel for launch in Step(CASES[name]).cuda(library)] == [kernel]
+    # Of another dtype of the gradient there is none.
+    other = dataclasses.replace(CASES["lion-fp32-delayed"], given=(Given(grad_dtype=torch.bfloat16),))
+    assert [launch.kernel for launch in Step(other).cuda(library)] == [KernelName(ANY_RULE, "same_pass", "any")]
     listed = set(fixed_kernels())
     assert all(launch.kernel in listed for launch in all_cuda(library) if launch.kernel.forms is not None)
 

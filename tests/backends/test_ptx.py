@@ -25,6 +25,7 @@ from support.toolchain import cuda_launch_library, fixed_kernels, ptx
 
 from reporting.machine_code import STORAGES, BeginKernelName, KernelName, kernel_label
 from signadam_ext import _C
+from signadam_ext.core.rule import rule_of
 
 BUILT = _C.build_info()
 with_cuda = pytest.mark.skipif(BUILT["cuda"] is None, reason="the module was built without CUDA")
@@ -196,7 +197,12 @@ def test_scaled_steps(case: Case, library: ctypes.CDLL, texts: dict[Any, str]) -
     """One kernel has the arithmetic of every rule; a few have one of their own for steps of one launch."""
     step = Step(case)
     launches = step.cuda(library)
-    assert all(launch.kernel.functor == ANY_RULE or launch.kernel.is_scaled for launch in launches)
+    struct = FUNCTORS[rule_of(case.optimizer, step.optimizer.param_groups[0]).name].struct
+    own = [kernel for kernel in fixed_kernels() if kernel[:3] == (struct, "same_pass", "plain") and kernel.is_scaled]
+    if own and case.hyperparameters.get("caution") != "exact":
+        assert [launch.kernel for launch in launches] == own
+    else:
+        assert {launch.kernel.functor for launch in launches} == {ANY_RULE}
     run_cuda(step, launches, texts, schedule="interleaved", seed=len(case.name))
     assert step.unequal() == []
 
@@ -223,6 +229,19 @@ def test_cuda(kernel: KernelName, library: ctypes.CDLL, texts: dict[Any, str]) -
         (name, way): SECTORS[case.hyperparameters["param_storage"] if name == "residual" else sizes[name]]
         for name, way in coalescing
     }
+
+
+@with_cuda
+@pytest.mark.thorough
+@each([kernel for kernel in KERNELS if kernel.is_scaled])
+def test_steps_in_proportion_to_the_parameter(kernel: KernelName, library: ctypes.CDLL, texts: dict[Any, str]) -> None:
+    """The other thing that kernels of scaled steps do."""
+    case = case_of(kernel, SMALL)
+    step = Step(replace(case, hyperparameters={**case.hyperparameters, "caution": None, "lr_scale": "rms"}))
+    launches = step.cuda(library)
+    assert [launch.kernel for launch in launches] == [kernel]
+    run_cuda(step, launches, texts, schedule="interleaved", seed=KERNELS.index(kernel))
+    assert step.unequal() == []
 
 
 @with_cuda

@@ -38,7 +38,7 @@ struct Known {
   Storage storage;
   const Formats* formats;
   std::size_t parameter_bytes;
-  bool is_scaled;  // of one for fixed forms
+  bool is_scaled;  // only kernels for fixed forms are
 };
 
 bool find(const void* function, Known& known) {

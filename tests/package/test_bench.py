@@ -166,15 +166,19 @@ def test_the_emulator_learns_where_the_cases_of_a_switch_begin() -> None:
 
     known: dict[str, Any] = {"LDC": ("memory", lambda d: "as before")}
     emulator = SimpleNamespace(
-        OPERATIONS=known, operation=lambda kind, name: lambda decode: known.update({name: (kind, decode)})
+        Fault=IndexError,
+        Unknown=NotImplementedError,
+        OPERATIONS=known,
+        operation=lambda kind, name: lambda decode: known.update({name: (kind, decode)}),
     )
     sm_90.teach_switches(emulator, listing)
     thread = SimpleNamespace(R=[4, 0xF60])
 
     def decoded(name: str, *operands: str) -> Any:
         code = [SimpleNamespace(address=0xE70), SimpleNamespace(address=0xE80)]
-        return known[name][1](
+        return known[name.partition(".")[0]][1](
             SimpleNamespace(
+                has=lambda modifier: name.endswith(f".{modifier}"),
                 operands=operands,
                 kernel=SimpleNamespace(name="_Zfirst", code=code, index={0xF60: 7}),
                 after=1,
@@ -188,6 +192,11 @@ def test_the_emulator_learns_where_the_cases_of_a_switch_begin() -> None:
     for place, address in (("R0", 0xF60), ("0x8", 0x2D60), ("R0+0x4", 0x2D60), ("R0+-0x4", 0xF40)):
         decoded("LDC", "R1", f"c[0x2][{place}]")(thread)
         assert thread.R[1] == address
+    for place in ("R0+0x8", "R0+-0x8", "R0+0x1"):
+        with pytest.raises(IndexError, match="of 0xc bytes"):
+            decoded("LDC", "R1", f"c[0x2][{place}]")(thread)
+    with pytest.raises(NotImplementedError, match="64"):
+        decoded("LDC.64", "R1", "c[0x2][R0]")
     thread.R[1] = 0xF60
     assert decoded("BRX", "R1 -0xe80")(thread) == 7
 

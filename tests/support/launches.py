@@ -143,6 +143,8 @@ def _cases() -> Iterator[Case]:
     for row, how in (
         ("lion", {"caution": "delayed"}),
         ("signum", {"caution": "delayed"}),
+        ("signum", {"lr_scale": "rms"}),
+        ("adam", {"caution": "delayed"}),
         ("adam", {"caution": "exact"}),
         ("sign_sgd-gated", {"lr_scale": "rms"}),
     ):

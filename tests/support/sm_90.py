@@ -1,4 +1,4 @@
-"""What a package ``sass`` that executes machine code of sm_90 may not know, and kernels of this project have."""
+"""Instructions of this project's kernels that an emulator of sm_90, the package ``sass``, may lack."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def teach(emulator: Any) -> None:
-    """All but the switches of a module, which are in none of its instructions."""
+    """All but switches, whose tables lie beside a module's code: :func:`teach_switches`."""
     _teach_bf16(emulator)
     _teach_votes(emulator)
 
@@ -28,12 +28,18 @@ def _teach_bf16(emulator: Any) -> None:
 
 
 def _teach_votes(emulator: Any) -> None:
-    """Which lanes of a warp are there, where code has them all."""
+    """Which lanes of a warp have come, in code to which all 32 come: it waits for them."""
 
     def lanes(d: Any) -> Any:
-        if d.operands[1:] != ["UPT", "PT"]:
+        if d.modifiers != ["ANY"] or d.operands[1:] != ["UPT", "PT"]:
             raise emulator.Unknown(", ".join(d.operands))
-        return d.copy(d.register(0), lambda t: 0xFFFFFFFF)
+        write = d.register(0)
+
+        def exchange(warp: list[Any], values: list[int]) -> None:
+            for t in warp:
+                write(t, (1 << len(warp)) - 1)
+
+        return emulator._meets(d, lambda t: 1, exchange)
 
     emulator.operation("uniform", "VOTEU")(lanes)
 
@@ -61,9 +67,18 @@ def teach_switches(emulator: Any, listing: str) -> None:
         place = re.fullmatch(r"c\[0x2\]\[(?:(R\d+)\+?)?(-?0x[0-9a-f]+)?\]", d.operands[1])
         if place is None or d.kernel.name not in tables:
             return loads(d)
+        if d.has("64"):
+            raise emulator.Unknown("64")
         table, offset = tables[d.kernel.name], int(place[2] or "0", 16)
         index = d.raw(place[1]) if place[1] else lambda t: 0
-        return d.copy(d.register(0), lambda t: table[(index(t) + offset) // 4])
+
+        def entry(t: Any) -> int:
+            at = index(t) + offset & 0xFFFFFFFF
+            if at % 4 or at // 4 >= len(table):
+                raise emulator.Fault(f"{d.operands[1]} is {at:#x}, of {4 * len(table):#x} bytes")
+            return table[at // 4]
+
+        return d.copy(d.register(0), entry)
 
     def branch(d: Any) -> Any:
         register, offset = d.operands[0].split()

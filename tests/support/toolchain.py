@@ -307,6 +307,7 @@ def _listed_kernels(text: str) -> list[KernelName]:
             functor, threshold_pass, storage, dtype, *others = words.split(", ")
             forms = Forms(dtype, dtype, *others)
             found.append(KernelName(functor, threshold_pass, storage, forms, name.endswith("_SCALED")))
+    assert len(found) == len(re.findall(r"X\(\w+,", text)), "a row was not read"
     return found
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -171,19 +172,30 @@ def test_the_choices_are_what_the_results_support() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"tokens": 0}, "tokens=0: must be finite and above 0"),
-        ({"tokens": float("nan")}, "tokens=nan: must be finite and above 0"),
-        ({"tokens": "many"}, "tokens='many': must be a number, not str"),
-        ({"tokens": 1, "batch_tokens": -1}, "batch_tokens=-1: must be finite and above 0"),
-        ({"tokens": 1, "memory": 0.2}, "memory=0.2: the smallest recipe takes 0.25 bytes"),
-        ({"tokens": 1, "memory": True}, "memory=True: must be a number, not bool"),
+        ({"tokens": 0}, ValueError, "tokens=0: must be finite and above 0"),
+        ({"tokens": float("nan")}, ValueError, "tokens=nan: must be finite and above 0"),
+        ({"tokens": "many"}, TypeError, "tokens='many': must be a number, not str"),
+        ({"tokens": 1, "batch_tokens": -1}, ValueError, "batch_tokens=-1: must be finite and above 0"),
+        ({"tokens": 1, "memory": 0.2}, ValueError, "memory=0.2: the smallest recipe takes 0.25 bytes"),
+        ({"tokens": 1, "memory": True}, TypeError, "memory=True: must be a number, not bool"),
     ],
 )
-def test_refuses(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(TypeError if "a number" in message else ValueError, match=message.replace(".", r"\.")):
+def test_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message.replace(".", r"\.")):
         recipe(Tied(), **arguments)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.float32, torch.tensor], ids=["int64", "float32", "tensor"])
+def test_numbers_of_any_kind_are_kept_as_pythons(number: Any) -> None:
+    """So that the schedule's state is plain, whatever the numbers were computed with."""
+    _, scheduler, _ = recipe(Tied(), tokens=number(1000), batch_tokens=number(10), memory=number(4))
+    scheduler.optimizer.step()
+    scheduler.step()
+    scheduler.step(number(20))
+    state = json.loads(json.dumps(scheduler.state_dict()))
+    assert (state["tokens"], state["batch_tokens"], state["tokens_seen"]) == (1000.0, 10.0, 30.0)
 
 
 def test_refuses_what_is_no_model_or_has_nothing_to_train() -> None:
@@ -199,7 +211,12 @@ def test_a_step_of_unknown_size_is_refused_and_changes_nothing() -> None:
     optimizer, scheduler, _ = recipe(Tied(), tokens=1000)
     before = optimizer.param_groups[0]["lr"]
     optimizer.step()
-    for given, message in ((None, "pass those of the step that was taken"), (0, "tokens=0"), (-5, "tokens=-5")):
-        with pytest.raises(ValueError, match=message):
+    for given, error, message in (
+        (None, ValueError, "pass those of the step that was taken"),
+        (0, ValueError, "tokens=0"),
+        (-5, ValueError, "tokens=-5"),
+        ("x", TypeError, "tokens='x'"),
+    ):
+        with pytest.raises(error, match=message):
             scheduler.step(given)
         assert (scheduler.tokens_seen, scheduler.last_epoch, optimizer.param_groups[0]["lr"]) == (0.0, 0, before)
