@@ -302,7 +302,8 @@ def fixed_kernels() -> list[KernelName]:
 
 def _listed_kernels(text: str) -> list[KernelName]:
     found = []
-    for name, rows in re.findall(r"#define (\w+)\(X\)((?:.*\\\n)+.*)", re.sub(r"//.*", "", text)):
+    text = re.sub(r"//.*", "", text)
+    for name, rows in re.findall(r"#define (\w+)\(X\)((?:.*\\\n)+.*)", text):
         for words in re.findall(r"X\((\w+(?:, \w+){6})\)", rows):
             functor, threshold_pass, storage, dtype, *others = words.split(", ")
             forms = Forms(dtype, dtype, *others)
