@@ -165,6 +165,9 @@ def _part(content: Run, name: str, part: Run) -> str:
     says = [f"{of} {size}{part['steps']:,} steps, {part['seeds']} seeds, {part['runs']} runs so far."]
     if part["refused_forms"]:
         says.append(f"Refused, as its moment has no bound: {', '.join(part['refused_forms'])}.")
+    lowest = [each["label"] for each in part["contenders"].values() if _is_lowest(each)]
+    if lowest:
+        says.append(f"At the lowest rate that was tried, so that one below may be better: {_listed(lowest)}.")
     header = ["", "lr", "seeds", "last validation loss", "minus AdamW", "state B"]
     if name == BITS:
         header.insert(5, "minus fp32")
@@ -184,6 +187,11 @@ def _part(content: Run, name: str, part: Run) -> str:
             row.insert(5, between(entry.get("minus_fp32"), form="+.4f"))
         rows.append(row)
     return f"{' '.join(says)}\n\n{markdown(header, rows)}\n"
+
+
+def _is_lowest(entry: Run) -> bool:
+    """Whether its rate was searched, and the lowest was the best."""
+    return bool(entry["search"]) and entry["lr"] == min(map(float, entry["search"]))
 
 
 def page_of(results: Path) -> Path:

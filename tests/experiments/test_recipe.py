@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -315,7 +316,7 @@ def test_the_best_goes_on_in_the_forms_that_its_moment_takes(tmp_path):
 
 
 def test_a_larger_model_takes_the_rate_of_stage_1_or_the_next_below(tmp_path):
-    stage = proving(tmp_path)
+    stage = proving(tmp_path / "runs")
     lower = {"signum": 1.0, "bcos": -1.0}  # by how much 6e-4 is worse
 
     def loss(job):
@@ -328,6 +329,9 @@ def test_a_larger_model_takes_the_rate_of_stage_1_or_the_next_below(tmp_path):
     assert rates == {"adamw": 1e-3, "signum": 1e-3, "bcos": 6e-4}
     assert {(job.method.key.split("+")[0], job.lr) for job in order if job.seed != 1000} == set(rates.items())
     assert set(stage.losses(LARGER, stage.reference)) == {2000, 2001, 2002}  # not that of the search
+    text, _ = proved(stage, tmp_path / "results" / "recipe")
+    assert text.count("At the lowest rate that was tried") == 1
+    assert re.search(r"so that one below may be better: BCOS[^,]*\. ", text)
 
 
 def test_the_plan_of_the_proof_is_compared_with_the_program(tmp_path):

@@ -139,7 +139,9 @@ def test_trains_as_the_optimizer_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "index"), [(None, 0), (4, 0), (16.0, 0), (3.99, 1), (0.25, 1)], ids=["none", "4", "16", "3.99", "0.25"]
+    ("memory", "index"),
+    [(None, 0), (4, 0), (16.0, 0), (3.99, 1), (2, 1), (1.04, 2), (1, 3), (0.25, 3)],
+    ids=["none", "4", "16", "3.99", "2", "1.04", "1", "0.25"],
 )
 def test_memory_chooses(memory: float | None, index: int) -> None:
     found = recipe(Tied(), tokens=1e6, memory=memory)
@@ -161,14 +163,28 @@ def test_state_takes_the_memory_that_is_said() -> None:
 
 
 def test_the_choices_are_what_the_results_support() -> None:
-    rung = json.loads((RESULTS / "recipe" / "stage1.json").read_text())["rungs"]["2000_steps"]
-    assert rung["finished"]
-    best = min((each for each in rung["candidates"].values() if each["competes"]), key=lambda each: each["mean"])
-    first = CHOICES[0]
-    assert (best["rule"], best["options"], best["lr"]) == ("signum", first.options, first.lr)
-    long = json.loads((RESULTS / "convergence" / "gpt_long.json").read_text())
-    few = long["methods"]["sign_adam_pp_int2_stochastic"]
-    assert few["lr"] == CHOICES[1].lr
+    proof = json.loads((RESULTS / "recipe" / "stage2.json").read_text())
+    parts = proof["parts"]
+    assert parts["fresh"]["finished"] and parts["bits"]["finished"]
+    first, *few, last = CHOICES
+    best = parts["fresh"]["contenders"][proof["best"]]
+    assert proof["plan"]["design"]["contenders"][proof["best"]]["options"] == first.options == {"caution": "delayed"}
+    assert proof["best"].partition("+")[0] == "signum" and best["lr"] == first.lr
+    assert _every_seed_is_below(best, 10)
+    assert {*parts["bits"]["contenders"]} == {f"{proof['best']}@{choice.options['state_dtype']}" for choice in few}
+    assert parts["bits"]["refused_forms"] == ["int4", "int2"]
+    for choice in few:
+        own = parts["bits"]["contenders"][f"{proof['best']}@{choice.options['state_dtype']}"]
+        assert (own["options"], own["lr"]) == ({**choice.options, "param_storage": "stochastic"}, choice.lr)
+        assert own["state_bytes_per_parameter"] == pytest.approx(choice.state_bytes, abs=1e-3)
+        assert _every_seed_is_below(own, 5)
+    long = json.loads((RESULTS / "convergence" / "gpt_long.json").read_text())["methods"]
+    assert long["sign_adam_pp_int2_stochastic"]["lr"] == last.lr
+
+
+def _every_seed_is_below(entry: dict[str, Any], seeds: int) -> bool:
+    differences = entry["minus_adamw_by_seed"].values()
+    return len(differences) == seeds and max(differences) < 0 and entry["minus_adamw"]["high"] < 0
 
 
 @pytest.mark.parametrize(
