@@ -72,7 +72,7 @@ def glance() -> str:
 
 
 def quality() -> str:
-    """Five comparisons, whoever is ahead."""
+    """Three comparisons, whoever is ahead."""
     lines = []
     for name in TRAININGS:
         methods = training(name)["methods"]
@@ -81,33 +81,25 @@ def quality() -> str:
             for loss in (_adamw(name), *(methods[key]["loss"] for key in (PLUS, FEW_BITS)))
         ]
         lines.append([f"{_trained(name)}: validation loss", *losses])
-    ablation = json.loads((EXPERIMENTS / "ablation.json").read_text())
-    for name, title in (("lstm", "LSTM"), ("gpt", "GPT")):
-        problem, methods = ablation["problems"][name], ablation["by_problem"][name]["methods"]
-        pair = [methods[key]["last_loss"] for key in ("adam", "sign_nogate_momentum")]
-        losses = [present.plus_minus(loss, digits=3) for loss in pair]
-        size = f"{title} of {problem['parameters'] / 1000:.0f}k"
-        lines.append([f"{size}, {problem['steps']} steps, {pair[0]['n']} seeds: test loss", *losses, "-"])
     return present.markdown(["lower is better", "Adam(W)", "SignAdamPP", "2-bit momentum, bf16"], lines)
 
 
 def recipe() -> str:
     """What the proof found of its best rule against AdamW, and what becomes of it in fewer bits and elsewhere."""
     report = json.loads((EXPERIMENTS / "recipe" / "stage2.json").read_text())
+    parts, best = report["parts"], report["best"]
     lines = []
-    for part in report["parts"].values():
+    for part in parts.values():
         for key, entry in part["contenders"].items():
-            if key.partition("@")[0] != report["best"] or "minus_adamw" not in entry:
+            rule, _, form = key.partition("@")
+            if rule != best:
                 continue
-            size = f"{part['parameters'] / 1e6:.2f}M, {part['steps']:,} steps, {entry['minus_adamw']['n']} seeds"
-            lines.append(
-                [
-                    f"{part['title']}: {entry['label']}; {size}",
-                    f"{entry['state_bytes_per_parameter']:.2f}",
-                    present.between(entry["minus_adamw"], form="+.3f"),
-                ]
-            )
-    return present.markdown(["validation loss beside AdamW's, paired by seed", "state B", "minus AdamW"], lines)
+            words = [part["title"], *([f"{form}, bf16 weights"] if form else [])]
+            size = f"{part['parameters'] / 1e6:.2f}M, {part['steps']:,} steps, {part['seeds']} seeds"
+            bytes_, difference = entry["state_bytes_per_parameter"], present.between(entry["minus_adamw"], form="+.3f")
+            lines.append([f"{', '.join(words)}: {size}", f"{bytes_:.2f}", difference])
+    label = parts["fresh"]["contenders"][best]["label"]
+    return present.markdown([f"{label}: GPT validation loss, paired by seed", "state B", "minus AdamW"], lines)
 
 
 def memory() -> str:
@@ -161,7 +153,7 @@ def speed() -> str:
         "in bf16 is that of smaller weights."
     )
     after = (
-        "The optimizer is a small part of a training step (first table): memory, not speed, is the reason to use this "
+        "The optimizer is a small part of a training step: memory, not speed, is the reason to use this "
         "package. [All figures](docs/results.md#speed)."
     )
     header = ["", *(f"{shapes}, {present.HALF[dtype]}" for shapes, dtype in columns)]

@@ -252,7 +252,13 @@ def _link(path: Path) -> str:
 
 #: What stands between the markers of each name, by page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"glance": readme.glance, "quality": readme.quality, "memory": readme.memory, "speed": readme.speed},
+    "README.md": {
+        "glance": readme.glance,
+        "quality": readme.quality,
+        "recipe": readme.recipe,
+        "memory": readme.memory,
+        "speed": readme.speed,
+    },
     "docs/results.md": {
         "bench": block,
         "instructions": instructions,

@@ -17,7 +17,7 @@ TEXT = commands.README.read_text(encoding="utf-8")
 def test_every_block_of_commands_says_who_runs_it() -> None:
     blocks = commands.blocks(TEXT)
     assert len(blocks) * 2 == sum(line.startswith("```") for line in TEXT.splitlines())
-    assert {block.language for block in blocks} == {"python", "sh", "bibtex"}
+    assert {block.language for block in blocks} == {"python", "sh"}
     for block in blocks:
         if block.language == "sh":
             assert block.use in commands.USES or (block.use or "").startswith("not run, "), block.lines
