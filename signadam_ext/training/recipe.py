@@ -139,7 +139,7 @@ def recipe(
 ) -> Recipe:
     """The optimizer, groups and schedule that this project's experiments support for a language model.
 
-    They rest on small models: byte-level GPTs of 0.66M and 3.1M parameters on the sources of Python's standard library,
+    They rest on small models: byte-level GPTs of 0.66M to 3.1M parameters on the sources of Python's standard library,
     beside AdamW (betas 0.9 and 0.95) with the same weight decay (0.1, of all parameters), clipping (a global norm
     of 1), warm-up (a tenth) and cosine (to a tenth), each with its own searched learning rate.
 
@@ -151,8 +151,8 @@ def recipe(
       between was compared with AdamW at that length.
 
     Norms, embeddings and matrices were trained alike. They are groups of their own here so that what is known of yours
-    can be set; the ``lr`` is the one that was found, and no rule for other sizes was: search around it. Weights in bf16
-    or fp16 are rounded stochastically, unless ``changes`` have another ``param_storage``.
+    can be set. The ``lr`` is the one that was found at the smallest size: at 2.5M half of it ended lower, a rule for
+    other sizes was not found, so search around it and below. Weights in bf16 or fp16 are rounded stochastically, unless ``changes`` have another ``param_storage``.
 
     Args:
         model: whose parameters are trained, those with ``requires_grad``.
