@@ -8,7 +8,8 @@ What is uniform over a chunk and skipped (a coupled decay, a slow path of a divi
 Executed, where ``--emulator`` names a folder whose package ``sass`` executes that machine code: a step of each case of
 tests/support/launches.py on one full, aligned chunk, from prologue to end, over the 64 elements of a lane.
 Instructions that a predicate switches off are counted, as they take an issue slot. Parameters and state are compared
-with what the CPU backend leaves.
+with what the CPU backend leaves. With ``--cases`` the other rows of the file at ``--out`` stay; each names the commit
+of the module that it was counted of.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reporting import machine
+from reporting import machine, present
 from reporting.files import write
 from reporting.machine_code import KernelName, find_cuobjdump, kernel_label, kernel_name
 from signadam_ext.core.native import compiled
@@ -207,6 +208,20 @@ def exceeding(rows: Sequence[dict[str, Any]], committed: dict[str, list[dict[str
     return found
 
 
+def renewed(
+    rows: Sequence[dict[str, Any]], commit: str, names: Sequence[str], report: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The executed rows of a report, in the order of ``names``: these, of this commit's module, and in place of cases
+    that were not executed the earlier report's, of theirs."""
+    found = [{**row, "commit": commit} for row in rows]
+    if report is not None:
+        executed = {row["case"] for row in rows}
+        earlier = present.built_at(report)
+        found += [{"commit": earlier, **row} for row in report["executed"] if row["case"] not in executed]
+    place = {name: number for number, name in enumerate(names)}
+    return sorted((row for row in found if row["case"] in place), key=lambda row: place[row["case"]])
+
+
 def run(options: argparse.Namespace) -> int:
     """What ``python -m bench.instructions --device cuda`` does."""
     modules = options.module or [Path(compiled.__file__)]
@@ -234,11 +249,18 @@ def run(options: argparse.Namespace) -> int:
         print("\n".join(worse))
         return int(bool(worse))
     if options.out is not None:
+        facts = machine.facts()
+        if options.emulator is not None:
+            earlier = json.loads(options.out.read_text()) if options.out.exists() else None
+            made["executed"] = renewed(made["executed"], present.built_at(facts), executor.names(["*"]), earlier)
         report = {
-            **machine.facts(),
+            **facts,
             "command": machine.command(
                 "bench.instructions",
-                ["--device", "cuda", "--emulator", str(options.emulator), "--out", str(options.out)],
+                [
+                    *("--device", "cuda", "--emulator", str(options.emulator), "--out", str(options.out)),
+                    *(() if options.cases == "*" else ("--cases", options.cases)),
+                ],
             ),
             "target": TARGET,
             **made,

@@ -156,6 +156,36 @@ def test_a_figure_that_the_emulator_cannot_give_is_worse_than_one() -> None:
     assert exceeding(rows(None), {"executed": []}, "executed") == ["executed: c, k: None, committed None"]
 
 
+def test_cases_that_are_not_executed_again_keep_their_figures_and_the_commit_of_their_module() -> None:
+    earlier = {
+        "versions": {"signadam_ext": {"commit": "old"}},
+        "executed": [
+            {"case": case, "instructions": figure, **own}
+            for case, figure, own in (
+                ("a", 1.0, {}),
+                ("b", 2.0, {"commit": "older"}),
+                ("c", 3.0, {}),
+                ("gone", 4.0, {}),
+            )
+        ],
+    }
+    rows = [
+        {"case": "c", "instructions": 5.0},
+        {"case": "c", "instructions": 6.0},
+        {"case": "new", "instructions": 7.0},
+    ]
+    found = cuda_instructions.renewed(rows, "now", ["new", "a", "b", "c"], earlier)
+    assert [(row["case"], row["instructions"], row["commit"]) for row in found] == [
+        ("new", 7.0, "now"),
+        ("a", 1.0, "old"),
+        ("b", 2.0, "older"),
+        ("c", 5.0, "now"),
+        ("c", 6.0, "now"),
+    ]
+    alone = cuda_instructions.renewed(rows[:1], "now", ["c"], None)
+    assert alone == [{"case": "c", "instructions": 5.0, "commit": "now"}]
+
+
 def test_the_emulator_learns_where_the_cases_of_a_switch_begin() -> None:
     listing = (
         "  10   1898  .nv.constant2._Zcut_in_a_tabl\n.nv.constant2._Zfirst\n0x00000f40 0x00000f60 \n0x00002d60 \n\n"
