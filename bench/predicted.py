@@ -84,6 +84,7 @@ def aims(folder: Path = INSTRUCTIONS) -> str:
         return f"Aims of the CUDA kernels: {present.NOT_MEASURED}."
     steps, report = _steps(path), json.loads(path.read_text())
     lines = []
+    commits = {steps[case][0].get("commit", present.built_at(report)) for case in AIMS}
     for case, aim in AIMS.items():
         first = steps[case][0]
         reached = "yes" if first["instructions"] <= aim else "no"
@@ -91,5 +92,5 @@ def aims(folder: Path = INSTRUCTIONS) -> str:
     header = ["instructions an element, cuda", "aim", "executed", "blocks", "reached"]
     return (
         "Aims of the CUDA kernels that were set beforehand; of a case of two launches, the first. Module of commit "
-        f"{present.built_at(report)}.\n\n{present.markdown(header, lines)}"
+        f"{', '.join(sorted(commits))}.\n\n{present.markdown(header, lines)}"
     )
