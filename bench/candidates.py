@@ -87,6 +87,21 @@ _FIELD: tuple[tuple[str, str, dict[str, Any], int, int], ...] = (
     ("AdamW amsgrad", "AdamW", {"amsgrad": True}, 1, 6),
     ("Lion", "Lion", {}, 1, 2),
 )
+#: The rules that came after them. The state of MARS includes the last gradient.
+_LATER: tuple[tuple[str, str, dict[str, Any], int, int], ...] = (
+    ("Signum Nesterov", "Signum", {"nesterov": True}, 1, 2),
+    ("AdamS", "AdamS", {}, 1, 2),
+    ("BCOS", "BCOS", {}, 1, 2),
+    *((f"LionK {kappa}", "LionK", {"kappa": kappa}, 1, 2) for kappa in ("threshold", "huber", "softsign")),
+    ("MARSLion", "MARSLion", {}, 1, 2),
+    *((name, name, {}, 1, 4) for name in ("Ano", "Anolog", "Grams", "LaProp", "ADOPT", "AdaMomentum", "AdaBound")),
+    ("AMSBound", "AMSBound", {}, 1, 6),
+    ("AdEMAMix", "AdEMAMix", {}, 1, 6),
+    ("MARSAdamW, max_norm=None", "MARSAdamW", {"max_norm": None}, 1, 6),
+    ("FOCUS", "FOCUS", {}, 1, 4),
+    ("ScheduleFreeAdamW", "ScheduleFreeAdamW", {}, 1, 4),
+    ("ScheduleFreeSign", "ScheduleFreeSign", {}, 1, 2),
+)
 OBSERVED = ", with statistics()"
 
 
@@ -97,7 +112,7 @@ def ours(backend: str, *labels: str) -> list[Candidate]:
 
 def field(backend: str, *labels: str) -> list[Candidate]:
     """The methods they are compared with, and what statistics() costs; all when none is named."""
-    found = [*_candidates(backend, _FIELD), *_candidates(backend, _RULES[:1], observes=True)]
+    found = [*_candidates(backend, _FIELD + _LATER), *_candidates(backend, _RULES[:1], observes=True)]
     return [candidate for candidate in found if not labels or candidate.optimizer in labels]
 
 

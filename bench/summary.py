@@ -22,6 +22,7 @@ from bench.committed import (
     cell,
     large_model_log,
     training,
+    without_gpu,
 )
 from experiments.convergence.figures import PICTURES
 from experiments.convergence.methods import REFERENCES
@@ -134,6 +135,23 @@ def memory(folder: Path = RESULTS / "memory") -> str:
             f"<details><summary>All configurations</summary>\n\n{present.markdown(header, lines)}\n\n</details>"
         )
     return "\n\n".join(parts) or f"Bytes per parameter: {present.NOT_MEASURED}."
+
+
+def rules(folder: Path = RESULTS / "rules") -> str:
+    """Every rule over one large fp32 tensor, in bytes per second against the stream."""
+    report = without_gpu(folder)
+    rows = [row for row in report["rows"] if row["backend"] == "cpu"]
+    lines = [
+        [f"`{row['optimizer']}`", "{median:.2f} ({low:.2f} .. {high:.2f})".format(**row["to_stream"])]
+        for row in sorted(rows, key=lambda row: -float(row["to_stream"]["median"]))
+    ]
+    return (
+        f"Every rule over one fp32 tensor of {rows[0]['elements']:,} elements: bytes per second of a step, each input "
+        "read and each output written once, against those of the in-place stream in the same rounds, with quartiles; "
+        f"{report['machine']['cpu']}, {report['machine']['cores']} cores, module of commit "
+        f"{present.built_at(report)}, {report['date'][:10]}. [All figures]({_link(folder)}/{report['name']}.md).\n\n"
+        f"<details><summary>All rules</summary>\n\n{present.markdown(['', 'of the stream'], lines)}\n\n</details>"
+    )
 
 
 def instructions(folder: Path = RESULTS / "instructions") -> str:
@@ -261,6 +279,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/results.md": {
         "bench": block,
+        "rules": rules,
         "instructions": instructions,
         "predicted": predicted.table,
         "cuda_aims": predicted.aims,
@@ -284,7 +303,7 @@ def pages() -> dict[Path, str]:
         for name, make in blocks.items():
             text = replaced(text, name, make())
         found[ROOT / page] = text
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in (*sorted(RESULTS.glob("*.json")), *sorted(RESULTS.glob("rules/*.json"))):
         report = json.loads(path.read_text())
         drawn = path.with_suffix(".png")
         found[path.with_suffix(".md")] = present.page(report, drawn.name if drawn.exists() else None)
