@@ -18,6 +18,7 @@ from bench import (
     cuda_instructions,
     instructions,
     predicted,
+    readme,
     scaling,
     sharded_step,
     summary,
@@ -154,6 +155,28 @@ def test_a_figure_that_the_emulator_cannot_give_is_worse_than_one() -> None:
     assert exceeding(rows(None), {"executed": rows(9.0)}, "executed") == ["executed: c, k: None, committed 9.0"]
     assert exceeding(rows(9.0), {"executed": rows(None)}, "executed") == ["executed: c, k: 9.0, committed None"]
     assert exceeding(rows(None), {"executed": []}, "executed") == ["executed: c, k: None, committed None"]
+
+
+def test_the_readme_follows_the_best_rule_of_the_proof_through_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def entry(mean: float) -> dict[str, object]:
+        difference = {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}
+        return {"label": "Best", "state_bytes_per_parameter": 4.0, "minus_adamw": difference}
+
+    own = {"parameters": 2_500_000, "steps": 1000, "seeds": 3}
+    parts = {
+        "fresh": {"title": "Fresh", **own, "contenders": {"adamw": {}, "best": entry(-0.25), "other": entry(-0.5)}},
+        "bits": {"title": "Bits", **own, "contenders": {"best@int8": entry(0.125)}},
+    }
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "stage2.json").write_text(json.dumps({"best": "best", "parts": parts}))
+    monkeypatch.setattr(readme, "EXPERIMENTS", tmp_path)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.recipe().splitlines()[2:]]
+    assert lines == [
+        ["Fresh: 2.50M, 1,000 steps, 3 seeds", "4.00", "-0.250 (-0.260 .. -0.240)"],
+        ["Bits, int8, bf16 weights: 2.50M, 1,000 steps, 3 seeds", "4.00", "+0.125 (+0.115 .. +0.135)"],
+    ]
 
 
 def test_cases_that_are_not_executed_again_keep_their_figures_and_the_commit_of_their_module() -> None:
