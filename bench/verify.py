@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .candidates import field, ours, stored
+from .candidates import field, later, ours, stored
 from .harness import Case, Workload
 
 # one element, one short of a vector, one past a chunk, several dimensions, many at once
@@ -34,7 +34,7 @@ def after_steps(optimizer: str, backend: str, dtype: torch.dtype, steps: int = 3
     work.params = [torch.nn.Parameter(p) for p, _ in start]
     for parameter, (_, grad) in zip(work.params, start, strict=True):
         parameter.grad = grad
-    (candidate,) = [*ours(backend, optimizer), *field(backend, optimizer), *stored(backend, optimizer)]
+    (candidate,) = [one for make in (ours, field, later, stored) for one in make(backend, optimizer)]
     step = candidate.make(work)
     for _ in range(steps):
         step()
