@@ -151,9 +151,9 @@ def recipe(
       between was compared with AdamW at that length.
 
     Norms, embeddings and matrices were trained alike. They are groups of their own here so that what is known of yours
-    can be set. The ``lr`` is the one that was found at the smallest size; at 2.5M half of it ended lower with one seed, and
-    no rule for other sizes was found: search around it and below. Weights in bf16 or fp16 are rounded stochastically,
-    unless ``changes`` have another ``param_storage``.
+    can be set. The ``lr`` is the one that was found at the smallest size; at 2.5M half of it ended lower with one seed,
+    and no rule for other sizes was found: search around it and below. Weights in bf16 or fp16 are rounded
+    stochastically, unless ``changes`` have another ``param_storage``.
 
     Args:
         model: whose parameters are trained, those with ``requires_grad``.
