@@ -115,3 +115,23 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, link
+
+
+def test_every_linked_page_is_a_page_of_the_documentation() -> None:
+    """A file outside docs/ becomes one where a page includes it; without that, the documentation is not built."""
+    docs = ROOT / "docs"
+    include = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
+    included = {
+        (page.parent / match[1]).resolve()
+        for page in docs.rglob("*.md")
+        if (match := include.search(page.read_text(encoding="utf-8")))
+    }
+    read = [*docs.rglob("*.md"), *(file for file in included if file.exists())]
+    links = {
+        (page.parent / link).resolve(): page
+        for page in read
+        for link in re.findall(r"\]\(((?!https?://)[^)#\s]+\.md)(?:#[^)\s]*)?\)", page.read_text(encoding="utf-8"))
+    }
+    assert len(included) >= 8
+    outside = {file for file in links if not file.is_relative_to(docs)}
+    assert {str(file.relative_to(ROOT)): str(links[file]) for file in outside - included} == {}
