@@ -224,6 +224,8 @@ def renewed(
 
 def run(options: argparse.Namespace) -> int:
     """What ``python -m bench.instructions --device cuda`` does."""
+    if options.module and options.out is not None:
+        raise SystemExit("--out names the commit of the module that Python loads: --module may not name others")
     modules = options.module or [Path(compiled.__file__)]
     made: dict[str, list[dict[str, Any]]] = {"main_loops": [], "executed": []}
     moments = moments_of()

@@ -133,12 +133,18 @@ def times_sign_of(x, y):
 
 
 @triton.jit
+def cautiously_decayed(s, p, step):
+    """Decoupled decay where a step does not move p away from 0."""
+    return tl.where(times_sign_of(step, p) <= 0.0, p * scalar(s, DECAY), p)
+
+
+@triton.jit
 def apply(s, alpha, p, g, m, v, x, RULE: tl.constexpr):
     """Decoupled decay and the rule, given the effective gradient."""
     if scalar(s, CAUTIOUS_DECAY) != 0.0:
         # Rules read p only to move it, so at -0 they leave the step.
         step, m, v, x = RULE(s, alpha, tl.full(p.shape, -0.0, tl.float32), g, m, v, x)
-        p = tl.where(times_sign_of(step, p) <= 0.0, p * scalar(s, DECAY), p) + step
+        p = cautiously_decayed(s, p, step) + step
     else:
         p, m, v, x = RULE(s, alpha, p * scalar(s, DECAY), g, m, v, x)
     return p, m, v, x
@@ -158,7 +164,7 @@ def apply_scaled(s, scale, p, step, g, CAUTIOUS: tl.constexpr):
     step = step * scale
     decayed = p * scalar(s, DECAY)
     if scalar(s, CAUTIOUS_DECAY) != 0.0:
-        decayed = tl.where(times_sign_of(step, p) <= 0.0, decayed, p)
+        decayed = cautiously_decayed(s, p, step)
     return decayed + step
 
 

@@ -156,6 +156,8 @@ EVERY = {
     "lr": (with_hyperparameter("lr", -1), "lr=-1: must be finite and at least 0"),
     "backend": (with_hyperparameter("backend", "tritn"), "did you mean 'triton'"),
     "unknown": (with_hyperparameter("weight_decya", 0.1), "'weight_decya'; did you mean 'weight_decay'"),
+    "few bits": (with_hyperparameter("state_dtype", "int8"), "state_dtype is an optimizer's alone: give it to "),
+    "caution": (with_hyperparameter("caution", "delayed"), "caution is an optimizer's alone: give it to "),
 }
 MOMENT = {
     "too few": (shortened("exp_avgs"), "exp_avgs has 2 entries: must have one for each of the 3 parameters"),

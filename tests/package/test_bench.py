@@ -209,6 +209,13 @@ def test_cases_that_are_not_executed_again_keep_their_figures_and_the_commit_of_
     assert alone == [{"case": "c", "instructions": 5.0, "commit": "now"}]
 
 
+def test_figures_of_another_module_are_not_written_as_the_loaded_ones(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    with pytest.raises(SystemExit, match="--module may not name others"):
+        instructions.main(["--device", "cuda", "--module", "other.cubin", "--out", str(out)])
+    assert not out.exists()
+
+
 def test_the_emulator_learns_where_the_cases_of_a_switch_begin() -> None:
     listing = (
         "  10   1898  .nv.constant2._Zcut_in_a_tabl\n.nv.constant2._Zfirst\n0x00000f40 0x00000f60 \n0x00002d60 \n\n"
