@@ -223,6 +223,12 @@ def _checked_group(
                 f"{name}={saved[name]!r} of group {index} of the checkpoint is a function, which no checkpoint "
                 f"holds: construct the optimizer with {name}= that function, and then load"
             )
+    for name, value in kept.items():
+        if callable(value) and name in saved and not _names(saved[name], value):
+            warn_user(
+                f"{name} of group {index} of the checkpoint was {checks.shown(_portable(saved[name]))}: it is "
+                f"{_portable(value)} here, and stays so"
+            )
     with hyperparameters.of_group(index, "of the checkpoint"):
         if "beta" in group:  # which the first step would refuse
             hyperparameters.check_beta_names(type(optimizer), group, folded=True)
@@ -283,6 +289,15 @@ def _constructors_of(group: dict[str, Any]) -> dict[str, Any]:
 def _is_function_name(value: Any) -> bool:
     """Whether this stands for a function in a checkpoint. No name of a choice has a dot in it."""
     return isinstance(value, str) and "." in value
+
+
+def _names(saved: Any, function: Any) -> bool:
+    """Whether this stands for the function in a checkpoint. The program that is run calls its module __main__."""
+    theirs, ours = _portable(saved), _portable(function)
+    if not isinstance(theirs, str):
+        return False
+    programs = [name.removeprefix("__main__") for name in (theirs, ours) if name.startswith("__main__.")]
+    return theirs == ours or any(f".{theirs}".endswith(name) and f".{ours}".endswith(name) for name in programs)
 
 
 def _is_empty(saved: Any) -> bool:

@@ -289,11 +289,39 @@ def test_functions_are_named_and_never_restored(function, name, tmp_path):
 
     other, without = stepped(SignAdamPP, confidence=mine), stepped(SignAdamPP)
     for load, what in (("load_state_dict", saved), ("load_state", tmp_path / "state")):
-        getattr(other, load)(what)
+        with pytest.warns(UserWarning, match=f"confidence of group 0 of the checkpoint was '{name}': it is .*mine here"):
+            getattr(other, load)(what)
         assert other.param_groups[0]["confidence"] is mine
         with pytest.raises(ValueError, match=f"confidence='{name}' of group 0 of the checkpoint is a function"):
             getattr(without, load)(what)
         assert without.param_groups[0]["confidence"] == "fixed"
+
+
+def halved(name, shape):
+    return 0.5
+
+
+@pytest.mark.parametrize(
+    "saved, warns",
+    [
+        (f"{__name__}.halved", False),
+        ("__main__.halved", False),  # the same program, run rather than imported
+        ("__main__.doubled", True),
+        (f"{__name__}.doubled", True),
+        ("rms", True),
+        (1.0, True),
+    ],
+)
+def test_another_function_than_the_checkpoints_is_told(saved, warns):
+    state = stepped(SignAdamPP, lr_scale=halved).state_dict()
+    state["param_groups"][0]["lr_scale"] = saved
+    other = stepped(SignAdamPP, lr_scale=halved)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        other.load_state_dict(state)
+    text = f"lr_scale of group 0 of the checkpoint was {saved!r}: it is {__name__}.halved here, and stays so"
+    assert [str(warning.message) for warning in told] == [text] * warns
+    assert other.param_groups[0]["lr_scale"] is halved
 
 
 def test_numpy_numbers_become_pythons(tmp_path):
