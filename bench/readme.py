@@ -4,6 +4,7 @@ import json
 
 from bench.committed import EXPERIMENTS, RESULTS, TRAININGS, cell, large_model_log, training, without_gpu
 from experiments.convergence.methods import ADAMW, FEW_BITS, PLUS
+from experiments.recipe.proof_summary import is_lowest
 from reporting import present
 
 
@@ -85,16 +86,21 @@ def quality() -> str:
 
 
 def recipe() -> str:
-    """What the proof found of its best rule against AdamW, and what becomes of it in fewer bits and elsewhere."""
+    """What the proof found of its best rule against AdamW, and what becomes of it in fewer bits and elsewhere.
+
+    An asterisk says that the interval is one of all rules together, a dagger that the rate is the lowest tried.
+    """
     report = json.loads((EXPERIMENTS / "recipe" / "stage2.json").read_text())
     parts, best = report["parts"], report["best"]
     lines = []
     for part in parts.values():
+        rules = {key.partition("@")[0] for key, entry in part["contenders"].items() if entry["competes"]}
         for key, entry in part["contenders"].items():
             rule, _, form = key.partition("@")
             if rule != best:
                 continue
-            words = [part["title"], *([f"{form}, bf16 weights"] if form else [])]
+            marks = "*" * (len(rules) > 1) + "†" * is_lowest(entry)
+            words = [part["title"] + marks, *([f"{form}, bf16 weights"] if form else [])]
             size = f"{part['parameters'] / 1e6:.2f}M, {part['steps']:,} steps, {part['seeds']} seeds"
             bytes_, difference = entry["state_bytes_per_parameter"], present.between(entry["minus_adamw"], form="+.3f")
             lines.append([f"{', '.join(words)}: {size}", f"{bytes_:.2f}", difference])
@@ -135,7 +141,7 @@ def _large_model_short() -> str:
     peak, machine = max(line["peak_bytes"] for line in steps), start["machine"]
     return (
         f"A [GPT of {start['parameters'] / 1e9:.1f} billion parameters](docs/results.md#7-billion-parameters) took "
-        f"{len(steps)} steps within {peak / 1e9:.1f} GB, on {machine['cores']} cores and without a GPU."
+        f"{len(steps)} steps within {peak / 1e9:.2f} GB, on {machine['cores']} cores and without a GPU."
     )
 
 

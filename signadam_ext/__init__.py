@@ -1,4 +1,4 @@
-"""Sign-based optimizers for PyTorch, fused: one memory pass and one launch per step.
+"""Sign-based optimizers for PyTorch, fused: mostly one memory pass and one launch per step.
 
 The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`, :class:`SignAdam`,
 :class:`SignAdamPP`; :class:`MSGD`, :class:`SVAG`, :class:`MSVAG`, :class:`AdamStar`; :class:`Adam`, :class:`AdamW`,

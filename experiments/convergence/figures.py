@@ -31,7 +31,7 @@ COLORS = {
     "sign_adam_pp_int8_stochastic": "tab:olive",
     "sign_adam_pp_fp32_stochastic": "firebrick",
     "sign_adam_pp_int2_nearest": "tab:gray",
-    "sign_adam_pp_int2_nearest_fp32_weights": "slategray",
+    "sign_adam_pp_int2_nearest_fp32_weights": "navy",
     "sign_adam_pp_int2_split8": "mediumorchid",
     "sign_adam_pp_int2_split16": "goldenrod",
     "sign_adam_pp_int2_stochastic_beta0.95": "cornflowerblue",

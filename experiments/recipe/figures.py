@@ -68,7 +68,8 @@ def draw_proof(content: Run, path: Path) -> None:
     axes.invert_yaxis()
     axes.set(
         title=f"Stage 2: {content['finished_runs']} of about {content['expected_runs']} runs",
-        xlabel="last validation loss minus AdamW's, nats; left of the dashed line as a whole: matches",
+        xlabel="last validation loss minus AdamW's, nats\n"
+        "a rule whose whole interval lies left of the dashed line matches",
     )
     _save(figure, path)
 

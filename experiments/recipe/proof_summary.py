@@ -165,7 +165,7 @@ def _part(content: Run, name: str, part: Run) -> str:
     says = [f"{of} {size}{part['steps']:,} steps, {part['seeds']} seeds, {part['runs']} runs so far."]
     if part["refused_forms"]:
         says.append(f"Refused, as its moment has no bound: {', '.join(part['refused_forms'])}.")
-    lowest = [each["label"] for each in part["contenders"].values() if _is_lowest(each)]
+    lowest = [each["label"] for each in part["contenders"].values() if is_lowest(each)]
     if lowest:
         says.append(f"At the lowest rate that was tried, so that one below may be better: {_listed(lowest)}.")
     header = ["", "lr", "seeds", "last validation loss", "minus AdamW", "state B"]
@@ -189,7 +189,7 @@ def _part(content: Run, name: str, part: Run) -> str:
     return f"{' '.join(says)}\n\n{markdown(header, rows)}\n"
 
 
-def _is_lowest(entry: Run) -> bool:
+def is_lowest(entry: Run) -> bool:
     """Whether its rate was searched, and the lowest was the best."""
     return bool(entry["search"]) and entry["lr"] == min(map(float, entry["search"]))
 

@@ -63,8 +63,8 @@ class AdaBound(SignOptimizer):
             ("split8", "split16", not of fp16); an fp32 copy ("master"). An fp32 parameter is its own master under
             each of them. Default: "nearest".
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
-        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
-            "auto".
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors, and triton
+            first where steps are scaled by a number of the tensor's (caution, "rms"). Default: "auto".
         weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
             the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
         weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
@@ -183,8 +183,8 @@ class AMSBound(AdaBound):
             ("split8", "split16", not of fp16); an fp32 copy ("master"). An fp32 parameter is its own master under
             each of them. Default: "nearest".
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
-        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
-            "auto".
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors, and triton
+            first where steps are scaled by a number of the tensor's (caution, "rms"). Default: "auto".
         weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
             the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
         weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
@@ -238,6 +238,7 @@ def ada_bound(
     final_lr: float = 0.1,
     gamma: float = 1e-3,
     eps: float = 1e-8,
+    base_lr: float | Tensor | None = None,
     **hyperparameters: Any,
 ) -> None:
     """One step of :class:`AdaBound`, in place on ``params`` and the state lists.
@@ -247,8 +248,8 @@ def ada_bound(
         exp_avgs, exp_avg_sqs: fp32, of the parameters' shapes and strides; zeros at first.
         state_steps: 0-dim fp32 on the CPU, steps taken so far, counted up.
         lr, betas, final_lr, gamma, eps: as in :class:`AdaBound`.
-        hyperparameters: ``base_lr``, if it is not ``lr``, and ``weight_decay``, ``decoupled_weight_decay``,
-            ``maximize``, ``backend``, as there.
+        base_lr: the ``lr`` that training began with: bounds are in proportion to ``lr / base_lr``. None: ``lr``.
+        hyperparameters: ``weight_decay``, ``decoupled_weight_decay``, ``maximize``, ``backend``, as there.
 
     Example:
         >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
@@ -264,6 +265,7 @@ def ada_bound(
         params,
         grads,
         {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs},
+        {"base_lr": base_lr},
         state_steps=state_steps,
         lr=lr,
         betas=betas,
@@ -287,6 +289,7 @@ def ams_bound(
     final_lr: float = 0.1,
     gamma: float = 1e-3,
     eps: float = 1e-8,
+    base_lr: float | Tensor | None = None,
     **hyperparameters: Any,
 ) -> None:
     """One step of :class:`AMSBound`, in place on ``params`` and the state lists.
@@ -296,7 +299,7 @@ def ams_bound(
         exp_avgs, exp_avg_sqs, max_exp_avg_sqs: fp32, of the parameters' shapes and strides; zeros at first.
         state_steps: 0-dim fp32 on the CPU, steps taken so far, counted up.
         lr, betas, final_lr, gamma, eps: as in :class:`AMSBound`.
-        hyperparameters: as of :func:`ada_bound`.
+        base_lr, hyperparameters: as of :func:`ada_bound`.
 
     Example:
         >>> params, grads = [torch.zeros(3)], [torch.tensor([1.0, -2.0, 0.0])]
@@ -310,6 +313,7 @@ def ams_bound(
         params,
         grads,
         {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "max_exp_avg_sq": max_exp_avg_sqs},
+        {"base_lr": base_lr},
         state_steps=state_steps,
         lr=lr,
         betas=betas,

@@ -47,8 +47,8 @@ class AdamS(SignOptimizer):
             ("split8", "split16", not of fp16); an fp32 copy ("master"). An fp32 parameter is its own master under
             each of them. Default: "nearest".
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
-        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
-            "auto".
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors, and triton
+            first where steps are scaled by a number of the tensor's (caution, "rms"). Default: "auto".
         weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
             the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
         weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /

@@ -61,18 +61,20 @@ class MARSAdamW(SignOptimizer):
             ("split8", "split16", not of fp16); an fp32 copy ("master"). An fp32 parameter is its own master under
             each of them. Default: "nearest".
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
-        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
-            "auto".
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors, and triton
+            first where steps are scaled by a number of the tensor's (caution, "rms"). Default: "auto".
         weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
             the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
         weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
             largest_lr * weight_decay``; "independent", ``weight_decay``; "fully_decoupled", ``lr / base_lr *
             weight_decay``. Default: "lr".
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
-            columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
-            None) and shape. A number in a group is left to schedulers that multiply with it. Default: 1.0.
+            columns)`` of a matrix; "rms", its root mean square before the last step, refused unless ``max_norm=None``;
+            or a function of its name (or None) and shape. A number in a group is left to schedulers that multiply with
+            it. Default: 1.0.
         caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
-            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
+            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed");
+            refused unless ``max_norm=None``. Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.
@@ -106,8 +108,7 @@ class MARSAdamW(SignOptimizer):
     The authors update tensors of one dimension by AdamW: give them a group of their own, with ``gamma=0``,
     ``max_norm=None``, ``betas=(0.9, 0.95)``. :class:`MARSLion` needs no last gradient.
 
-    With ``max_norm`` the CUDA kernels do not serve it: "auto" takes Triton on a GPU, and "cuda" is an error. With
-    ``max_norm=None`` every backend does.
+    ``max_norm`` scales steps by a number of the tensor's, as caution does: "auto" takes triton first.
 
     State: ``exp_avg`` (m), ``exp_avg_sq`` (v), ``last_grad``, ``step``, and with ``max_norm`` ``corrected_norm``.
 

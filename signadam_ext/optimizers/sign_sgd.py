@@ -38,8 +38,8 @@ class SignSGD(SignOptimizer):
             ("split8", "split16", not of fp16); an fp32 copy ("master"). An fp32 parameter is its own master under
             each of them. Default: "nearest".
         seed: of stochastic rounding, in [0, 2^64); the same seed gives the same bits on every backend. Default: 0.
-        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors. Default:
-            "auto".
+        backend: "cpu", "cuda", "triton" or "reference"; "auto" takes cuda, then triton, for CUDA tensors, and triton
+            first where steps are scaled by a number of the tensor's (caution, "rms"). Default: "auto".
         weight_decay_kind: "decoupled" or "coupled", as ``decoupled_weight_decay`` says, or "cautious": decoupled, where
             the step does not lead away from 0. Default: None, what ``decoupled_weight_decay`` says.
         weight_decay_scale: what decoupled decay shrinks by: "lr", ``lr * weight_decay``; "corrected", ``lr**2 /
@@ -48,8 +48,7 @@ class SignSGD(SignOptimizer):
         lr_scale: a factor of each parameter's learning rate, which decay does not see: "shape", ``2 / (rows +
             columns)`` of a matrix; "rms", its root mean square before the last step; or a function of its name (or
             None) and shape. A number in a group is left to schedulers that multiply with it. Default: 1.0.
-        caution: entries of a step that do not go against the gradient are left out, and the others larger in exchange:
-            by this step's share, which reads everything twice ("exact"), or the last step's ("delayed"). Default: None.
+        caution: refused, since the step always has the gradient's sign. Default: None.
         foreach, fused, differentiable, capturable: for code written for torch.optim. The update is always fused; True
             for fused also takes the scale of a GradScaler in the step, and skips it without waiting for the device.
             differentiable may not be True.

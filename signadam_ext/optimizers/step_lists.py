@@ -35,6 +35,8 @@ def step_lists(
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     moments: Mapping[str, Sequence[Tensor]],
+    kept: Mapping[str, Any] | None = None,
+    /,
     *,
     threshold_states: Sequence[Tensor] | None = None,
     state_steps: Sequence[Tensor] | None = None,
@@ -48,6 +50,7 @@ def step_lists(
         params: parameters, fp32, bf16 or fp16.
         grads: their gradients; a parameter whose gradient is None is left alone.
         moments: by name, fp32 tensors of the parameters' shapes and strides.
+        kept: what an optimizer's group keeps beside the hyperparameters, where a rule reads it; None as if left out.
         threshold_states: 0-dim float64 on the parameters' devices, for a threshold that is not fixed.
         state_steps: 0-dim float64 or fp32 on the CPU, steps taken so far; counted up. fp32 holds up to 2^24 of them.
         grad_variances: the variances of the gradients, for rules that read them.
@@ -56,7 +59,7 @@ def step_lists(
     Raises:
         TypeError, ValueError: lists of unequal length, wrong tensors or hyperparameters; nothing has been written then.
     """
-    group = _group(optimizer, params, hyperparameters)
+    group = _group(optimizer, params, hyperparameters, kept or {})
     rule = rule_of(optimizer, group)
     lists: dict[str, Sequence[Any]] = {"grads": grads, **{f"{name}s": moments[name] for name in rule.moments}}
     if rule.threshold_state is not None:
@@ -77,7 +80,9 @@ def step_lists(
     plan.run([group])
 
 
-def _group(optimizer: type[SignOptimizer], params: Sequence[Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+def _group(
+    optimizer: type[SignOptimizer], params: Sequence[Tensor], given: Mapping[str, Any], kept: Mapping[str, Any]
+) -> dict[str, Any]:
     """The parameter group that these hyperparameters make, checked.
 
     Raises:
@@ -97,6 +102,7 @@ def _group(optimizer: type[SignOptimizer], params: Sequence[Tensor], given: Mapp
             near = difflib.get_close_matches(name, known, n=1)
             raise TypeError(f"unknown hyperparameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     rates = {**RATES, **dict.fromkeys(LARGEST_RATES, hyperparameters.get("lr"))}
+    rates.update((name, value) for name, value in kept.items() if value is not None)
     return checked(optimizer, {**COMMON, **STORAGE, **rates, **hyperparameters, "params": list(params)})
 
 

@@ -59,23 +59,28 @@ _STEPS = 2000
 class TokenSchedule(LambdaLR):
     """A learning rate by tokens seen: linear warm-up over the first tenth, then a cosine down to a tenth.
 
-    With steps of equal size it is the schedule of the runs, whose rates are those at the end of each step's tokens in
-    the warm-up, and at their beginning afterwards. It goes on at the last rate when more tokens come than were said.
+    With steps of equal size it is the schedule of the runs with 0.66M and 2.5M parameters, whose rates are those at the
+    end of each step's tokens in the warm-up, and at their beginning afterwards. It goes on at the last rate when more
+    tokens come than were said.
 
     Args:
         optimizer: whose groups' ``lr`` are the largest.
-        tokens: in all, at least 1.
-        batch_tokens: of one step; None where :meth:`step` is told of each.
+        tokens: in all, positive.
+        batch_tokens: of one step, positive; None where :meth:`step` is told of each.
 
     Attributes:
         tokens_seen: so far.
+
+    Raises:
+        TypeError: ``tokens`` or ``batch_tokens`` is no number.
+        ValueError: one that is not positive and finite.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, tokens: float, batch_tokens: float | None = None) -> None:
-        self.tokens = float(tokens)
-        self.batch_tokens = batch_tokens
+        self.tokens = _positive("tokens", tokens)
+        self.batch_tokens = None if batch_tokens is None else _positive("batch_tokens", batch_tokens)
         self.tokens_seen = 0.0
-        self._latest = self.tokens / _STEPS if batch_tokens is None else float(batch_tokens)
+        self._latest = self.batch_tokens or self.tokens / _STEPS
         self._has_begun = False
         super().__init__(optimizer, lambda _: self._factor())
         self._has_begun = True
@@ -141,7 +146,8 @@ def recipe(
 
     They rest on small models: byte-level GPTs of 0.66M to 3.1M parameters on the sources of Python's standard library,
     beside AdamW (betas 0.9 and 0.95) with the same weight decay (0.1, of all parameters), clipping (a global norm
-    of 1), warm-up (a tenth) and cosine (to a tenth), each with its own searched learning rate.
+    of 1), warm-up (a tenth) and cosine (to a tenth; with 3.1M parameters, on which the quarter of a byte rests, to 0),
+    each with its own searched learning rate.
 
     - 4 bytes of state and more: :class:`Signum` with ``caution="delayed"``. It ended below AdamW, whose state takes 8,
       with each of ten fresh seeds.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from signadam_ext import AdaBound, Adam, AMSBound
+from signadam_ext.functional import ada_bound, ams_bound
 
 EACH = pytest.mark.parametrize("method", [AdaBound, AMSBound])
 BETA1 = 0.9
@@ -90,6 +91,23 @@ def test_bounds_follow_a_schedule(method: type) -> None:
         optimizer.step()
     assert torch.equal(loaded, tenth) and torch.equal(added, tenth)
     assert torch.allclose(tenth, whole / 10, rtol=1e-6, atol=0)
+
+
+@EACH
+def test_the_functions_bounds_follow_a_schedule(method: type) -> None:
+    param, ours = torch.nn.Parameter(torch.zeros(512)), torch.zeros(512)
+    optimizer = method([param], lr=1e-2, final_lr=0.05)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    param.grad = gradient(1)
+    optimizer.step()
+    function, moments = (ada_bound, 2) if method is AdaBound else (ams_bound, 3)
+    state = [*([torch.zeros(512)] for _ in range(moments)), [torch.tensor(0.0)]]
+    for base_lr in (-1.0, "1e-2"):
+        with pytest.raises((TypeError, ValueError), match="base_lr"):
+            function([ours], [gradient(1)], *state, lr=1e-3, final_lr=0.05, base_lr=base_lr)
+    assert not ours.any()
+    function([ours], [gradient(1)], *state, lr=1e-3, final_lr=0.05, base_lr=1e-2)
+    assert torch.equal(ours, param)
 
 
 @EACH

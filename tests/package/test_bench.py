@@ -160,22 +160,32 @@ def test_a_figure_that_the_emulator_cannot_give_is_worse_than_one() -> None:
 def test_the_readme_follows_the_best_rule_of_the_proof_through_its_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def entry(mean: float) -> dict[str, object]:
+    def entry(mean: float, search: dict[str, float] | None = None) -> dict[str, object]:
         difference = {"mean": mean, "low": mean - 0.01, "high": mean + 0.01}
-        return {"label": "Best", "state_bytes_per_parameter": 4.0, "minus_adamw": difference}
+        own = {"label": "Best", "state_bytes_per_parameter": 4.0, "minus_adamw": difference}
+        return {**own, "competes": True, "lr": 0.5, "search": search or {}}
 
     own = {"parameters": 2_500_000, "steps": 1000, "seeds": 3}
     parts = {
-        "fresh": {"title": "Fresh", **own, "contenders": {"adamw": {}, "best": entry(-0.25), "other": entry(-0.5)}},
-        "bits": {"title": "Bits", **own, "contenders": {"best@int8": entry(0.125)}},
+        "fresh": {
+            "title": "Fresh",
+            **own,
+            "contenders": {"adamw": {"competes": False}, "best": entry(-0.25), "other": entry(-0.5)},
+        },
+        "bits": {"title": "Bits", **own, "contenders": {"best@int8": entry(0.125), "best@bf16": entry(0.25)}},
+        "low": {"title": "Low", **own, "contenders": {"best": entry(0.5, {"0.5": 1.0, "1.0": 2.0})}},
+        "high": {"title": "High", **own, "contenders": {"best": entry(0.5, {"0.25": 2.0, "0.5": 1.0})}},
     }
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "stage2.json").write_text(json.dumps({"best": "best", "parts": parts}))
     monkeypatch.setattr(readme, "EXPERIMENTS", tmp_path)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in readme.recipe().splitlines()[2:]]
     assert lines == [
-        ["Fresh: 2.50M, 1,000 steps, 3 seeds", "4.00", "-0.250 (-0.260 .. -0.240)"],
+        ["Fresh*: 2.50M, 1,000 steps, 3 seeds", "4.00", "-0.250 (-0.260 .. -0.240)"],
         ["Bits, int8, bf16 weights: 2.50M, 1,000 steps, 3 seeds", "4.00", "+0.125 (+0.115 .. +0.135)"],
+        ["Bits, bf16, bf16 weights: 2.50M, 1,000 steps, 3 seeds", "4.00", "+0.250 (+0.240 .. +0.260)"],
+        ["Low†: 2.50M, 1,000 steps, 3 seeds", "4.00", "+0.500 (+0.490 .. +0.510)"],
+        ["High: 2.50M, 1,000 steps, 3 seeds", "4.00", "+0.500 (+0.490 .. +0.510)"],
     ]
 
 

@@ -216,6 +216,23 @@ def test_shared_arguments_are_described_alike() -> None:
     assert len(said["foreach, fused, differentiable, capturable"]) == 1
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_what_a_class_refuses_is_in_its_documentation(name: str) -> None:
+    """Caution, and a scale by the root mean square, as its constructor takes them with its own defaults."""
+    found = getattr(signadam_ext, name)
+    arguments = found.__doc__.split("Args:\n")[1].split("\n\n")[0]
+    said = dict(entry.split(":", 1) for entry in re.split(r"\n {8}(?! )", "\n" + arguments)[1:])
+    for argument, value in (("caution", "delayed"), ("caution", "exact"), ("lr_scale", "rms")):
+        try:
+            found([torch.nn.Parameter(torch.zeros(3))], lr=0.1, **{argument: value})
+            taken = True
+        except ValueError:
+            taken = False
+        # Beside or without something else is not with the defaults.
+        offered = f'"{value}"' in said[argument] and not re.search("refused(?! beside| without)", said[argument])
+        assert offered == taken, (argument, value)
+
+
 def runnable() -> dict[str, doctest.DocTest]:
     """Examples of everything that is exported."""
     finder = doctest.DocTestFinder(recurse=False)
