@@ -12,7 +12,7 @@ The optimizers are ``torch.optim.Optimizer``s: :class:`SignSGD`, :class:`Signum`
 ``python -m signadam_ext`` tells what was built and what is usable.
 """
 
-from . import functional
+from . import functional, memory
 from ._version import __version__
 from .optimizers import (
     ADOPT,
@@ -87,6 +87,7 @@ __all__ = [
     "__version__",
     "from_optimizer",
     "functional",
+    "memory",
     "offload",
     "per_sample_variance",
     "recipe",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -83,12 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     memory.add_arguments(calculator)
     options = parser.parse_args(arguments)
     if options.command in (None, "info"):
-        print(report())
-        return
+        text = report()
+    else:
+        try:
+            text = memory.table(options)
+        except (TypeError, ValueError) as error:
+            calculator.error(str(error))
     try:
-        print(memory.table(options))
-    except (TypeError, ValueError) as error:
-        calculator.error(str(error))
+        print(text, flush=True)
+    except BrokenPipeError:  # of `signadam info | head`; Python writes what is left once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

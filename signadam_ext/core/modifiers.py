@@ -109,7 +109,7 @@ def _check_scale(group: Group, rule: Any) -> None:
         return
     shown = f"caution={scale!r}" if scale in CAUTIONS else f"lr_scale={scale!r}"
     if group["caution"] is not None and group["lr_scale"] == "rms":
-        raise ValueError(f"{shown} with lr_scale='rms': steps have one number of each tensor's to be multiplied by")
+        raise ValueError(f"{shown} with lr_scale='rms': a tensor has one such number: take one of them")
     if scale in CAUTIONS and rule.follows_gradient:
         raise ValueError(f"{shown} with a rule whose step has the gradient's sign: it cannot disagree with it")
     if rule.threshold_pass != "NONE" or rule.confidence is not None:
@@ -209,7 +209,17 @@ def lr_factor(scale: Any, label: str, name: str | None, shape: Sequence[int]) ->
     """
     if scale is None or scale == "rms":  # which kernels make
         return 1.0
-    found = LR_SCALES[scale](shape) if isinstance(scale, str) else scale(name, tuple(shape))
+    if isinstance(scale, str):
+        return LR_SCALES[scale](shape)
+    try:
+        found = scale(name, tuple(shape))
+    except (AttributeError, TypeError) as error:
+        if name is not None:
+            raise
+        raise TypeError(
+            f"lr_scale of {label} raises {type(error).__name__} ({error}) of the name None: parameters have names where "
+            "the optimizer is made of model.named_parameters()"
+        ) from error
     return float(checks.number(f"lr_scale of {label}", found, 0.0))
 
 

@@ -7,6 +7,7 @@
     signadam:
       name: SignAdamPP
       state_dtype: int2
+      param_storage: stochastic
     learning_rate: 6.0e-4
 
 ``learning_rate`` and ``weight_decay`` stay axolotl's.

@@ -6,6 +6,7 @@
       name: SignAdamPP
       lr: 6.0e-4
       state_dtype: int2
+      param_storage: stochastic
 
 The learning rate stands there too: an optimizer is handed nothing else.
 """

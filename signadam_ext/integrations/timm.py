@@ -2,7 +2,8 @@
 
 ::
 
-    timm.optim.create_optimizer_v2(model, "signadampp", lr=6e-4, layer_decay=0.75, state_dtype="int2")
+    options = {"state_dtype": "int2", "param_storage": "stochastic"}
+    timm.optim.create_optimizer_v2(model, "signadampp", lr=6e-4, layer_decay=0.75, **options)
 
 timm's own names stay timm's: optimizers that timm has itself are not among them.
 """

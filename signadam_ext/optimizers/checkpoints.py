@@ -260,9 +260,11 @@ def _check_method(optimizer: GroupedOptimizer, index: int, saved: Mapping[str, A
     if method is not None:
         if method != ours:
             theirs = method if isinstance(method, str) else checks.shown(method)
+            own = type(optimizer).__name__
             raise ValueError(
-                f"group {index} of the checkpoint is of the method {theirs}: must be of {ours}; from_optimizer puts "
-                "one method in the place of another"
+                f"group {index} of the checkpoint is of the method {theirs}: must be of {ours}"
+                f"{'' if own == ours else f', which {own} is, too'}; load it into an optimizer of its own method, and "
+                f"from_optimizer makes {own} of that"
             )
         return
     known = {*optimizer.defaults, *optimizer.HYPERPARAMETERS, "beta"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -44,7 +45,7 @@ CHOICES = (
         0.25,
         SignAdamPP,
         1e-3,
-        "experiments/results/convergence/gpt_long.md: 3.1M parameters, 1,200 steps, three seeds; bf16 weights",
+        "experiments/results/convergence/gpt_long.md: 3.1M parameters, 1,200 steps, three seeds; bf16; behind AdamW",
         {"state_dtype": "int2"},
     ),
 )
@@ -151,7 +152,7 @@ def recipe(
 
     - 4 bytes of state and more: :class:`Signum` with ``caution="delayed"``. It ended below AdamW, whose state takes 8,
       with each of ten fresh seeds.
-    - 2 bytes, and 33/32: the same with its momentum in bf16, or in 8 bits, beside weights in bf16. Both ended below
+    - 2 bytes, and 1: the same with its momentum in bf16, or in 8 bits, beside weights in bf16. Both ended below
       AdamW with fp32 weights and state, with each of five seeds.
     - Down to a quarter of a byte: :class:`SignAdamPP` with 2-bit momentum, which AdamW was clearly ahead of. Nothing
       between was compared with AdamW at that length.
@@ -164,13 +165,14 @@ def recipe(
     Args:
         model: whose parameters are trained, those with ``requires_grad``.
         tokens: in all, over the whole training.
-        memory: bytes of optimizer state per parameter, at most; of each tensor a few more. Default: as many as the best
-            choice takes.
-        batch_tokens: tokens of one step, over all ranks. None: ``scheduler.step(tokens)`` is told of each.
+        memory: bytes of the momentum per parameter, at most. The exponents of 8 bits, a 32nd of a byte, and a few bytes
+            of each tensor come on top: 1 asks for 8 bits. Default: as many as the best choice takes.
+        batch_tokens: tokens of one step, over all ranks; of one rank where the schedule is stepped once for each, as
+            Accelerate steps those that it has prepared. None: ``scheduler.step(tokens)`` is told of each.
         changes: arguments of the optimizer's constructor instead of those found.
 
     Returns:
-        Optimizer, scheduler, and where the evidence is.
+        Optimizer, scheduler, and where the evidence is, with the names of what ``changes`` made another.
 
     Raises:
         TypeError: ``model`` is no module, ``tokens``, ``memory`` or ``batch_tokens`` is no number, or ``changes`` name
@@ -195,17 +197,22 @@ def recipe(
     groups = _groups(model)
     if not groups:
         raise ValueError("model has no parameter with requires_grad: nothing to train")
-    optimizer: SignOptimizer = cast(Any, choice.optimizer)(
-        groups, **{"lr": choice.lr, **COMMON, **choice.options, **changes}
-    )
-    return Recipe(optimizer, TokenSchedule(optimizer, tokens, batch_tokens), choice.evidence)
+    for name in changes:
+        if near := difflib.get_close_matches(name, ("tokens", "memory", "batch_tokens"), n=1):
+            raise TypeError(f"recipe() got an unexpected keyword argument {name!r}; did you mean {near[0]!r}?")
+    found = {"lr": choice.lr, **COMMON, **choice.options}
+    optimizer: SignOptimizer = cast(Any, choice.optimizer)(groups, **{**found, **changes})
+    others = [name for name, value in changes.items() if name not in found or value != found[name]]
+    evidence = choice.evidence + (f"; with another {', '.join(others)}" if others else "")
+    return Recipe(optimizer, TokenSchedule(optimizer, tokens, batch_tokens), evidence)
 
 
 def _choice(memory: float | None) -> _Choice:
     if memory is None:
         return CHOICES[0]
     most = _positive("memory", memory)
-    fitting = [choice for choice in CHOICES if choice.state_bytes <= most]
+    # Whole bits: whoever asks for a byte means codes of 8 bits, whose exponents come on top.
+    fitting = [choice for choice in CHOICES if math.floor(8 * choice.state_bytes) <= 8 * most]
     if not fitting:
         raise ValueError(
             f"memory={most:g}: the smallest recipe takes {CHOICES[-1].state_bytes:g} bytes of state per parameter"

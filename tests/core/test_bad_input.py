@@ -441,3 +441,24 @@ def test_importing_without_the_compiled_module(tmp_path, source_tree, built_for_
     else:
         assert "this is its source tree, and the compiled module has not been built" in message
     assert f"Run `pip install {f'-e {tmp_path}' if source_tree else '--force-reinstall signadam_ext'}`" in message
+
+
+def test_a_source_tree_says_where_what_is_installed_lies(tmp_path):
+    """As after ``pip install .``, in the very folder where that was run."""
+    tree, site = tmp_path / "tree", tmp_path / "site"
+    own = Path(signadam_ext.__file__).parent
+    shutil.copytree(own, tree / "signadam_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "setup.py", tree)
+    metadata = site / "signadam_ext-1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: signadam_ext\nVersion: 1.0\n")
+    (site / "signadam_ext").mkdir()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tree, site))), "OMP_NUM_THREADS": "1"}
+    for built in (False, True):
+        if built:
+            (site / "signadam_ext" / "_C.so").touch()
+        done = subprocess.run([sys.executable, "-c", IMPORT], cwd=tree, env=environment, capture_output=True, text=True)
+        message = done.stderr.strip().splitlines()[-1]
+        assert message.startswith("ImportError: signadam_ext cannot be imported: "), done.stderr
+        assert (f"what is installed lies in {site / 'signadam_ext'}" in message) == built, message
+        assert f"`pip install -e {tree}`" in message

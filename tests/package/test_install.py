@@ -121,6 +121,11 @@ def test_the_command_works_from_anywhere() -> None:
         assert done.stdout.split()[:2] == ["signadam_ext", signadam_ext.__version__]
     memory = subprocess.run([command, "memory", "--params=7e9"], capture_output=True, text=True)
     assert memory.returncode == 0 and "bytes" in memory.stdout, memory.stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as nobody_reads:
+        unread = subprocess.run([command, "info"], stdout=nobody_reads, stderr=subprocess.PIPE, text=True)
+    assert (unread.returncode, unread.stderr) == (0, "")
     wrong = subprocess.run([command, "remember"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "usage: signadam" in wrong.stderr
 

@@ -140,8 +140,8 @@ def test_trains_as_the_optimizer_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("memory", "index"),
-    [(None, 0), (4, 0), (16.0, 0), (3.99, 1), (2, 1), (1.04, 2), (1, 3), (0.25, 3)],
-    ids=["none", "4", "16", "3.99", "2", "1.04", "1", "0.25"],
+    [(None, 0), (4, 0), (16.0, 0), (3.99, 1), (2, 1), (1.04, 2), (1, 2), (0.99, 3), (0.25, 3)],
+    ids=["none", "4", "16", "3.99", "2", "1.04", "1", "0.99", "0.25"],
 )
 def test_memory_chooses(memory: float | None, index: int) -> None:
     found = recipe(Tied(), tokens=1e6, memory=memory)
@@ -149,6 +149,26 @@ def test_memory_chooses(memory: float | None, index: int) -> None:
     assert found.evidence == CHOICES[index].evidence
     for name, value in CHOICES[index].options.items():
         assert found.optimizer.param_groups[0][name] == value
+
+
+def test_the_evidence_says_what_was_changed() -> None:
+    same = recipe(Tied(), tokens=1, lr=CHOICES[0].lr, caution="delayed", weight_decay=0.1)
+    assert same.evidence == CHOICES[0].evidence
+    other = recipe(Tied(), tokens=1, lr=1e-3, caution=None, seed=1)
+    assert other.evidence == f"{CHOICES[0].evidence}; with another lr, caution, seed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0,), ValueError, "tokens=0: must be finite and above 0"),
+        ((1, 0), ValueError, "batch_tokens=0: must be finite and above 0"),
+        (("many",), TypeError, "tokens='many': must be a number"),
+    ],
+)
+def test_a_schedule_of_no_tokens(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TokenSchedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), *arguments)
 
 
 def test_state_takes_the_memory_that_is_said() -> None:
@@ -196,6 +216,12 @@ def _every_seed_is_below(entry: dict[str, Any], seeds: int) -> bool:
         ({"tokens": 1, "batch_tokens": -1}, ValueError, "batch_tokens=-1: must be finite and above 0"),
         ({"tokens": 1, "memory": 0.2}, ValueError, "memory=0.2: the smallest recipe takes 0.25 bytes"),
         ({"tokens": 1, "memory": True}, TypeError, "memory=True: must be a number, not bool"),
+        (
+            {"tokens": 1, "batch_size": 8},
+            TypeError,
+            "unexpected keyword argument 'batch_size'; did you mean 'batch_tokens'",
+        ),
+        ({"tokens": 1, "weight_decya": 0}, TypeError, "argument 'weight_decya'; did you mean 'weight_decay'"),
     ],
 )
 def test_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
