@@ -370,7 +370,7 @@ def test_a_function_of_names_that_nobody_gave() -> None:
     params[0].grad = torch.ones(3)
     before = params[0].clone()
     with pytest.raises(
-        TypeError, match=r"lr_scale of parameter 0 of group 0 raises AttributeError .* named_parameters"
+        TypeError, match=r"lr_scale of parameter 0 of group 0 raises AttributeError .* model.named_parameters"
     ):
         optimizer.step()
     assert torch.equal(params[0], before) and not optimizer.state
