@@ -162,6 +162,8 @@ def main() -> None:
     if not args.run.is_file():
         parser.error(f"{args.run} is not there: run python examples/train_gpt.py first")
     if args.out is not None:
+        if args.out.is_dir():
+            parser.error(f"{args.out} is a folder: --out is a file")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.touch()  # rather now than when the work is done
     torch.set_num_threads(min(torch.get_num_threads(), 4))

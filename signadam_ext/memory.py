@@ -126,7 +126,7 @@ def estimate(
         grad_dtype: the same for the gradients; None for the parameters'.
         gradients: "all" at once, or "released": only the largest, see :func:`signadam_ext.release_gradients`.
         largest: elements of the largest gradient that exists by itself; None for that of the shapes.
-        hyperparameters: others that decide what is kept: ``second_moment``, ``confidence``.
+        hyperparameters: others that decide what is kept: ``second_moment``, ``confidence``, ``caution``, ``betas``.
 
     Raises:
         TypeError, ValueError: names that do not exist, and forms that do not go together, as from the constructor.
@@ -260,6 +260,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     storages = ", ".join(PARAM_STORAGES)
     add("--param-storage", default="nearest", metavar="S", help=f"{storages} (default %(default)s)")
     add("--weights", action=_Renamed, dest="param_storage", help=argparse.SUPPRESS)
+    add("--betas", type=_betas, metavar="B,B", help="where they decide what may be stored: of LaProp")
+    add("--caution", metavar="C", help="exact or delayed")
     add("--second-moment", metavar="M", help="of SignAdam: exact or analytic")
     add("--confidence", metavar="C", help="of SignAdamPP: fixed, adaptive, adaptive_delayed or sparsity")
     add("--amsgrad", action="store_true", default=None, help="of Adam and AdamW")
@@ -275,7 +277,10 @@ def table(options: argparse.Namespace) -> str:
         TypeError, ValueError: arguments that make no sense, or not together.
     """
     shapes = _model(options)
-    others = {name: getattr(options, name) for name in ("second_moment", "confidence", "amsgrad", "variance")}
+    others = {
+        name: getattr(options, name)
+        for name in ("betas", "caution", "second_moment", "confidence", "amsgrad", "variance")
+    }
     if options.confidence == "sparsity":
         others["target"] = 0.5  # any will do
     found = estimate(
@@ -365,6 +370,13 @@ def _count(text: str) -> int:
     if not value >= 1 or value != int(value):
         raise argparse.ArgumentTypeError(f"must be a whole number such as 7e9, not {text!r}")
     return int(text) if text.replace("_", "").isdecimal() else int(value)
+
+
+def _betas(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers such as 0.9,0.95, not {text!r}") from None
 
 
 def _shapes(text: str) -> list[tuple[int, ...]]:

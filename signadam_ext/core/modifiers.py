@@ -113,11 +113,11 @@ def _check_scale(group: Group, rule: Any) -> None:
     if scale in CAUTIONS and rule.follows_gradient:
         raise ValueError(f"{shown} with a rule whose step has the gradient's sign: it cannot disagree with it")
     if rule.threshold_pass != "NONE" or rule.confidence is not None:
-        other = (
-            "max_norm: take max_norm=None"
-            if rule.update_scale == "norm"
-            else "confidence of each tensor's own: take confidence='fixed'"
-        )
+        if rule.update_scale == "norm":
+            other = "max_norm: take max_norm=None"
+        else:
+            whose = "a function for confidence" if rule.confidence is not None else "a threshold of each tensor's own"
+            other = f"{whose}: take confidence='fixed'"
         raise ValueError(f"{shown} with {other}")
     if rule.reads_param:
         raise ValueError(f"{shown} with a rule whose step depends on the parameter")

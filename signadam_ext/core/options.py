@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias, TypedDict
 
 import torch
@@ -70,8 +70,16 @@ def has_one_beta(arguments: Mapping[str, Any]) -> bool:
     return isinstance(betas, (tuple, list)) and len(betas) == 1
 
 
-def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+def completed(
+    name: str, given: Mapping[str, Any], others: Mapping[str, Any], kept: Collection[str] = ()
+) -> dict[str, Any]:
     """The arguments of a constructor with those beside its own, by today's names.
+
+    Args:
+        name: the class's.
+        given: the constructor's own, and what its groups keep beside them.
+        others: those beside them.
+        kept: names among ``given`` that are no arguments.
 
     Raises:
         TypeError: a name that no argument has, or has had; or one given under both names.
@@ -80,7 +88,7 @@ def completed(name: str, given: Mapping[str, Any], others: Mapping[str, Any]) ->
     for key in others:
         if key not in OTHERS and key not in NAMES:
             betas = "beta" if has_one_beta(given) else "betas"
-            names = [betas if own == "betas" else own for own in (*given, *OTHERS)]
+            names = [betas if own == "betas" else own for own in (*given, *OTHERS) if own not in kept]
             guessed = [own for own in _GUESSES.get(key, ()) if own in names]
             near = guessed or difflib.get_close_matches(key, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

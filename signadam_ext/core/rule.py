@@ -36,6 +36,7 @@ class Rule:
         bound: what ``|m|`` never exceeds, so that few bits hold it without a scale: codes q stand for
             ``q * bound / L``. None where there is no such number.
         unbounded: why there is none, for errors.
+        codes_bound: what codes of the method's other forms are made for, where this one has no bound itself.
         scalars: the rule's own scalars for a parameter group at step ``t``, as unrounded doubles; of numbers or of
             symbols, see :mod:`signadam_ext.core.symbols`.
         uses_step: whether ``scalars`` depends on ``t``.
@@ -62,6 +63,7 @@ class Rule:
     scalars: Callable[[Group, int], Scalars]
     bound: float | None = None
     unbounded: str = "this momentum has no bound"
+    codes_bound: float | None = None
     uses_step: bool = False
     reads_variance: bool = False
     follows_gradient: bool = False
@@ -211,6 +213,8 @@ def _scaled(rule: Rule, scale: str) -> Rule:
     return replace(rule, **_SCALED[scale])
 
 
+#: What each of these keeps of the last step, and MARS of its gradient's norm.
+SCALE_STATES = ("agreement", "param_rms", "corrected_norm")
 #: What scales a rule's steps, by the modifier that asks for it: caution in two passes, and one with the last step's
 #: share; the root mean square of the parameter before the last step.
 _SCALED: dict[str, dict[str, Any]] = {

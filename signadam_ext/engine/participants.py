@@ -30,9 +30,11 @@ class Item:
         has_state: whether it has a state. Then it takes part even without a gradient, so that a later gradient needs
             no new plan.
         fit: what a step uses of its state. Raises on state that does not fit; writes nothing.
+        name: the parameter's, where the optimizer was told it.
         own_state: its state in the optimizer, or None.
         state_names: of the entries of ``fit``, as the state holds them.
         lr_factor: what its group's learning rate is multiplied by.
+        scales_by_shape: whether the parameter's shape says so.
         at_rest: whether this is a first step without a learning rate, which needs no variance.
         owner: the parameter as the optimizer has it, where ``param`` is another tensor: its part on this rank.
         sharding: how it is spread over ranks, or None.
@@ -46,6 +48,7 @@ class Item:
     has_state: bool
     fit: Callable[[], Fitted]
     forms: tuple[Format, ...]
+    name: str | None = None
     own_state: Mapping[str, Any] | None = None
     state_names: tuple[str, ...] = ()
     variance: Tensor | None = None
@@ -54,6 +57,7 @@ class Item:
     param_id: int = 0
     shard: ShardIndex = WHOLE
     lr_factor: float = 1.0
+    scales_by_shape: bool = False
     at_rest: bool = False
     owner: Tensor | None = None
     sharding: Sharding | None = None
@@ -129,11 +133,8 @@ def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
     if grad is not None:
         if item.sharding is not None:
             _check_sharded(item, item.sharding)
-        elif item.rule.threshold_pass != "NONE" and shards.is_flattened(item.param):
-            raise TypeError(
-                f"{item.label} is part of a flat parameter of FullyShardedDataParallel, and its threshold follows the "
-                "whole gradient, of which each rank has a part: take confidence='fixed'"
-            )
+        elif shards.is_flattened(item.param):
+            _check_flattened(item)
         if item.sharding is not None:
             grad = shards.like_gradient(item.label, grad, item.param, item.sharding)
         tensors.gradient(item.label, grad, item.param)
@@ -155,6 +156,28 @@ def _choose(index: int, item: Item, grad: Tensor | None) -> Participant | None:
         # It may be offloaded; without a gradient that is no error.
         return None
     return None if fitted.changes or fitted.removed else Participant(index, item, None, fitted, backend)
+
+
+def _check_flattened(item: Item) -> None:
+    """Raises where a part of a flat parameter cannot be updated as the same elements of the whole would be.
+
+    Raises:
+        TypeError: a threshold, or a number that steps are multiplied by, which is of the whole parameter.
+    """
+    whole, instead = {
+        "caution": ("caution counts entries of", "take caution=None"),
+        "rms": ("lr_scale='rms' is of", "take another lr_scale"),
+        "norm": ("max_norm bounds the norm of", "take max_norm=None"),
+        None: ("its threshold follows the gradient of", "take confidence='fixed'"),
+    }[item.rule.update_scale]
+    if item.rule.threshold_pass == "NONE":
+        if not item.scales_by_shape:
+            return
+        whole, instead = "lr_scale asks for the shape of", "take lr_scale=1.0, and an lr for each group"
+    raise TypeError(
+        f"{item.label} is part of a flat parameter of FullyShardedDataParallel, and {whole} the whole parameter, of "
+        f"which each rank has a part: {instead}; or shard with fully_shard"
+    )
 
 
 def _check_sharded(item: Item, sharding: Sharding) -> None:

@@ -76,6 +76,7 @@ class Plan:
         "is_first",
         "labels",
         "launches",
+        "names",
         "owns",
         "round",
     )
@@ -91,6 +92,7 @@ class Plan:
         self.round = 0  # the number of the optimizer's step that this plan has last taken
         self.owns = True  # whether it holds references to the tensors of a step
         self.labels = [item.label for item in items]
+        self.names = [item.name or item.label for item in items]
         self.entries: list[Entry] = []
         self.launches: list[tuple[Bucket, backends.Launch]] = []
         # What scalars are made of: the index of a group, and what its learning rate is multiplied by. First the

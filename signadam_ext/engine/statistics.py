@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -94,9 +92,7 @@ def collect(plans: Iterable[Plan]) -> Statistics:
                 end = begin + -(-numel // _C.CHUNK_SIZE)
                 if present and numel > 0:
                     sums = _sums(rows[begin:end], numel, _unit(bucket, entry), _has_momentum(bucket, entry))
-                    label = plan.labels[entry.index]
-                    named = re.fullmatch(r"parameter (['\"].*)", label)
-                    found.append((entry.param_id, ast.literal_eval(named[1]) if named else label, sums))
+                    found.append((entry.param_id, plan.names[entry.index], sums))
                 begin = end
     found.sort(key=lambda item: item[0])
     every = [sums for _, _, sums in found]

@@ -74,6 +74,9 @@ class SignOptimizer(Optimizer):
     #: A group's hyperparameters beside those all optimizers share, each with what checks it.
     HYPERPARAMETERS: ClassVar[hyperparameters.Checks] = {"lr": hyperparameters.LEARNING_RATE}
 
+    #: What groups keep beside them, and no constructor takes.
+    KEPT: ClassVar[frozenset[str]] = frozenset()
+
     runtime: Runtime
 
     #: Names of what it shares with the others.
@@ -92,7 +95,7 @@ class SignOptimizer(Optimizer):
 
     def __init__(self, params: Params, given: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         hyperparameters.check_beta_names(type(self), others)
-        defaults = hyperparameters.kept(options.completed(type(self).__name__, given, others))
+        defaults = hyperparameters.kept(options.completed(type(self).__name__, given, others, self.KEPT))
         asked = {name: checks.torch_option(name, defaults.pop(name)) for name in checks.TORCH_OPTIONS}
         self.runtime = Runtime(weakref.ref(self), hyperparameters.Hyperparameters(type(self)))
         self._ask(asked)

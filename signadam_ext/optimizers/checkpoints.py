@@ -21,7 +21,7 @@ from ..state.archive import members_of, opened, read_entries, read_head, write_e
 from ..state.checkpoint import Layout, adopt, check, export, realized, written_entry
 from ..state.pickles import check_repeated
 from ..state.schema import fit
-from .groups import GroupedOptimizer, complete, label, layout_of, layouts_of, max_grad_norm_of
+from .groups import GroupedOptimizer, complete, label, layout_of, layouts_of, max_grad_norm_of, warn_of_variance
 
 #: Group entries that stay the constructor's when a checkpoint is loaded.
 CONSTRUCTORS = ("backend", "state_dtype", "param_storage")
@@ -329,6 +329,8 @@ def _put_in_place(
             "the loaded state has been converted to this optimizer's storage forms (" + "; ".join(changes) + "): "
             "training goes on, but not bit for bit as it would have"
         )
+    for group in groups:
+        warn_of_variance(optimizer, group)
     runtime = optimizer.runtime
     runtime.lock.refuse_nested()
     with runtime.lock.held:

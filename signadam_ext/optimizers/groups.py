@@ -42,15 +42,6 @@ def label(group: Group, group_index: int, index: int) -> str:
     return f"parameter {index} of group {group_index}" if name is None else f"parameter {checks.shown(name)}"
 
 
-def name_of(group: Group, param: Tensor) -> str | None:
-    """A parameter's name, where the optimizer was told it."""
-    names = group.get("param_names")
-    if not isinstance(names, (list, tuple)):
-        return None
-    found = (name for name, other in zip(names, group["params"], strict=False) if other is param)
-    return next(found, None)
-
-
 def max_grad_norm_of(groups: Sequence[Group]) -> float | None:
     """The largest norm of all gradients.
 
@@ -112,6 +103,7 @@ def layout_of(optimizer: GroupedOptimizer, name: str, param: Tensor, group: Grou
         effective_param_storage(group["param_storage"], param.dtype),
         rule.threshold_state,
         bound=rule.bound,
+        codes_bound=rule.codes_bound if rule.bound is None else rule.bound,
         uses_step=rule.uses_step,
         starts_as_param=rule.starts_as_param,
         has_modes=rule.keeps_sums,
@@ -136,12 +128,12 @@ def warn_of_variance(optimizer: GroupedOptimizer, group: Group) -> None:
     form = rule.forms(group)[0] if rule.moments else None
     limit = None if form is None else form.largest_beta
     if limit is not None and group["betas"][0] > limit and not optimizer.runtime.has_warned:
-        optimizer.runtime.has_warned = True
         assert form is not None
         warn_user(
             f"{form.kind} momentum with beta = {group['betas'][0]}: the longer a momentum remembers, the more "
             f"variance rounding adds to it; beyond {limit} take more bits, or a smaller beta"
         )
+        optimizer.runtime.has_warned = True
 
 
 def posing_as(optimizer: GroupedOptimizer, **attributes: Any) -> GroupedOptimizer:

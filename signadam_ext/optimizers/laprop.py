@@ -47,6 +47,7 @@ RULES = {
     False: replace(
         _BOUNDED,
         bound=None,
+        codes_bound=BOUND,
         unbounded=f"this momentum has a bound only where betas[1] is at most {LARGEST_BETA2}, on the host",
     ),
 }

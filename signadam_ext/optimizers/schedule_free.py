@@ -120,6 +120,8 @@ def _first_beta(group: Group) -> float:
 class ScheduleFree(SignOptimizer):
     """What both classes share: the sums of a group, and the two modes."""
 
+    KEPT = frozenset(BEGINNING)
+
     @classmethod
     def check_relations(cls, group: Group) -> None:
         super().check_relations(group)
@@ -175,7 +177,8 @@ class ScheduleFree(SignOptimizer):
         """Brings the parameters back, with the bits that they had before :meth:`eval`. Changes since then are lost.
 
         Raises:
-            TypeError, ValueError: a state entry ``y`` that cannot be the parameter's; nothing has been changed then.
+            TypeError, ValueError: a state entry ``y`` that cannot be the parameter's, or is missing, as it is after
+                torch's distributed checkpoints of an optimizer in evaluation; nothing has been changed then.
             RuntimeError: a step on another thread runs.
         """
         self._between_steps(self._put_back)
@@ -223,11 +226,18 @@ class ScheduleFree(SignOptimizer):
         for index, group in groups:
             for i, param in enumerate(group["params"]):
                 state = self.state.get(param)
-                if state and TRAINED in state:
-                    local, name = shards.local(param), label(group, index, i)
-                    dtypes = tuple(formats.DTYPE_FORMATS)
-                    tensors.state_tensor(f"state {TRAINED!r} of {name}", state[TRAINED], local.shape, dtypes)
-                    kept.append((local, state))
+                if not state or "z" not in state:
+                    continue  # it has taken no step
+                local, name = shards.local(param), label(group, index, i)
+                if TRAINED not in state:
+                    raise ValueError(
+                        f"state {TRAINED!r} of {name} is missing, what it had before eval(): the parameter stays the "
+                        "average. A distributed checkpoint that was saved in evaluation must be loaded into an "
+                        "optimizer that is in evaluation itself: call get_state_dict() once, and then eval()"
+                    )
+                dtypes = tuple(formats.DTYPE_FORMATS)
+                tensors.state_tensor(f"state {TRAINED!r} of {name}", state[TRAINED], local.shape, dtypes)
+                kept.append((local, state))
         trained = [group for _, group in groups]
         try:
             _restore(kept, trained)

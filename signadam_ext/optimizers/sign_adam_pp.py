@@ -61,7 +61,7 @@ RULES = {
     "sparsity": replace(_FIXED, threshold_pass="SAME_PASS", threshold_state="threshold", scalars=_sparsity_scalars),
 }
 #: Momentum of what a function makes of the gradient [SA, Alg. 1].
-_OWN = Rule("msgd", moments=("exp_avg",), scalars=_scalars)
+_OWN = Rule("msgd", moments=("exp_avg",), scalars=_scalars, codes_bound=_FIXED.bound)
 
 
 def _confidence(name: str, value: Any) -> Any:

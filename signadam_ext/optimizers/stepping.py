@@ -12,14 +12,14 @@ from ..core.dynamo import untraced
 from ..core.formats import outside_inference_mode
 from ..core.hyperparameters import of_group
 from ..core.modifiers import lr_factor, scale_in_steps
-from ..core.rule import Group, method_of, rule_of
+from ..core.rule import method_of, rule_of
 from ..engine.decision import Conditions
 from ..engine.participants import Item
 from ..engine.plan import Kept, Plan
 from ..state.checkpoint import Layout
 from ..state.schema import Fitted, entry_names, fit
 from . import ranks
-from .groups import GroupedOptimizer, label, layout_of, max_grad_norm_of, name_of
+from .groups import GroupedOptimizer, given_name, label, layout_of, max_grad_norm_of
 from .simulated import is_simulation, simulate
 
 #: Why a parameter by itself cannot be stepped.
@@ -103,7 +103,7 @@ def step_parameter(optimizer: GroupedOptimizer, param: Tensor) -> bool:
             if is_simulation(alone):
                 simulate(optimizer, alone)
                 return True
-            item = make_item(optimizer, label(group, index, i), param, group, 0, param_id)
+            item = make_item(optimizer, label(group, index, i), param, group, 0, param_id, given_name(group, i))
             plan = _plan_of(optimizer, [item], alone)
         kept = [(optimizer.param_groups[index], group["after_step"])] if "after_step" in group else []
         plan.run(alone, runtime.lock, kept=kept)
@@ -236,7 +236,7 @@ def make_plan(optimizer: GroupedOptimizer, groups: Sequence[dict[str, Any]]) -> 
             name = label(group, index, i)
             if (other := listed.setdefault(id(param), name)) is not name:
                 raise ValueError(f"{name} is {other} as well: list each parameter once")
-            items.append(make_item(optimizer, name, param, group, index, len(items)))
+            items.append(make_item(optimizer, name, param, group, index, len(items), given_name(group, i)))
     return _plan_of(optimizer, items, groups)
 
 
@@ -261,13 +261,29 @@ def _plan_of(optimizer: GroupedOptimizer, items: list[Item], groups: Sequence[di
 
 
 def make_item(
-    optimizer: GroupedOptimizer, name: str, param: Tensor, group: dict[str, Any], index: int, param_id: int
+    optimizer: GroupedOptimizer,
+    shown: str,
+    param: Tensor,
+    group: dict[str, Any],
+    index: int,
+    param_id: int,
+    name: str | None,
 ) -> Item:
-    """A parameter of this group as a plan takes it; ``name`` is what errors call it, ``index`` the group's."""
-    layout = layout_of(optimizer, name, param, group)
-    own = optimizer.state.get(param)
+    """A parameter of this group as a plan takes it.
+
+    Args:
+        optimizer: whose it is.
+        shown: what errors call it.
+        param: itself.
+        group: its group, as a step has read it.
+        index: the group's.
+        param_id: its number among all.
+        name: its own, where the optimizer was told it.
+    """
+    layout = layout_of(optimizer, shown, param, group)
+    own, scale = optimizer.state.get(param), scale_in_steps(group)
     return Item(
-        name,
+        shown,
         layout.param,
         index,
         rule_of(type(optimizer), group),
@@ -275,6 +291,7 @@ def make_item(
         has_state=bool(own),
         fit=lambda: _fitted(optimizer, layout, {} if own is None else own, group["seed"], param_id),
         forms=tuple(layout.moments.values()),
+        name=name,
         own_state=own,
         state_names=entry_names(layout),
         param_storage=group["param_storage"],
@@ -283,16 +300,11 @@ def make_item(
         shard=layout.shard,
         owner=layout.owner,
         sharding=layout.sharding,
-        lr_factor=_lr_factor(name, param, group),
+        lr_factor=1.0 if scale is None else lr_factor(scale, shown, name, param.shape),
+        scales_by_shape=scale is not None and scale != "rms",
         # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.
         at_rest=not own and not isinstance(group["lr"], Tensor) and group["lr"] == 0,
     )
-
-
-def _lr_factor(label: str, param: Tensor, group: Group) -> float:
-    """What the parameter's learning rate is multiplied by."""
-    scale = scale_in_steps(group)
-    return 1.0 if scale is None else lr_factor(scale, label, name_of(group, param), param.shape)
 
 
 def _fitted(optimizer: GroupedOptimizer, layout: Layout, own: Mapping[str, Any], seed: int, param_id: int) -> Fitted:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class Layout:
         param_storage: how the parameter is stored, as :func:`formats.effective_param_storage` gives it.
         threshold_state: name of what the threshold is made of, or None.
         bound: what no entry of the first moment exceeds, or None.
+        codes_bound: what codes of the first moment in a checkpoint stand for at their largest, or None.
         uses_step: whether the rule computes with the number of steps.
         starts_as_param: name of the moment that is a copy of the parameter at first, or None.
         has_modes: whether evaluation puts an average in the parameter's place, and state keeps its own elements.
@@ -77,6 +78,7 @@ class Layout:
     param_storage: str
     threshold_state: str | None
     bound: float | None = None
+    codes_bound: float | None = None
     uses_step: bool = False
     starts_as_param: str | None = None
     has_modes: bool = False
@@ -239,11 +241,13 @@ def export(layout: Layout, state: Mapping[str, Any]) -> dict[str, Any]:
 def export_entry(layout: Layout, state: Mapping[str, Any], name: str) -> Any:
     """One entry of it. A packed moment becomes a tensor of the parameter's shape, one byte or two for each element."""
     value = state[name]
-    form = layout.moments.get(name)
-    if form is not None and is_packed(form, value):
-        return _exported(layout, name, form, state)
-    for moment, form in layout.moments.items():
-        if form.packed and name == kind_key(moment) and value is not None:
+    if name in layout.moments:
+        # As the state says itself: its group may have been changed since.
+        form = stated_format(layout.label, name, state) or layout.moments[name]
+        if is_packed(form, value):
+            return _exported(layout, name, form, state)
+    for moment in layout.moments:
+        if name == kind_key(moment) and value is not None:
             said = stated_format(layout.label, moment, state)
             return said and said.number
     return checks.plain(value)
@@ -314,8 +318,8 @@ def check(layout: Layout, saved: Mapping[str, Any]) -> None:
             raise ValueError(f"state {name!r} of {label} is missing: the checkpoint holds {_listed(saved)}")
     for i, (name, form) in enumerate(layout.moments.items()):
         if name in saved:
-            bound = layout.bound if i == 0 else None
-            _check_moment(f"state {name!r} of {label}", name, form, saved, param, bound)
+            bounds = (layout.bound, layout.codes_bound) if i == 0 else (None, None)
+            _check_moment(f"state {name!r} of {label}", name, form, saved, param, *bounds)
     for name, dtypes in RESIDUAL_DTYPES.items():
         if name in saved:
             tensors.state_tensor(f"state {name!r} of {label}", saved[name], param.shape, dtypes)
@@ -345,7 +349,13 @@ def _listed(saved: Mapping[str, Any]) -> str:
 
 
 def _check_moment(
-    label: str, name: str, form: Format, saved: Mapping[str, Any], param: Tensor, bound: float | None
+    label: str,
+    name: str,
+    form: Format,
+    saved: Mapping[str, Any],
+    param: Tensor,
+    bound: float | None,
+    codes_bound: float | None,
 ) -> None:
     source = stated_format(label, name, saved)
     if source is None:
@@ -364,7 +374,7 @@ def _check_moment(
                 "converted by its state_dict()"
             )
         return
-    if form is BLOCK8 and source.levels is not None:
+    if source.levels is not None and codes_bound is None:
         raise ValueError(f"{label} is {source.kind}, codes of a bounded momentum: must be fp32, bf16 or {BLOCK8.kind}")
     tensors.state_tensor(label, saved[name], param.shape, (torch.bfloat16 if source is BLOCK8 else torch.int8,))
     check_codes(label, name, source, saved)
@@ -421,9 +431,12 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
         else:
             m = flat.float()
             if source.levels is not None:
-                m = m / torch.full((), source.levels / _bound(layout), dtype=torch.float32, device=m.device)
+                # Checked: codes are of a method that has a bound.
+                unit = source.levels / cast(float, layout.codes_bound)
+                m = m / torch.full((), unit, dtype=torch.float32, device=m.device)
             if form.levels is not None:
-                m = m.clamp(-_bound(layout), _bound(layout)) * (form.levels / _bound(layout))
+                bound = cast(float, layout.bound)
+                m = m.clamp(-bound, bound) * (form.levels / bound)
             stored = formats.encode(form, m, conversion_bits(own_bits, seed, param_id, t, layout.shard, m))
             adopted[name] = stored if form.packed else _shaped(stored, param)
             exact = source is form and torch.equal(
@@ -434,12 +447,6 @@ def adopt(layout: Layout, saved: Mapping[str, Any], seed: int, param_id: int) ->
         adopted.update(moment_tags(name, form, param))
     changes += _adopt_residual(layout, saved, adopted)
     return adopted, changes
-
-
-def _bound(layout: Layout) -> float:
-    """What codes of the first moment stand for at their largest."""
-    assert layout.bound is not None
-    return layout.bound
 
 
 def conversion_bits(

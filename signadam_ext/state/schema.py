@@ -13,6 +13,7 @@ from ..core import formats, memory_order, shards, tensors
 from ..core.formats import BLOCK8, RESIDUALS, Format
 from ..core.native import compiled as _C
 from ..core.random_bits import MOMENT_BITS
+from ..core.rule import SCALE_STATES
 from .checkpoint import (
     RESIDUAL_DTYPES,
     STEP_DTYPE,
@@ -119,6 +120,8 @@ class _Fitting:
             for (name, form), own_bits in zip(layout.moments.items(), MOMENT_BITS, strict=False)
         )
         residual, removed = self._residual()
+        # What was of the last step is of an older one when a modifier is switched on again.
+        removed += tuple(name for name in SCALE_STATES if name in self.state and name != layout.threshold_state)
         threshold_state = None if layout.threshold_state is None else self._threshold_state(layout.threshold_state)
         return Fitted(moments, residual, threshold_state, self._step(), self.changes, removed)
 

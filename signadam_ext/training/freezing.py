@@ -68,7 +68,8 @@ class GradES:
     The paper [GE, Alg. 1] looks at the mean of ``|g|`` of one mini-batch, or of its change. Here it is the momentum's:
     an average over steps, in which noise has mostly gone and what is left is direction. A threshold found for one is
     none for the other. A step that was skipped, for its norm or by a ``GradScaler``, is not looked at. Looking is no
-    part of a graph: ``torch.compile`` breaks its own at a step, and refuses it with ``fullgraph=True``.
+    part of a graph: ``torch.compile`` breaks its own at a step, and refuses it with ``fullgraph=True``. A copy of the
+    optimizer is not watched: torch leaves hooks out of copies, and so out of ``copy.deepcopy``.
 
     Of a sharded parameter the parts are added up over its ranks, in one message for all that lie alike. DDP must be
     told that parameters may get no gradient (``find_unused_parameters=True``), since its buckets wait for all. Under

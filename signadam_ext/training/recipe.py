@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..core import checks
 from ..optimizers import SignAdamPP, Signum
@@ -57,7 +57,7 @@ WARMUP, LAST_FACTOR = 0.1, 0.1
 _STEPS = 2000
 
 
-class TokenSchedule(LambdaLR):
+class TokenSchedule(LRScheduler):
     """A learning rate by tokens seen: linear warm-up over the first tenth, then a cosine down to a tenth.
 
     With steps of equal size it is the schedule of the runs with 0.66M and 2.5M parameters, whose rates are those at the
@@ -82,9 +82,7 @@ class TokenSchedule(LambdaLR):
         self.batch_tokens = None if batch_tokens is None else _positive("batch_tokens", batch_tokens)
         self.tokens_seen = 0.0
         self._latest = self.batch_tokens or self.tokens / _STEPS
-        self._has_begun = False
-        super().__init__(optimizer, lambda _: self._factor())
-        self._has_begun = True
+        super().__init__(optimizer)
 
     def step(self, tokens: float | None = None) -> None:
         """Sets the rates of the step to come; call it after each ``optimizer.step()``.
@@ -96,7 +94,7 @@ class TokenSchedule(LambdaLR):
             TypeError: ``tokens`` is no number.
             ValueError: nothing says how many tokens the step had, or it is not positive and finite.
         """
-        if self._has_begun:
+        if self.last_epoch >= 0:  # and not that by which torch sets the first rates
             given = self.batch_tokens if tokens is None else tokens
             if given is None:
                 raise ValueError(
@@ -106,6 +104,18 @@ class TokenSchedule(LambdaLR):
             self._latest = _positive("tokens", given)
             self.tokens_seen += self._latest
         super().step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where another has been. The tokens of a step stay those that this one was made with, if any."""
+        own = self.batch_tokens
+        super().load_state_dict(state_dict)
+        if own is not None:
+            self.batch_tokens = self._latest = own
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The groups' rates for the step to come, as :meth:`step` sets them."""
+        factor = self._factor()
+        return [base * factor for base in self.base_lrs]
 
     def _factor(self) -> float:
         """Of the largest rate, for the step to come."""

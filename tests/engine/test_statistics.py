@@ -214,5 +214,17 @@ def test_failed_step_tells_nothing() -> None:
         optimizer.statistics()
 
 
+def test_long_names_are_whole() -> None:
+    """Errors shorten them. Two that differ in the middle are two."""
+    names = ["l" * 150 + middle + "l" * 150 for middle in "AB"]
+    params = [Parameter(torch.zeros(3)) for _ in names]
+    optimizer = SignAdamPP(list(zip(names, params, strict=True)))
+    optimizer.observe()
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.step()
+    assert [tensor.name for tensor in optimizer.statistics().tensors] == names
+
+
 def test_is_documented() -> None:
     assert all(field.name in TensorStatistics.__doc__ for field in fields(TensorStatistics))  # type: ignore[operator]

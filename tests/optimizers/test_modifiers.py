@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
 
 import signadam_ext
-from signadam_ext import MSGD, AdamW, Lion, SignAdamPP, SignSGD, Signum
+from signadam_ext import MSGD, AdamW, Lion, MARSAdamW, SignAdamPP, SignSGD, Signum
 
 #: Rules whose step would be the same for a parameter of 0.
 MOVING = [row for row in TABLE if not row.reads_param]
@@ -536,7 +536,7 @@ def test_scaled_steps_in_any_storage(cls: Any, state_dtype: str, options: dict[s
     [
         (SignSGD, {"caution": "exact"}, "cannot disagree"),
         (signadam_ext.SVAG, {"caution": "delayed"}, "cannot disagree"),
-        (SignAdamPP, {"caution": "exact", "lr_scale": "rms"}, "one number of each tensor's"),
+        (SignAdamPP, {"caution": "exact", "lr_scale": "rms"}, "a tensor has one such number"),
         (SignAdamPP, {"caution": "exact", "confidence": "adaptive"}, "take confidence='fixed'"),
         (SignAdamPP, {"lr_scale": "rms", "confidence": lambda g, alpha: g}, "take confidence='fixed'"),
         (Lion, {"caution": "always"}, "caution='always'"),
@@ -546,3 +546,77 @@ def test_scaled_steps_in_any_storage(cls: Any, state_dtype: str, options: dict[s
 def test_scales_that_make_no_sense(cls: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cls(parameters(), lr=0.1, **options)
+
+
+@pytest.mark.parametrize("mark", ["_is_flat_param", "_fsdp_flattened"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: Signum(p, lr=0.5, caution="delayed"), "caution counts entries of .*: take caution=None"),
+        (lambda p: Signum(p, lr=0.5, caution="exact"), "caution counts entries of .*: take caution=None"),
+        (lambda p: Signum(p, lr=0.5, lr_scale="rms"), "lr_scale='rms' is of .*: take another lr_scale"),
+        (lambda p: Signum(p, lr=0.5, lr_scale="shape"), "lr_scale asks for the shape of .*: take lr_scale=1.0"),
+        (lambda p: Signum(p, lr=0.5, lr_scale=lambda name, shape: 0.5), "lr_scale asks for the shape of"),
+        (lambda p: MARSAdamW(p, lr=0.5), "max_norm bounds the norm of .*: take max_norm=None"),
+        (lambda p: SignAdamPP(p, lr=0.5, confidence="adaptive"), "its threshold .*: take confidence='fixed'"),
+    ],
+)
+def test_parts_of_flat_parameters_have_nothing_of_the_whole(mark: str, make: Any, message: str) -> None:
+    """As FSDP's first version marks its own, and parts of them."""
+    param: Any = torch.nn.Parameter(torch.ones(3))
+    setattr(param, mark, True)
+    param.grad = torch.ones(3)
+    optimizer = make([("weight", param)])
+    with pytest.raises(TypeError, match=f"'weight' is part of a flat parameter .*{message}"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3)) and not optimizer.state
+    plain = Signum([("weight", param)], lr=0.5)
+    plain.step()
+    assert torch.equal(param, torch.full((3,), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("on", "off", "kept"),
+    [
+        ({"lr_scale": "rms"}, {"lr_scale": 1.0}, "param_rms"),
+        ({"caution": "delayed"}, {"caution": None}, "agreement"),
+        ({"caution": "exact"}, {"caution": None}, "agreement"),
+    ],
+)
+def test_a_modifier_that_is_switched_on_again_begins_anew(on: Any, off: Any, kept: str) -> None:
+    param, other = parameters((4,))[0], parameters((4,))[0]
+    optimizer = Signum([param], lr=0.1, **on)
+    train(optimizer, range(2))
+    assert kept in optimizer.state[param]
+    optimizer.param_groups[0].update(off)
+    train(optimizer, range(2, 4))
+    assert kept not in optimizer.state[param] and kept not in optimizer.state_dict()["state"][0]
+    with torch.no_grad():
+        other.copy_(param)
+    twin = Signum([other], lr=0.1, **off)
+    twin.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, twin):
+        each.param_groups[0].update(on)
+        train(each, range(4, 6))
+    assert same_bits(param, other)
+
+
+def test_a_checkpoint_of_another_modifier_brings_nothing_of_its_own() -> None:
+    param = parameters((4,))[0]
+    optimizer = Signum([param], lr=0.1, caution="delayed")
+    train(optimizer, range(2))
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["caution"] = None
+    other = Signum([param], lr=0.1)
+    other.load_state_dict(saved)
+    train(other, range(2, 3))
+    assert "agreement" not in other.state[param]
+
+
+def test_a_refusal_names_what_it_stands_beside() -> None:
+    with pytest.raises(ValueError, match="with a function for confidence: take confidence='fixed'"):
+        SignAdamPP(parameters((3,)), caution="delayed", confidence=lambda g, alpha: g.sign())
+    with pytest.raises(ValueError, match="with a threshold of each tensor's own: take confidence='fixed'"):
+        SignAdamPP(parameters((3,)), caution="delayed", confidence="adaptive")
+    with pytest.raises(ValueError, match="with max_norm: take max_norm=None"):
+        MARSAdamW(parameters((3,)), caution="delayed")

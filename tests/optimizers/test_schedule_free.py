@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp_files
+import torch.distributed.checkpoint.state_dict as dcp
 from fuzzer_failures import at_point
 from support.strategies import same_bits
 from torch import Tensor
@@ -552,3 +554,50 @@ def test_shaped_rates_leave_the_average() -> None:
     before = matrix.detach().clone()
     optimizer.step()
     assert torch.equal(matrix, before - 0.5 * 0.25) and optimizer.param_groups[0]["weight_sum"] == 0.25
+
+
+@EACH
+@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
+def test_a_distributed_checkpoint_in_evaluation(method: type, flat: bool, tmp_path: Any) -> None:
+    """It is read into what an optimizer has: one in training has no place for the points y, and does not train on."""
+    how = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def made() -> tuple[torch.nn.Module, Any]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        return model, method(model.named_parameters(), lr=0.1)
+
+    model, optimizer = made()
+    for _ in range(3):
+        model(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+    trained = [param.detach().clone() for param in model.parameters()]
+    optimizer.eval()
+    saved = {"optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=how)}
+    dcp_files.save(saved, checkpoint_id=tmp_path)
+    for evaluates in (True, False):
+        other, resumed = made()
+        there = {"optimizer": dcp.get_optimizer_state_dict(other, resumed, options=how)}
+        if evaluates:
+            resumed.eval()
+            there = {"optimizer": dcp.get_optimizer_state_dict(other, resumed, options=how)}
+        dcp_files.load(there, checkpoint_id=tmp_path)
+        dcp.set_optimizer_state_dict(other, resumed, there["optimizer"], options=how)
+        other.load_state_dict(model.state_dict())
+        averages = [param.detach().clone() for param in other.parameters()]
+        if evaluates:
+            resumed.train()
+            assert all(map(same_bits, other.parameters(), trained))
+            continue
+        with pytest.raises(
+            ValueError, match=r"state 'y' of .*weight.* is missing.* must be loaded into an optimizer that"
+        ):
+            resumed.train()
+        assert all(map(same_bits, other.parameters(), averages)) and not resumed.param_groups[0]["train_mode"]
+
+
+@EACH
+def test_what_groups_keep_is_no_argument(method: type) -> None:
+    for name in ("k", "weight_sum", "lr_max", "beta_of_y", "train_mode"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument {name!r}(?!.*{name}')"):
+            method([parameter(3)], **{name: 1.0})

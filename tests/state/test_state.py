@@ -14,7 +14,7 @@ from support.strategies import same_bits
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from signadam_ext import SignAdamPP, Signum
+from signadam_ext import LaProp, SignAdamPP, Signum
 from signadam_ext.core import formats, memory_order
 from signadam_ext.core.formats import BF16, BLOCK8, FP32, INT4, INT8
 from signadam_ext.state.checkpoint import Layout
@@ -444,3 +444,88 @@ def test_what_is_the_default_does_not_matter(default):
         torch.set_default_dtype(torch.float32)
     for a, b in zip(expected, got, strict=True):
         assert a.dtype == b.dtype and a.device == b.device and not b.is_inference() and torch.equal(a, b)
+
+
+def soft(g, alpha):
+    return torch.where(g.abs() > alpha, g / (1 + g.abs()), 0.0)
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("target", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("cls", [SignAdamPP, LaProp])
+def test_codes_become_a_form_without_a_bound(cls, state_dtype, target):
+    """Codes say what they stand for by the form that they were made in."""
+    bounded = {"betas": (0.9, 0.95)} if cls is LaProp else {}
+    unbounded = {"betas": (0.9, 0.999)} if cls is LaProp else {"confidence": soft}
+    param = torch.nn.Parameter(torch.ones(40))
+    param.grad = torch.linspace(-2, 2, 40)
+    optimizer = cls([param], lr=0.1, state_dtype=state_dtype, **bounded)
+    for _ in range(10):
+        optimizer.step()
+    saved = optimizer.state_dict()
+    for name, value in unbounded.items():
+        saved["param_groups"][0][name] = value
+    plain, other = cls([param], lr=0.1, **bounded), cls([param], lr=0.1, state_dtype=target, **unbounded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain.load_state_dict(optimizer.state_dict())
+        other.load_state_dict(saved)
+    expected, found = (o.state_dict()["state"][0]["exp_avg"].float() for o in (plain, other))
+    if target == "fp32":
+        assert torch.equal(found, expected)
+    else:
+        assert torch.allclose(found, expected, rtol=2**-6, atol=float(expected.abs().max()) * 2**-6)
+    assert bool(found.any())
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "change"),
+    [
+        (Signum, {"state_dtype": "int8"}, {"state_dtype": "fp32"}),
+        (SignAdamPP, {"state_dtype": "int2"}, {"state_dtype": "int8"}),
+        (SignAdamPP, {"state_dtype": "int2"}, {"state_dtype": "bf16"}),
+        (LaProp, {"betas": (0.9, 0.95), "state_dtype": "int8"}, {"betas": (0.9, 0.999)}),
+    ],
+)
+def test_the_way_out_of_a_changed_form_is_open(cls, options, change):
+    """The step's error says what to do: an optimizer of the other form loads the state_dict of this one."""
+    param = torch.nn.Parameter(torch.ones(12))
+    param.grad = torch.linspace(-2, 2, 12)
+    optimizer, twin = (cls([param], lr=0.1, **options) for _ in range(2))
+    optimizer.step()
+    before = optimizer.state_dict()
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(ValueError, match="make an optimizer of that form and have it load the state_dict of this one"):
+        optimizer.step()
+    after = optimizer.state_dict()
+    assert after["state"][0].keys() == before["state"][0].keys()
+    for name, value in before["state"][0].items():
+        assert (
+            torch.equal(after["state"][0][name], value) if torch.is_tensor(value) else after["state"][0][name] == value
+        )
+    made = {**options, **change}
+    other = cls([param], lr=0.1, **made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.load_state_dict(after)
+    other.step()
+    twin.load_state_dict(before)
+    assert same_bits(twin.state_dict()["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+
+
+def test_the_variance_of_few_bits_is_told_when_a_checkpoint_brings_it():
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = SignAdamPP([param], beta=0.99, state_dtype="int2")
+    optimizer.step()
+    other = SignAdamPP([param], beta=0.9, state_dtype="int2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):  # again, since nobody was told
+            with pytest.raises(UserWarning, match=r"int2 momentum with beta = 0\.99"):
+                other.load_state_dict(optimizer.state_dict())
+    assert not other.state and other.param_groups[0]["betas"] == (0.9,)
+    with pytest.warns(UserWarning, match=r"int2 momentum with beta = 0\.99"):
+        other.load_state_dict(optimizer.state_dict())

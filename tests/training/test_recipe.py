@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, SequentialLR
 
 from reporting.problems import lr_factor
 from signadam_ext import Signum, recipe
@@ -262,3 +265,41 @@ def test_a_step_of_unknown_size_is_refused_and_changes_nothing() -> None:
         with pytest.raises(error, match=message):
             scheduler.step(given)
         assert (scheduler.tokens_seen, scheduler.last_epoch, optimizer.param_groups[0]["lr"]) == (0.0, 0, before)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"])
+def test_a_copy_goes_by_its_own_tokens(how: Any) -> None:
+    optimizer, scheduler, _ = recipe(Tied(), tokens=100, batch_tokens=1)
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step()
+    mine, own = how((optimizer, scheduler))
+    for _ in range(95):
+        mine.step()
+        own.step()
+    assert (scheduler.tokens_seen, own.tokens_seen) == (5, 100)
+    assert mine.param_groups[0]["lr"] == pytest.approx(0.1 * CHOICES[0].lr, rel=1e-12)
+
+
+def test_a_resumed_schedule_counts_the_steps_it_is_told_of() -> None:
+    optimizer, scheduler, _ = recipe(Tied(), tokens=100, batch_tokens=1)
+    optimizer.step()
+    scheduler.step()
+    again, resumed, _ = recipe(Tied(), tokens=1, batch_tokens=2)
+    resumed.load_state_dict(scheduler.state_dict())
+    again.step()
+    resumed.step()
+    assert (resumed.tokens, resumed.tokens_seen) == (100, 3)
+    untold = recipe(Tied(), tokens=1)[1]
+    untold.load_state_dict(scheduler.state_dict())
+    untold.step()
+    assert untold.tokens_seen == 2
+
+
+@pytest.mark.parametrize("batch_tokens", [10, None])
+def test_another_schedule_may_follow(batch_tokens: int | None) -> None:
+    optimizer, scheduler, _ = recipe(Tied(), tokens=100, batch_tokens=batch_tokens)
+    rate = optimizer.param_groups[0]["lr"]
+    SequentialLR(optimizer, [scheduler, ConstantLR(optimizer, 1.0)], milestones=[10])
+    assert scheduler.tokens_seen == 0
+    assert optimizer.param_groups[0]["lr"] == rate
