@@ -35,6 +35,7 @@ class Item:
         state_names: of the entries of ``fit``, as the state holds them.
         lr_factor: what its group's learning rate is multiplied by.
         scales_by_shape: whether the parameter's shape says so.
+        is_clipped: whether the norm of all gradients is looked at.
         at_rest: whether this is a first step without a learning rate, which needs no variance.
         owner: the parameter as the optimizer has it, where ``param`` is another tensor: its part on this rank.
         sharding: how it is spread over ranks, or None.
@@ -58,6 +59,7 @@ class Item:
     shard: ShardIndex = WHOLE
     lr_factor: float = 1.0
     scales_by_shape: bool = False
+    is_clipped: bool = False
     at_rest: bool = False
     owner: Tensor | None = None
     sharding: Sharding | None = None
@@ -162,7 +164,7 @@ def _check_flattened(item: Item) -> None:
     """Raises where a part of a flat parameter cannot be updated as the same elements of the whole would be.
 
     Raises:
-        TypeError: a threshold, or a number that steps are multiplied by, which is of the whole parameter.
+        TypeError: a threshold, a number that steps are multiplied by or a norm, which is of the whole parameter.
     """
     whole, instead = {
         "caution": ("caution counts entries of", "take caution=None"),
@@ -171,9 +173,12 @@ def _check_flattened(item: Item) -> None:
         None: ("its threshold follows the gradient of", "take confidence='fixed'"),
     }[item.rule.update_scale]
     if item.rule.threshold_pass == "NONE":
-        if not item.scales_by_shape:
+        if item.scales_by_shape:
+            whole, instead = "lr_scale asks for the shape of", "take lr_scale=1.0, and an lr for each group"
+        elif item.is_clipped:
+            whole, instead = "max_grad_norm is of", "take max_grad_norm=None, and the clip_grad_norm_ of that class"
+        else:
             return
-        whole, instead = "lr_scale asks for the shape of", "take lr_scale=1.0, and an lr for each group"
     raise TypeError(
         f"{item.label} is part of a flat parameter of FullyShardedDataParallel, and {whole} the whole parameter, of "
         f"which each rank has a part: {instead}; or shard with fully_shard"

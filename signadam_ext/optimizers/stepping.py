@@ -220,6 +220,7 @@ def _plan_key(optimizer: GroupedOptimizer, group: dict[str, Any]) -> tuple[Any, 
         group["param_storage"],
         group["seed"],
         scale_in_steps(group),
+        group["max_grad_norm"] is not None,
     )
 
 
@@ -302,6 +303,7 @@ def make_item(
         sharding=layout.sharding,
         lr_factor=1.0 if scale is None else lr_factor(scale, shown, name, param.shape),
         scales_by_shape=scale is not None and scale != "rms",
+        is_clipped=group["max_grad_norm"] is not None,
         # torch.distributed.checkpoint makes the state that it reads into by a step with a learning rate of 0.
         at_rest=not own and not isinstance(group["lr"], Tensor) and group["lr"] == 0,
     )

@@ -165,13 +165,19 @@ class GradES:
         """By name, all that are watched, frozen or not.
 
         Raises:
+            TypeError: a part of a flat parameter.
             ValueError: parameters that go by one name.
         """
         found: dict[str, Tensor] = {}
         for index, group in enumerate(self.optimizer.param_groups):
             for i, param in enumerate(group["params"]):
                 name = given_name(group, i) or label(group, index, i)
-                if param.numel() and self.watches(name, param):
+                if (param.numel() or shards.is_flattened(param)) and self.watches(name, param):
+                    if shards.is_flattened(param):
+                        raise TypeError(
+                            f"{name!r} is part of a flat parameter of FullyShardedDataParallel, of which each rank "
+                            "would freeze its own part: shard with fully_shard"
+                        )
                     if name in found:
                         raise ValueError(f"two parameters are called {name!r}: nothing tells which one to freeze")
                     found[name] = param

@@ -557,6 +557,7 @@ def test_scales_that_make_no_sense(cls: Any, options: dict[str, Any], message: s
         (lambda p: Signum(p, lr=0.5, lr_scale="rms"), "lr_scale='rms' is of .*: take another lr_scale"),
         (lambda p: Signum(p, lr=0.5, lr_scale="shape"), "lr_scale asks for the shape of .*: take lr_scale=1.0"),
         (lambda p: Signum(p, lr=0.5, lr_scale=lambda name, shape: 0.5), "lr_scale asks for the shape of"),
+        (lambda p: Signum(p, lr=0.5, max_grad_norm=1.0), "max_grad_norm is of .*: take max_grad_norm=None"),
         (lambda p: MARSAdamW(p, lr=0.5), "max_norm bounds the norm of .*: take max_norm=None"),
         (lambda p: SignAdamPP(p, lr=0.5, confidence="adaptive"), "its threshold .*: take confidence='fixed'"),
     ],
@@ -572,6 +573,10 @@ def test_parts_of_flat_parameters_have_nothing_of_the_whole(mark: str, make: Any
     assert torch.equal(param, torch.ones(3)) and not optimizer.state
     plain = Signum([("weight", param)], lr=0.5)
     plain.step()
+    assert torch.equal(param, torch.full((3,), 0.5))
+    plain.param_groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(TypeError, match="max_grad_norm is of the whole parameter"):
+        plain.step()
     assert torch.equal(param, torch.full((3,), 0.5))
 
 

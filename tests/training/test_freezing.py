@@ -289,3 +289,12 @@ def test_weights_are_no_momentum() -> None:
     optimizer.step()
     told = optimizer.statistics().all
     assert math.isnan(told.mean_momentum) and math.isnan(told.flipped) and told.passed == 18 / 23
+
+
+def test_parts_of_flat_parameters_are_refused() -> None:
+    param: Any = torch.nn.Parameter(torch.ones(3))
+    param._fsdp_flattened = True  # as FSDP's first version marks them
+    optimizer = Signum([("weight", param)], lr=0.1)
+    with pytest.raises(TypeError, match="'weight' is part of a flat parameter"):
+        GradES(optimizer, tau=0.1, watches=lambda name, param: True)
+    assert not optimizer.runtime.observes
