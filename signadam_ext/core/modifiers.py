@@ -213,12 +213,12 @@ def lr_factor(scale: Any, label: str, name: str | None, shape: Sequence[int]) ->
         return LR_SCALES[scale](shape)
     try:
         found = scale(name, tuple(shape))
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         if name is not None:
             raise
         raise TypeError(
-            f"lr_scale of {label} raises {type(error).__name__} ({error}) of the name None: parameters have names "
-            "where the optimizer is made of model.named_parameters()"
+            f"lr_scale of {label} raises {type(error).__name__} ({error}) of the name None and the shape "
+            f"{tuple(shape)}: parameters have names where the optimizer is made of model.named_parameters()"
         ) from error
     return float(checks.number(f"lr_scale of {label}", found, 0.0))
 

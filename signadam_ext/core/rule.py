@@ -213,7 +213,8 @@ def _scaled(rule: Rule, scale: str) -> Rule:
     return replace(rule, **_SCALED[scale])
 
 
-#: What each of these keeps of the last step, and MARS of its gradient's norm.
+#: What each of these keeps of the last step, and MARS of its gradient's norm. What thresholds are made of is of many
+#: steps, and stays where they are switched off and on again.
 SCALE_STATES = ("agreement", "param_rms", "corrected_norm")
 #: What scales a rule's steps, by the modifier that asks for it: caution in two passes, and one with the last step's
 #: share; the root mean square of the parameter before the last step.

@@ -181,7 +181,7 @@ def _check_flattened(item: Item) -> None:
             return
     raise TypeError(
         f"{item.label} is part of a flat parameter of FullyShardedDataParallel, and {whole} the whole parameter, of "
-        f"which each rank has a part: {instead}; or shard with fully_shard"
+        f"which each rank may have a part: {instead}; or shard with fully_shard"
     )
 
 

@@ -263,8 +263,8 @@ def _check_method(optimizer: GroupedOptimizer, index: int, saved: Mapping[str, A
             own = type(optimizer).__name__
             raise ValueError(
                 f"group {index} of the checkpoint is of the method {theirs}: must be of {ours}"
-                f"{'' if own == ours else f', which {own} is, too'}; load it into an optimizer of its own method, and "
-                f"from_optimizer makes {own} of that"
+                f"{'' if own == ours else f', as {own} is'}. from_optimizer makes {own} of an optimizer of another "
+                "method: its groups go over, its state begins anew"
             )
         return
     known = {*optimizer.defaults, *optimizer.HYPERPARAMETERS, "beta"}

@@ -177,8 +177,9 @@ class ScheduleFree(SignOptimizer):
         """Brings the parameters back, with the bits that they had before :meth:`eval`. Changes since then are lost.
 
         Raises:
-            TypeError, ValueError: a state entry ``y`` that cannot be the parameter's, or is missing, as it is after
-                torch's distributed checkpoints of an optimizer in evaluation; nothing has been changed then.
+            TypeError, ValueError: a state entry ``y`` that cannot be the parameter's, or is missing, as it is
+                where torch's distributed checkpoint of evaluation was loaded into one in training; nothing has been
+                changed then.
             RuntimeError: a step on another thread runs.
         """
         self._between_steps(self._put_back)

@@ -96,7 +96,9 @@ def _group(
         hyperparameters["betas"] = (hyperparameters.pop("beta"),)
     for name in hyperparameters:
         if name in STORAGE or name in RATES:
-            raise TypeError(f"{name} is an optimizer's alone: give it to {optimizer.__name__} or FunctionalOptimizer")
+            raise TypeError(
+                f"{name} is an optimizer's alone: give it to {optimizer.__name__}, or to functional.FunctionalOptimizer"
+            )
         if name not in COMMON and name not in optimizer.HYPERPARAMETERS:
             known = (*COMMON, *optimizer.HYPERPARAMETERS)
             near = difflib.get_close_matches(name, known, n=1)

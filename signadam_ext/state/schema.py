@@ -121,7 +121,9 @@ class _Fitting:
         )
         residual, removed = self._residual()
         # What was of the last step is of an older one when a modifier is switched on again.
-        removed += tuple(name for name in SCALE_STATES if name in self.state and name != layout.threshold_state)
+        removed += tuple(
+            name for name in SCALE_STATES if name != layout.threshold_state and _is_of_a_step(self.state.get(name))
+        )
         threshold_state = None if layout.threshold_state is None else self._threshold_state(layout.threshold_state)
         return Fitted(moments, residual, threshold_state, self._step(), self.changes, removed)
 
@@ -260,6 +262,11 @@ class _Fitting:
             and not (step._is_zerotensor() or step.is_neg() or step.is_inference())
         )
         return self._put("step", step if is_ours else step_tensor(self.steps))
+
+
+def _is_of_a_step(value: Any) -> bool:
+    """Whether this is what a modifier keeps, and no entry of a user's with its name."""
+    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float64
 
 
 def _huge_pages(moment: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class GradES:
                     if shards.is_flattened(param):
                         raise TypeError(
                             f"{name!r} is part of a flat parameter of FullyShardedDataParallel, of which each rank "
-                            "would freeze its own part: shard with fully_shard"
+                            "may freeze its own part: shard with fully_shard"
                         )
                     if name in found:
                         raise ValueError(f"two parameters are called {name!r}: nothing tells which one to freeze")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -106,9 +107,10 @@ class TokenSchedule(LRScheduler):
         super().step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where another has been. The tokens of a step stay those that this one was made with, if any."""
+        """Goes on where another has been, with its ``tokens``; those of a step stay this one's, if it has any."""
         own = self.batch_tokens
-        super().load_state_dict(state_dict)
+        # Earlier versions were made of a function.
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in ("lr_lambdas", "_has_begun")})
         if own is not None:
             self.batch_tokens = self._latest = own
 
@@ -177,12 +179,12 @@ def recipe(
         tokens: in all, over the whole training.
         memory: bytes of the momentum per parameter, at most. The exponents of 8 bits, a 32nd of a byte, and a few bytes
             of each tensor come on top: 1 asks for 8 bits. Default: as many as the best choice takes.
-        batch_tokens: tokens of one step, over all ranks; of one rank where the schedule is stepped once for each, as
-            Accelerate steps those that it has prepared. None: ``scheduler.step(tokens)`` is told of each.
+        batch_tokens: tokens of one step, over all ranks; of one batch of the loader where Accelerate has prepared the
+            schedule, which it steps once for each rank. None: ``scheduler.step(tokens)`` is told of each.
         changes: arguments of the optimizer's constructor instead of those found.
 
     Returns:
-        Optimizer, scheduler, and where the evidence is, with the names of what ``changes`` made another.
+        Optimizer, scheduler, and where the evidence is, with the names of what ``changes`` have given.
 
     Raises:
         TypeError: ``model`` is no module, ``tokens``, ``memory`` or ``batch_tokens`` is no number, or ``changes`` name
@@ -207,13 +209,13 @@ def recipe(
     groups = _groups(model)
     if not groups:
         raise ValueError("model has no parameter with requires_grad: nothing to train")
-    for name in changes:
+    for name in changes.keys() - inspect.signature(choice.optimizer).parameters.keys():
         if near := difflib.get_close_matches(name, ("tokens", "memory", "batch_tokens"), n=1):
             raise TypeError(f"recipe() got an unexpected keyword argument {name!r}; did you mean {near[0]!r}?")
     found = {"lr": choice.lr, **COMMON, **choice.options}
     optimizer: SignOptimizer = cast(Any, choice.optimizer)(groups, **{**found, **changes})
     others = [name for name, value in changes.items() if name not in found or value != found[name]]
-    evidence = choice.evidence + (f"; with another {', '.join(others)}" if others else "")
+    evidence = choice.evidence + (f"; {', '.join(others)} as given" if others else "")
     return Recipe(optimizer, TokenSchedule(optimizer, tokens, batch_tokens), evidence)
 
 

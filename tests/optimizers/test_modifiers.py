@@ -364,13 +364,20 @@ def test_a_function_that_gives_no_factor(value: Any, error: type) -> None:
     assert all(map(same_bits, params, before)) and not optimizer.state
 
 
-def test_a_function_of_names_that_nobody_gave() -> None:
+@pytest.mark.parametrize(
+    ("scale", "error"),
+    [
+        (lambda name, shape: 0.5 if name.endswith("bias") else 1.0, "AttributeError"),
+        (lambda name, shape: {"bias": 0.5}[name], "KeyError"),
+    ],
+)
+def test_a_function_of_names_that_nobody_gave(scale: Any, error: str) -> None:
     params = parameters((3,))
-    optimizer = Signum(params, lr=0.5, lr_scale=lambda name, shape: 0.5 if name.endswith("bias") else 1.0)
+    optimizer = Signum(params, lr=0.5, lr_scale=scale)
     params[0].grad = torch.ones(3)
     before = params[0].clone()
     with pytest.raises(
-        TypeError, match=r"lr_scale of parameter 0 of group 0 raises AttributeError .* model.named_parameters"
+        TypeError, match=rf"lr_scale of parameter 0 of group 0 raises {error} .* model.named_parameters"
     ):
         optimizer.step()
     assert torch.equal(params[0], before) and not optimizer.state

@@ -10,15 +10,16 @@ import pytest
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SNIPPETS = [
     pytest.param(snippet, id=f"{page}-{number}")
-    for page in ("memory", "offload", "optimizers")
+    for page in ("checkpoints", "gradient_release", "memory", "modifiers", "offload", "optimizers")
     for number, snippet in enumerate(
         re.findall(r"^```python\n(.*?)^```$", (DOCS / f"{page}.md").read_text(), re.M | re.S)
     )
+    if snippet.startswith("import ")  # and is whole
 ]
 
 
 def test_there_are_snippets() -> None:
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 7
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)

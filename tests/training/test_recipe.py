@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -154,11 +155,29 @@ def test_memory_chooses(memory: float | None, index: int) -> None:
         assert found.optimizer.param_groups[0][name] == value
 
 
+@pytest.mark.parametrize("memory", [None, 0.25])
+def test_every_argument_of_the_optimizer_may_be_given(memory: float | None) -> None:
+    cls = type(recipe(Tied(), tokens=1, memory=memory).optimizer)
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if name != "params":
+            recipe(Tied(), tokens=1, memory=memory, **{name: parameter.default})
+
+
+def test_a_state_of_the_earlier_schedule_loads() -> None:
+    optimizer, scheduler, _ = recipe(Tied(), tokens=100, batch_tokens=1)
+    optimizer.step()
+    scheduler.step()
+    saved = scheduler.state_dict()
+    _, resumed, _ = recipe(Tied(), tokens=100, batch_tokens=1)
+    resumed.load_state_dict({**saved, "lr_lambdas": [None] * 3, "_has_begun": True})
+    assert resumed.state_dict() == saved and resumed.tokens_seen == 1
+
+
 def test_the_evidence_says_what_was_changed() -> None:
     same = recipe(Tied(), tokens=1, lr=CHOICES[0].lr, caution="delayed", weight_decay=0.1)
     assert same.evidence == CHOICES[0].evidence
     other = recipe(Tied(), tokens=1, lr=1e-3, caution=None, seed=1)
-    assert other.evidence == f"{CHOICES[0].evidence}; with another lr, caution, seed"
+    assert other.evidence == f"{CHOICES[0].evidence}; lr, caution, seed as given"
 
 
 @pytest.mark.parametrize(
