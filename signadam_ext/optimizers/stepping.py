@@ -268,7 +268,7 @@ def make_item(
     group: dict[str, Any],
     index: int,
     param_id: int,
-    name: str | None,
+    name: str | None = None,
 ) -> Item:
     """A parameter of this group as a plan takes it.
 

@@ -190,7 +190,7 @@ def test_statistics_wait_before_they_read() -> None:
     bucket = SimpleNamespace(
         chunk_statistics=rows, device=CPU, entries=[entry], table=SimpleNamespace(grads=lambda: [True])
     )
-    plan = SimpleNamespace(launches=[(bucket, Launch())], labels=["parameter 'w'"])
+    plan = SimpleNamespace(launches=[(bucket, Launch())], names=["w"])
     found = statistics.collect([plan]).all  # type: ignore[list-item]
     assert (found.passed, found.norm_ratio, found.threshold) == (0.3, 0.5, 0.5) and math.isnan(found.flipped)
 
