@@ -81,6 +81,13 @@ def test_quantized_by_sign_round(tmp_path):
     assert nothing.returncode == 2 and "run python examples/train_gpt.py first" in nothing.stderr
 
 
+def test_a_folder_is_no_file_for_losses(tmp_path):
+    (tmp_path / "run.pt").touch()
+    command = [sys.executable, str(SCRIPT.with_name("quantize_gpt.py")), "--run", "run.pt", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.strip().endswith(f"{tmp_path} is a folder: --out is a file")
+
+
 def test_rounded_weights_are_those_of_few_bits(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from quantize_gpt import Rounded

@@ -203,9 +203,22 @@ def test_command_takes_shapes() -> None:
     assert f"{found.each(found.total):.5g}" in text
 
 
+def test_command_takes_what_decides_of_forms_and_scalars() -> None:
+    """betas[1] of LaProp, up to which its momentum has a bound; caution, which keeps a number of each tensor."""
+    arguments = "--shapes 8,8 --optimizer LaProp --state int2 --param-dtype fp32"
+    with pytest.raises(ValueError, match="state_dtype='int2': this momentum has a bound only where"):
+        command(arguments)
+    text = command(f"{arguments} --betas 0.9,0.95 --caution delayed")
+    found = memory.estimate([(8,), (8,)], "LaProp", state_dtype="int2", betas=(0.9, 0.95), caution="delayed")
+    plain = memory.estimate([(8,), (8,)], "LaProp", state_dtype="int2", betas=(0.9, 0.95))
+    assert found.scalars == plain.scalars + 2 * 8
+    assert f"{found.each(found.total):.5g}" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--params 1e9 --caution delayd", "did you mean 'delayed'"),
         (
             "--params 1e9 --state int2 --optimizer Signum",
             "state_dtype='int2': this momentum has no bound",
@@ -233,7 +246,9 @@ def test_what_cannot_be_is_refused(arguments: str, message: str) -> None:
         command(arguments)
 
 
-@pytest.mark.parametrize(("argument", "text"), [("params", "x"), ("params", "0.5"), ("params", "0"), ("shapes", "3y")])
+@pytest.mark.parametrize(
+    ("argument", "text"), [("params", "x"), ("params", "0.5"), ("params", "0"), ("shapes", "3y"), ("betas", "a")]
+)
 def test_what_is_no_number_is_refused(argument: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command(f"--{argument} {text}")
